@@ -1,0 +1,8 @@
+"""Packages of the project. Everything else about it is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+setup(
+    packages=find_packages(include=["vapt_fast", "vapt_fast.*"]),
+    package_data={"vapt_fast": ["**/*.safetensors"]},
+)

@@ -1,0 +1,140 @@
+"""PromptConfig: every option of the prompts, validated when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+__all__ = ["ACTIVATIONS", "KINDS", "PromptConfig"]
+
+KINDS = ("adaptive", "deep", "shallow")
+ACTIVATIONS = ("relu", "gelu", "sigmoid", "softmax", "identity")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """How prompts are made and where they go.
+
+    Attributes:
+        kind: ``"adaptive"`` computes the prompts of each block from the image's own patch tokens (VAPT,
+            arXiv 2501.18936, section 4); ``"deep"`` learns a table for every block (VPT-deep, Jia et al.
+            2022); ``"shallow"`` learns one table, placed before block 0, whose tokens then travel through
+            all blocks (VPT-shallow).
+        num_prompts: P, prompts a block. 0 makes a linear probe: only the head is trained.
+        static_depth: number of first blocks whose prompts are a learned table (``"adaptive"`` only).
+        conv_kernel: K, side of the K x K convolution over the patch grid; None for no convolution.
+        conv_padding: zero padding of that convolution on each side, in patches, smaller than K.
+        conv_shared: True for one kernel shared by all channels, False for one kernel a channel (depthwise).
+        projector_dim: r, width of the feature projector's bottleneck; None for no projector.
+        projector_shared: True for one projector for all blocks, False for one a block.
+        projector_activation: ``"relu"``, ``"gelu"`` (exact), ``"sigmoid"``, ``"softmax"`` (over the r
+            features) or ``"identity"``.
+        projector_dropout: dropout rate on the r features.
+        projector_scale_learnable: learn the factor of the projector's branch (it starts at 1).
+        prompt_dropout: dropout rate on the static tables.
+        channel_dropout: rate at which whole (image, channel) planes are dropped after the convolution.
+        pool_prompts: average the prompts of the last block together with the patch tokens, as the public
+            MAE variant does. Needs a backbone with average pooling.
+
+    Raises:
+        TypeError: a value of the wrong type.
+        ValueError: a value out of range; the message names the option, what was given and what is expected.
+    """
+
+    kind: str = "adaptive"
+    num_prompts: int = 10
+    static_depth: int = 1
+    conv_kernel: int | None = 2
+    conv_padding: int = 0
+    conv_shared: bool = True
+    projector_dim: int | None = 8
+    projector_shared: bool = True
+    projector_activation: str = "relu"
+    projector_dropout: float = 0.1
+    projector_scale_learnable: bool = False
+    prompt_dropout: float = 0.0
+    channel_dropout: float = 0.1
+    pool_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("kind", self.kind, KINDS)
+        _check_int("num_prompts", self.num_prompts, minimum=0)
+        _check_int("static_depth", self.static_depth, minimum=0)
+        if self.conv_kernel is not None:
+            _check_int("conv_kernel", self.conv_kernel, minimum=1)
+        _check_int("conv_padding", self.conv_padding, minimum=0)
+        if self.conv_padding and (self.conv_kernel is None or self.conv_padding >= self.conv_kernel):
+            raise ValueError(
+                f"conv_padding must be smaller than conv_kernel ({self.conv_kernel}), got {self.conv_padding}"
+            )
+        if self.projector_dim is not None:
+            _check_int("projector_dim", self.projector_dim, minimum=1)
+        _check_choice("projector_activation", self.projector_activation, ACTIVATIONS)
+        for name in ("projector_dropout", "prompt_dropout", "channel_dropout"):
+            _check_rate(name, getattr(self, name))
+        for name in ("conv_shared", "projector_shared", "projector_scale_learnable", "pool_prompts"):
+            _check_bool(name, getattr(self, name))
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any]) -> PromptConfig:
+        """The config with these options; unknown names are a TypeError that lists the known ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise TypeError(f"unknown prompt options {unknown}, expected some of {known}")
+        return cls(**options)
+
+    def num_static_blocks(self, depth: int) -> int:
+        """How many of ``depth`` blocks, from block 0 on, get their prompts from a learned table."""
+        if self.num_prompts == 0:
+            return 0
+        return {"adaptive": min(self.static_depth, depth), "deep": depth, "shallow": 1}[self.kind]
+
+    def num_adaptive_blocks(self, depth: int) -> int:
+        """How many of ``depth`` blocks, the last ones, compute their prompts from the image."""
+        if self.num_prompts == 0 or self.kind != "adaptive":
+            return 0
+        return depth - self.num_static_blocks(depth)
+
+    def conv_output(self, grid: tuple[int, int]) -> tuple[int, int]:
+        """Height and width, in patches, of the grid after the convolution.
+
+        Raises:
+            ValueError: the convolution leaves nothing of a grid this small.
+        """
+        if self.conv_kernel is None:
+            return grid
+        height, width = (side + 2 * self.conv_padding - self.conv_kernel + 1 for side in grid)
+        if height < 1 or width < 1:
+            raise ValueError(
+                f"conv_kernel={self.conv_kernel} with conv_padding={self.conv_padding} does not fit the "
+                f"{grid[0]}x{grid[1]} patch grid; use a smaller kernel, more padding or a larger image"
+            )
+        return height, width
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, one of {choices}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+def _check_int(name: str, value: object, minimum: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+
+
+def _check_bool(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+
+
+def _check_rate(name: str, value: object) -> None:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    if not (0.0 <= value < 1.0) or math.isnan(value):
+        raise ValueError(f"{name} must be in [0, 1), got {value}")
