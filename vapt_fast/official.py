@@ -1,0 +1,387 @@
+"""State dicts under the names of the methods' public implementation, to and from AdaptiveViT.
+
+Block i of the backbone is ``transformer.encoder.layer.{i}``. The learned table of block 0 is
+``transformer.prompt_embeddings`` (1, P, C); those of the blocks after it are the rows of
+``transformer.deep_prompt_embeddings`` (count, P, C). Of the j-th adaptive block, j from 0,
+``transformer.deep_prompt_norm.{j}`` is the LayerNorm and ``transformer.deep_prompt_downsample.{j}`` holds the
+convolution and the token projection. ``transformer.deep_prompt_embeddings_mlp`` is the projector of all
+blocks; where each block has its own, ``.{j}`` follows.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+from .config import PromptConfig
+from .vit import AdaptiveViT
+
+__all__ = ["from_official", "to_official"]
+
+NORM_EPS = 1e-6
+
+PATCHES = "transformer.embeddings.patch_embeddings"
+POSITIONS = "transformer.embeddings.position_embeddings"
+LAYER = "transformer.encoder.layer"
+TABLE = "transformer.prompt_embeddings"
+MORE_TABLES = "transformer.deep_prompt_embeddings"
+PROMPT_NORM = "transformer.deep_prompt_norm"
+POOLING = "transformer.deep_prompt_downsample"
+PROJECTOR = "transformer.deep_prompt_embeddings_mlp"
+
+# timm's names of modules with weight and bias, and the public ones
+MODULES = {
+    "patch_embed.proj": PATCHES,
+    "norm": "transformer.encoder.encoder_norm",
+    "head": "head",
+}
+BLOCK_MODULES = {
+    "norm1": "attention_norm",
+    "attn.proj": "attn.out",
+    "norm2": "ffn_norm",
+    "mlp.fc1": "ffn.fc1",
+    "mlp.fc2": "ffn.fc2",
+}
+
+
+def from_official(
+    state_dict: Mapping[str, Tensor],
+    *,
+    num_heads: int,
+    prompts: PromptConfig,
+    img_size: int | tuple[int, int] | None = None,
+) -> AdaptiveViT:
+    """The AdaptiveViT with the weights of a state dict of the public implementation.
+
+    The backbone is timm's VisionTransformer with a class token, LayerNorm eps 1e-6 and exact GELU. Its
+    dimensions come from the tensors' shapes. Tensors are copied and keep their dtypes.
+
+    Args:
+        state_dict: all tensors of the model: backbone, prompts and head.
+        num_heads: h, which no shape tells.
+        prompts: the options the model was trained with. Those that shapes tell are checked.
+        img_size: (height, width) of the images in pixels, or one side of square ones. None for square
+            images, whose size then follows from the position embeddings.
+
+    Raises:
+        TypeError: a value in ``state_dict`` is not a tensor.
+        ValueError: missing, unexpected or wrongly shaped tensors, or options that contradict them; all listed
+            at once.
+    """
+    wrong = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
+    if wrong:
+        raise TypeError(f"state_dict must hold tensors only, got something else under {wrong}")
+    geometry = _read_geometry(state_dict, img_size)
+    contradictions = list(_contradictions(state_dict, prompts, geometry))
+    model = AdaptiveViT(_build_backbone(geometry, num_heads), prompts=prompts)
+    _raise_any(contradictions + list(_misfits(state_dict, model)))
+    # With assign, a parameter becomes the tensor given for it and so takes over its dtype.
+    model.load_state_dict(_from_official_names(state_dict, model), assign=True)
+    return model
+
+
+def to_official(model: AdaptiveViT) -> dict[str, Tensor]:
+    """The state dict of ``model`` under the public implementation's names, as copies of the tensors.
+
+    Raises:
+        ValueError: the model has what these names can't tell, such as another kind of backbone than
+            ``from_official`` makes; lists every reason.
+    """
+    _raise_any(_inexpressible(model))
+    own = model.state_dict()
+    state = {official: own[name].clone() for name, official in _renamed(model).items()}
+    for name, parts in _fused(model).items():
+        rows = own[name].chunk(len(parts))
+        state |= {part: value.clone() for part, value in zip(parts, rows, strict=True)}
+    for official, names in _stacked(model).items():
+        state[official] = torch.stack([own[name] for name in names])
+    return state
+
+
+def _from_official_names(state: Mapping[str, Tensor], model: AdaptiveViT) -> dict[str, Tensor]:
+    """The inverse of ``to_official``: copies of the tensors under the names of ``model``'s state dict."""
+    own = {name: state[official].clone() for name, official in _renamed(model).items()}
+    own |= {name: torch.cat([state[part] for part in parts]) for name, parts in _fused(model).items()}
+    for official, names in _stacked(model).items():
+        own |= {name: table.clone() for name, table in zip(names, state[official], strict=True)}
+    return own
+
+
+# ---- names
+
+
+def _renamed(model: AdaptiveViT) -> dict[str, str]:
+    """Our names of the tensors that are the same on both sides, and the public names."""
+    modules = {f"backbone.{ours}": theirs for ours, theirs in MODULES.items()}
+    for i in range(len(model.backbone.blocks)):
+        for ours, theirs in BLOCK_MODULES.items():
+            modules[f"backbone.blocks.{i}.{ours}"] = f"{LAYER}.{i}.{theirs}"
+    first = len(model.prompts.blocks) - _num_adaptive(model)
+    for j in range(_num_adaptive(model)):
+        modules[f"prompts.blocks.{first + j}.norm"] = f"{PROMPT_NORM}.{j}"
+        modules[f"prompts.blocks.{first + j}.token_projection"] = f"{POOLING}.{j}.linear"
+
+    names = {
+        "backbone.cls_token": "transformer.embeddings.cls_token",
+        "backbone.pos_embed": POSITIONS,
+    }
+    for ours, theirs in modules.items():
+        names |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
+    if model.config.conv_kernel is not None:
+        for j in range(_num_adaptive(model)):
+            names[f"prompts.blocks.{first + j}.kernel"] = f"{POOLING}.{j}.conv.kernel"
+    for ours, theirs in _projectors(model).items():
+        names |= {
+            f"{ours}.down.weight": f"{theirs}.block.0.weight",
+            f"{ours}.up.weight": f"{theirs}.block.2.weight",
+        }
+        if model.config.projector_scale_learnable:
+            names[f"{ours}.scale"] = f"{theirs}.scale"
+    return names
+
+
+def _projectors(model: AdaptiveViT) -> dict[str, str]:
+    """Our names of the projectors and the public ones."""
+    if model.config.projector_dim is None or _num_adaptive(model) == 0:
+        return {}
+    if model.config.projector_shared:
+        return {"prompts.projector": PROJECTOR}
+    first = len(model.prompts.blocks) - _num_adaptive(model)
+    return {f"prompts.blocks.{first + j}.projector": f"{PROJECTOR}.{j}" for j in range(_num_adaptive(model))}
+
+
+def _num_adaptive(model: AdaptiveViT) -> int:
+    return model.config.num_adaptive_blocks(len(model.backbone.blocks))
+
+
+def _fused(model: AdaptiveViT) -> dict[str, list[str]]:
+    """Our names of the joint projections of queries, keys and values, and the public names of their parts."""
+    return {
+        f"backbone.blocks.{i}.attn.qkv.{leaf}": [
+            f"{LAYER}.{i}.attn.{part}.{leaf}" for part in ("query", "key", "value")
+        ]
+        for i in range(len(model.backbone.blocks))
+        for leaf in ("weight", "bias")
+    }
+
+
+def _stacked(model: AdaptiveViT) -> dict[str, list[str]]:
+    """The public names of the joint tables of prompts, and our names of their parts."""
+    num_static = len(model.prompts.blocks) - _num_adaptive(model)
+    tables = [f"prompts.blocks.{i}.table" for i in range(num_static)]
+    return {official: names for official, names in ((TABLE, tables[:1]), (MORE_TABLES, tables[1:])) if names}
+
+
+# ---- reading shapes
+
+
+@dataclass(frozen=True)
+class _Geometry:
+    """The dimensions of a backbone."""
+
+    dim: int
+    depth: int
+    mlp_dim: int
+    num_classes: int
+    in_chans: int
+    patch_size: tuple[int, int]
+    grid: tuple[int, int]
+
+
+def _read_geometry(state: Mapping[str, Tensor], img_size: int | tuple[int, int] | None) -> _Geometry:
+    sources = {
+        f"{PATCHES}.weight": "(C, channels, height, width)",
+        POSITIONS: "(1, 1 + N, C)",
+        f"{LAYER}.0.ffn.fc1.weight": "(mlp, C)",
+        "head.weight": "(classes, C)",
+    }
+    shapes = [_shape(state, name, expected.count(",") + 1) for name, expected in sources.items()]
+    _raise_any(
+        f"{name}: expected shape {sources[name]}, got {_told_shape(state, name)}"
+        for name, shape in zip(sources, shapes, strict=True)
+        if shape is None
+    )
+    (dim, in_chans, *patch_size), (_, num_tokens, _), (mlp_dim, _), (num_classes, _) = shapes
+    return _Geometry(
+        dim=dim,
+        depth=_count(state, LAYER),
+        mlp_dim=mlp_dim,
+        num_classes=num_classes,
+        in_chans=in_chans,
+        patch_size=tuple(patch_size),
+        grid=_find_grid(num_tokens - 1, tuple(patch_size), img_size),
+    )
+
+
+def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...] | None:
+    """The shape of a tensor, None if it is missing or has another number of dimensions."""
+    return tuple(state[name].shape) if name in state and state[name].ndim == ndim else None
+
+
+def _told_shape(state: Mapping[str, Tensor], name: str) -> str:
+    return str(tuple(state[name].shape)) if name in state else "no such tensor"
+
+
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many members of the module list ``prefix`` the names speak of."""
+    matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
+    return len({match[1] for match in matches if match})
+
+
+def _find_grid(
+    num_patches: int, patch_size: tuple[int, int], img_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
+    if img_size is None:
+        side = math.isqrt(max(num_patches, 0))
+        grid, origin = (
+            (side, side),
+            "a square grid of patches; for other images pass img_size=(height, width)",
+        )
+    else:
+        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        grid = (height // patch_size[0], width // patch_size[1])
+        origin = f"{grid[0]}x{grid[1]} patches, from img_size={img_size} and patches of {patch_size}"
+    _raise_any([f"{POSITIONS}: {num_patches} patches, expected {origin}"] * (math.prod(grid) != num_patches))
+    return grid
+
+
+def _build_backbone(geometry: _Geometry, num_heads: int) -> VisionTransformer:
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"num_heads must be an int, got {num_heads!r}")
+    if num_heads < 1 or geometry.dim % num_heads:
+        raise ValueError(f"num_heads must divide the {geometry.dim} channels of the tensors, got {num_heads}")
+    return VisionTransformer(
+        img_size=tuple(math.prod(sides) for sides in zip(geometry.grid, geometry.patch_size, strict=True)),
+        patch_size=geometry.patch_size,
+        in_chans=geometry.in_chans,
+        num_classes=geometry.num_classes,
+        global_pool="token",
+        embed_dim=geometry.dim,
+        depth=geometry.depth,
+        num_heads=num_heads,
+        mlp_ratio=(geometry.mlp_dim + 0.5) / geometry.dim,  # timm rounds mlp_ratio * dim down
+        qkv_bias=True,
+        class_token=True,
+        norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),
+        act_layer=nn.GELU,
+        weight_init="skip",  # every weight is about to be replaced
+    )
+
+
+# ---- checks
+
+
+def _contradictions(state: Mapping[str, Tensor], prompts: PromptConfig, geometry: _Geometry) -> Iterator[str]:
+    """Where the tensors tell other options than ``prompts``."""
+    rows = _shape(state, MORE_TABLES, 3)
+    found = ((TABLE in state) + (rows[0] if rows else 0), _count(state, PROMPT_NORM))
+    expected = (prompts.num_static_blocks(geometry.depth), prompts.num_adaptive_blocks(geometry.depth))
+    if found != expected:
+        yield (
+            f"prompts.kind={prompts.kind!r} with num_prompts={prompts.num_prompts} and "
+            f"static_depth={prompts.static_depth} makes {expected[0]} static tables and {expected[1]} "
+            f"adaptive blocks of {geometry.depth}, the tensors have {found[0]} and {found[1]}"
+        )
+    told = _num_prompts_told(state)
+    if found[1] and expected[1]:
+        told |= _pooling_told(state, geometry.grid) | _projector_told(state)
+    for option, value in told.items():
+        given = getattr(prompts, option)
+        if given != value:
+            yield f"prompts.{option} is {given!r}, the tensors tell {value!r}"
+
+
+def _num_prompts_told(state: Mapping[str, Tensor]) -> dict[str, int]:
+    table = _shape(state, TABLE, 3)
+    return {"num_prompts": table[1]} if table else {}
+
+
+def _pooling_told(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, object]:
+    """What the first adaptive block's tensors tell of the convolution's options."""
+    name = f"{POOLING}.0.conv.kernel"
+    if name not in state:
+        return {"conv_kernel": None}
+    kernel, linear = _shape(state, name, 4), _shape(state, f"{POOLING}.0.linear.weight", 2)
+    if kernel is None:
+        return {}
+    told = {"conv_kernel": kernel[-1], "conv_shared": kernel[0] == 1}
+    if linear is not None:
+        for padding in range(kernel[-1]):
+            if math.prod(side + 2 * padding - kernel[-1] + 1 for side in grid) == linear[1]:
+                told["conv_padding"] = padding
+    return told
+
+
+def _projector_told(state: Mapping[str, Tensor]) -> dict[str, object]:
+    shared = f"{PROJECTOR}.block.0.weight" in state
+    projector = PROJECTOR if shared else f"{PROJECTOR}.0"
+    if f"{projector}.block.0.weight" not in state:
+        return {"projector_dim": None}
+    down = _shape(state, f"{projector}.block.0.weight", 2)
+    return {
+        **({"projector_dim": down[0]} if down else {}),
+        "projector_shared": shared,
+        "projector_scale_learnable": f"{projector}.scale" in state,
+    }
+
+
+def _misfits(state: Mapping[str, Tensor], model: AdaptiveViT) -> Iterator[str]:
+    """Missing, unexpected and unfit tensors of a state dict meant for ``model``."""
+    expected = to_official(model)
+    for name in expected:
+        if name not in state:
+            yield f"{name}: missing, expected shape {tuple(expected[name].shape)}"
+        elif state[name].shape != expected[name].shape:
+            yield f"{name}: shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
+        elif not state[name].is_floating_point():
+            yield f"{name}: dtype {state[name].dtype}, expected floating-point numbers"
+    for name in state:
+        if name not in expected:
+            yield f"{name}: unexpected"
+    for parts in _fused(model).values():
+        dtypes = {state[part].dtype for part in parts if part in state}
+        if len(dtypes) > 1:
+            yield f"{', '.join(parts)}: must have one dtype, got {sorted(map(str, dtypes))}"
+
+
+def _inexpressible(model: AdaptiveViT) -> Iterator[str]:
+    """What of ``model`` the public implementation's state dicts can't tell."""
+    backbone = model.backbone
+    if type(backbone) is not VisionTransformer:
+        yield f"backbone: {type(backbone).__name__}, expected timm's VisionTransformer"
+        return
+    if backbone.global_pool != "token":
+        yield f"backbone.global_pool: {backbone.global_pool!r}, expected 'token'"
+    if backbone.no_embed_class:
+        yield "backbone.pos_embed: has no row for the class token, expected one"
+    for name, module in backbone.named_modules():
+        if isinstance(module, nn.LayerNorm) and module.eps != NORM_EPS:
+            yield f"backbone.{name}: eps {module.eps}, expected {NORM_EPS}"
+    for i, block in enumerate(backbone.blocks):
+        if type(block) is not Block:
+            yield f"backbone.blocks.{i}: {type(block).__name__}, expected timm's Block"
+        elif not isinstance(block.mlp.act, nn.GELU) or block.mlp.act.approximate != "none":
+            yield f"backbone.blocks.{i}.mlp.act: {block.mlp.act}, expected the exact GELU"
+    own = model.state_dict().keys()
+    known = (
+        _renamed(model).keys()
+        | _fused(model).keys()
+        | {n for names in _stacked(model).values() for n in names}
+    )
+    yield from (f"{name}: has no public name" for name in sorted(own - known))
+    yield from (f"{name}: missing, but has a public name" for name in sorted(known - own))
+
+
+def _raise_any(problems: Iterator[str] | list[str]) -> None:
+    problems = list(problems)
+    if problems:
+        raise ValueError(
+            "\n  - ".join(["state dict and model do not fit the public implementation:", *problems])
+        )
