@@ -1,2 +1,21 @@
-"""Visual Adaptive Prompt Tuning for frozen timm Vision Transformers."""
-__version__ = "0.1.0"
+"""Visual Adaptive Prompt Tuning (VAPT, arXiv 2501.18936) for frozen timm Vision Transformers."""
+
+from . import functional
+from ._version import __version__
+from .adapters import AdapterError
+from .backends._dispatch import BackendUnavailable, use_backend
+from .config import PromptConfig
+from .official import from_official, to_official
+from .vit import AdaptiveViT
+
+__all__ = [
+    "AdaptiveViT",
+    "AdapterError",
+    "BackendUnavailable",
+    "PromptConfig",
+    "__version__",
+    "from_official",
+    "functional",
+    "to_official",
+    "use_backend",
+]

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
-__all__ = ["ACTIVATIONS", "KINDS", "PromptConfig"]
+from .activations import ACTIVATIONS
+
+__all__ = ["KINDS", "PromptConfig"]
 
 KINDS = ("adaptive", "deep", "shallow")
-ACTIVATIONS = ("relu", "gelu", "sigmoid", "softmax", "identity")
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class PromptConfig:
             )
         if self.projector_dim is not None:
             _check_int("projector_dim", self.projector_dim, minimum=1)
-        _check_choice("projector_activation", self.projector_activation, ACTIVATIONS)
+        _check_choice("projector_activation", self.projector_activation, tuple(ACTIVATIONS))
         for name in ("projector_dropout", "prompt_dropout", "channel_dropout"):
             _check_rate(name, getattr(self, name))
         for name in ("conv_shared", "projector_shared", "projector_scale_learnable", "pool_prompts"):

@@ -1,0 +1,377 @@
+"""What a timm Vision Transformer is: its grid, prefix tokens, blocks and head; what can't be served is refused.
+
+Everything that differs between timm's families is in this file, as stateless functions of the timm model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, AttentionRope, LayerNorm
+from timm.models import beit, eva, naflexvit, vision_transformer
+from timm.models.beit import Beit
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+__all__ = [
+    "Positions",
+    "StandardBlock",
+    "call_block",
+    "check_image_size",
+    "check_supported",
+    "embed",
+    "grid_size",
+    "head_names",
+    "image_size",
+    "num_pooled_rows",
+    "patch_size",
+    "set_image_size",
+    "standard_block",
+]
+
+FAMILIES = (VisionTransformer, Eva, Beit, NaFlexVit)
+SUPPORTED = (
+    "VisionTransformer (ViT, DeiT and distilled DeiT, CLIP, SigLIP, DINOv2, MAE, hybrids, ViTamin, ...), "
+    "Eva (EVA02, DINOv3, PE, RoPE ViTs), Beit and NaFlexVit (fixed grid)"
+)
+
+
+def check_supported(model: object) -> None:
+    """Raise if prompts can't be put into ``model``, saying why and what is supported.
+
+    Raises:
+        TypeError: not a torch module.
+        NotImplementedError: a family of models, or an option, that is not served.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"backbone must be a timm model or the name of one, got {type(model).__name__}")
+    family = next((family for family in FAMILIES if isinstance(model, family)), None)
+    name = type(model).__name__
+    if family is None:
+        module = type(model).__module__.rsplit(".", 1)[-1]
+        raise NotImplementedError(
+            f"backbone {name} (family {module!r}) is not supported: its tokens do not form one sequence that "
+            f"prompts can join in every block. Supported timm classes: {SUPPORTED}"
+        )
+    # Blocks are called one by one here, so a subclass with its own way through them would be bypassed.
+    overridden = type(model).forward_features is not family.forward_features
+    if overridden and not isinstance(model, VisionTransformerDistilled):
+        raise NotImplementedError(
+            f"backbone {name} overrides forward_features() of timm's {family.__name__}, which vapt_fast "
+            f"replaces; expected one of timm's own classes: {SUPPORTED}"
+        )
+    dropout = getattr(model, "patch_drop", None)
+    if not isinstance(dropout, (nn.Identity, type(None))):
+        raise NotImplementedError(
+            "backbone has patch_drop_rate > 0: prompts are computed from the whole grid of patches; "
+            "create the backbone with patch_drop_rate=0"
+        )
+
+
+def _patch_embed(model: nn.Module) -> nn.Module:
+    return model.embeds if isinstance(model, NaFlexVit) else model.patch_embed
+
+
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """(height, width), in pixels, of the images the backbone was made for."""
+    if not isinstance(model, NaFlexVit):
+        return tuple(model.patch_embed.img_size)
+    height, width = model.embeds.pos_embed_grid_size or (0, 0)
+    configured = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
+    if configured:
+        return tuple(configured[-2:])
+    patch_height, patch_width = patch_size(model)
+    return height * patch_height, width * patch_width
+
+
+def grid_size(model: nn.Module, image: tuple[int, int] | None = None) -> tuple[int, int]:
+    """(H, W): patches along each side of an image of ``image`` pixels (default: the backbone's own size)."""
+    return tuple(_patch_embed(model).dynamic_feat_size(image or image_size(model)))
+
+
+def patch_size(model: nn.Module) -> tuple[int, int]:
+    """(height, width) of a patch in pixels; for a hybrid, of the part of the image one token stands for."""
+    return tuple(_patch_embed(model).feat_ratio(as_scalar=False))
+
+
+def takes_any_grid(model: nn.Module) -> bool:
+    """Whether the backbone itself accepts images of other sizes than the one it was made for."""
+    return isinstance(model, NaFlexVit) or bool(getattr(model, "dynamic_img_size", False))
+
+
+def check_image_size(model: nn.Module, given: tuple[int, int], expected: tuple[int, int]) -> None:
+    """Raise ValueError unless images of ``given`` pixels have the grid of those of ``expected`` pixels."""
+    if given == expected or (takes_any_grid(model) and grid_size(model, given) == grid_size(model, expected)):
+        return
+    grid = grid_size(model, expected)
+    raise ValueError(
+        f"images must be {expected[0]}x{expected[1]} pixels (the prompts' grid is {grid[0]}x{grid[1]} patches), "
+        f"got {given[0]}x{given[1]}; resize the images, or call model.set_input_size({given})"
+    )
+
+
+def set_image_size(
+    model: nn.Module,
+    current: tuple[int, int],
+    img_size: tuple[int, int] | int | None,
+    patch: tuple[int, int] | int | None,
+    check_grid: Callable[[tuple[int, int]], None],
+) -> tuple[int, int]:
+    """Make the backbone take images of ``img_size`` with patches of ``patch``; returns the new image size.
+
+    Args:
+        model: the timm model.
+        current: its image size.
+        img_size, patch: new sizes in pixels; None leaves them.
+        check_grid: called with the new grid before anything is changed; may raise.
+    """
+    size = _pair("img_size", img_size, current)
+    patches = _pair("patch_size", patch, patch_size(model))
+    if any(pixels % side for pixels, side in zip(size, patches, strict=True)):
+        raise ValueError(f"img_size must be a multiple of the patch size {patches}, got {size}")
+    check_grid((size[0] // patches[0], size[1] // patches[1]))
+    if isinstance(model, NaFlexVit):
+        if patch is not None:
+            raise ValueError("patch_size can't be changed on a NaFlexVit backbone; make a new one")
+    else:
+        model.set_input_size(img_size=size, patch_size=None if patch is None else patches)
+    return size
+
+
+def _pair(name: str, value: object, default: tuple[int, int]) -> tuple[int, int]:
+    if value is None:
+        return default
+    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
+        raise TypeError(f"{name} must be (height, width) in pixels, got {value!r}")
+    if min(pair) < 1:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return pair
+
+
+def head_names(model: nn.Module) -> tuple[str, ...]:
+    """Names of the classifier modules within the backbone."""
+    return ("head", "head_dist") if isinstance(model, VisionTransformerDistilled) else ("head",)
+
+
+def num_pooled_rows(model: nn.Module) -> int | None:
+    """How many first tokens are all that the head reads, None if it reads the patch tokens too."""
+    if isinstance(model, VisionTransformerDistilled):
+        return 2
+    by_token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
+    return 1 if by_token else None
+
+
+# ---- positions
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Where the tokens are, in the forms that blocks are told.
+
+    Attributes:
+        rope: sines and cosines (N, 2d) of the patch tokens, or (L, h, N, 2d) where they differ by block.
+        rope_by_block: whether the first dimension of ``rope`` is the block.
+        bias: (h, T, T) or (1, h, T, T), added to the attention scores of every block, or None.
+        num_extra: prompt tokens that stand between the prefix and the patch tokens. They have no position:
+            rotary embeddings leave them as they are, and their attention bias is zero.
+    """
+
+    rope: Tensor | None = None
+    rope_by_block: bool = False
+    bias: Tensor | None = None
+    num_extra: int = 0
+
+    def with_extra(self, count: int) -> Positions:
+        """The same positions with ``count`` more prompt tokens in the sequence."""
+        return replace(self, num_extra=self.num_extra + count)
+
+    def patch_rope(self, block: int) -> Tensor | None:
+        """The rotary embedding of the patch tokens alone for block ``block``."""
+        return self.rope[block] if self.rope_by_block else self.rope
+
+    def sequence_rope(self, block: int) -> Tensor | None:
+        """The rotary embedding of prompt and patch tokens: rotation by 0 (sine 0, cosine 1) for prompts."""
+        rope = self.patch_rope(block)
+        if rope is None or self.num_extra == 0:
+            return rope
+        *lead, _, width = rope.shape
+        sine = rope.new_zeros(*lead, self.num_extra, width // 2)
+        return torch.cat([torch.cat([sine, torch.ones_like(sine)], dim=-1), rope], dim=-2)
+
+    def pad_bias(self, bias: Tensor | None, num_prefix: int) -> Tensor | None:
+        """``bias`` (..., T, T) with zero rows and columns for the prompt tokens after the prefix."""
+        if bias is None or self.num_extra == 0:
+            return bias
+        for dim in (-2, -1):
+            prefix, patches = bias.tensor_split([num_prefix], dim=dim)
+            shape = list(bias.shape)
+            shape[dim] = self.num_extra
+            bias = torch.cat([prefix, bias.new_zeros(shape), patches], dim=dim)
+        return bias
+
+
+def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions]:
+    """Everything before block 0: images (B, in_chans, height, width) to tokens (B, T, C) and positions."""
+    if isinstance(model, NaFlexVit):
+        embedded = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
+        return embedded["patches"], Positions(embedded["rope_embeds"], model.rope_is_mixed)
+    if isinstance(model, Eva):
+        tokens, rope = model._pos_embed(model.patch_embed(images))
+        return model.norm_pre(tokens), Positions(rope, model.rope_mixed)
+    if isinstance(model, Beit):
+        patches = model.patch_embed(images)
+        tokens = torch.cat([model.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
+        if model.pos_embed is not None:
+            tokens = tokens + model.pos_embed
+        return tokens, Positions(bias=model.rel_pos_bias() if model.rel_pos_bias is not None else None)
+    return model.norm_pre(model._pos_embed(model.patch_embed(images))), Positions()
+
+
+def call_block(model: nn.Module, index: int, tokens: Tensor, positions: Positions) -> Tensor:
+    """Block ``index`` as timm defines it, on a sequence that holds ``positions.num_extra`` prompt tokens."""
+    block = model.blocks[index]
+    if isinstance(model, Beit):
+        return _call_beit_block(block, tokens, positions, model.num_prefix_tokens)
+    if positions.rope is not None:
+        return block(tokens, rope=positions.sequence_rope(index))
+    return block(tokens)
+
+
+def _call_beit_block(block: beit.Block, tokens: Tensor, positions: Positions, num_prefix: int) -> Tensor:
+    """timm's Beit block, written out because its own forward can't give prompts a bias of zero."""
+    attn = block.attn
+    x = block.norm1(tokens)
+    qkv = F.linear(x, attn.qkv.weight, _beit_qkv_bias(attn))
+    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    scores = (q * attn.scale) @ k.transpose(-2, -1)
+    for bias in (attn._get_rel_pos_bias() if attn.window_size else None, positions.bias):
+        if bias is not None:
+            scores = scores + positions.pad_bias(bias, num_prefix)
+    x = (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    x = attn.proj(x)
+    tokens = tokens + (x if block.gamma_1 is None else block.gamma_1 * x)
+    x = block.mlp(block.norm2(tokens))
+    return tokens + (x if block.gamma_2 is None else block.gamma_2 * x)
+
+
+# ---- standard blocks, part by part
+
+
+@dataclass(frozen=True)
+class StandardBlock:
+    """A pre-norm block, x + scale1(attention(norm1(x))) then x + scale2(mlp(norm2(x))), seen part by part.
+
+    Attributes:
+        block: timm's block.
+        weights: rows of the query, key and value projections: one (3C, C) tensor or three.
+        biases: likewise (3C,) or three of (C,), any of them None.
+        num_heads, num_kv_heads, head_dim: h, heads of keys and values (fewer: grouped queries), d.
+        rotate_half: which of the two layouts of rotary embeddings the block uses.
+        bias: (1, h, T, T), added to the scores by this block itself, or None.
+    """
+
+    block: nn.Module
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor | None, ...]
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rotate_half: bool
+    bias: Tensor | None
+
+    @property
+    def attn(self) -> nn.Module:
+        return self.block.attn
+
+    @property
+    def q_norm(self) -> nn.Module | None:
+        return _unless_identity(getattr(self.attn, "q_norm", None))
+
+    @property
+    def k_norm(self) -> nn.Module | None:
+        return _unless_identity(getattr(self.attn, "k_norm", None))
+
+    @property
+    def out_norm(self) -> nn.Module | None:
+        """A norm between attention and its projection ("scale norm")."""
+        return _unless_identity(getattr(self.attn, "norm", None))
+
+    @property
+    def foldable_norm(self) -> nn.LayerNorm | None:
+        """norm1 if it is a LayerNorm with affine, whose statistic and affine can be shared and folded."""
+        norm = self.block.norm1
+        affine = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None
+        return norm if affine else None
+
+    def scale1(self, x: Tensor) -> Tensor:
+        """The layer scale of the attention branch."""
+        return _layer_scale(self.block, 1, x)
+
+    def scale2(self, x: Tensor) -> Tensor:
+        """The layer scale of the MLP branch."""
+        return _layer_scale(self.block, 2, x)
+
+
+def standard_block(block: nn.Module) -> StandardBlock | None:
+    """``block`` part by part, or None if it must be called as it is.
+
+    Types are compared exactly: a subclass, a LoRA layer or a parametrised one in the place of a Linear, or a
+    hook on a module that would be bypassed, may do anything, and calling the block as it is respects that.
+    """
+    if type(block) not in (vision_transformer.Block, eva.EvaBlock, beit.Block):
+        return None
+    attn = block.attn
+    if type(attn) is beit.Attention:
+        weights, biases = (attn.qkv.weight,), (_beit_qkv_bias(attn),)
+    elif type(attn) in (eva.EvaAttention, AttentionRope, Attention):
+        if getattr(attn, "gate", None) is not None:
+            return None
+        if attn.qkv is not None:
+            weights = (attn.qkv.weight,)
+            separate = type(attn) is eva.EvaAttention
+            biases = (_beit_qkv_bias(attn) if separate else attn.qkv.bias,)
+        else:
+            parts = (attn.q_proj, attn.k_proj, attn.v_proj)
+            weights, biases = tuple(p.weight for p in parts), tuple(p.bias for p in parts)
+    else:
+        return None
+    linears = [getattr(attn, name, None) for name in ("qkv", "q_proj", "k_proj", "v_proj", "proj")]
+    linears = [linear for linear in linears if linear is not None]
+    if any(type(linear) is not nn.Linear for linear in linears):
+        return None
+    if any(module._forward_hooks or module._forward_pre_hooks for module in (block, attn, block.norm1, *linears)):
+        return None
+    num_heads = attn.num_heads
+    return StandardBlock(
+        block=block,
+        weights=weights,
+        biases=biases,
+        num_heads=num_heads,
+        num_kv_heads=getattr(attn, "num_kv_heads", num_heads),
+        head_dim=attn.proj.in_features // num_heads,
+        rotate_half=getattr(attn, "rotate_half", False),
+        bias=attn._get_rel_pos_bias() if getattr(attn, "window_size", None) else None,
+    )
+
+
+def _beit_qkv_bias(attn: nn.Module) -> Tensor | None:
+    """The joint bias of attentions that keep those of queries and values apart and have none for keys."""
+    return None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+
+
+def _unless_identity(module: nn.Module | None) -> nn.Module | None:
+    return None if isinstance(module, nn.Identity) else module
+
+
+def _layer_scale(block: nn.Module, branch: int, x: Tensor) -> Tensor:
+    if hasattr(block, "ls1"):
+        return getattr(block, f"ls{branch}")(x)
+    gamma = getattr(block, f"gamma_{branch}")
+    return x if gamma is None else gamma * x

@@ -1,0 +1,67 @@
+"""prompt_pool: one LayerNorm statistic for the block and for the prompts, and its backward in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["prompt_pool"]
+
+
+def prompt_pool(
+    x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor, num_prefix: int, eps: float, prompt_eps: float
+) -> tuple[Tensor, Tensor]:
+    """See vapt_fast.functional.prompt_pool."""
+    dtype = matrix.dtype
+    with torch.autocast(x.device.type, enabled=False):
+        normed, pooled = _PromptPool.apply(
+            x.to(dtype), matrix, weight.to(dtype), bias.to(dtype), num_prefix, eps, prompt_eps
+        )
+    return normed.to(x.dtype), pooled
+
+
+class _PromptPool(torch.autograd.Function):
+    """normed = (x - mu) * r, pooled = weight * ((M * s) normed) + bias * rowsum(M), all of one dtype.
+
+    r = rstd(eps) and s = rstd(prompt_eps) / r. Only the normalised rows are kept for the backward.
+    """
+
+    @staticmethod
+    def forward(ctx, x, matrix, weight, bias, num_prefix, eps, prompt_eps):
+        normed, _, r = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        # s from r itself: r is a small number where the variance is large, so nothing cancels.
+        s = torch.rsqrt(1 + (prompt_eps - eps) * r[:, num_prefix:].square()).squeeze(-1)
+        weighted = matrix * s.unsqueeze(1)
+        raw = weighted @ normed[:, num_prefix:]
+        pooled = weight * raw + bias * matrix.sum(dim=1, keepdim=True)
+        ctx.save_for_backward(normed, r, s, matrix, weight, bias, raw)
+        ctx.num_prefix = num_prefix
+        return normed, pooled
+
+    @staticmethod
+    def backward(ctx, grad_normed, grad_pooled):
+        normed, r, s, matrix, weight, bias, raw = ctx.saved_tensors
+        patches = normed[:, ctx.num_prefix :]
+        scaled = grad_pooled * weight
+        # Inner products over the channels: they give dM, and the mean of b * normed below.
+        products = scaled @ patches.transpose(1, 2)
+        grad_x = grad_matrix = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            weighted = matrix * s.unsqueeze(1)
+            prefix_grad, patch_grad = grad_normed.tensor_split([ctx.num_prefix], dim=1)
+            total = torch.cat([prefix_grad, patch_grad + weighted.transpose(1, 2) @ scaled], dim=1)
+            # mean(a * normed) + s^2 mean(b * normed), where total = a + b: so mean(total * normed) less
+            # (1 - s^2) mean(b * normed), which only patch tokens have.
+            correlation = (total * normed).mean(dim=-1, keepdim=True)
+            pooled_part = (weighted * products).sum(dim=1) * ((1 - s.square()) / normed.shape[-1])
+            correction = torch.nn.functional.pad(pooled_part, (ctx.num_prefix, 0)).unsqueeze(-1)
+            mean = total.mean(dim=-1, keepdim=True)
+            grad_x = r * (total - mean - normed * (correlation - correction))
+        if ctx.needs_input_grad[1]:
+            grad_matrix = (products * s.unsqueeze(1)).sum(dim=0)
+            grad_matrix = grad_matrix + (grad_pooled * bias).sum(dim=(0, 2)).unsqueeze(-1)
+        if ctx.needs_input_grad[2]:
+            grad_weight = (grad_pooled * raw).sum(dim=(0, 1))
+        if ctx.needs_input_grad[3]:
+            grad_bias = (grad_pooled * matrix.sum(dim=1, keepdim=True)).sum(dim=(0, 1))
+        return grad_x, grad_matrix, grad_weight, grad_bias, None, None, None

@@ -1,0 +1,55 @@
+"""Normalise the tokens once, for the block and for the prompts, and pool the patch tokens into prompts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..backends import torch as torch_backend
+from ._checks import check_float, check_same_device, check_shape
+
+__all__ = ["prompt_pool"]
+
+
+def prompt_pool(
+    x: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    num_prefix: int,
+    eps: float = 1e-6,
+    prompt_eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """Two LayerNorms of the same rows with one statistic, the second one pooled over the positions.
+
+    normed = (x - mean) * rstd(eps), over C, without affine: what the block's projections read.
+    pooled = M z, z = weight * (x - mean) * rstd(prompt_eps) + bias over the patch tokens (VAPT, arXiv
+    2501.18936, section 4.1), computed as weight * ((M * s) normed) + bias * rowsum(M), with
+    s = rstd(prompt_eps) / rstd(eps) for each row.
+
+    Args:
+        x: tokens (B, S + N, C), the S = ``num_prefix`` prefix tokens first; any floating dtype.
+        matrix: M of (R, N), float32 (float64 for float64 tokens); see prompt_matrices.
+        weight, bias: (C,), the affine of the prompts' LayerNorm.
+        num_prefix: prefix tokens, which are normalised but not pooled.
+        eps: of the block's LayerNorm.
+        prompt_eps: of the prompts' LayerNorm.
+
+    Returns:
+        normed (B, S + N, C) in ``x``'s dtype and pooled (B, R, C) in ``matrix``'s dtype. Statistics and sums
+        are in ``matrix``'s dtype, also under autocast. Differentiable in x, matrix, weight and bias, once:
+        the backward is written by hand.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape, dtype or device; no patch token.
+    """
+    check_shape("x", x, "(B, T, C)", None, None, None)
+    _, num_tokens, dim = x.shape
+    if not 0 <= num_prefix < num_tokens:
+        raise ValueError(f"num_prefix must leave at least one of {num_tokens} tokens, got {num_prefix}")
+    check_shape("matrix", matrix, "(R, N)", None, num_tokens - num_prefix)
+    check_shape("weight", weight, "(C,)", dim)
+    check_shape("bias", bias, "(C,)", dim)
+    check_float(x=x, matrix=matrix, weight=weight, bias=bias)
+    check_same_device(x=x, matrix=matrix, weight=weight, bias=bias)
+    return torch_backend.prompt_pool(x, matrix, weight, bias, num_prefix, eps, prompt_eps)
