@@ -9,8 +9,8 @@ from .official import from_official, to_official
 from .vit import AdaptiveViT
 
 __all__ = [
-    "AdaptiveViT",
     "AdapterError",
+    "AdaptiveViT",
     "BackendUnavailable",
     "PromptConfig",
     "__version__",

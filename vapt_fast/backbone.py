@@ -1,4 +1,4 @@
-"""What a timm Vision Transformer is: its grid, prefix tokens, blocks and head; what can't be served is refused.
+"""What a timm Vision Transformer is: grid, prefix tokens, blocks, head. What can't be served is refused.
 
 Everything that differs between timm's families is in this file, as stateless functions of the timm model.
 """
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, LayerNorm
-from timm.models import beit, eva, naflexvit, vision_transformer
+from timm.models import beit, eva, vision_transformer
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -111,8 +111,8 @@ def check_image_size(model: nn.Module, given: tuple[int, int], expected: tuple[i
         return
     grid = grid_size(model, expected)
     raise ValueError(
-        f"images must be {expected[0]}x{expected[1]} pixels (the prompts' grid is {grid[0]}x{grid[1]} patches), "
-        f"got {given[0]}x{given[1]}; resize the images, or call model.set_input_size({given})"
+        f"images must be {expected[0]}x{expected[1]} pixels (the prompts are made for {grid[0]}x{grid[1]} "
+        f"patches), got {given[0]}x{given[1]}; resize the images, or call model.set_input_size({given})"
     )
 
 
@@ -147,7 +147,8 @@ def set_image_size(
 def _pair(name: str, value: object, default: tuple[int, int]) -> tuple[int, int]:
     if value is None:
         return default
-    pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
+    pair = (value, value) if isinstance(value, int) else value
+    pair = tuple(pair) if isinstance(pair, (tuple, list)) else ()
     if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
         raise TypeError(f"{name} must be (height, width) in pixels, got {value!r}")
     if min(pair) < 1:
@@ -346,7 +347,8 @@ def standard_block(block: nn.Module) -> StandardBlock | None:
     linears = [linear for linear in linears if linear is not None]
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
-    if any(module._forward_hooks or module._forward_pre_hooks for module in (block, attn, block.norm1, *linears)):
+    bypassed = (block, attn, block.norm1, *linears)
+    if any(module._forward_hooks or module._forward_pre_hooks for module in bypassed):
         return None
     num_heads = attn.num_heads
     return StandardBlock(

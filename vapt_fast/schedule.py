@@ -194,7 +194,7 @@ def _run_block(
     folded: FoldedWeights,
     num_rows: int | None,
 ) -> Tensor:
-    """Tokens (B, T, C) through block ``index`` with the prompts of ``source``: (B, T, C) or its first rows."""
+    """Tokens (B, T, C) through block ``index`` with the prompts of ``source``; all rows or the first ones."""
     parts = backbone.standard_block(model.blocks[index])
     if parts is None:
         count = 0
@@ -226,7 +226,8 @@ def _normalise(
     if norm is not None and isinstance(source, _AdaptiveSource):
         normed, prompts = source.pool(tokens, num_prefix, norm.eps)
     else:
-        prompts = tokens.new_zeros(1, 0, tokens.shape[-1]) if source is None else source.make(tokens, num_prefix)
+        none = tokens.new_zeros(1, 0, tokens.shape[-1])
+        prompts = none if source is None else source.make(tokens, num_prefix)
         normed = parts.block.norm1(tokens) if norm is None else _layer_norm(tokens, norm.eps)
     prompts = parts.block.norm1(prompts.to(tokens.dtype)) if norm is None else _layer_norm(prompts, norm.eps)
     return normed, prompts.to(normed.dtype)

@@ -264,12 +264,14 @@ class AdaptiveViT(nn.Module):
 
     def _strip(self, tokens: Tensor, extra: int) -> Tensor:
         """The tokens without the ``extra`` prompt tokens after the prefix."""
+        if not extra:
+            return tokens
         num_prefix = self.backbone.num_prefix_tokens
-        return torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + extra :]], dim=1) if extra else tokens
+        return torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + extra :]], dim=1)
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
-            raise TypeError(f"images must be a tensor (B, in_chans, height, width), got {type(images).__name__}")
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         channels = self.backbone.in_chans
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(
@@ -408,8 +410,10 @@ class AdaptiveViT(nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's grouping of parameters by depth, for layer-wise learning rates; prompts go with their block."""
-        stem = r"^backbone\.(cls_token|reg_token|dist_token|pos_embed|patch_embed|embeds|norm_pre|rope|rel_pos)"
+        """timm's grouping of parameters by depth, for layer-wise rates; prompts go with their block."""
+        stem = (
+            r"^backbone\.(cls|reg|dist)_token|^backbone\.(pos_embed|patch_embed|embeds|norm_pre|rope|rel_pos)"
+        )
         blocks = [
             (r"^backbone\.blocks\.(\d+)", None),
             (r"^prompts\.blocks\.(\d+)", None),
@@ -454,7 +458,7 @@ class AdaptiveViT(nn.Module):
 
 def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str, Any]) -> nn.Module:
     if isinstance(backbone, AdaptiveViT):
-        raise TypeError("backbone must be a timm model without prompts, got an AdaptiveViT; pass its .backbone")
+        raise TypeError("backbone must be a timm model without prompts, got an AdaptiveViT")
     if isinstance(backbone, str):
         if backbone.startswith("vapt_"):
             raise ValueError(
@@ -493,7 +497,8 @@ def _reset_classifier(
     try:
         model.reset_classifier(num_classes, global_pool)
     except AssertionError as error:
-        raise ValueError(f"global_pool={global_pool!r} does not suit {type(model).__name__}: {error}") from error
+        name = type(model).__name__
+        raise ValueError(f"global_pool={global_pool!r} does not suit {name}: {error}") from error
 
 
 def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:

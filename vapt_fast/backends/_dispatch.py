@@ -7,7 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-__all__ = ["BACKENDS", "ENVIRONMENT_VARIABLE", "BackendUnavailable", "check_backend", "resolve", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "ENVIRONMENT_VARIABLE",
+    "BackendUnavailable",
+    "check_backend",
+    "resolve",
+    "use_backend",
+]
 
 BACKENDS = {
     "auto": "the fastest that can run here, op by op",

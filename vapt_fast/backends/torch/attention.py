@@ -41,7 +41,7 @@ def cls_attention(
     bias: Tensor | None,
 ) -> Tensor:
     """See vapt_fast.functional.cls_attention."""
-    batch, rows, heads, dim = q.shape
+    batch, rows, heads, _ = q.shape
     num_prompts = prompts.shape[1]
     prompts = prompts.expand(batch, -1, -1)
     # u_m = Wk_m^T q_m: the query in the space of the normalised tokens.
