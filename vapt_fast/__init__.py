@@ -1,6 +1,7 @@
 """Visual Adaptive Prompt Tuning (VAPT, arXiv 2501.18936) for frozen timm Vision Transformers."""
 
 from . import functional
+from . import registry as registry  # its import gives timm the names vapt_*
 from ._version import __version__
 from .adapters import AdapterError
 from .backends._dispatch import BackendUnavailable, use_backend
