@@ -82,10 +82,12 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     """(height, width), in pixels, of the images the backbone was made for."""
     if not isinstance(model, NaFlexVit):
         return tuple(model.patch_embed.img_size)
-    height, width = model.embeds.pos_embed_grid_size or (0, 0)
+    # It takes any size, and its position embedding has a grid of its own: what timm was asked for comes first.
     configured = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    if configured:
-        return tuple(configured[-2:])
+    size = get_model_traits(model).get("img_size") or (configured and configured[-2:])
+    if size:
+        return tuple(size)
+    height, width = model.embeds.pos_embed_grid_size or (0, 0)
     patch_height, patch_width = patch_size(model)
     return height * patch_height, width * patch_width
 
