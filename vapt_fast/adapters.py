@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from ._version import __version__
 from .backbone import patch_size
+from .backends._dispatch import BackendUnavailable
 from .config import PromptConfig
 
 __all__ = [
@@ -169,6 +170,7 @@ def build(
         AdapterNotFoundError: a file is missing.
         AdapterError: damaged files, a backbone that timm can't make here, or one that does not fit; lists
             every mismatch.
+        TypeError, ValueError, NotImplementedError: AdaptiveViT refuses ``backbone`` or ``backend``.
     """
     adapter = _read(Path(folder))
     num_classes = _num_classes(adapter)
@@ -281,7 +283,7 @@ def _tensor_table(weights: bytes) -> dict[str, dict[str, Any]]:
             "shape": list(tensor["shape"]),
             "sha256": hashlib.sha256(tensor["data"]).hexdigest(),
         }
-        for name, tensor in safetensors.deserialize(weights)
+        for name, tensor in sorted(safetensors.deserialize(weights), key=lambda entry: entry[0])
     }
 
 
@@ -312,21 +314,20 @@ def _write_files(folder: Path, contents: dict[str, bytes]) -> None:
 
 def _read(folder: Path) -> _Adapter:
     """Read and verify an adapter by itself, without regard to any model."""
-    text, weights = _read_bytes(folder / CONFIG_NAME), _read_bytes(folder / WEIGHTS_NAME)
-    written = _parse(text, f"{folder / CONFIG_NAME} can't be read")
-    unreadable = f"{folder / WEIGHTS_NAME} can't be read"
+    config_path, weights_path = folder / CONFIG_NAME, folder / WEIGHTS_NAME
+    copy, weights = _parse(_read_bytes(config_path), config_path), _read_bytes(weights_path)
     try:
         table = _tensor_table(weights)
     except safetensors.SafetensorError as error:
-        raise AdapterError(unreadable, [f"not a whole safetensors file: {error}"]) from error
-    config = _header_config(weights, unreadable)
-    _check_config(config, unreadable)
-    _check_copy(written, config, folder)
-    _check_tensors(table, config["tensors"], unreadable)
+        raise _unreadable(weights_path, f"not a whole safetensors file: {error}") from error
+    config = _header_config(weights, weights_path)
+    _check_config(config, weights_path)
+    _check_tensors(table, config["tensors"], weights_path)
+    config["metadata"] = _check_copy(copy, config, config_path)
     try:
         prompts = PromptConfig.from_dict(config["prompts"])
     except (TypeError, ValueError) as error:
-        raise AdapterError(unreadable, [f"prompts: {error}"]) from error
+        raise _unreadable(weights_path, f"prompts: {error}") from error
     return _Adapter(folder, config, prompts, safetensors.torch.load(weights))
 
 
@@ -338,83 +339,90 @@ def _read_bytes(path: Path) -> bytes:
         raise AdapterNotFoundError(f"{path} does not exist", [expected]) from error
 
 
-def _parse(text: bytes, summary: str) -> dict[str, Any]:
+def _unreadable(path: Path, *problems: str) -> AdapterError:
+    return AdapterError(f"{path} can't be read", list(problems))
+
+
+def _parse(text: str | bytes, path: Path) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(summary, [f"not valid JSON: {error}"]) from error
+        raise _unreadable(path, f"not valid JSON: {error}") from error
     if not isinstance(value, dict):
-        raise AdapterError(summary, [f"expected a JSON object, got {type(value).__name__}"])
+        raise _unreadable(path, f"expected a JSON object, got {type(value).__name__}")
     return value
 
 
-def _header_config(weights: bytes, summary: str) -> dict[str, Any]:
+def _header_config(weights: bytes, path: Path) -> dict[str, Any]:
     """The config in the header of a file that safetensors has found whole."""
     length = int.from_bytes(weights[:8], "little")
-    metadata = _parse(weights[8 : 8 + length], summary).get("__metadata__")
+    metadata = _parse(weights[8 : 8 + length], path).get("__metadata__")
     if not isinstance(metadata, dict) or HEADER_KEY not in metadata:
-        raise AdapterError(
-            summary, [f"its header has no {HEADER_KEY!r}: save_adapter of vapt_fast did not write this file"]
-        )
-    return _parse(metadata[HEADER_KEY].encode(), summary)
+        raise _unreadable(path, f"its header has no {HEADER_KEY!r}: not a file that save_adapter wrote")
+    return _parse(metadata[HEADER_KEY], path)
 
 
-def _check_config(config: dict[str, Any], summary: str) -> None:
+def _check_config(config: dict[str, Any], path: Path) -> None:
     """Raise unless the config is of this format, unchanged since it was saved, and has all its sections."""
     version = config.get("format_version")
     if version != FORMAT_VERSION:
-        raise AdapterError(
-            summary,
-            [
-                f"format_version is {version!r}, and vapt_fast {__version__} reads {FORMAT_VERSION}; "
-                f"the adapter was saved by vapt_fast {config.get('library_version')}: install that version"
-            ],
+        raise _unreadable(
+            path,
+            f"format_version is {version!r}, and vapt_fast {__version__} reads {FORMAT_VERSION}; the adapter "
+            f"was saved by vapt_fast {config.get('library_version')}: install that version",
         )
     if config.get("config_sha256") != _config_sha256(config):
-        raise AdapterError(summary, ["its config was changed after it was saved: the sha256 differs"])
+        raise _unreadable(path, "its config was changed after it was saved: the sha256 differs")
     sections = ("backbone", "prompts", "data", "tensors", "metadata")
     missing = [f"{name!r} is missing" for name in sections if not isinstance(config.get(name), dict)]
     if missing:
-        raise AdapterError(summary, missing)
+        raise _unreadable(path, *missing)
 
 
-def _check_copy(written: dict[str, Any], config: dict[str, Any], folder: Path) -> None:
+def _check_tensors(found: dict[str, Any], expected: dict[str, Any], path: Path) -> None:
+    """Raise unless the tensors are those of which the config has the sha256."""
+    problems = [f"{name}: missing" for name in expected if name not in found]
+    for name, value in found.items():
+        if value != expected.get(name):
+            problems.append(f"{name}: saved {expected.get(name, 'no such tensor')}, now {value}")
+    if problems:
+        raise _unreadable(path, *problems)
+
+
+def _check_copy(copy: dict[str, Any], config: dict[str, Any], path: Path) -> dict[str, Any]:
     """Compare adapter_config.json with the config in the header, which is the one that counts.
 
-    A text of another save is not an error: that is what an interrupted save leaves. One of the same save
-    with other values is: whoever changed it expects an effect. Free are the metadata and further keys.
+    One of another save is not an error: an interrupted save leaves that. One of the same save with other
+    values is: whoever changed it expects an effect. The metadata may be edited and keys may be added.
+
+    Returns:
+        The metadata, from the file unless that belongs to another save.
     """
-    if written.get("config_sha256") != config["config_sha256"]:
+    if copy.get("config_sha256") != config["config_sha256"]:
         warnings.warn(
-            f"{folder / CONFIG_NAME} was not saved together with {WEIGHTS_NAME} (a save was interrupted, or "
-            f"one of the files was exchanged); the config inside {WEIGHTS_NAME} is used",
+            f"{path} was not saved together with {WEIGHTS_NAME} (a save was interrupted, or one of the files "
+            f"was exchanged); the config inside {WEIGHTS_NAME} is used",
             stacklevel=5,
         )
-        return
+        return config["metadata"]
+    metadata = copy.get("metadata")
     fixed = {key: value for key, value in config.items() if key != "metadata"}
-    changed = list(_differences(fixed, written))
+    changed = list(_differences(fixed, copy))
+    if not isinstance(metadata, dict):
+        changed.append(f"metadata: expected an object, got {metadata!r}")
     if changed:
-        raise AdapterError(f"{folder / CONFIG_NAME} was changed after it was saved", changed)
+        raise AdapterError(f"{path} was changed after it was saved", changed)
+    return metadata
 
 
 def _differences(saved: dict[str, Any], found: dict[str, Any], prefix: str = "") -> Iterator[str]:
     for key, value in saved.items():
-        other = found.get(key, "nothing")
-        if isinstance(value, dict) and isinstance(other, dict):
-            yield from _differences(value, other, f"{prefix}{key}.")
-        elif other != value:
-            yield f"{prefix}{key}: saved {value!r}, now {other!r}"
-
-
-def _check_tensors(found: dict[str, Any], expected: dict[str, Any], summary: str) -> None:
-    """Raise unless the tensors are those of which the config has the sha256."""
-    problems = [f"{name}: missing" for name in expected if name not in found]
-    problems += [f"{name}: not in the adapter's config" for name in found if name not in expected]
-    for name in found.keys() & expected.keys():
-        if found[name] != expected[name]:
-            problems.append(f"{name}: expected {expected[name]}, got {found[name]}")
-    if problems:
-        raise AdapterError(f"{summary}, its tensors are not those that were saved", sorted(problems))
+        if key not in found:
+            yield f"{prefix}{key}: saved {value!r}, now missing"
+        elif isinstance(value, dict) and isinstance(found[key], dict):
+            yield from _differences(value, found[key], f"{prefix}{key}.")
+        elif found[key] != value:
+            yield f"{prefix}{key}: saved {value!r}, now {found[key]!r}"
 
 
 # ---- comparing an adapter with a model
@@ -494,10 +502,7 @@ def _raise_misfit(adapter: _Adapter, problems: list[str]) -> None:
 def _num_classes(adapter: _Adapter) -> int:
     value = adapter.config["backbone"].get("num_classes")
     if type(value) is not int or value < 0:
-        raise AdapterError(
-            f"{adapter.folder / WEIGHTS_NAME} can't be read",
-            [f"backbone num_classes must be an integer from 0 on, got {value!r}"],
-        )
+        raise _unreadable(adapter.folder / WEIGHTS_NAME, f"backbone num_classes is {value!r}")
     return value
 
 
@@ -532,6 +537,8 @@ def _build_by_name(
             pretrained=True,
             **args | {"num_classes": num_classes},
         )
+    except BackendUnavailable:
+        raise
     except Exception as error:  # whatever timm, the hub's client or the network raise
         raise AdapterError(
             summary,
