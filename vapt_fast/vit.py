@@ -254,7 +254,7 @@ class AdaptiveViT(nn.Module):
         options = {
             "num_blocks": num_blocks,
             "taps": taps,
-            "checkpointing": self.grad_checkpointing and self.training and torch.is_grad_enabled(),
+            "checkpointing": self.grad_checkpointing and torch.is_grad_enabled(),
         }
         if _dispatch.resolve(self.backend) == "reference":
             return reference.forward_tokens(self.backbone, self.prompts, images, masks, **options)
@@ -282,7 +282,13 @@ class AdaptiveViT(nn.Module):
                 f"images must be of a floating dtype, got {images.dtype}; normalise them as the backbone's "
                 "pretrained_cfg says"
             )
-        device = next(self.parameters()).device
+        parameter = next(self.backbone.parameters())
+        device = parameter.device
+        if images.dtype != parameter.dtype and not torch.is_autocast_enabled(device.type):
+            raise TypeError(
+                f"images must be of the backbone's dtype {parameter.dtype}, got {images.dtype}; convert them, "
+                "or run under torch.autocast"
+            )
         if images.device != device:
             raise ValueError(f"images must be on the model's device {device}, got {images.device}")
         check_image_size(self.backbone, tuple(images.shape[-2:]), self._image_size)

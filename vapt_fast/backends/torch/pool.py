@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .._autograd import differentiable_once
 
 __all__ = ["prompt_pool"]
 
@@ -54,7 +57,7 @@ class _PromptPool(torch.autograd.Function):
             # (1 - s^2) mean(b * normed), which only patch tokens have.
             correlation = (total * normed).mean(dim=-1, keepdim=True)
             pooled_part = (weighted * products).sum(dim=1) * ((1 - s.square()) / normed.shape[-1])
-            correction = torch.nn.functional.pad(pooled_part, (ctx.num_prefix, 0)).unsqueeze(-1)
+            correction = F.pad(pooled_part, (ctx.num_prefix, 0)).unsqueeze(-1)
             mean = total.mean(dim=-1, keepdim=True)
             grad_x = r * (total - mean - normed * (correlation - correction))
         if ctx.needs_input_grad[1]:
@@ -64,4 +67,5 @@ class _PromptPool(torch.autograd.Function):
             grad_weight = (grad_pooled * raw).sum(dim=(0, 1))
         if ctx.needs_input_grad[3]:
             grad_bias = (grad_pooled * matrix.sum(dim=1, keepdim=True)).sum(dim=(0, 1))
-        return grad_x, grad_matrix, grad_weight, grad_bias, None, None, None
+        grads = differentiable_once("prompt_pool", grad_x, grad_matrix, grad_weight, grad_bias)
+        return *grads, None, None, None
