@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, LayerNorm
-from timm.models import beit, eva, vision_transformer
+from timm.models import beit, eva, get_model_traits, vision_transformer
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -82,7 +82,7 @@ def image_size(model: nn.Module) -> tuple[int, int]:
     """(height, width), in pixels, of the images the backbone was made for."""
     if not isinstance(model, NaFlexVit):
         return tuple(model.patch_embed.img_size)
-    # It takes any size, and its position embedding has a grid of its own: what timm was asked for comes first.
+    # It takes any size, and its positions have a grid of their own: what timm was asked for comes first.
     configured = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
     size = get_model_traits(model).get("img_size") or (configured and configured[-2:])
     if size:
