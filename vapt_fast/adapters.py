@@ -45,9 +45,9 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = 1
 
+# The config's key in the metadata of the safetensors header. The only one: with more, their order would be
+# random, and saving the same adapter twice would give different files.
 HEADER_KEY = "adapter_config"
-"""The config's key in the metadata of the safetensors header. The only one: with more, their order in the
-file would be random, and saving the same adapter twice would give different files."""
 
 # Dropout acts in training only, so a model may take an adapter that was trained with other rates.
 TRAINING_OPTIONS = {"projector_dropout", "prompt_dropout", "channel_dropout"}
@@ -454,7 +454,7 @@ def _backbone_problems(model: nn.Module, adapter: _Adapter, check_backbone: bool
     if not problems and check_backbone and saved.get("fingerprint") != backbone_fingerprint(model):
         problems.append(
             f"backbone weights: not those of {saved.get('name') or 'the backbone'} that the adapter was "
-            f"trained on (their fingerprints differ); load the same pretrained weights, or pass "
+            f"trained on (their fingerprints differ); use a model with those weights, or pass "
             f"check_backbone=False if the difference is meant, such as a float16 or quantised copy"
         )
     return problems
