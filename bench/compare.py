@@ -49,7 +49,7 @@ class Spread:
         return f"{self.median:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def parse_options() -> argparse.Namespace:
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     description = __doc__.partition("\n")[0]
     parser = argparse.ArgumentParser(description=description)
     Setting.add_options(parser.add_argument)
@@ -60,15 +60,16 @@ def parse_options() -> argparse.Namespace:
     )
     add("--modes", nargs="+", default=MODES, choices=MODES, help="what to time (all)")
     add("--rounds", type=int, default=8, help="interleaved rounds, at least 2 (%(default)s)")
+    add("--no-memory", dest="memory", action="store_false", help="don't measure peak memory")
     add("--out", type=Path, required=True, help="folder for the results")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if options.rounds < 2:
         parser.error("a spread needs --rounds of at least 2")
     return options
 
 
-def measure(setting: Setting, variants: list[Variant], mode: str, rounds: int) -> dict[str, dict]:
-    """Seconds of every round and peak memory, by variant."""
+def measure(setting: Setting, variants: list[Variant], mode: str, rounds: int) -> dict[Variant, list[float]]:
+    """Seconds of every round, by variant."""
     runners = {variant: Workload(setting, variant).runner(mode) for variant in variants}
     seconds = {variant: [] for variant in variants}
     for index in track(range(WARM_UP + rounds), f"{mode}: time"):
@@ -76,17 +77,7 @@ def measure(setting: Setting, variants: list[Variant], mode: str, rounds: int) -
             elapsed = _time(run, setting)
             if index >= WARM_UP:
                 seconds[variant].append(elapsed)
-    # The models go before other processes need their memory.
-    del runners, run
-    return {
-        str(variant): asdict(variant)
-        | {
-            "seconds": seconds[variant],
-            "seconds_spread": asdict(Spread.of(seconds[variant])),
-            "peak_memory_mb": peak_memory(setting, variant, mode),
-        }
-        for variant in track(variants, f"{mode}: peak memory")
-    }
+    return seconds
 
 
 def _time(run: Callable[[], None], setting: Setting) -> float:
@@ -96,11 +87,11 @@ def _time(run: Callable[[], None], setting: Setting) -> float:
     return time.perf_counter() - start
 
 
-def ratios(results: dict[str, dict], kind: str, numbers: list[int]) -> dict[str, Spread]:
+def ratios(measured: dict[Variant, list[float]], kind: str, numbers: list[int]) -> dict[str, Spread]:
     """The figures that people ask for, by what they say."""
 
     def seconds(backend: str, num_prompts: int) -> list[float]:
-        return results[str(Variant(backend, kind, num_prompts))]["seconds"]
+        return measured[Variant(backend, kind, num_prompts)]
 
     found = {
         f"speed of torch over reference, P = {p}": Spread.of_ratio(
@@ -146,17 +137,18 @@ def to_markdown(report: dict) -> str:
     on_cpu = facts["device"] == "cpu"
     kind_of_memory = "growth of resident memory from the model on" if on_cpu else "all allocations"
     parts.append(
-        "Training step: forward, loss, backward and SGD step, all dropouts on. Forward: inference mode. Linear "
-        "probe: the timm model without prompts, everything frozen but the head, so without a backward pass "
-        "through the blocks. Loading of data is excluded. Ratios: within a round, then the median over rounds. "
+        "Training step: forward, loss, backward and SGD step, all dropouts on; loading of data excluded. "
+        "Forward: inference mode. Linear probe: the timm model without prompts, everything frozen but the "
+        "head, so without a backward pass through the blocks. Ratios: within a round, then the median over "
+        "rounds. "
         f"Peak memory: a fresh process for each figure, {kind_of_memory}."
     )
     parts.append("\n".join(f"- {name}: {value}" for name, value in facts.items()))
     return "\n\n".join(parts) + "\n"
 
 
-def main() -> None:
-    options = parse_options()
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
     setting = Setting.from_options(options)
     environment = describe(setting.device)
     numbers = [int(number) for number in options.prompts.split(",")]
@@ -169,8 +161,23 @@ def main() -> None:
     results = {}
     for mode in options.modes:
         measured = measure(setting, variants, mode, options.rounds)
-        found = ratios(measured, options.kind, numbers)
-        results[mode] = {"variants": measured, "ratios": {name: asdict(s) for name, s in found.items()}}
+        memory = dict.fromkeys(variants)
+        if options.memory:
+            memory = {v: peak_memory(setting, v, mode) for v in track(variants, f"{mode}: peak memory")}
+        results[mode] = {
+            "variants": {
+                str(variant): asdict(variant)
+                | {
+                    "seconds": seconds,
+                    "seconds_spread": asdict(Spread.of(seconds)),
+                    "peak_memory_mb": memory[variant],
+                }
+                for variant, seconds in measured.items()
+            },
+            "ratios": {
+                name: asdict(spread) for name, spread in ratios(measured, options.kind, numbers).items()
+            },
+        }
     report = {
         "setting": asdict(setting),
         "environment": environment,

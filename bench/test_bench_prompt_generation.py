@@ -29,6 +29,7 @@ class Generation:
     """Parameters, dropout masks and tokens of one adaptive block, in float32 as in every model."""
 
     def __init__(self, setting: Setting, num_prompts: int) -> None:
+        torch.set_num_threads(setting.threads)
         torch.manual_seed(SEED)
         model = timm.create_model(setting.model)
         self.grid, self.num_prefix, dim = grid_size(model), model.num_prefix_tokens, model.embed_dim

@@ -42,9 +42,6 @@ class Setting:
     amp: str | None
     threads: int
 
-    def __post_init__(self) -> None:
-        torch.set_num_threads(self.threads)
-
     @staticmethod
     def add_options(add: Callable[..., Any]) -> None:
         """The command-line options; ``add`` is ``add_argument`` of argparse or pytest's ``addoption``."""
@@ -115,6 +112,7 @@ class Workload:
     """A model with its data. Workloads of equal setting, kind and P start with equal weights and data."""
 
     def __init__(self, setting: Setting, variant: Variant) -> None:
+        torch.set_num_threads(setting.threads)
         torch.manual_seed(SEED)
         self.setting = setting
         self.model = _make_model(setting, variant)
