@@ -34,7 +34,7 @@ def cls_attention(
         bias: broadcastable to (1, h, R, T), added to the tokens' scores; the prompts' is zero.
 
     Returns:
-        (B, R, h, d) in ``q``'s dtype. Differentiable in all tensors.
+        (B, R, h, d) in ``q``'s dtype, computed in float32 at least. Differentiable in all tensors.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.

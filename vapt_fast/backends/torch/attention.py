@@ -43,12 +43,16 @@ def cls_attention(
     """See vapt_fast.functional.cls_attention."""
     batch, rows, heads, _ = q.shape
     num_prompts = prompts.shape[1]
-    prompts = prompts.expand(batch, -1, -1)
-    # u_m = Wk_m^T q_m: the query in the space of the normalised tokens.
-    u = torch.einsum("brhd,hdc->bhrc", q * scale, key_weight.to(q.dtype)).flatten(1, 2)
-    prompt_scores, scores = u @ prompts.transpose(1, 2), u @ x.transpose(1, 2)
-    if bias is not None:
-        scores = scores + bias.expand(1, heads, rows, -1).flatten(1, 2)
-    p = torch.cat([prompt_scores, scores], dim=-1).softmax(dim=-1).to(x.dtype)
-    y = p[..., :num_prompts] @ prompts + p[..., num_prompts:] @ x
-    return torch.einsum("bhrc,hdc->brhd", y.unflatten(1, (heads, rows)), value_weight.to(y.dtype))
+    # The scores pass through one more product than usual, and there are few of them: at least float32.
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        x, prompts = x.to(dtype), prompts.to(dtype).expand(batch, -1, -1)
+        # u_m = Wk_m^T q_m: the query in the space of the normalised tokens.
+        u = torch.einsum("brhd,hdc->bhrc", q.to(dtype) * scale, key_weight.to(dtype)).flatten(1, 2)
+        prompt_scores, scores = u @ prompts.transpose(1, 2), u @ x.transpose(1, 2)
+        if bias is not None:
+            scores = scores + bias.expand(1, heads, rows, -1).flatten(1, 2)
+        p = torch.cat([prompt_scores, scores], dim=-1).softmax(dim=-1)
+        y = p[..., :num_prompts] @ prompts + p[..., num_prompts:] @ x
+        out = torch.einsum("bhrc,hdc->brhd", y.unflatten(1, (heads, rows)), value_weight.to(dtype))
+    return out.to(q.dtype)
