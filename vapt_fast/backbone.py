@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn.functional as F
 from timm.layers import Attention, AttentionRope, LayerNorm
 from timm.models import beit, eva, get_model_traits, vision_transformer
 from timm.models.beit import Beit
@@ -248,20 +247,18 @@ def call_block(model: nn.Module, index: int, tokens: Tensor, positions: Position
 
 
 def _call_beit_block(block: beit.Block, tokens: Tensor, positions: Positions, num_prefix: int) -> Tensor:
-    """timm's Beit block, written out because its own forward can't give prompts a bias of zero."""
+    """timm's Beit block, with a bias of zero for prompts, which its own forward has no argument for."""
     attn = block.attn
-    x = block.norm1(tokens)
-    qkv = F.linear(x, attn.qkv.weight, _beit_qkv_bias(attn))
-    q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-    scores = (q * attn.scale) @ k.transpose(-2, -1)
-    for bias in (attn._get_rel_pos_bias() if attn.window_size else None, positions.bias):
-        if bias is not None:
-            scores = scores + positions.pad_bias(bias, num_prefix)
-    x = (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
-    x = attn.proj(x)
-    tokens = tokens + (x if block.gamma_1 is None else block.gamma_1 * x)
-    x = block.mlp(block.norm2(tokens))
-    return tokens + (x if block.gamma_2 is None else block.gamma_2 * x)
+    shared = positions.pad_bias(positions.bias, num_prefix)
+    if not attn.window_size or positions.num_extra == 0:
+        return block(tokens, shared_rel_pos_bias=shared)
+    # Asked for from within the block's own forward, so that hooks and sharded weights keep working.
+    own_bias = attn._get_rel_pos_bias
+    attn._get_rel_pos_bias = lambda: positions.pad_bias(own_bias(), num_prefix)
+    try:
+        return block(tokens, shared_rel_pos_bias=shared)
+    finally:
+        del attn._get_rel_pos_bias
 
 
 # ---- standard blocks, part by part
@@ -326,7 +323,8 @@ def standard_block(block: nn.Module) -> StandardBlock | None:
     """``block`` part by part, or None if it must be called as it is.
 
     Types are compared exactly: a subclass, a LoRA layer or a parametrised one in the place of a Linear, or a
-    hook on a module that would be bypassed, may do anything, and calling the block as it is respects that.
+    hook or another forward on a module that would be bypassed, may do anything, and calling the block as it
+    is respects that.
     """
     if type(block) not in (vision_transformer.Block, eva.EvaBlock, beit.Block):
         return None
@@ -349,8 +347,7 @@ def standard_block(block: nn.Module) -> StandardBlock | None:
     linears = [linear for linear in linears if linear is not None]
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
-    bypassed = (block, attn, block.norm1, *linears)
-    if any(module._forward_hooks or module._forward_pre_hooks for module in bypassed):
+    if any(map(_is_altered, (block, block.norm1, block.drop_path1, block.drop_path2, *attn.modules()))):
         return None
     num_heads = attn.num_heads
     return StandardBlock(
@@ -363,6 +360,17 @@ def standard_block(block: nn.Module) -> StandardBlock | None:
         rotate_half=getattr(attn, "rotate_half", False),
         bias=attn._get_rel_pos_bias() if getattr(attn, "window_size", None) else None,
     )
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether calling ``module`` does more than the forward of its class."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return any(hooks) or "forward" in vars(module)
 
 
 def _beit_qkv_bias(attn: nn.Module) -> Tensor | None:
