@@ -90,12 +90,13 @@ def assert_refused(model: AdaptiveViT, folder: Path, *parts: str, **options: Any
     return raised.value
 
 
-def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
-    """Forge an adapter: change its config in both files, checksum included."""
+def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None], *, checksum: bool = True) -> None:
+    """Forge an adapter: change its config in both files, and make the checksum right."""
     weights = (folder / WEIGHTS).read_bytes()
     config = json.loads((folder / CONFIG).read_text())
     edit(config)
-    config["config_sha256"] = adapters._config_sha256(config)
+    if checksum:
+        config["config_sha256"] = adapters._config_sha256(config)
     tensors = safetensors.torch.load(weights)
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"adapter_config": json.dumps(config)}))
     (folder / CONFIG).write_text(json.dumps(config))
@@ -547,6 +548,11 @@ def test_edited_config(folder: Path, section: str, key: str, value: Any, message
 def test_forged_config(folder: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
     edit_config(folder, edit)
     assert_refused(make_model(seed=1), folder, message)
+
+
+def test_config_edited_in_both_files(folder: Path) -> None:
+    edit_config(folder, lambda c: c["prompts"].update(projector_activation="gelu"), checksum=False)
+    assert_refused(make_model(seed=1), folder, "its config was changed after it was saved")
 
 
 def test_tensors_of_integers(tmp_path: Path) -> None:
