@@ -500,10 +500,12 @@ def _reset_classifier(
         raise ValueError(f"num_classes must be at least 0, got {num_classes}")
     if global_pool is not None and config is not None:
         _check_pooling(config, global_pool, global_pool == "map")
+    before = model.num_classes
     try:
         model.reset_classifier(num_classes, global_pool)
     except AssertionError as error:
         name = type(model).__name__
+        model.num_classes = before  # which timm has changed by then
         raise ValueError(f"global_pool={global_pool!r} does not suit {name}: {error}") from error
 
 

@@ -1,0 +1,414 @@
+"""Bad calls: the exact exception, a message with what was given and what is expected, no change."""
+
+import json
+import re
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+import vapt_fast
+from vapt_fast import AdapterError, AdaptiveViT, BackendUnavailable, PromptConfig, functional
+
+Z = torch.zeros
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    return AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=4)
+
+
+@pytest.fixture
+def adapter(model, tmp_path):
+    model.save_adapter(tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def snapshot(model):
+    """Everything a bad call could have changed: tensors, which of them learn, modes, the random state."""
+    modes = [module.training for module in model.modules()]
+    learn = [p.requires_grad for p in model.parameters()]
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    return state, (modes, learn, model.backbone_args, model.grid), torch.get_rng_state()
+
+
+def assert_unchanged(before, after):
+    assert before[0].keys() == after[0].keys()
+    assert all(torch.equal(before[0][name], after[0][name]) for name in before[0])
+    assert before[1] == after[1]
+    assert torch.equal(before[2], after[2])
+
+
+# ---- options
+
+CONFIG = [
+    ({"kind": "vapt"}, ValueError, "kind must be one of ('adaptive', 'deep', 'shallow'), got 'vapt'"),
+    ({"kind": None}, TypeError, "kind must be a str, one of ('adaptive', 'deep', 'shallow'), got None"),
+    ({"num_prompts": -1}, ValueError, "num_prompts must be at least 0, got -1"),
+    ({"num_prompts": 2.0}, TypeError, "num_prompts must be an int, got 2.0"),
+    ({"num_prompts": True}, TypeError, "num_prompts must be an int, got True"),
+    ({"static_depth": -2}, ValueError, "static_depth must be at least 0, got -2"),
+    ({"static_depth": "1"}, TypeError, "static_depth must be an int, got '1'"),
+    ({"conv_kernel": 0}, ValueError, "conv_kernel must be at least 1, got 0"),
+    ({"conv_kernel": (2, 2)}, TypeError, "conv_kernel must be an int, got (2, 2)"),
+    ({"conv_padding": -1}, ValueError, "conv_padding must be at least 0, got -1"),
+    ({"conv_padding": 2}, ValueError, "conv_padding must be smaller than conv_kernel (2), got 2"),
+    (
+        {"conv_kernel": None, "conv_padding": 1},
+        ValueError,
+        "conv_padding must be smaller than conv_kernel (None), got 1",
+    ),
+    ({"conv_shared": 1}, TypeError, "conv_shared must be a bool, got 1"),
+    ({"projector_dim": 0}, ValueError, "projector_dim must be at least 1, got 0"),
+    ({"projector_dim": 8.0}, TypeError, "projector_dim must be an int, got 8.0"),
+    ({"projector_shared": None}, TypeError, "projector_shared must be a bool, got None"),
+    ({"projector_activation": "tanh"}, ValueError, "projector_activation must be one of ('relu', 'gelu', "),
+    ({"projector_activation": nn.ReLU}, TypeError, "projector_activation must be a str, one of "),
+    ({"projector_dropout": 1.0}, ValueError, "projector_dropout must be in [0, 1), got 1.0"),
+    ({"projector_dropout": "0.1"}, TypeError, "projector_dropout must be a float, got '0.1'"),
+    ({"prompt_dropout": -0.1}, ValueError, "prompt_dropout must be in [0, 1), got -0.1"),
+    ({"channel_dropout": float("nan")}, ValueError, "channel_dropout must be in [0, 1), got nan"),
+    ({"projector_scale_learnable": "no"}, TypeError, "projector_scale_learnable must be a bool, got 'no'"),
+    ({"pool_prompts": 0}, TypeError, "pool_prompts must be a bool, got 0"),
+]
+
+
+@pytest.mark.parametrize(("options", "error", "message"), CONFIG, ids=lambda v: str(v)[:40])
+def test_options(options, error, message):
+    with pytest.raises(error) as caught:
+        PromptConfig(**options)
+    assert caught.type is error
+    assert message in str(caught.value)
+
+
+def test_unknown_option():
+    with pytest.raises(TypeError, match=r"unknown prompt options \['prompts'\], expected some of \['kind', "):
+        PromptConfig.from_dict({"prompts": 5})
+
+
+# ---- making a model
+
+MODELS = [
+    (
+        lambda: AdaptiveViT(nn.Linear(2, 2)),
+        NotImplementedError,
+        "backbone Linear (family 'linear') is not supported",
+    ),
+    (
+        lambda: AdaptiveViT("resnet10t"),
+        NotImplementedError,
+        "backbone ResNet (family 'resnet') is not supported: its tokens do not form one sequence",
+    ),
+    (
+        lambda: AdaptiveViT("vit_bas_patch16_224"),
+        ValueError,
+        "backbone 'vit_bas_patch16_224' is no timm model; similar names: ",
+    ),
+    (
+        lambda: AdaptiveViT("vapt_vit_base_patch16_224"),
+        ValueError,
+        "got 'vapt_vit_base_patch16_224'; use 'vit_base_patch16_224' here, or timm.create_model",
+    ),
+    (lambda: AdaptiveViT(None), TypeError, "backbone must be a timm model or the name of one, got NoneType"),
+    (
+        lambda: AdaptiveViT(AdaptiveViT("test_vit")),
+        TypeError,
+        "backbone must be a timm model without prompts, got an AdaptiveViT",
+    ),
+    (
+        lambda: AdaptiveViT("test_vit", prompts={"num_prompts": 3}),
+        TypeError,
+        "prompts must be a PromptConfig, got dict",
+    ),
+    (lambda: AdaptiveViT("test_vit", prompts=10), TypeError, "prompts must be a PromptConfig, got int"),
+    (lambda: AdaptiveViT("test_vit", features_only=True), ValueError, "features_only=True has no prompts"),
+    (
+        lambda: AdaptiveViT(timm.create_model("test_vit"), img_size=64),
+        TypeError,
+        "options ['img_size'] need the name of a backbone",
+    ),
+    (
+        lambda: AdaptiveViT(timm.create_model("test_vit"), pretrained=True),
+        ValueError,
+        "pretrained=True needs the name of a backbone",
+    ),
+    (
+        lambda: AdaptiveViT(timm.create_model("test_vit"), num_classes=-1),
+        ValueError,
+        "num_classes must be at least 0, got -1",
+    ),
+    (
+        lambda: AdaptiveViT("vit_base_patch16_gap_224", patch_drop_rate=0.5, depth=1),
+        NotImplementedError,
+        "backbone has patch_drop_rate > 0",
+    ),
+    (
+        lambda: AdaptiveViT("test_vit", prompts=PromptConfig(pool_prompts=True)),
+        ValueError,
+        "pool_prompts=True needs a backbone with global_pool in ('avg', 'avgmax', 'max'), got 'token'",
+    ),
+    (
+        lambda: AdaptiveViT("test_vit", img_size=32, prompts=PromptConfig(conv_kernel=3)),
+        ValueError,
+        "conv_kernel=3 with conv_padding=0 does not fit the 2x2 patch grid",
+    ),
+    (
+        lambda: AdaptiveViT("test_vit", backend="tritn"),
+        ValueError,
+        "backend must be one of ('auto', 'reference', 'torch', 'triton', 'cuda'), got 'tritn'",
+    ),
+    (
+        lambda: AdaptiveViT("test_vit", backend=1),
+        TypeError,
+        "backend must be a str, one of ('auto', 'reference', 'torch', 'triton', 'cuda'), got 1",
+    ),
+    (lambda: AdaptiveViT("test_vit", backend="cuda"), BackendUnavailable, "backend 'cuda' can't run: "),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"), MODELS, ids=lambda v: v[:30] if isinstance(v, str) else ""
+)
+def test_making_a_model(call, error, message):
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        call()
+    assert caught.type is error
+
+
+# ---- using it
+
+CALLS = [
+    (lambda m: m([1, 2]), TypeError, "images must be a tensor, got list"),
+    (
+        lambda m: m(Z(3, 160, 160)),
+        ValueError,
+        "images must be (B, in_chans=3, height, width), got (3, 160, 160)",
+    ),
+    (
+        lambda m: m(Z(1, 1, 160, 160)),
+        ValueError,
+        "images must be (B, in_chans=3, height, width), got (1, 1, ",
+    ),
+    (
+        lambda m: m(Z(1, 3, 160, 160, dtype=torch.uint8)),
+        TypeError,
+        "floating dtype, got torch.uint8; normalise",
+    ),
+    (lambda m: m(Z(1, 3, 160, 160).double()), TypeError, "dtype torch.float32, got torch.float64"),
+    (lambda m: m(Z(1, 3, 160, 160, device="meta")), ValueError, "on the model's device cpu, got meta"),
+    (
+        lambda m: m(Z(1, 3, 224, 224)),
+        ValueError,
+        "images must be 160x160 pixels (the prompts are made for 10x10 patches), got 224x224; resize the "
+        "images, or call model.set_input_size((224, 224))",
+    ),
+    (lambda m: m(Z(1, 3, 160, 176)), ValueError, "got 160x176"),
+    (lambda m: m.forward_intermediates(Z(1, 3, 160, 160), output_fmt="NHWC"), ValueError, "got 'NHWC'"),
+    (
+        lambda m: m.set_input_size((100, 160)),
+        ValueError,
+        "multiple of the patch size (16, 16), got (100, 160)",
+    ),
+    (lambda m: m.set_input_size((16, 160)), ValueError, "does not fit the 1x10 patch grid"),
+    (lambda m: m.set_input_size("160"), TypeError, "img_size must be (height, width) in pixels, got '160'"),
+    (lambda m: m.set_input_size((160, 0)), ValueError, "img_size must be positive, got (160, 0)"),
+    (lambda m: m.set_input_size(patch_size=(16,)), TypeError, "patch_size must be (height, width) in pixels"),
+    (lambda m: m.reset_classifier("10"), TypeError, "num_classes must be an int, got '10'"),
+    (lambda m: m.reset_classifier(-3), ValueError, "num_classes must be at least 0, got -3"),
+    (
+        lambda m: m.reset_classifier(3, "mean"),
+        ValueError,
+        "global_pool='mean' does not suit VisionTransformer",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"), CALLS, ids=lambda v: v[:40] if isinstance(v, str) else ""
+)
+def test_using_a_model(model, call, error, message):
+    before = snapshot(model)
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        call(model)
+    assert caught.type is error
+    assert_unchanged(before, snapshot(model))
+
+
+# ---- the ops
+
+
+def pool(x=(2, 6, 4), matrix=(3, 5), weight=(4,), bias=(4,), num_prefix=1, dtype=torch.float32):
+    return functional.prompt_pool(Z(x, dtype=dtype), Z(matrix), Z(weight), Z(bias), num_prefix=num_prefix)
+
+
+def project(t=(2, 3, 4), down=(5, 4), up=(4, 5), **options):
+    return functional.prompt_projector(Z(t), Z(down), Z(up), **options)
+
+
+def attend(q=(2, 5, 4, 3), k=(2, 5, 4, 3), v=(2, 5, 4, 3), pk=(2, 1, 4, 3), pv=(2, 1, 4, 3), **options):
+    return functional.prompt_attention(Z(q), Z(k), Z(v), Z(pk), Z(pv), scale=1.0, **options)
+
+
+def attend_cls(q=(2, 1, 4, 3), x=(2, 5, 6), prompts=(2, 1, 6), wk=(4, 3, 6), wv=(4, 3, 6), **options):
+    return functional.cls_attention(Z(q), Z(x), Z(prompts), Z(wk), Z(wv), scale=1.0, **options)
+
+
+def matrices(weight=(2, 3, 6), kernel=(2, 2, 2), grid=(3, 4), **options):
+    return functional.prompt_matrices(Z(weight), None if kernel is None else Z(kernel), grid, **options)
+
+
+OPS = [
+    (lambda: pool(x=(2, 6)), ValueError, "x must be (B, T, C) = ('any', 'any', 'any'), got (2, 6)"),
+    (lambda: pool(num_prefix=6), ValueError, "num_prefix must leave at least one of 6 tokens, got 6"),
+    (lambda: pool(num_prefix=-1), ValueError, "num_prefix must leave at least one of 6 tokens, got -1"),
+    (lambda: pool(matrix=(3, 6)), ValueError, "matrix must be (R, N) = ('any', 5), got (3, 6)"),
+    (lambda: pool(weight=(5,)), ValueError, "weight must be (C,) = (4,), got (5,)"),
+    (lambda: pool(bias=(1, 4)), ValueError, "bias must be (C,) = (4,), got (1, 4)"),
+    (lambda: pool(dtype=torch.int64), TypeError, "x must be of a floating dtype, got torch.int64"),
+    (
+        lambda: functional.prompt_pool([1.0], Z(1, 1), Z(1), Z(1), num_prefix=0),
+        TypeError,
+        "x must be a tensor (B, T, C), got list",
+    ),
+    (
+        lambda: functional.prompt_pool(Z(1, 2, 3), Z(1, 1), Z(3, device="meta"), Z(3), num_prefix=1),
+        ValueError,
+        "all tensors must be on one device, got {'x': device(type='cpu')",
+    ),
+    (lambda: project(down=(5, 3)), ValueError, "down must be (r, C) = ('any', 4), got (5, 3)"),
+    (lambda: project(up=(5, 4)), ValueError, "up must be (C, r) = (4, 5), got (5, 4)"),
+    (lambda: project(mask=Z(2, 3, 4)), ValueError, "mask must be (B, P, r) = (2, 3, 5), got (2, 3, 4)"),
+    (lambda: project(scale=Z(2)), ValueError, "scale must be (1,) = (1,), got (2,)"),
+    (
+        lambda: project(activation="tanh"),
+        ValueError,
+        "activation must be one of ('relu', 'gelu', 'sigmoid', ",
+    ),
+    (lambda: attend(q=(2, 5, 12)), ValueError, "q must be (B, Tq, h, d)"),
+    (
+        lambda: attend(k=(1, 5, 4, 3)),
+        ValueError,
+        "k must be (B, T, g, d) = (2, 'any', 'any', 3), got (1, 5, 4, 3)",
+    ),
+    (lambda: attend(v=(2, 6, 4, 3)), ValueError, "v must be (B, T, g, d) = (2, 5, 4, 3), got (2, 6, 4, 3)"),
+    (
+        lambda: attend(k=(2, 5, 3, 3), v=(2, 5, 3, 3)),
+        ValueError,
+        "k must have heads that divide q's 4, got 3",
+    ),
+    (
+        lambda: attend(pv=(2, 2, 4, 3)),
+        ValueError,
+        "prompt_v must be (B or 1, P, g, d) = (2, 1, 4, 3), got (2, 2,",
+    ),
+    (
+        lambda: attend(pk=(3, 1, 4, 3), pv=(3, 1, 4, 3)),
+        ValueError,
+        "prompt_k must have a batch of 1 or 2, got 3",
+    ),
+    (lambda: attend(bias=Z(1, 4, 5, 6)), ValueError, "bias must be (..., 5, 5), got (1, 4, 5, 6)"),
+    (lambda: attend_cls(x=(2, 5)), ValueError, "x must be (B, T, C) = (2, 'any', 'any'), got (2, 5)"),
+    (lambda: attend_cls(prompts=(3, 1, 6)), ValueError, "prompts must have a batch of 1 or 2, got 3"),
+    (lambda: attend_cls(wk=(3, 4, 6)), ValueError, "key_weight must be (h, d, C) = (4, 3, 6), got (3, 4, 6)"),
+    (lambda: attend_cls(bias=Z(1, 4, 2, 5)), ValueError, "bias must be (..., 1, 5), got (1, 4, 2, 5)"),
+    (
+        lambda: matrices(kernel=None),
+        ValueError,
+        "weight must be (A, P, H*W) = ('any', 'any', 12), got (2, 3, 6)",
+    ),
+    (lambda: matrices(weight=(2, 3, 12)), ValueError, "weight must be (A, P, H'W') = (2, 'any', 6), got"),
+    (lambda: matrices(kernel=(1, 2, 2)), ValueError, "kernel must be (A, K, K) = (2, 2, 2), got (1, 2, 2)"),
+    (
+        lambda: matrices(depthwise=True),
+        ValueError,
+        "kernel must be (A, C, K, K) = (2, 'any', 2, 2), got (2, 2, 2)",
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"), OPS, ids=lambda v: v[:40] if isinstance(v, str) else ""
+)
+def test_ops(call, error, message):
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        call()
+    assert caught.type is error
+
+
+# ---- files and folders
+
+
+def edit(folder, **changes):
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def break_weights(folder):
+    path = folder / "adapter_model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+FILES = [
+    (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json"),
+    (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model.safetensors"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{"), "adapter_config.json"),
+    (lambda folder: (folder / "adapter_config.json").write_text("[]"), "adapter_config.json"),
+    (
+        lambda folder: (folder / "adapter_model.safetensors").write_bytes(b"\x00" * 5),
+        "adapter_model.safetensors",
+    ),
+    (break_weights, "sha256"),
+]
+
+
+@pytest.mark.parametrize(("damage", "message"), FILES, ids=lambda v: v if isinstance(v, str) else "")
+def test_damaged_adapters(model, adapter, damage, message):
+    damage(adapter)
+    before = snapshot(model)
+    for call in (model.load_adapter, AdaptiveViT.from_adapter):
+        with pytest.raises(AdapterError, match=message) as caught:
+            call(adapter)
+        assert str(adapter) in str(caught.value)
+    assert_unchanged(before, snapshot(model))
+
+
+def test_missing_folder_and_a_file_in_its_place(model, tmp_path):
+    for path in (tmp_path / "nothing", tmp_path / "file"):
+        if path.name == "file":
+            path.write_text("")
+        with pytest.raises(AdapterError, match=re.escape(str(path))):
+            model.load_adapter(path)
+    with pytest.raises((AdapterError, OSError), match=re.escape(str(tmp_path / "file"))):
+        model.save_adapter(tmp_path / "file")
+
+
+def test_adapters_of_other_models(model, adapter):
+    others = [
+        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=4), num_classes=4),
+        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3, kind="deep"), num_classes=4),
+        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=5),
+        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=4, img_size=128),
+        AdaptiveViT("test_vit2", prompts=PromptConfig(num_prompts=3), num_classes=4),
+        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=4),  # other frozen weights
+    ]
+    for other in others:
+        before = snapshot(other)
+        with pytest.raises(AdapterError) as caught:
+            other.load_adapter(adapter)
+        assert re.search("the model has|expected", str(caught.value))
+        assert_unchanged(before, snapshot(other))
+
+
+def test_official_state_dicts():
+    with pytest.raises(ValueError, match="position_embeddings: expected shape"):
+        vapt_fast.from_official({}, num_heads=4, prompts=PromptConfig())
+    with pytest.raises(TypeError, match=r"must hold tensors only, got something else under \['head'\]"):
+        vapt_fast.from_official({"head": None}, num_heads=4, prompts=PromptConfig())
+
+
+def test_there_are_at_least_60():
+    assert len(CONFIG) + len(MODELS) + len(CALLS) + len(OPS) + 2 * len(FILES) >= 60
