@@ -386,21 +386,25 @@ def test_missing_folder_and_a_file_in_its_place(model, tmp_path):
         model.save_adapter(tmp_path / "file")
 
 
-def test_adapters_of_other_models(model, adapter):
-    others = [
-        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=4), num_classes=4),
-        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3, kind="deep"), num_classes=4),
-        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=5),
-        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=4, img_size=128),
-        AdaptiveViT("test_vit2", prompts=PromptConfig(num_prompts=3), num_classes=4),
-        AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=4),  # other frozen weights
-    ]
-    for other in others:
-        before = snapshot(other)
-        with pytest.raises(AdapterError) as caught:
-            other.load_adapter(adapter)
-        assert re.search("the model has|expected", str(caught.value))
-        assert_unchanged(before, snapshot(other))
+OTHERS = [
+    ({"prompts": PromptConfig(num_prompts=4)}, "num_prompts"),
+    ({"prompts": PromptConfig(num_prompts=3, kind="deep")}, "kind"),
+    ({"num_classes": 5}, "num_classes: the adapter has 4, the model 5; call model.reset_classifier(4) first"),
+    ({"img_size": 128}, "grid"),
+    ({"backbone": "test_vit2"}, "test_vit2"),
+    ({}, "check_backbone=False"),  # the same architecture with other frozen weights
+]
+
+
+@pytest.mark.parametrize(("options", "message"), OTHERS, ids=lambda v: v if isinstance(v, str) else "")
+def test_adapters_of_other_models(adapter, options, message):
+    defaults = {"backbone": "test_vit", "prompts": PromptConfig(num_prompts=3), "num_classes": 4}
+    other = AdaptiveViT(**{**defaults, **options})
+    before = snapshot(other)
+    with pytest.raises(AdapterError, match=re.escape(message)) as caught:
+        other.load_adapter(adapter)
+    assert f"the adapter in {adapter} does not fit the model" in str(caught.value)
+    assert_unchanged(before, snapshot(other))
 
 
 def test_official_state_dicts():
@@ -411,4 +415,4 @@ def test_official_state_dicts():
 
 
 def test_there_are_at_least_60():
-    assert len(CONFIG) + len(MODELS) + len(CALLS) + len(OPS) + 2 * len(FILES) >= 60
+    assert len(CONFIG) + len(MODELS) + len(CALLS) + len(OPS) + 2 * len(FILES) + len(OTHERS) >= 60
