@@ -194,7 +194,8 @@ class AdaptiveViT(nn.Module):
         Args:
             x: images (B, in_chans, height, width).
             indices: the last n blocks if an int, all if None, else these blocks.
-            return_prefix_tokens: pairs of (patch tokens, prefix tokens) instead of patch tokens.
+            return_prefix_tokens: pairs of (patch tokens, prefix tokens) instead of patch tokens, where the
+                backbone has prefix tokens.
             norm: apply the backbone's final norm to each.
             stop_early: don't run the blocks after the last chosen one.
             output_fmt: "NCHW" for (B, C, H, W), "NLC" for (B, N, C).
@@ -215,7 +216,7 @@ class AdaptiveViT(nn.Module):
             prefix, patches = tapped.tensor_split([num_prefix], dim=1)
             if output_fmt == "NCHW":
                 patches = patches.transpose(1, 2).unflatten(2, self.grid).contiguous()
-            outputs.append((patches, prefix) if return_prefix_tokens else patches)
+            outputs.append((patches, prefix) if return_prefix_tokens and num_prefix else patches)
         if intermediates_only:
             return outputs
         return self.backbone.norm(self._strip(tokens, extra)), outputs
@@ -387,6 +388,10 @@ class AdaptiveViT(nn.Module):
     @property
     def embed_dim(self) -> int:
         return self.backbone.embed_dim
+
+    @property
+    def in_chans(self) -> int:
+        return self.backbone.in_chans
 
     @property
     def num_prefix_tokens(self) -> int:
