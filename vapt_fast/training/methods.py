@@ -1,0 +1,98 @@
+"""The methods that can be compared, all trained by the same code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from .. import digits as digits  # its import gives timm the digits backbone
+from ..config import PromptConfig
+from ..vit import AdaptiveViT
+from .errors import UserError
+
+__all__ = ["METHODS", "Method", "build_model", "param_groups", "trained_state"]
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to adapt a pre-trained model.
+
+    Attributes:
+        title: for tables.
+        prompts: what differs from the user's PromptConfig; None for a model without prompts and with every
+            weight trained.
+        base_lrs: the learning rates tried if the user gives none, at a batch size of 256.
+    """
+
+    title: str
+    prompts: dict[str, Any] | None
+    base_lrs: tuple[float, ...]
+
+
+# The papers search ten learning rates from 0.05 to 50 for prompts. These are a coarse walk over that range.
+_PROMPT_LRS = (25.0, 5.0, 1.0, 0.25)
+
+METHODS = {
+    "vapt": Method("VAPT", {"kind": "adaptive"}, _PROMPT_LRS),
+    "vpt-deep": Method("VPT-deep", {"kind": "deep"}, _PROMPT_LRS),
+    "vpt-shallow": Method("VPT-shallow", {"kind": "shallow"}, _PROMPT_LRS),
+    "linear": Method("linear probe", {"num_prompts": 0}, _PROMPT_LRS),
+    "full": Method("full fine-tuning", None, (0.5, 0.1, 0.02, 0.005)),
+}
+
+
+def build_model(
+    method: str,
+    backbone: str,
+    num_classes: int,
+    *,
+    prompts: PromptConfig | None = None,
+    pretrained: bool = True,
+    backend: str | None = None,
+    **timm_options: Any,
+) -> nn.Module:
+    """The model that a method trains: an AdaptiveViT, or for "full" a plain timm model.
+
+    Args:
+        method: a key of METHODS.
+        backbone: timm's name of the backbone.
+        num_classes: of the new head.
+        prompts: options of the prompts; the method decides on their kind. None for the defaults.
+        pretrained: start from pre-trained weights.
+        backend: as for AdaptiveViT.
+        **timm_options: for ``timm.create_model``.
+
+    Raises:
+        UserError: an unknown method.
+        ValueError, NotImplementedError: as AdaptiveViT raises for a backbone that it can't serve.
+    """
+    if method not in METHODS:
+        raise UserError(f"method must be one of {tuple(METHODS)}, got {method!r}")
+    changes = METHODS[method].prompts
+    timm_options = {"num_classes": num_classes, "pretrained": pretrained, **timm_options}
+    if changes is None:
+        return timm.create_model(backbone, **timm_options)
+    config = replace(prompts or PromptConfig(), **changes)
+    return AdaptiveViT(backbone, prompts=config, backend=backend, **timm_options)
+
+
+def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """What is trained, in groups for an optimizer: everything decays but the head's bias."""
+    if isinstance(model, AdaptiveViT):
+        return model.param_groups(weight_decay)
+    head = {id(parameter) for parameter in model.get_classifier().parameters() if parameter.ndim == 1}
+    parameters = list(model.parameters())
+    return [
+        {"params": [p for p in parameters if id(p) not in head], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if id(p) in head], "weight_decay": 0.0},
+    ]
+
+
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors that training changes, by their names in the state dict; they share the model's memory."""
+    if isinstance(model, AdaptiveViT):
+        return {name: parameter.detach() for name, parameter in model.named_adapter_parameters()}
+    return model.state_dict()

@@ -1,0 +1,72 @@
+"""Recipe: the numbers of one training, and the learning rate they give at each step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from .errors import UserError
+
+__all__ = ["AMP_DTYPES", "Recipe"]
+
+AMP_DTYPES = ("bfloat16", "float16")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train: SGD with momentum (not Nesterov), a linear warm-up, then a cosine down to zero.
+
+    Attributes:
+        base_lr: the learning rate at a batch size of 256. The one used is ``base_lr * batch_size / 256``.
+        weight_decay: for all that is trained but the head's bias.
+        epochs: passes over the training images.
+        warmup_epochs: of these, how many the learning rate takes to rise; at most half of ``epochs`` are used.
+        batch_size: images a step.
+        momentum: of SGD.
+        label_smoothing: share of the target that is spread over all classes.
+        clip_grad: largest norm of the gradient of all parameters together; None for no limit.
+        amp: compute in "bfloat16" or "float16" where that is safe (autocast); None for float32 throughout.
+        seed: of the initialisation, the order of the images, augmentation and dropout.
+
+    Raises:
+        UserError: a number out of range.
+    """
+
+    base_lr: float
+    weight_decay: float = 1e-4
+    epochs: int = 100
+    warmup_epochs: int = 10
+    batch_size: int = 64
+    momentum: float = 0.9
+    label_smoothing: float = 0.0
+    clip_grad: float | None = None
+    amp: str | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, positive in (("base_lr", self.base_lr), ("clip_grad", self.clip_grad)):
+            if positive is not None and not 0 < positive < math.inf:
+                raise UserError(f"{name} must be a positive number, got {positive}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UserError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.warmup_epochs < 0:
+            raise UserError(f"warmup_epochs must be at least 0, got {self.warmup_epochs}")
+        for name in ("momentum", "label_smoothing"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.amp not in (None, *AMP_DTYPES):
+            raise UserError(f"amp must be one of {AMP_DTYPES} or None, got {self.amp!r}")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
+
+    def learning_rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of optimizer step ``step``, counted from 0."""
+        peak = self.base_lr * self.batch_size / 256
+        steps = self.epochs * steps_per_epoch
+        warmup = min(self.warmup_epochs * steps_per_epoch, steps // 2)
+        if step < warmup:
+            return peak * (step + 1) / warmup  # never 0, which would waste the first step
+        return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))

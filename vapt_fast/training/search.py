@@ -1,0 +1,166 @@
+"""Training with every candidate recipe, and keeping the one that does best on the validation images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .checkpoint import load_checkpoint, save_checkpoint
+from .errors import UserError
+from .methods import trained_state
+from .metrics import MetricsLog
+from .recipe import Recipe
+from .splits import Splits
+from .trainer import Epoch, Score, Trainer, evaluate, load_trained_state, seed_everything
+
+__all__ = ["CHECKPOINT_NAME", "METRICS_NAME", "Found", "Progress", "search"]
+
+CHECKPOINT_NAME = "checkpoint.pt"
+METRICS_NAME = "metrics.jsonl"
+
+Progress = Callable[[int, Epoch, Score], None]
+"""Called after every epoch with the candidate's index, the epoch, and its score on the validation images."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search found.
+
+    Attributes:
+        model: trained by the best recipe, in eval mode.
+        recipe: the best one.
+        validation: its score on the validation images after the last epoch; by this it was chosen.
+        test: its score on the test images, which were not looked at before; None without test images.
+        candidates: for every recipe tried, base_lr, weight_decay, and accuracy and loss in validation.
+    """
+
+    model: nn.Module
+    recipe: Recipe
+    validation: Score
+    test: Score | None
+    candidates: list[dict[str, Any]]
+
+
+def search(
+    make_model: Callable[[], nn.Module],
+    splits: Splits,
+    recipes: Sequence[Recipe],
+    *,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    folder: Path | None = None,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Found:
+    """Train a new model by each recipe, take the best in validation, and test that one.
+
+    Every candidate is judged after its last epoch, so that validation chooses the recipe and nothing else.
+    The higher accuracy wins, then the lower loss, then the earlier recipe.
+
+    Args:
+        make_model: makes an untrained model; called with all random generators seeded by the recipe's seed.
+        splits: the images.
+        recipes: the candidates, at least one.
+        device: where to compute.
+        workers: processes that read images.
+        folder: where the checkpoint and the metrics go, every epoch; None to keep nothing.
+        resume: go on from the checkpoint in ``folder``, to the same bits as without the stop.
+        progress: told about every epoch.
+
+    Raises:
+        UserError: nothing to resume, a checkpoint of another search, or no recipe that didn't diverge.
+        OSError: the disk is full, or the like; the checkpoint in ``folder`` is still good.
+    """
+    state: dict[str, Any] = {
+        "recipes": [asdict(recipe) for recipe in recipes],
+        "candidates": [],
+        "best": None,
+        "current": None,
+        "metrics_size": 0,
+    }
+    if resume:
+        state = _load_state(folder / CHECKPOINT_NAME, state["recipes"])
+    log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
+    options: dict[str, Any] = {"device": device, "workers": workers}
+
+    for index in range(len(state["candidates"]), len(recipes)):
+        recipe = recipes[index]
+        trainer = Trainer(_seeded(make_model, recipe), recipe, splits.train, **options)
+        if state["current"] is not None:
+            trainer.load_state_dict(state["current"])
+        scoring = {"batch_size": recipe.batch_size, "amp": recipe.amp, **options}
+        while not trainer.finished:
+            epoch = trainer.run_epoch()
+            score = evaluate(trainer.model, splits.validation, **scoring)
+            log.write(_metrics(index, recipe, epoch, score))
+            if trainer.finished:
+                _finish_candidate(state, trainer, score)
+            else:
+                state["current"] = trainer.state_dict()
+            state["metrics_size"] = log.size
+            if folder is not None:
+                save_checkpoint(folder / CHECKPOINT_NAME, state)
+            if progress is not None:
+                progress(index, epoch, score)
+
+    best = state["best"]
+    if best is None:
+        raise UserError(
+            f"training diverged with every learning rate of {[recipe.base_lr for recipe in recipes]}: "
+            "give lower ones"
+        )
+    recipe = recipes[best["index"]]
+    model = _seeded(make_model, recipe).to(device)
+    load_trained_state(model, best["model"])
+    scoring = {"batch_size": recipe.batch_size, "amp": recipe.amp, **options}
+    test = None if splits.test is None else evaluate(model, splits.test, **scoring)
+    chosen = state["candidates"][best["index"]]
+    validation = Score(chosen["validation_accuracy"], chosen["validation_loss"])
+    return Found(model.eval(), recipe, validation, test, state["candidates"])
+
+
+def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
+    seed_everything(recipe.seed)
+    return make_model()
+
+
+def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score) -> None:
+    """Enter a trained candidate in the list, and keep its tensors if it is the best so far."""
+    candidate = {
+        "base_lr": trainer.recipe.base_lr,
+        "weight_decay": trainer.recipe.weight_decay,
+        "diverged": trainer.diverged,
+        "validation_accuracy": score.accuracy,
+        "validation_loss": score.loss,
+    }
+    state["candidates"].append(candidate)
+    state["current"] = None
+    if trainer.diverged:
+        return
+    merit = [score.accuracy, -score.loss]
+    if state["best"] is None or merit > state["best"]["merit"]:
+        tensors = {name: tensor.cpu().clone() for name, tensor in trained_state(trainer.model).items()}
+        state["best"] = {"index": len(state["candidates"]) - 1, "merit": merit, "model": tensors}
+
+
+def _load_state(path: Path, recipes: list[dict[str, Any]]) -> dict[str, Any]:
+    state = load_checkpoint(path)
+    if state["recipes"] != recipes:
+        raise UserError(f"{path} was written with other options: resume with the same ones")
+    return state
+
+
+def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score) -> dict[str, Any]:
+    return {
+        "candidate": index,
+        "base_lr": recipe.base_lr,
+        "weight_decay": recipe.weight_decay,
+        **asdict(epoch),
+        "validation_loss": score.loss,
+        "validation_accuracy": score.accuracy,
+    }

@@ -1,0 +1,171 @@
+"""Labelled images in three disjoint splits: train, validation (to choose with) and test (to report)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
+
+from ..digits import digit_images
+from .errors import UserError
+from .transforms import eval_transform, open_image, train_transform
+
+__all__ = ["NEW_DIGITS", "Splits", "digit_splits", "folder_splits", "stratified_order"]
+
+NEW_DIGITS = range(5, 10)  # the digits backbone was pre-trained on the others
+_DIGITS_TEST = 400
+_DIGITS_VALIDATION = 196
+_DIGITS_TEST_SEED = 2501  # the test images are the same for every seed of a run
+
+_SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Three data sets of (image (3, H, W), class index), with no image in two of them.
+
+    Attributes:
+        class_names: name of each class, by its index.
+        train: to learn from.
+        validation: to choose the learning rate with.
+        test: to report; None where the user has none.
+    """
+
+    class_names: tuple[str, ...]
+    train: Dataset
+    validation: Dataset
+    test: Dataset | None
+
+
+def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
+    """A random order of all indices in which every beginning has the classes in their proportions."""
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(labels), generator=generator).tolist()
+    members: dict[int, list[int]] = {}
+    for index in shuffled:
+        members.setdefault(labels[index], []).append(index)
+    place = {
+        index: (rank + 0.5) / len(indices)
+        for indices in members.values()
+        for rank, index in enumerate(indices)
+    }
+    return sorted(shuffled, key=place.__getitem__)
+
+
+def digit_splits(config: dict[str, Any], seed: int, num_train: int | None = None) -> Splits:
+    """The real digit images 5 to 9: 400 for test, 196 for validation, the rest, at most 300, to train on.
+
+    The test images are always the same; ``seed`` deals out the others. A smaller training set is the
+    beginning of a larger one.
+
+    Args:
+        config: of ``data_config``.
+        seed: of the split.
+        num_train: training images; None for all 300.
+
+    Raises:
+        UserError: more training images than there are, or fewer than classes.
+        ModuleNotFoundError: scikit-learn is missing.
+    """
+    images, digits = digit_images(NEW_DIGITS)
+    transform = eval_transform(config)
+    pixels = torch.stack([transform(image) for image in images])
+    labels = torch.tensor(digits) - NEW_DIGITS.start
+
+    order = torch.tensor(stratified_order(labels.tolist(), _DIGITS_TEST_SEED))
+    test, rest = order[:_DIGITS_TEST], order[_DIGITS_TEST:]
+    rest = rest[stratified_order(labels[rest].tolist(), seed)]
+    validation, train = rest[:_DIGITS_VALIDATION], rest[_DIGITS_VALIDATION:]
+    train = train[: _check_num_train(num_train, len(train), len(NEW_DIGITS))]
+    return Splits(
+        class_names=tuple(str(digit) for digit in NEW_DIGITS),
+        train=TensorDataset(pixels[train], labels[train]),
+        validation=TensorDataset(pixels[validation], labels[validation]),
+        test=TensorDataset(pixels[test], labels[test]),
+    )
+
+
+def folder_splits(
+    root: str | Path,
+    config: dict[str, Any],
+    seed: int,
+    *,
+    num_train: int | None = None,
+    validation_share: float = 0.2,
+    test_share: float = 0.2,
+    augmentation: str = "none",
+) -> Splits:
+    """Images in folders named after their classes.
+
+    Either ``root`` has the folders ``train``, optionally ``val`` and ``test``, each with one folder a class;
+    without ``val``, a share of ``train`` is split off. Or ``root`` has one folder a class and is split in
+    three. Splits are stratified and depend on ``seed`` only.
+
+    Args:
+        root: the folder.
+        config: of ``data_config``.
+        seed: of the split.
+        num_train: training images to use, stratified; None for all.
+        validation_share, test_share: of the images that are split.
+        augmentation: of the training images, one of AUGMENTATIONS.
+
+    Raises:
+        UserError: a folder that is missing, empty or has other classes than the training folder.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise UserError(f"data must be 'digits' or a folder with one folder of images a class, got {root}")
+    learning, fixed = train_transform(config, augmentation), eval_transform(config)
+    if not (root / "train").is_dir():
+        order = stratified_order(_open_folder(root, fixed).targets, seed)
+        num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
+        test: Dataset | None = Subset(_open_folder(root, fixed), order[:num_test])
+        validation: Dataset = Subset(_open_folder(root, fixed), order[num_test : num_test + num_validation])
+        train, order = _open_folder(root, learning), order[num_test + num_validation :]
+    else:
+        folders = {split: _find_folder(root, names) for split, names in _SPLIT_FOLDERS.items()}
+        train = _open_folder(folders["train"], learning)
+        order = stratified_order(train.targets, seed)
+        test = None if folders["test"] is None else _open_folder(folders["test"], fixed, train.classes)
+        if folders["validation"] is not None:
+            validation = _open_folder(folders["validation"], fixed, train.classes)
+        else:
+            num_validation = round(validation_share * len(order))
+            validation = Subset(_open_folder(folders["train"], fixed), order[:num_validation])
+            order = order[num_validation:]
+    if not len(validation):
+        raise UserError(f"{root} has too few images to choose a learning rate with: none for validation")
+    count = _check_num_train(num_train, len(order), len(train.classes))
+    return Splits(tuple(train.classes), Subset(train, order[:count]), validation, test)
+
+
+def _open_folder(root: Path, transform: Any, classes: Sequence[str] | None = None) -> ImageFolder:
+    try:
+        dataset = ImageFolder(str(root), transform, loader=open_image)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{root} must have one folder of images a class: {str(error).splitlines()[0]}"
+        ) from error
+    if classes is not None and dataset.classes != list(classes):
+        raise UserError(f"{root} has the classes {dataset.classes}, but the training images {list(classes)}")
+    return dataset
+
+
+def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
+def _check_num_train(num_train: int | None, available: int, num_classes: int) -> int:
+    if num_train is None:
+        num_train = available
+    if not num_classes <= num_train <= available:
+        raise UserError(
+            f"training images must be between {num_classes}, one a class, and {available}, all that are left "
+            f"after validation and test; got {num_train}"
+        )
+    return num_train

@@ -1,0 +1,200 @@
+"""Trainer: one model, one recipe, epoch by epoch, in a way that can be stopped and taken up again."""
+
+from __future__ import annotations
+
+import math
+import random
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from .loader import make_loader
+from .methods import param_groups, trained_state
+from .recipe import Recipe
+
+__all__ = ["Epoch", "Score", "Trainer", "evaluate", "seed_everything"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a model does on a data set.
+
+    Attributes:
+        accuracy: share of the images whose class is named right, 0 to 1.
+        loss: mean cross-entropy, nats.
+    """
+
+    accuracy: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch of training did.
+
+    Attributes:
+        epoch: counted from 1.
+        lr: learning rate of the last step.
+        train_loss: mean over the images, nats; as trained, with dropout and label smoothing.
+        train_accuracy: of the same outputs, 0 to 1.
+        seconds: wall-clock time.
+    """
+
+    epoch: int
+    lr: float
+    train_loss: float
+    train_accuracy: float
+    seconds: float
+
+
+class Trainer:
+    """Trains a model by a recipe.
+
+    Everything random in an epoch (order, augmentation, dropout) starts from (seed, number of the epoch), so
+    that no state of random generators needs to outlive an epoch: after ``load_state_dict`` training goes on
+    to the same bits as without the stop, on the same machine with the same number of threads.
+
+    Args:
+        model: as ``build_model`` makes it; moved to ``device``.
+        recipe: the numbers.
+        train_data: of (image, label).
+        device: where to compute.
+        workers: processes that read images.
+
+    Attributes:
+        epoch: epochs done.
+        diverged: the loss is no longer a finite number; there is no point in going on.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        train_data: Dataset,
+        *,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+    ) -> None:
+        self.model = model.to(device)
+        self.recipe = recipe
+        self.epoch = 0
+        self.diverged = False
+        self._data = train_data
+        self._device = torch.device(device)
+        self._workers = workers
+        self._optimizer = torch.optim.SGD(
+            param_groups(model, recipe.weight_decay), lr=recipe.base_lr, momentum=recipe.momentum
+        )
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=recipe.amp == "float16")
+
+    @property
+    def finished(self) -> bool:
+        """No epoch is left, or none that is worth it."""
+        return self.diverged or self.epoch >= self.recipe.epochs
+
+    def run_epoch(self) -> Epoch:
+        """One pass over the training images."""
+        started = time.perf_counter()
+        epoch_seed = seed_everything(self.recipe.seed, self.epoch)
+        loader = make_loader(
+            self._data, self.recipe.batch_size, shuffle_seed=epoch_seed, workers=self._workers
+        )
+        self.model.train()
+        totals = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss, images right
+        for index, (images, labels) in enumerate(loader):
+            lr = self.recipe.learning_rate(self.epoch * len(loader) + index, len(loader))
+            totals += self._step(images.to(self._device), labels.to(self._device), lr)
+        loss, right = (totals / len(self._data)).tolist()
+        self.epoch += 1
+        self.diverged = not math.isfinite(loss)
+        return Epoch(self.epoch, lr, loss, right, time.perf_counter() - started)
+
+    def _step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        with _autocast(self._device, self.recipe.amp):
+            logits = self.model(images)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        self._optimizer.zero_grad()
+        self._scaler.scale(loss).backward()
+        if self.recipe.clip_grad is not None:
+            self._scaler.unscale_(self._optimizer)
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad)
+        self._scaler.step(self._optimizer)
+        self._scaler.update()
+        right = (logits.detach().argmax(1) == labels).sum()
+        return torch.stack([loss.detach().double() * len(labels), right.double()])
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that is needed to go on from here: plain numbers and tensors (copies)."""
+        return {
+            "recipe": asdict(self.recipe),
+            "epoch": self.epoch,
+            "diverged": self.diverged,
+            "model": {name: tensor.cpu().clone() for name, tensor in trained_state(self.model).items()},
+            "optimizer": self._optimizer.state_dict(),
+            "scaler": self._scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from where ``state_dict`` was called.
+
+        Raises:
+            ValueError: the state belongs to another recipe.
+        """
+        if state["recipe"] != asdict(self.recipe):
+            raise ValueError(f"the state is of the recipe {state['recipe']}, expected {asdict(self.recipe)}")
+        load_trained_state(self.model, state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._scaler.load_state_dict(state["scaler"])
+        self.epoch, self.diverged = state["epoch"], state["diverged"]
+
+
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Put the tensors of ``trained_state`` back into a model made in the same way."""
+    model.load_state_dict({**model.state_dict(), **state})
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    amp: str | None = None,
+    workers: int = 0,
+) -> Score:
+    """Accuracy and loss of a model, which is left in eval mode, on a data set."""
+    device = torch.device(device)
+    model.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=device)
+    for images, labels in make_loader(dataset, batch_size, workers=workers):
+        labels = labels.to(device)
+        with _autocast(device, amp):
+            logits = model(images.to(device))
+        logits = logits.float()
+        totals[0] += (logits.argmax(1) == labels).sum()
+        totals[1] += F.cross_entropy(logits, labels, reduction="sum")
+    return Score(*(totals / len(dataset)).tolist())
+
+
+def seed_everything(seed: int, epoch: int = 0) -> int:
+    """Start Python's, NumPy's and PyTorch's generators from (seed, epoch); returns the seed they got."""
+    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.manual_seed(mixed)
+    return mixed
+
+
+def _autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    return torch.autocast(device.type, getattr(torch, amp or "bfloat16"), enabled=amp is not None)
