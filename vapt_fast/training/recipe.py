@@ -20,7 +20,7 @@ class Recipe:
         base_lr: the learning rate at a batch size of 256. The one used is ``base_lr * batch_size / 256``.
         weight_decay: for all that is trained but the head's bias.
         epochs: passes over the training images.
-        warmup_epochs: of these, how many the learning rate takes to rise; at most half of ``epochs`` are used.
+        warmup_epochs: of these, how many the learning rate takes to rise; at most half of them all.
         batch_size: images a step.
         momentum: of SGD.
         label_smoothing: share of the target that is spread over all classes.

@@ -23,8 +23,8 @@ __all__ = ["CHECKPOINT_NAME", "METRICS_NAME", "Found", "Progress", "search"]
 CHECKPOINT_NAME = "checkpoint.pt"
 METRICS_NAME = "metrics.jsonl"
 
-Progress = Callable[[int, Epoch, Score], None]
-"""Called after every epoch with the candidate's index, the epoch, and its score on the validation images."""
+Progress = Callable[[int, Epoch, Score | None], None]
+"""Called after every epoch with the candidate's index, the epoch, and the validation score, if any."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def search(
     *,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    validate_every: int = 1,
     folder: Path | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -68,6 +69,7 @@ def search(
         recipes: the candidates, at least one.
         device: where to compute.
         workers: processes that read images.
+        validate_every: epochs between scores in validation, of which only the last one, always there, decides.
         folder: where the checkpoint and the metrics go, every epoch; None to keep nothing.
         resume: go on from the checkpoint in ``folder``, to the same bits as without the stop.
         progress: told about every epoch.
@@ -96,7 +98,9 @@ def search(
         scoring = {"batch_size": recipe.batch_size, "amp": recipe.amp, **options}
         while not trainer.finished:
             epoch = trainer.run_epoch()
-            score = evaluate(trainer.model, splits.validation, **scoring)
+            score = None
+            if trainer.finished or trainer.epoch % validate_every == 0:
+                score = evaluate(trainer.model, splits.validation, **scoring)
             log.write(_metrics(index, recipe, epoch, score))
             if trainer.finished:
                 _finish_candidate(state, trainer, score)
@@ -155,12 +159,12 @@ def _load_state(path: Path, recipes: list[dict[str, Any]]) -> dict[str, Any]:
     return state
 
 
-def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score) -> dict[str, Any]:
+def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score | None) -> dict[str, Any]:
     return {
         "candidate": index,
         "base_lr": recipe.base_lr,
         "weight_decay": recipe.weight_decay,
         **asdict(epoch),
-        "validation_loss": score.loss,
-        "validation_accuracy": score.accuracy,
+        "validation_loss": score and score.loss,
+        "validation_accuracy": score and score.accuracy,
     }

@@ -7,6 +7,7 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform, resolve_data_config
+from torchvision import transforms
 
 from .errors import UserError
 
@@ -32,20 +33,22 @@ def eval_transform(config: dict[str, Any]) -> Any:
 
 
 def train_transform(config: dict[str, Any], augmentation: str) -> Any:
-    """As ``eval_transform`` for "none"; "crop-flip" takes a random place of the crop and a random flip.
+    """As ``eval_transform`` for "none"; "crop-flip" crops at a random place and flips at random.
 
     Raises:
         UserError: an unknown augmentation.
     """
+    if augmentation not in AUGMENTATIONS:
+        raise UserError(f"augmentation must be one of {AUGMENTATIONS}, got {augmentation!r}")
+    fixed = eval_transform(config)
     if augmentation == "none":
-        return eval_transform(config)
-    if augmentation == "crop-flip":
-        config = {name: value for name, value in config.items() if name != "crop_mode"}
-        # timm's "rkrc": keep the aspect ratio, resize to input_size / crop_pct, crop at a random place.
-        return create_transform(
-            **config, is_training=True, train_crop_mode="rkrc", scale=(1, 1), ratio=(1, 1), color_jitter=0
-        )
-    raise UserError(f"augmentation must be one of {AUGMENTATIONS}, got {augmentation!r}")
+        return fixed
+    size = config["input_size"][-2:]
+    steps = []
+    for step in fixed.transforms:
+        crop = isinstance(step, transforms.CenterCrop)
+        steps += [transforms.RandomCrop(size), transforms.RandomHorizontalFlip()] if crop else [step]
+    return transforms.Compose(steps)
 
 
 def open_image(path: str | Path) -> Image.Image:
