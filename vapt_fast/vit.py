@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers import global_pool_nlc
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -176,8 +177,11 @@ class AdaptiveViT(nn.Module):
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens (B, T, C) to pooled features (B, C), as the backbone pools."""
-        pool = getattr(self.backbone, "pool", None) or self.backbone._pool
-        return pool(x, pool_type)
+        for name in ("pool", "_pool"):
+            if hasattr(self.backbone, name):
+                return getattr(self.backbone, name)(x, pool_type)
+        kind = self.global_pool if pool_type is None else pool_type
+        return global_pool_nlc(x, kind, num_prefix_tokens=self.num_prefix_tokens)
 
     def forward_intermediates(
         self,
@@ -287,8 +291,8 @@ class AdaptiveViT(nn.Module):
         device = parameter.device
         if images.dtype != parameter.dtype and not torch.is_autocast_enabled(device.type):
             raise TypeError(
-                f"images must be of the backbone's dtype {parameter.dtype}, got {images.dtype}; convert them, "
-                "or run under torch.autocast"
+                f"images must be of the backbone's dtype {parameter.dtype}, got {images.dtype}; convert "
+                "them, or run under torch.autocast"
             )
         if images.device != device:
             raise ValueError(f"images must be on the model's device {device}, got {images.device}")
@@ -421,16 +425,16 @@ class AdaptiveViT(nn.Module):
         return {f"backbone.{name}" for name in self.backbone.no_weight_decay()}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """timm's grouping of parameters by depth, for layer-wise rates; prompts go with their block."""
-        stem = (
-            r"^backbone\.(cls|reg|dist)_token|^backbone\.(pos_embed|patch_embed|embeds|norm_pre|rope|rel_pos)"
-        )
-        blocks = [
-            (r"^backbone\.blocks\.(\d+)", None),
-            (r"^prompts\.blocks\.(\d+)", None),
-            (r"^prompts\.projector|^backbone\.(norm|fc_norm|attn_pool)", (99999,)),
-        ]
-        return {"stem": stem, "blocks": blocks}
+        """timm's groups of parameters by depth, for layer-wise rates; prompts go with their block."""
+
+        def within_backbone(patterns: Any) -> Any:
+            if isinstance(patterns, str):
+                return rf"^backbone\.(?:{patterns.replace('^', '')})"
+            return [(within_backbone(pattern), group) for pattern, group in patterns]
+
+        groups = {name: within_backbone(it) for name, it in self.backbone.group_matcher(coarse).items()}
+        groups["blocks"] += [(r"^prompts\.blocks\.(\d+)", None), (r"^prompts\.projector", (99999,))]
+        return groups
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass, or keep them."""

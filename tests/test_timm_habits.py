@@ -1,0 +1,903 @@
+"""What timm's scripts and users do with a model, done with ours."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import io
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.models import (
+    get_deprecated_models,
+    get_model_input_config,
+    get_pretrained_cfg,
+    group_parameters,
+    resolve_model_input_args,
+)
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.task import ClassificationTask
+from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3, dispatch_clip_grad, unwrap_model
+from tiny import assert_same, run, tiny_backbone, tiny_images, tiny_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+
+import vapt_fast
+from vapt_fast import AdaptiveViT, PromptConfig
+from vapt_fast.registry import TIMM_MODULES
+
+VIT = "vit_tiny_patch16_224"
+ARCHITECTURES = [
+    VIT,
+    "vit_small_patch14_reg4_dinov2",
+    "vit_base_patch16_siglip_224",
+    "deit_tiny_distilled_patch16_224",
+    "eva02_tiny_patch14_224",
+    "beit_base_patch16_224",
+    "naflexvit_base_patch16_map",
+]
+TINY = {"embed_dim": 32, "depth": 3, "num_heads": 2, "img_size": (32, 48)}
+NO_DROPOUT = {"projector_dropout": 0.0, "channel_dropout": 0.0}
+KINDS = {
+    "adaptive": PromptConfig(num_prompts=3, projector_dim=4, **NO_DROPOUT),
+    "deep": PromptConfig(kind="deep", num_prompts=3),
+    "shallow": PromptConfig(kind="shallow", num_prompts=3),
+}
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def architecture(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def vit() -> AdaptiveViT:
+    return tiny_model(VIT)
+
+
+def form(value: Any) -> Any:
+    """What is left of a result without its numbers."""
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.dtype
+    if isinstance(value, (list, tuple)):
+        return type(value), [form(item) for item in value]
+    return type(value)
+
+
+def flat(value: Any) -> dict[str, Tensor]:
+    """Every tensor in a nest of lists and tuples, by its place."""
+    if isinstance(value, Tensor):
+        return {"": value}
+    return {f"{i}.{key}": tensor for i, item in enumerate(value) for key, tensor in flat(item).items()}
+
+
+def in_new_process(script: str, *arguments: object, **environment: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# ---- names
+
+
+def test_every_architecture_is_registered() -> None:
+    names = timm.list_models(module=TIMM_MODULES)
+    assert set(timm.list_models("vapt_*")) == {f"vapt_{name}" for name in names}
+    assert not any(timm.is_model(f"vapt_{name}") for name in get_deprecated_models())
+    tagged = [name for architecture in names for name in timm.list_pretrained(architecture)]
+    assert set(timm.list_pretrained("vapt_*")) == {f"vapt_{name}" for name in tagged}
+    assert not any(name.startswith("vapt_") for name in vapt_fast.__all__)
+
+
+def test_registration_leaves_timm_alone() -> None:
+    script = """
+import timm
+before = set(timm.list_models()), set(timm.list_pretrained()), timm.models.get_deprecated_models()
+import vapt_fast
+after = set(timm.list_models()), set(timm.list_pretrained()), timm.models.get_deprecated_models()
+assert before[0] < after[0] and before[1] < after[1] and before[2] == after[2]
+"""
+    in_new_process(script)
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_224.augreg_in21k", "test_vit"])
+def test_pretrained_cfg_is_the_backbones(name: str) -> None:
+    ours, theirs = get_pretrained_cfg(f"vapt_{name}").to_dict(), get_pretrained_cfg(name).to_dict()
+    assert ours.pop("architecture") == f"vapt_{theirs.pop('architecture')}"
+    assert ours == theirs
+
+
+def test_create_model_passes_options_on() -> None:
+    model = timm.create_model(
+        "vapt_vit_tiny_patch16_224.augreg_in21k",
+        **TINY,
+        num_classes=7,
+        in_chans=1,
+        global_pool="avg",
+        drop_rate=0.25,
+        drop_path_rate=0.1,
+        kind="deep",
+        num_prompts=4,
+        prompt_dropout=0.5,
+        backend="torch",
+    )
+    assert isinstance(model, AdaptiveViT)
+    assert model.config == PromptConfig(kind="deep", num_prompts=4, prompt_dropout=0.5)
+    assert model.backend == "torch"
+    assert model.backbone_name == "vit_tiny_patch16_224.augreg_in21k"
+    assert (model.num_classes, model.in_chans, model.global_pool) == (7, 1, "avg")
+    assert model.backbone.head_drop.p == 0.25
+    assert model.grid == (2, 3)
+    assert model(torch.zeros(2, 1, 32, 48)).shape == (2, 7)
+
+
+OTHER_OPTIONS = {
+    "kind": "shallow",
+    "num_prompts": 4,
+    "static_depth": 2,
+    "conv_kernel": 1,
+    "conv_padding": 1,
+    "conv_shared": False,
+    "projector_dim": 5,
+    "projector_shared": False,
+    "projector_activation": "gelu",
+    "projector_dropout": 0.2,
+    "projector_scale_learnable": True,
+    "prompt_dropout": 0.2,
+    "channel_dropout": 0.2,
+    "pool_prompts": True,
+}
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(PromptConfig), ids=lambda field: field.name)
+def test_create_model_takes_every_prompt_option(field: dataclasses.Field) -> None:
+    option = {field.name: OTHER_OPTIONS[field.name]}
+    model = timm.create_model(f"vapt_{VIT}", **TINY, global_pool="avg", **option)
+    assert model.config == PromptConfig(**option) != PromptConfig()
+
+
+def test_create_model_zero_says_none() -> None:
+    """timm drops keywords that are None."""
+    model = timm.create_model(f"vapt_{VIT}", **TINY, conv_kernel=0, projector_dim=0)
+    assert model.config == PromptConfig(conv_kernel=None, projector_dim=None)
+
+
+def test_create_model_takes_a_config() -> None:
+    config = PromptConfig(kind="deep", num_prompts=4)
+    assert timm.create_model(f"vapt_{VIT}", **TINY, prompts=config).config == config
+    model = timm.create_model(f"vapt_{VIT}", **TINY, prompts=config, num_prompts=2)
+    assert model.config == PromptConfig(kind="deep", num_prompts=2)
+
+
+def test_create_model_refuses() -> None:
+    with pytest.raises(RuntimeError, match="no_such_tag"):
+        timm.create_model(f"vapt_{VIT}.no_such_tag")
+    with pytest.raises(TypeError, match="num_prompt"):
+        timm.create_model(f"vapt_{VIT}", **TINY, num_prompt=3)
+    with pytest.raises(ValueError, match="num_prompts must be at least 0"):
+        timm.create_model(f"vapt_{VIT}", **TINY, num_prompts=-1)
+    with pytest.raises(ValueError, match="features_only"):
+        timm.create_model(f"vapt_{VIT}", **TINY, features_only=True)
+
+
+def test_pretrained_weights(tmp_path: Path) -> None:
+    """A file of the backbone's weights takes the place of the download."""
+    backbone = tiny_backbone(VIT, num_classes=1000).float()
+    torch.save(backbone.state_dict(), tmp_path / "weights.pth")
+    overlay = {"file": str(tmp_path / "weights.pth"), "mean": (0.1, 0.2, 0.3)}
+    model = timm.create_model(
+        f"vapt_{VIT}", pretrained=True, pretrained_cfg_overlay=overlay, **TINY, num_classes=3
+    )
+    for name, tensor in backbone.state_dict().items():
+        if not name.startswith("head."):
+            assert torch.equal(model.backbone.state_dict()[name], tensor), name
+    assert model.pretrained_cfg["mean"] == (0.1, 0.2, 0.3)
+
+
+def test_checkpoint_path(tmp_path: Path) -> None:
+    model = timm.create_model(f"vapt_{VIT}", **TINY, num_classes=3, num_prompts=2)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    path = str(tmp_path / "weights.pth")
+    again = timm.create_model(f"vapt_{VIT}", **TINY, num_classes=3, num_prompts=2, checkpoint_path=path)
+    assert_same(again.state_dict(), model.state_dict(), 0)
+
+
+def test_train_scripts_way_of_naming() -> None:
+    """train.py resolves a name into a configuration first and creates the model from that."""
+    arguments = resolve_model_input_args(f"vapt_{VIT}", num_classes=3, num_prompts=2)
+    model = timm.create_model(**arguments, **TINY)
+    assert model.backbone_name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert model.config.num_prompts == 2
+
+
+def test_import_is_light() -> None:
+    script = """
+import sys
+import time
+import timm
+sys.modules["triton"] = None
+start = time.process_time()
+import vapt_fast
+print(time.process_time() - start)
+timm.create_model("vapt_test_vit")
+"""
+    assert float(in_new_process(script)) < 0.3
+
+
+# ---- attributes and methods, against the same timm model
+
+
+@pytest.fixture
+def pair(architecture: str) -> tuple[AdaptiveViT, nn.Module, Tensor]:
+    """A model without prompts, timm's own, and images."""
+    model = AdaptiveViT(tiny_backbone(architecture), prompts=PromptConfig(num_prompts=0)).eval()
+    return model, model.backbone, tiny_images(model)
+
+
+def prompted(model: AdaptiveViT) -> AdaptiveViT:
+    """The same backbone with prompts."""
+    return AdaptiveViT(model.backbone, prompts=KINDS["adaptive"]).double().eval()
+
+
+def test_attributes(pair: tuple) -> None:
+    model, backbone, _ = pair
+    names = ["num_classes", "num_features", "head_hidden_size", "embed_dim", "num_prefix_tokens", "in_chans"]
+    for name in [*names, "global_pool"]:
+        assert getattr(model, name) == getattr(backbone, name), name
+    assert model.get_classifier() == backbone.get_classifier()
+    modules = dict(model.named_modules())
+    assert len(model.feature_info) == len(backbone.feature_info)
+    for ours, theirs in zip(model.feature_info, backbone.feature_info, strict=True):
+        assert ours == theirs | {"module": f"backbone.{theirs['module']}"}
+        assert ours["module"] in modules
+
+
+def test_names_in_the_configuration(pair: tuple) -> None:
+    model, backbone, images = pair
+    assert model.default_cfg == model.pretrained_cfg
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    for key in ("first_conv", "classifier"):
+        names = model.pretrained_cfg[key]
+        for name in (names,) if isinstance(names, str) else names:
+            assert name in modules or f"{name}.weight" in parameters, name
+    assert get_model_input_config(model)["input_size"] == tuple(images.shape[1:])
+    data = resolve_model_data_config(model)
+    assert data["input_size"] == tuple(images.shape[1:])
+    assert data["mean"] == backbone.pretrained_cfg["mean"]
+
+
+def test_forward_methods(pair: tuple) -> None:
+    model, backbone, images = pair
+    with torch.no_grad():
+        features = backbone.forward_features(images)
+        for actual, expected in [
+            (model(images), backbone(images)),
+            (model.forward_features(images), features),
+            (model.forward_head(features), backbone.forward_head(features)),
+            (model.forward_head(features, pre_logits=True), backbone.forward_head(features, pre_logits=True)),
+        ]:
+            assert_same({"": actual}, {"": expected}, 1e-12)
+        with_prompts = prompted(model)
+        assert form(with_prompts.forward_features(images)) == form(features)
+        whole = with_prompts.forward_head(with_prompts.forward_features(images))
+        assert_same({"": with_prompts(images)}, {"": whole}, 1e-12)
+
+
+def test_pool(pair: tuple) -> None:
+    model, backbone, images = pair
+    with torch.no_grad():
+        features = model.forward_features(images)
+        pooled = model.pool(features)
+        if hasattr(backbone, "head_dist"):  # its heads read one token each
+            expected = features[:, 0]
+        else:
+            pooled, expected = backbone.fc_norm(pooled), model.forward_head(features, pre_logits=True)
+        assert_same({"": pooled}, {"": expected}, 1e-12)
+        if getattr(backbone, "attn_pool", None) is None:
+            patches = features[:, model.num_prefix_tokens :]
+            assert_same({"": model.pool(features, "avg")}, {"": patches.mean(dim=1)}, 1e-12)
+
+
+@pytest.mark.parametrize("indices", [None, 2, [0, 2], [1]], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"norm": True},
+        {"return_prefix_tokens": True},
+        {"output_fmt": "NLC", "return_prefix_tokens": True, "norm": True},
+        {"intermediates_only": True, "stop_early": True},
+        {"stop_early": True},
+    ],
+    ids=str,
+)
+def test_forward_intermediates(pair: tuple, indices: Any, options: dict[str, Any]) -> None:
+    model, backbone, images = pair
+    with torch.no_grad():
+        expected = backbone.forward_intermediates(images, indices, **options)
+        actual = model.forward_intermediates(images, indices, **options)
+        assert form(actual) == form(expected)
+        assert_same(flat(actual), flat(expected), 1e-12)
+        assert form(prompted(model).forward_intermediates(images, indices, **options)) == form(expected)
+
+
+def test_intermediates_are_those_of_the_forward_pass(pair: tuple) -> None:
+    model, _, images = pair
+    model = prompted(model)
+    with torch.no_grad():
+        final, taken = model.forward_intermediates(images, norm=True, output_fmt="NLC")
+        assert_same({"": final}, {"": model.forward_features(images)}, 1e-12)
+        assert_same({"": taken[-1]}, {"": final[:, model.num_prefix_tokens :]}, 1e-12)
+        with vapt_fast.use_backend("reference"):
+            literal = model.forward_intermediates(images, norm=True, output_fmt="NLC")
+        assert_same(flat((final, taken)), flat(literal), 1e-9)
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 2, "norm": True}, {"n": [0, 1], "reshape": True}], ids=str)
+@pytest.mark.parametrize("name", [VIT, "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224"])
+def test_get_intermediate_layers(name: str, options: dict[str, Any]) -> None:
+    model = AdaptiveViT(tiny_backbone(name), prompts=PromptConfig(num_prompts=0)).eval()
+    images = tiny_images(model)
+    with torch.no_grad():
+        for with_prefix in (False, True):
+            expected = model.backbone.get_intermediate_layers(
+                images, **options, return_prefix_tokens=with_prefix
+            )
+            actual = model.get_intermediate_layers(images, **options, return_prefix_tokens=with_prefix)
+            assert form(list(actual)) == form(list(expected))
+            assert_same(flat(actual), flat(expected), 1e-12)
+
+
+@pytest.mark.parametrize("prune", [{}, {"prune_norm": True}, {"prune_head": False}], ids=str)
+def test_prune_intermediate_layers(architecture: str, prune: dict[str, bool]) -> None:
+    model, theirs = tiny_model(architecture), tiny_backbone(architecture)
+    images = tiny_images(model)
+    with torch.no_grad():
+        before = model.forward_intermediates(images, [1], intermediates_only=True)
+    assert (
+        model.prune_intermediate_layers([1], **prune) == theirs.prune_intermediate_layers([1], **prune) == [1]
+    )
+    assert len(model.backbone.blocks) == len(model.prompts.blocks) == 2
+    with torch.no_grad():
+        after = model.forward_intermediates(images, [1], intermediates_only=True)
+        assert_same(flat(after), flat(before), 1e-12)
+        assert form(model(images)) == form(theirs(images))
+    if not prune.get("prune_head", True):
+        assert_same(run(model, images), run(model, images, "reference"))
+
+
+def test_reset_classifier(architecture: str) -> None:
+    model, theirs = tiny_model(architecture), tiny_backbone(architecture)
+    images = tiny_images(model)
+    for num_classes, pool in [(5, None), (0, None), (4, "token" if "distilled" in architecture else "avg")]:
+        model.train().reset_classifier(num_classes, pool)
+        theirs.reset_classifier(num_classes, pool)
+        model.double()
+        assert model.num_classes == num_classes
+        assert model.global_pool == theirs.global_pool
+        with torch.no_grad():
+            assert model.eval()(images).shape == theirs.double()(images).shape
+        head = [p for name, p in model.named_parameters() if name.startswith("backbone.head")]
+        assert all(p.requires_grad for p in head)
+        assert bool(head) == (num_classes > 0)
+        assert list(model.trainable_parameters())
+    assert_same(run(model, images), run(model, images, "reference"))
+
+
+def test_reset_classifier_refuses(vit: AdaptiveViT) -> None:
+    before = vit.state_dict()
+    with pytest.raises(ValueError, match="at least 0"):
+        vit.reset_classifier(-1)
+    with pytest.raises(TypeError, match="int"):
+        vit.reset_classifier("10")
+    with pytest.raises(ValueError, match="global_pool"):
+        vit.reset_classifier(4, "map")
+    assert_same(vit.state_dict(), before, 0)
+
+
+# ---- input size
+
+
+def test_set_input_size(architecture: str) -> None:
+    model = tiny_model(architecture)
+    height, width = (side // cells for side, cells in zip(tiny_images(model).shape[-2:], (2, 3), strict=True))
+    model.set_input_size((4 * height, 3 * width))
+    assert model.grid == (4, 3)
+    images = tiny_images(model)
+    assert images.shape[-2:] == (4 * height, 3 * width)
+    assert model.prompts.blocks[1].token_projection.in_features == 3 * 2
+    assert_same(run(model, images), run(model, images, "reference"))
+    assert all(p.requires_grad for p in model.prompts.parameters())
+    again = AdaptiveViT(tiny_backbone(architecture), prompts=model.config).double().eval()
+    again.set_input_size((4 * height, 3 * width))
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert_same({"": again(images)}, {"": model(images)}, 0)
+
+
+def test_set_input_size_unchanged(architecture: str) -> None:
+    model = tiny_model(architecture)
+    before, parameters = run(model, tiny_images(model)), list(model.parameters())
+    model.set_input_size(tuple(tiny_images(model).shape[-2:]))
+    assert all(new is old for new, old in zip(model.parameters(), parameters, strict=True))
+    assert_same(run(model, tiny_images(model)), before, 0)
+
+
+def test_set_input_size_keeps_what_is_uniform() -> None:
+    """A prompt is a sum over positions: the same weight everywhere keeps giving the mean."""
+    model = tiny_model(VIT, prompts=PromptConfig(num_prompts=3, conv_kernel=None, static_depth=0))
+    projection = model.prompts.blocks[0].token_projection
+    with torch.no_grad():
+        projection.weight.fill_(1 / 6)
+    model.set_input_size((64, 64))
+    expected = torch.full((3, 16), 1 / 16, dtype=torch.float64)
+    weight = model.prompts.blocks[0].token_projection.weight
+    assert_same({"": weight}, {"": expected}, 1e-6)  # timm resamples in float32
+
+
+@pytest.mark.parametrize(
+    ("size", "error"), [((33, 48), ValueError), ((16, 48), ValueError), ("32", TypeError)]
+)
+def test_set_input_size_changes_all_or_nothing(vit: AdaptiveViT, size: Any, error: type) -> None:
+    before = {name: tensor.clone() for name, tensor in vit.state_dict().items()}
+    with pytest.raises(error, match=r"img_size|conv_kernel=2"):
+        vit.set_input_size(size)
+    assert_same(vit.state_dict(), before, 0)
+    assert vit.grid == (2, 3)
+    vit(tiny_images(vit))
+
+
+def test_other_sizes_are_refused(architecture: str) -> None:
+    model = tiny_model(architecture)
+    images = tiny_images(model)
+    with pytest.raises(ValueError, match="set_input_size"):
+        model(images.transpose(2, 3))
+
+
+# ---- training
+
+
+def test_train_mode(architecture: str) -> None:
+    model = tiny_model(architecture, drop_rate=0.1)
+    assert model.train() is model
+    assert model.training
+    assert model.prompts.training
+    frozen = {name for name, module in model.backbone.named_modules() if module.training}
+    assert frozen == {"head_drop", "head", *({"head_dist"} if "distilled" in architecture else ())}
+    assert model.eval() is model
+    assert not any(module.training for module in model.modules())
+    assert model.train(False) is model
+    assert not model.training
+
+
+def test_backbone_is_deterministic_in_training() -> None:
+    config = PromptConfig(num_prompts=3, **NO_DROPOUT)
+    rates = {"drop_path_rate": 0.5, "proj_drop_rate": 0.5, "attn_drop_rate": 0.5, "pos_drop_rate": 0.5}
+    model = tiny_model(VIT, prompts=config, **rates).train()
+    images = tiny_images(model)
+    assert_same(run(model, images, seed=1), run(model, images, seed=2), 0)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_gradient_checkpointing(architecture: str, backend: str) -> None:
+    config = PromptConfig(num_prompts=3, projector_dim=4)
+    model = tiny_model(architecture, prompts=config).train()
+    images = tiny_images(model)
+    expected = run(model, images, backend, seed=3)
+    saved = {}
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        kept: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: kept.append(x.numel()) or x, lambda x: x
+        ):
+            assert_same(run(model, images, backend, seed=3), expected, 1e-12)
+        saved[enable] = sum(kept)
+    assert saved[True] < saved[False], "nothing was recomputed"
+
+
+def test_no_weight_decay(architecture: str) -> None:
+    model = tiny_model(architecture)
+    assert model.no_weight_decay() == {f"backbone.{name}" for name in model.backbone.no_weight_decay()}
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_group_matcher(architecture: str, coarse: bool) -> None:
+    """timm's groups of the backbone stay what they are; prompts go with their block."""
+    model = tiny_model(architecture)
+    theirs = group_parameters(model.backbone, model.backbone.group_matcher(coarse), reverse=True)
+    ours = group_parameters(model, model.group_matcher(coarse), reverse=True)
+    assert ours.keys() == dict(model.named_parameters()).keys()
+    for name, group in theirs.items():
+        assert ours[f"backbone.{name}"] == group, name
+    if not coarse:
+        for name, group in ours.items():
+            if name.startswith("prompts.blocks."):
+                index = name.split(".")[2]
+                assert group == ours[f"backbone.blocks.{index}.norm2.weight"], name
+
+
+def test_layer_decay(vit: AdaptiveViT) -> None:
+    optimizer = create_optimizer_v2(vit, "momentum", lr=1.0, weight_decay=0.1, layer_decay=0.5)
+    scales = {id(p): group["lr_scale"] for group in optimizer.param_groups for p in group["params"]}
+    trainable = {name: p for name, p in vit.named_parameters() if p.requires_grad}
+    assert scales.keys() == {id(p) for p in trainable.values()}
+    by_block = [scales[id(vit.prompts.blocks[0].table)]]
+    by_block += [scales[id(vit.prompts.blocks[i].kernel)] for i in (1, 2)]
+    assert by_block[1] == 2 * by_block[0]
+    assert by_block[2] == 2 * by_block[1]
+    assert scales[id(vit.backbone.head.weight)] == 1
+
+
+@pytest.mark.parametrize("name", ["momentum", "sgd", "adamw", "lamb", "muon"])
+def test_optimizers(name: str, vit: AdaptiveViT) -> None:
+    images = tiny_images(vit)
+    optimizer = create_optimizer_v2(vit, name, lr=0.1, weight_decay=0.1, momentum=0.9)
+    before = {key: tensor.clone() for key, tensor in vit.state_dict().items()}
+    run(vit, images)
+    optimizer.step()
+    changed = {key for key, tensor in vit.state_dict().items() if not torch.equal(tensor, before[key])}
+    assert changed == {key for key, p in vit.named_parameters() if p.requires_grad}
+    assert_same(run(vit, images), run(vit, images, "reference"))
+
+
+def test_adaptive_clipping_leaves_the_head(vit: AdaptiveViT) -> None:
+    """timm clips all parameters but the last two, which it takes for the classifier."""
+    parameters = list(vit.parameters())
+    assert parameters[-2] is vit.backbone.head.weight
+    assert parameters[-1] is vit.backbone.head.bias
+    gradients = run(vit, tiny_images(vit))
+    before = {name: gradient.clone() for name, gradient in gradients.items()}
+    dispatch_clip_grad(parameters[:-2], 1e-4, mode="agc")
+    changed = {name for name, gradient in gradients.items() if not torch.equal(gradient, before[name])}
+    assert changed == {name for name in gradients if name.startswith("prompts.")}
+
+
+# ---- copies and checkpoints
+
+
+@pytest.mark.parametrize("make", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(vit: AdaptiveViT, make: Any) -> None:
+    images = tiny_images(vit)
+    expected = run(vit, images)
+    duplicate = make(vit)
+    assert_same(run(duplicate, images), expected, 0)
+    with torch.no_grad():
+        for parameter in duplicate.parameters():
+            parameter.zero_()
+    assert_same(run(vit, images), expected, 0)
+
+
+def test_whole_model_in_a_file(vit: AdaptiveViT) -> None:
+    buffer = io.BytesIO()
+    torch.save(vit, buffer)
+    buffer.seek(0)
+    again = torch.load(buffer, weights_only=False)
+    assert_same(run(again, tiny_images(vit)), run(vit, tiny_images(vit)), 0)
+
+
+def test_state_dict_is_whole(architecture: str) -> None:
+    model = tiny_model(architecture)
+    names = model.state_dict().keys()
+    assert {name for name in names if name.startswith("backbone.")} == {
+        f"backbone.{name}" for name in model.backbone.state_dict()
+    }
+    other = tiny_model(architecture, seed=10)
+    images = tiny_images(model)
+    run(other, images)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert_same(run(other, images), run(model, images), 0)
+
+
+def test_unwrap(vit: AdaptiveViT) -> None:
+    assert unwrap_model(vit) is vit
+    wrapped = nn.Module()
+    wrapped.module = vit
+    assert unwrap_model(wrapped) is vit
+    assert unwrap_model(torch.compile(vit, backend="eager")) is vit
+
+
+@pytest.mark.parametrize("average", [ModelEmaV2, ModelEmaV3])
+def test_moving_average(vit: AdaptiveViT, average: type) -> None:
+    images = tiny_images(vit)
+    start = copy.deepcopy(vit)
+    ema = average(vit, decay=0.75)
+    run(vit, images)
+    create_optimizer_v2(vit, "momentum", lr=0.1, momentum=0.9).step()
+    ema.update(vit)
+    for (name, old), new, mean in zip(
+        start.named_parameters(), vit.parameters(), ema.module.parameters(), strict=True
+    ):
+        assert_same({name: mean}, {name: 0.75 * old + 0.25 * new}, 1e-12)
+    assert_same(run(ema.module, images), run(ema.module, images, "reference"))
+
+
+def test_checkpoints(tmp_path: Path) -> None:
+    model = tiny_model(VIT)
+    images = tiny_images(model)
+    optimizer = create_optimizer_v2(model, "momentum", lr=0.1, momentum=0.9)
+    ema = ModelEmaV3(model, decay=0.5)
+    run(model, images)
+    optimizer.step()
+    ema.update(model)
+    saver = CheckpointSaver(model, optimizer, model_ema=ema, checkpoint_dir=str(tmp_path))
+    saver.save_checkpoint(epoch=0, metric=1.0)
+
+    resumed = tiny_model(VIT, seed=10)
+    optimizer_again = create_optimizer_v2(resumed, "momentum", lr=0.1, momentum=0.9)
+    timm.models.resume_checkpoint(resumed, str(tmp_path / "last.pth.tar"), optimizer=optimizer_again)
+    assert_same(resumed.state_dict(), model.state_dict(), 0)
+    for network, algorithm in ((model, optimizer), (resumed, optimizer_again)):
+        run(network, images)
+        algorithm.step()
+    assert_same(resumed.state_dict(), model.state_dict(), 0)
+
+    averaged = tiny_model(VIT, seed=10)
+    timm.models.load_checkpoint(averaged, str(tmp_path / "last.pth.tar"), use_ema=True)
+    assert_same(averaged.state_dict(), ema.module.state_dict(), 0)
+
+
+# ---- formats and precisions
+
+
+def test_channels_last(architecture: str) -> None:
+    model = tiny_model(architecture)
+    images = tiny_images(model)
+    expected = run(model, images)
+    model.to(memory_format=torch.channels_last)
+    assert_same(run(model, images.to(memory_format=torch.channels_last)), expected, 1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(architecture: str, dtype: torch.dtype, kind: str) -> None:
+    model = tiny_model(architecture, prompts=KINDS[kind]).float()
+    images = tiny_images(model)
+    exact = run(model, images)["logits"]
+    with torch.autocast("cpu", dtype=dtype):
+        assert model(images).dtype == model.backbone(images).dtype
+        fast, literal = (run(model, images, backend) for backend in ("torch", "reference"))
+    error, literal_error = ((result["logits"] - exact).abs().max() for result in (fast, literal))
+    allowance = 2 * torch.finfo(dtype).eps * exact.abs().max()
+    assert error <= 2 * literal_error + allowance
+    assert all(gradient.isfinite().all() for gradient in fast.values())
+    assert {name: p.dtype for name, p in fast.items() if name != "logits"} == {
+        name: torch.float32 for name, p in model.named_parameters() if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole model", "backbone only"])
+def test_low_precision(architecture: str, whole: bool) -> None:
+    """--model-dtype converts everything; a bfloat16 backbone keeps float32 prompts."""
+    exact = tiny_model(architecture)
+    images = tiny_images(exact)
+    expected = run(exact, images)["logits"]
+    model = copy.deepcopy(exact)
+    model = model.to(torch.bfloat16)
+    if not whole:
+        model.prompts.float()
+    images = images.bfloat16()
+    fast, literal = (run(model, images, backend) for backend in ("torch", "reference"))
+    assert fast["logits"].dtype == literal["logits"].dtype == model.backbone(images).dtype == torch.bfloat16
+    error, literal_error = ((result["logits"] - expected).abs().max() for result in (fast, literal))
+    assert error <= 2 * literal_error + 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert fast[name].dtype == parameter.dtype, name
+            assert fast[name].isfinite().all(), name
+
+
+def test_mixed_precision_needs_autocast(architecture: str) -> None:
+    model = tiny_model(architecture)
+    images = tiny_images(model)
+    with pytest.raises((TypeError, RuntimeError), match=r"dtype"):
+        model(images.float())
+    with pytest.raises((TypeError, RuntimeError), match=r"dtype"):
+        model.bfloat16()(images)
+
+
+# ---- compilers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compile(kind: str) -> None:
+    """Forward and backward as one graph each; what a code generator does with them is not ours to test."""
+    torch.compiler.reset()
+    model = tiny_model(VIT, prompts=KINDS[kind], depth=2).float()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    images = tiny_images(model)
+    expected, actual = run(model, images), run(compiled, images)
+    prefix = "_orig_mod."
+    actual = {name.removeprefix(prefix): tensor for name, tensor in actual.items()}
+    assert_same(actual, expected, 1e-5)
+
+
+def test_compile_does_not_start_again_and_again() -> None:
+    torch.compiler.reset()
+    model = tiny_model(VIT, depth=2).float()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    counters = torch._dynamo.utils.counters["stats"]
+    before = counters["unique_graphs"]
+    with torch.no_grad():
+        for batch in (2, 3, 4, 5, 7, 8, 16):
+            images = tiny_images(model, batch=batch)
+            assert_same({"": compiled(images)}, {"": model(images)}, 1e-5)
+    assert counters["unique_graphs"] - before <= 2  # the first size, then any size
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_export(kind: str, tmp_path: Path) -> None:
+    model = tiny_model(VIT, prompts=KINDS[kind]).float()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, (tiny_images(model),), dynamic_shapes=({0: batch},))
+    images = tiny_images(model, batch=5)
+    with torch.no_grad():
+        expected = program.module()(images)
+        assert_same({"": expected}, {"": model(images)}, 1e-5)
+    torch.export.save(program, tmp_path / "model.pt2")
+    torch.save((images, expected), tmp_path / "data.pt")
+    script = """
+import sys
+import torch
+torch.set_num_threads(1)
+images, expected = torch.load(sys.argv[2])
+with torch.no_grad():
+    assert torch.equal(torch.export.load(sys.argv[1]).module()(images), expected)
+assert "vapt_fast" not in sys.modules and "timm" not in sys.modules
+"""
+    in_new_process(script, tmp_path / "model.pt2", tmp_path / "data.pt")
+
+
+# ---- several processes
+
+DISTRIBUTED = {
+    "first step": ("adaptive", False),
+    "adaptive": ("adaptive", True),
+    "deep": ("deep", True),
+    "shallow": ("shallow", True),
+}
+WRAPPERS = ("DDP", "FSDP2", "FSDP2 by block")
+
+
+def distributed_model(kind: str, trained: bool) -> AdaptiveViT:
+    if trained:
+        return tiny_model(VIT, prompts=KINDS[kind]).train()
+    torch.manual_seed(0)
+    return AdaptiveViT(tiny_backbone(VIT), prompts=KINDS[kind]).double().train()
+
+
+def train_in_process(rank: int, folder: Path) -> None:
+    """One of two processes: a gradient on its half of the batch for every wrapper and model."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    results = {}
+    for wrapper in WRAPPERS:
+        for case, options in DISTRIBUTED.items():
+            network = model = distributed_model(*options)
+            images, labels = distributed_batch(model)
+            if wrapper == "DDP":
+                network = nn.parallel.DistributedDataParallel(model)
+            else:
+                for block in model.backbone.blocks if wrapper == "FSDP2 by block" else ():
+                    fully_shard(block, mesh=mesh)
+                fully_shard(model, mesh=mesh)
+            for _ in range(2):  # DDP notices in the second step what had no gradient in the first
+                model.zero_grad()
+                half = slice(2 * rank, 2 * rank + 2)
+                F.cross_entropy(network(images[half]), labels[half]).backward()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+            results[wrapper, case] = {
+                name: gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+                for name, gradient in gradients.items()
+            }
+    if rank == 0:
+        torch.save(results, folder / "gradients.pt")
+    dist.destroy_process_group()
+
+
+def distributed_batch(model: AdaptiveViT) -> tuple[Tensor, Tensor]:
+    return tiny_images(model, batch=4), torch.tensor([0, 1, 2, 1])
+
+
+@pytest.fixture(scope="module")
+def distributed_gradients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict]:
+    folder = tmp_path_factory.mktemp("distributed")
+    torch.multiprocessing.spawn(train_in_process, (folder,), nprocs=2)
+    return torch.load(folder / "gradients.pt")
+
+
+@pytest.mark.parametrize("case", DISTRIBUTED)
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_distributed(distributed_gradients: dict, wrapper: str, case: str) -> None:
+    """Two processes with half a batch each have the gradients of one process with the whole batch."""
+    model = distributed_model(*DISTRIBUTED[case])
+    images, labels = distributed_batch(model)
+    F.cross_entropy(model(images), labels).backward()
+    expected = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same(distributed_gradients[wrapper, case], expected, 1e-12)
+
+
+# ---- a whole training run out of timm's parts
+
+
+def test_training_run(tmp_path: Path) -> None:
+    """Dataset, loader, task, optimizer, schedule, average, clipping and checkpoints, as in train.py."""
+    torchvision = pytest.importorskip("torchvision")
+    for label in range(2):
+        for split in ("train", "val"):
+            (tmp_path / split / str(label)).mkdir(parents=True)
+            for index in range(4):
+                color = torch.randint(0, 60, (3, 32, 48), dtype=torch.uint8) + 150 * label
+                path = tmp_path / split / str(label) / f"{index}.png"
+                torchvision.io.write_png(color, str(path))
+
+    torch.manual_seed(0)
+    model = timm.create_model(
+        f"vapt_{VIT}",
+        **TINY,
+        num_classes=2,
+        num_prompts=3,
+        drop_rate=0.1,
+        drop_path_rate=0.1,
+        global_pool="avg",
+    )
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    data = resolve_model_data_config(model)
+    loaders = {}
+    for split in ("train", "val"):
+        dataset = create_dataset("", root=str(tmp_path), split=split)
+        loaders[split] = create_loader(
+            dataset,
+            batch_size=4,
+            is_training=split == "train",
+            use_prefetcher=False,
+            num_workers=0,
+            persistent_workers=False,
+            **{key: data[key] for key in ("input_size", "mean", "std", "interpolation", "crop_pct")},
+        )
+    optimizer = create_optimizer_v2(model, "momentum", lr=0.1, momentum=0.9, weight_decay=1e-4)
+    scheduler, epochs = create_scheduler_v2(optimizer, num_epochs=4, warmup_epochs=1)
+    task = ClassificationTask(model)
+    task.setup_ema(decay=0.5)
+    saver = CheckpointSaver(model, optimizer, task=task, checkpoint_dir=str(tmp_path))
+    losses = []
+    for epoch in range(epochs):
+        task.train()
+        for images, labels in loaders["train"]:
+            optimizer.zero_grad()
+            loss = task(images, labels)["loss"]
+            loss.backward()
+            dispatch_clip_grad(list(model.parameters())[:-2], 0.1, mode="agc")
+            optimizer.step()
+            task.update_ema()
+        scheduler.step(epoch + 1)
+        model.eval()
+        with torch.no_grad():
+            losses.append(sum(F.cross_entropy(model(x), y).item() for x, y in loaders["val"]))
+        saver.save_checkpoint(epoch, metric=-losses[-1])
+    assert losses[-1] < losses[0]
+    assert_same({name: p for name, p in model.named_parameters() if name in frozen}, frozen, 0)
+    again = timm.create_model(
+        f"vapt_{VIT}", **TINY, num_classes=2, num_prompts=3, global_pool="avg",
+        checkpoint_path=str(tmp_path / "last.pth.tar"),
+    )  # fmt: skip
+    assert_same(again.state_dict(), unwrap_model(task.get_trainable_module(ema=True)).state_dict(), 0)
