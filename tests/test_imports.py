@@ -14,6 +14,7 @@ PACKAGE = Path(vapt_fast.__file__).parent
 
 # Layers from the bottom up; a module may import from its own layer's siblings only where listed as free.
 LAYERS = [
+    {"kernels"},
     {"_version", "activations", "config", "prompts", "dropout", "resize", "backbone"},
     {"backends"},
     {"functional", "frozen"},
@@ -70,10 +71,9 @@ def test_backends_never_import_each_other():
             assert other == backend or f"from ..{other}" not in text
 
 
-def run(code, *flags):
-    result = subprocess.run(
-        [sys.executable, *flags, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False
-    )
+def run(code, *flags, **options):
+    command = [sys.executable, *flags, "-c", textwrap.dedent(code)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, **options)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
@@ -121,3 +121,13 @@ def test_import_takes_at_most_300_ms_beyond_timm():
         for _ in range(3)
     )
     assert seconds <= 0.3
+
+
+def test_the_folder_of_kernels_is_not_importable_by_its_own_name():
+    code = """
+        try:
+            import kernels
+        except ImportError:
+            print("refused")
+        """
+    assert run(code, cwd=PACKAGE.parent) == "refused"

@@ -15,7 +15,11 @@ __all__ = ["report"]
 
 
 def report() -> str:
-    """Versions, devices and backends, each backend with what it is or every reason why it can't run."""
+    """What would run here.
+
+    Versions, devices and backends, each backend with what it is or every reason why it can't run; and the
+    implementation of each op where the backend is not the same for all.
+    """
     chosen = os.environ.get(_dispatch.ENVIRONMENT_VARIABLE)
     lines = [
         f"vapt_fast {__version__}",
@@ -27,9 +31,15 @@ def report() -> str:
     ]
     for name, meaning in _dispatch.BACKENDS.items():
         reasons = _dispatch.unavailable_because(name)
-        if name == "auto":
-            meaning += f" (here: {_dispatch.fastest()})"
         lines.append(f"  {name:<10} {'no:  ' + '; '.join(reasons) if reasons else 'yes: ' + meaning}")
+    lines.append("ops")
+    for op in _dispatch.OPS:
+        under_triton = "triton" if op in _dispatch.TRITON_OPS else "torch (it has no Triton kernel)"
+        measured = _dispatch.AUTO_ON_TRITON.get(op)
+        under_auto = (
+            f"triton on CUDA ({measured})" if measured else "torch (no measurement is in favour of another)"
+        )
+        lines.append(f"  {op:<16} triton: {under_triton}; auto: {under_auto}")
     return "\n".join(lines)
 
 

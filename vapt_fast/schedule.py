@@ -36,6 +36,7 @@ def forward_tokens(
     masks: list[BlockMasks],
     folded: FoldedWeights,
     *,
+    backend: str | None = None,
     num_rows: int | None = None,
     num_blocks: int | None = None,
     taps: dict[int, Tensor] | None = None,
@@ -49,6 +50,8 @@ def forward_tokens(
         images: (B, in_chans, height, width).
         masks: one BlockMasks for each entry of ``prompts.blocks``.
         folded: where the prepared frozen weights are kept.
+        backend: of the ops. It is handed down rather than read from the context by each op, because
+            checkpointing runs them again in the backward pass, in another context.
         num_rows: compute no more than this many first tokens (prefix tokens) in the last block.
         num_blocks: run only this many first blocks.
         taps: the tokens (B, T, C) after block i, without prompts, are stored under each key i that is there.
@@ -62,7 +65,9 @@ def forward_tokens(
     num_prefix = model.num_prefix_tokens
     depth = len(model.blocks)
     config = prompts.config
-    sources = _prompt_sources(prompts, masks, backbone.grid_size(model, images.shape[-2:]), tokens.dtype)
+    sources = _prompt_sources(
+        prompts, masks, backbone.grid_size(model, images.shape[-2:]), tokens.dtype, backend
+    )
     travelling = 0
     for index in range(depth if num_blocks is None else num_blocks):
         last = index == depth - 1
@@ -81,6 +86,7 @@ def forward_tokens(
             positions=positions.with_extra(travelling),
             num_prefix=num_prefix + travelling,
             folded=folded,
+            backend=backend,
             num_rows=num_rows if last else None,
         )
         tokens = checkpoint(run, tokens, use_reentrant=False) if checkpointing else run(tokens)
@@ -122,12 +128,20 @@ class _AdaptiveSource:
     matrix: Tensor
     projector: Projector | None
     config: PromptConfig
+    backend: str | None
 
     def pool(self, tokens: Tensor, num_prefix: int, eps: float) -> tuple[Tensor, Tensor]:
         """The tokens, normalised with ``eps`` for the block, and the prompts (B, P, C)."""
         norm = self.parameters.norm
         normed, pooled = prompt_pool(
-            tokens, self.matrix, norm.weight, norm.bias, num_prefix=num_prefix, eps=eps, prompt_eps=norm.eps
+            tokens,
+            self.matrix,
+            norm.weight,
+            norm.bias,
+            num_prefix=num_prefix,
+            eps=eps,
+            prompt_eps=norm.eps,
+            backend=self.backend,
         )
         return normed, self._project(pooled)
 
@@ -152,11 +166,16 @@ class _AdaptiveSource:
             scale=self.projector.scale,
             mask=self.masks.features,
             activation=config.projector_activation,
+            backend=self.backend,
         )
 
 
 def _prompt_sources(
-    prompts: Prompts, masks: list[BlockMasks], grid: tuple[int, int], dtype: torch.dtype
+    prompts: Prompts,
+    masks: list[BlockMasks],
+    grid: tuple[int, int],
+    dtype: torch.dtype,
+    backend: str | None,
 ) -> list[_StaticSource | _AdaptiveSource]:
     """The source of each entry of ``prompts.blocks``; the matrices of all adaptive ones in one call."""
     config = prompts.config
@@ -176,7 +195,9 @@ def _prompt_sources(
             )
         for i, block in enumerate(adaptive):
             projector = block.projector or prompts.projector
-            sources.append(_AdaptiveSource(block, masks[num_static + i], matrices[i], projector, config))
+            sources.append(
+                _AdaptiveSource(block, masks[num_static + i], matrices[i], projector, config, backend)
+            )
     return sources
 
 
@@ -192,6 +213,7 @@ def _run_block(
     positions: Positions,
     num_prefix: int,
     folded: FoldedWeights,
+    backend: str | None,
     num_rows: int | None,
 ) -> Tensor:
     """Tokens (B, T, C) through block ``index`` with the prompts of ``source``; all rows or the first ones."""
@@ -207,7 +229,7 @@ def _run_block(
     rope = positions.patch_rope(index)
     weights = folded.of_block(index, parts, rotary=rope is not None)
     bias = _score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
-    branch = _attention(parts, weights, normed, prompts, rope, bias, num_prefix, num_rows)
+    branch = _attention(parts, weights, normed, prompts, rope, bias, num_prefix, num_rows, backend)
     tokens = tokens[:, :num_rows] + parts.scale1(branch)
     return tokens + parts.scale2(parts.block.mlp(parts.block.norm2(tokens)))
 
@@ -258,6 +280,7 @@ def _attention(
     bias: Tensor | None,
     num_prefix: int,
     num_rows: int | None,
+    backend: str | None,
 ) -> Tensor:
     """The attention branch for the first ``num_rows`` tokens (None: all): (B, rows, C)."""
     heads, groups, dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
@@ -276,7 +299,16 @@ def _attention(
 
     if num_rows is not None and rope is None and parts.k_norm is None and heads == groups:
         key_weight, value_weight = kv_weight.unflatten(0, (2, heads, dim)).unbind(0)
-        out = cls_attention(q, normed, prompts, key_weight, value_weight, scale=weights.scale, bias=bias)
+        out = cls_attention(
+            q,
+            normed,
+            prompts,
+            key_weight,
+            value_weight,
+            scale=weights.scale,
+            bias=bias,
+            backend=backend,
+        )
         out = out.flatten(2) + kv_bias[num_keys:]
     else:
         if num_rows is not None:
@@ -287,7 +319,9 @@ def _attention(
             k, prompt_k = parts.k_norm(k), parts.k_norm(prompt_k)
         if rope is not None:
             q, k = (_rotate(x, rope, num_prefix, parts.rotate_half).type_as(v) for x in (q, k))
-        out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=weights.scale, bias=bias).flatten(2)
+        out = prompt_attention(
+            q, k, v, prompt_k, prompt_v, scale=weights.scale, bias=bias, backend=backend
+        ).flatten(2)
     if parts.out_norm is not None:
         out = parts.out_norm(out)
     return F.linear(out, parts.attn.proj.weight, weights.proj_bias)

@@ -261,10 +261,18 @@ class AdaptiveViT(nn.Module):
             "taps": taps,
             "checkpointing": self.grad_checkpointing and torch.is_grad_enabled(),
         }
-        if _dispatch.resolve(self.backend) == "reference":
+        backend = _dispatch.resolve(self.backend)
+        if backend == "reference":
             return reference.forward_tokens(self.backbone, self.prompts, images, masks, **options)
         return schedule.forward_tokens(
-            self.backbone, self.prompts, images, masks, self._folded, num_rows=num_rows, **options
+            self.backbone,
+            self.prompts,
+            images,
+            masks,
+            self._folded,
+            backend=backend,
+            num_rows=num_rows,
+            **options,
         )
 
     def _strip(self, tokens: Tensor, extra: int) -> Tensor:

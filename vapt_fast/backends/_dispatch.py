@@ -7,11 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
+import torch
+
 __all__ = [
+    "AUTO_ON_TRITON",
     "BACKENDS",
     "ENVIRONMENT_VARIABLE",
+    "OPS",
+    "TRITON_OPS",
     "BackendUnavailable",
     "check_backend",
+    "choose",
+    "refuse",
     "resolve",
     "use_backend",
 ]
@@ -25,6 +32,18 @@ BACKENDS = {
 }
 ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 
+OPS = ("prompt_pool", "prompt_projector", "prompt_attention", "cls_attention")
+
+# The ops that have Triton kernels. Under "triton" the others run as under "torch".
+TRITON_OPS = frozenset()
+
+# Op -> the measurement for which "auto" prefers its Triton kernels on a CUDA GPU. Empty, so torch everywhere,
+# because nothing has been measured on a GPU yet.
+AUTO_ON_TRITON: dict[str, str] = {}
+
+MINIMUM_TRITON = (3, 6)
+MINIMUM_CAPABILITY = (8, 0)
+
 _chosen: ContextVar[str | None] = ContextVar("vapt_fast_backend", default=None)
 
 
@@ -34,9 +53,49 @@ class BackendUnavailable(RuntimeError):
 
 def unavailable_because(name: str) -> list[str]:
     """Every reason why backend ``name`` can't run on this machine; empty if it can."""
-    if name in ("triton", "cuda"):
+    if name == "triton":
+        return _triton_unavailable_because()
+    if name == "cuda":
         return [f"this version of vapt_fast has no {BACKENDS[name]}"]
     return []
+
+
+@torch.compiler.assume_constant_result  # torch.compile need not trace what stays true for a whole process
+def _triton_unavailable_because() -> list[str]:
+    reasons = []
+    try:
+        import triton
+    except ImportError:
+        reasons.append("triton is not installed")
+    else:
+        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MINIMUM_TRITON:
+            needed = ".".join(map(str, MINIMUM_TRITON))
+            reasons.append(f"triton {triton.__version__} is too old, its kernels need {needed}")
+    if not interpreting():
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            reasons.append("its kernels need a CUDA GPU (or TRITON_INTERPRET=1, to run them slowly on CPU)")
+        else:
+            reasons += _device_lacks(torch.device("cuda", torch.cuda.current_device()))
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _device_lacks(device: torch.device) -> list[str]:
+    """What ``device`` lacks to run Triton kernels."""
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < MINIMUM_CAPABILITY:
+            given, needed = (".".join(map(str, c)) for c in (capability, MINIMUM_CAPABILITY))
+            return [f"{device} has compute capability {given}, its kernels need {needed}"]
+        return []
+    if device.type == "cpu" and interpreting():
+        return []
+    return [f"its kernels run on CUDA tensors, and on CPU tensors with TRITON_INTERPRET=1; got {device}"]
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter was asked for, which runs kernels on CPU."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def check_backend(name: str, source: str = "backend") -> str:
@@ -81,13 +140,8 @@ def use_backend(name: str) -> Iterator[None]:
         _chosen.reset(token)
 
 
-def fastest() -> str:
-    """What "auto" stands for on this machine."""
-    return "torch"
-
-
 def resolve(preferred: str | None = None) -> str:
-    """The backend to run now; never "auto".
+    """The backend to run now, a name of BACKENDS.
 
     The innermost ``use_backend`` decides, else ``preferred`` (a model's own choice), else the environment
     variable, else "auto".
@@ -95,4 +149,32 @@ def resolve(preferred: str | None = None) -> str:
     name = _chosen.get() or preferred
     if name is None:
         name = check_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
-    return fastest() if name == "auto" else name
+    return name
+
+
+def choose(op: str, backend: str | None, device: torch.device) -> str:
+    """Which implementation of ``op`` runs, "torch" or "triton".
+
+    Args:
+        op: one of OPS.
+        backend: a name of BACKENDS, None for the current one (see ``resolve``).
+        device: of the op's tensors.
+
+    Raises:
+        TypeError, ValueError: ``backend`` is not the name of a backend.
+        BackendUnavailable: ``backend`` can't run here, or not on ``device``.
+    """
+    name = resolve() if backend is None else check_backend(backend)
+    if name == "triton" and op in TRITON_OPS:
+        refuse(op, _device_lacks(device))
+        return "triton"
+    if name == "auto" and op in AUTO_ON_TRITON and device.type == "cuda":
+        unavailable = _triton_unavailable_because() or _device_lacks(device)
+        return "torch" if unavailable else "triton"
+    return "torch"
+
+
+def refuse(op: str, reasons: list[str]) -> None:
+    """Raise BackendUnavailable if there are ``reasons`` why the Triton kernels of ``op`` can't run."""
+    if reasons:
+        raise BackendUnavailable(f"{op} can't run on backend 'triton': " + "; ".join(reasons))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends import torch as torch_backend
 from ._checks import check_float, check_same_device, check_shape
+from ._implementation import implementation
 
 __all__ = ["cls_attention"]
 
@@ -19,6 +19,7 @@ def cls_attention(
     *,
     scale: float,
     bias: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(scale * q K^T + [0, bias]) V with K = Wk [prompts, x], V = Wv [prompts, x], head by head.
 
@@ -32,12 +33,14 @@ def cls_attention(
         key_weight, value_weight: (h, d, C). Biases of keys change nothing, those of values are the caller's.
         scale: factor of the scores.
         bias: broadcastable to (1, h, R, T), added to the tokens' scores; the prompts' is zero.
+        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
         (B, R, h, d) in ``q``'s dtype, computed in float32 at least. Differentiable in all tensors.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
+        BackendUnavailable: the backend can't run here, or not with these arguments.
     """
     check_shape("q", q, "(B, R, h, d)", None, None, None, None)
     batch, rows, heads, head_dim = q.shape
@@ -52,4 +55,5 @@ def cls_attention(
         raise ValueError(f"bias must be (..., {rows}, {num_tokens}), got {tuple(bias.shape)}")
     check_float(q=q, x=x, prompts=prompts, key_weight=key_weight, value_weight=value_weight, bias=bias)
     check_same_device(q=q, x=x, prompts=prompts, key_weight=key_weight, value_weight=value_weight, bias=bias)
-    return torch_backend.cls_attention(q, x, prompts, key_weight, value_weight, scale, bias)
+    run = implementation("cls_attention", backend, q.device)
+    return run(q, x, prompts, key_weight, value_weight, scale, bias)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends import torch as torch_backend
 from ._checks import check_float, check_same_device, check_shape
+from ._implementation import implementation
 
 __all__ = ["prompt_attention"]
 
@@ -19,6 +19,7 @@ def prompt_attention(
     *,
     scale: float,
     bias: Tensor | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """softmax(scale * q [prompt_k, k]^T + [0, bias]) [prompt_v, v], head by head.
 
@@ -30,12 +31,14 @@ def prompt_attention(
         prompt_k, prompt_v: (B, P, g, d), or (1, P, g, d) where they are the same for every image.
         scale: factor of the scores.
         bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
+        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
         (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
+        BackendUnavailable: the backend can't run here, or not with these arguments.
     """
     check_shape("q", q, "(B, Tq, h, d)", None, None, None, None)
     batch, num_queries, heads, dim = q.shape
@@ -52,4 +55,5 @@ def prompt_attention(
         raise ValueError(f"bias must be (..., {num_queries}, {num_tokens}), got {tuple(bias.shape)}")
     check_float(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias)
     check_same_device(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias)
-    return torch_backend.prompt_attention(q, k, v, prompt_k, prompt_v, scale, bias)
+    run = implementation("prompt_attention", backend, q.device)
+    return run(q, k, v, prompt_k, prompt_v, scale, bias)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backends import torch as torch_backend
 from ._checks import check_float, check_same_device, check_shape
+from ._implementation import implementation
 
 __all__ = ["prompt_pool"]
 
@@ -19,6 +19,7 @@ def prompt_pool(
     num_prefix: int,
     eps: float = 1e-6,
     prompt_eps: float = 1e-5,
+    backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Two LayerNorms of the same rows with one statistic, the second one pooled over the positions.
 
@@ -34,6 +35,7 @@ def prompt_pool(
         num_prefix: prefix tokens, which are normalised but not pooled.
         eps: of the block's LayerNorm.
         prompt_eps: of the prompts' LayerNorm.
+        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
         normed (B, S + N, C) in ``x``'s dtype and pooled (B, R, C) in ``matrix``'s dtype. Statistics and sums
@@ -42,6 +44,7 @@ def prompt_pool(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device; no patch token.
+        BackendUnavailable: the backend can't run here, or not with these arguments.
     """
     check_shape("x", x, "(B, T, C)", None, None, None)
     _, num_tokens, dim = x.shape
@@ -52,4 +55,5 @@ def prompt_pool(
     check_shape("bias", bias, "(C,)", dim)
     check_float(x=x, matrix=matrix, weight=weight, bias=bias)
     check_same_device(x=x, matrix=matrix, weight=weight, bias=bias)
-    return torch_backend.prompt_pool(x, matrix, weight, bias, num_prefix, eps, prompt_eps)
+    run = implementation("prompt_pool", backend, x.device)
+    return run(x, matrix, weight, bias, num_prefix, eps, prompt_eps)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ..backends import torch as torch_backend
 from ._checks import check_float, check_same_device, check_shape
+from ._implementation import implementation
 
 __all__ = ["prompt_projector"]
 
@@ -19,6 +19,7 @@ def prompt_projector(
     scale: Tensor | float = 1.0,
     mask: Tensor | None = None,
     activation: str = "relu",
+    backend: str | None = None,
 ) -> Tensor:
     """prompts = t + scale * up (mask * activation(down t)) (VAPT, arXiv 2501.18936, section 4.2).
 
@@ -29,6 +30,7 @@ def prompt_projector(
         scale: a number or a tensor of (1,).
         mask: (B, P, r), dropout factors 0 or 1 / (1 - rate); None drops nothing.
         activation: "relu", "gelu" (exact), "sigmoid", "softmax" (over the r features) or "identity".
+        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
         prompts (B, P, C) in ``t``'s dtype, in which everything is computed, also under autocast.
@@ -36,6 +38,7 @@ def prompt_projector(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
+        BackendUnavailable: the backend can't run here, or not with these arguments.
     """
     check_shape("t", t, "(B, P, C)", None, None, None)
     batch, num_prompts, dim = t.shape
@@ -50,4 +53,5 @@ def prompt_projector(
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     check_float(t=t, down=down, up=up, mask=mask)
     check_same_device(t=t, down=down, up=up, mask=mask)
-    return torch_backend.prompt_projector(t, down, up, scale, mask, activation)
+    run = implementation("prompt_projector", backend, t.device)
+    return run(t, down, up, scale, mask, activation)

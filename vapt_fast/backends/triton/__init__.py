@@ -1,0 +1,1 @@
+"""Launchers of the Triton kernels in vapt_fast.kernels: they allocate and launch, nothing else."""
