@@ -36,10 +36,10 @@ class Comparison:
     """
 
     methods: tuple[str, ...] = ("vapt", "vpt-deep", "linear", "full")
-    epochs: dict[int, int] = field(default_factory=lambda: {20: 60, 100: 30, 300: 12})
+    epochs: dict[int, int] = field(default_factory=lambda: {20: 60, 100: 30, 300: 8})
     seeds: tuple[int, ...] = (0, 1, 2)
-    base_lrs: tuple[float, ...] = (4.0, 1.0, 0.25)
-    full_base_lrs: tuple[float, ...] = (0.5, 0.1, 0.02)
+    base_lrs: tuple[float, ...] = (1.0, 0.4, 0.15)
+    full_base_lrs: tuple[float, ...] = (0.05, 0.02, 0.008)
     batch_size: int = 32
 
 
@@ -80,9 +80,7 @@ def compare(
     """
     jobs = [(method, num_train) for num_train in comparison.epochs for method in comparison.methods]
     # The longest first, so that no process is left alone with one at the end.
-    queue = sorted(
-        jobs, key=lambda job: (job[1] * comparison.epochs[job[1]], job[0] != "linear"), reverse=True
-    )
+    queue = sorted(jobs, key=lambda job: job[1] * comparison.epochs[job[1]], reverse=True)
     outcomes = {}
     processes = min(processes or os.cpu_count() or 1, len(jobs))
     spawn = multiprocessing.get_context("spawn")  # forked threads of PyTorch can hang
@@ -114,7 +112,9 @@ def train_on_digits(
     """One method, one number of training images, one seed."""
     epochs = comparison.epochs[num_train]
     recipes = [
-        Recipe(lr, epochs=epochs, warmup_epochs=epochs // 10, batch_size=comparison.batch_size, seed=seed)
+        Recipe(
+            lr, epochs=epochs, warmup_epochs=max(1, epochs // 10), batch_size=comparison.batch_size, seed=seed
+        )
         for lr in base_lrs
     ]
     config = data_config(timm.get_pretrained_cfg(BACKBONE).to_dict())

@@ -33,14 +33,14 @@ class Method:
 
 
 # The papers search ten learning rates from 0.05 to 50 for prompts. These are a coarse walk over that range.
-_PROMPT_LRS = (25.0, 5.0, 1.0, 0.25)
+_PROMPT_LRS = (10.0, 2.5, 0.5, 0.1)
 
 METHODS = {
     "vapt": Method("VAPT", {"kind": "adaptive"}, _PROMPT_LRS),
     "vpt-deep": Method("VPT-deep", {"kind": "deep"}, _PROMPT_LRS),
     "vpt-shallow": Method("VPT-shallow", {"kind": "shallow"}, _PROMPT_LRS),
     "linear": Method("linear probe", {"num_prompts": 0}, _PROMPT_LRS),
-    "full": Method("full fine-tuning", None, (0.5, 0.1, 0.02, 0.005)),
+    "full": Method("full fine-tuning", None, (0.1, 0.02, 0.004)),
 }
 
 

@@ -69,7 +69,7 @@ def search(
         recipes: the candidates, at least one.
         device: where to compute.
         workers: processes that read images.
-        validate_every: epochs between scores in validation. The last one is always taken, and it alone decides.
+        validate_every: epochs between scores in validation. The last is always taken and alone decides.
         folder: where the checkpoint and the metrics go, every epoch; None to keep nothing.
         resume: go on from the checkpoint in ``folder``, to the same bits as without the stop.
         progress: told about every epoch.
