@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from workload import LINEAR_PROBE, MODES, Setting, Variant, Workload
 
-WARM_UP = 2
+WARM_UP = 1
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
         "--kind", default="adaptive", choices=("adaptive", "deep", "shallow"), help="of prompts (%(default)s)"
     )
     add("--modes", nargs="+", default=MODES, choices=MODES, help="what to time (all)")
-    add("--rounds", type=int, default=8, help="interleaved rounds, at least 2 (%(default)s)")
+    add("--rounds", type=int, default=6, help="interleaved rounds, at least 2 (%(default)s)")
     add("--no-memory", dest="memory", action="store_false", help="don't measure peak memory")
     add("--out", type=Path, required=True, help="folder for the results")
     options = parser.parse_args(arguments)
@@ -68,13 +68,12 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def measure(setting: Setting, variants: list[Variant], mode: str, rounds: int) -> dict[Variant, list[float]]:
+def measure(workloads: dict[Variant, Workload], mode: str, rounds: int) -> dict[Variant, list[float]]:
     """Seconds of every round, by variant."""
-    runners = {variant: Workload(setting, variant).runner(mode) for variant in variants}
-    seconds = {variant: [] for variant in variants}
+    seconds = {variant: [] for variant in workloads}
     for index in track(range(WARM_UP + rounds), f"{mode}: time"):
-        for variant, run in runners.items():
-            elapsed = _time(run, setting)
+        for variant, workload in workloads.items():
+            elapsed = _time(workload.runner(mode), workload.setting)
             if index >= WARM_UP:
                 seconds[variant].append(elapsed)
     return seconds
@@ -158,9 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
     errors = {
         p: models_agree(setting, options.kind, p) for p in track(numbers, "gate: do the backends agree?")
     }
+    workloads = {variant: Workload(setting, variant) for variant in variants}
     results = {}
     for mode in options.modes:
-        measured = measure(setting, variants, mode, options.rounds)
+        measured = measure(workloads, mode, options.rounds)
         memory = dict.fromkeys(variants)
         if options.memory:
             memory = {v: peak_memory(setting, v, mode) for v in track(variants, f"{mode}: peak memory")}

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from workload import Setting, Variant, Workload
 
-WARM_UP, MEASURED = 1, 2
+WARM_UP, MEASURED = 1, 1
 
 
 def peak_memory(setting: Setting, variant: Variant, mode: str) -> float | None:
