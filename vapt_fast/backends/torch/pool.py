@@ -51,15 +51,14 @@ class _PromptPool(torch.autograd.Function):
         grad_x = grad_matrix = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             weighted = matrix * s.unsqueeze(1)
-            prefix_grad, patch_grad = grad_normed.tensor_split([ctx.num_prefix], dim=1)
-            total = torch.cat([prefix_grad, patch_grad + weighted.transpose(1, 2) @ scaled], dim=1)
-            # mean(a * normed) + s^2 mean(b * normed), where total = a + b: so mean(total * normed) less
+            total = grad_normed.clone(memory_format=torch.contiguous_format)
+            total[:, ctx.num_prefix :].baddbmm_(weighted.transpose(1, 2), scaled)
+            # With total = a + b: the rewritten backward is that of one LayerNorm, less its term in
             # (1 - s^2) mean(b * normed), which only patch tokens have.
-            correlation = (total * normed).mean(dim=-1, keepdim=True)
             pooled_part = (weighted * products).sum(dim=1) * ((1 - s.square()) / normed.shape[-1])
             correction = F.pad(pooled_part, (ctx.num_prefix, 0)).unsqueeze(-1)
-            mean = total.mean(dim=-1, keepdim=True)
-            grad_x = r * (total - mean - normed * (correlation - correction))
+            centred = _centre(total, normed)
+            grad_x = centred.addcmul_(normed, correction).mul_(r)
         if ctx.needs_input_grad[1]:
             grad_matrix = (products * s.unsqueeze(1)).sum(dim=0)
             grad_matrix = grad_matrix + (grad_pooled * bias).sum(dim=(0, 2)).unsqueeze(-1)
@@ -69,3 +68,11 @@ class _PromptPool(torch.autograd.Function):
             grad_bias = (grad_pooled * matrix.sum(dim=1, keepdim=True)).sum(dim=(0, 1))
         grads = differentiable_once("prompt_pool", grad_x, grad_matrix, grad_weight, grad_bias)
         return *grads, None, None, None
+
+
+def _centre(grad: Tensor, normed: Tensor) -> Tensor:
+    """grad - mean(grad) - normed * mean(grad * normed), over the channels, in one pass."""
+    one = normed.new_ones(*normed.shape[:-1], 1)
+    return torch.ops.aten.native_layer_norm_backward(
+        grad, normed, normed.shape[-1:], torch.zeros_like(one), one, None, None, [True, False, False]
+    )[0]
