@@ -281,6 +281,18 @@ def replace_forward(block: nn.Module, path: str) -> None:
     module.forward = lambda *args, **kwargs: 2 * original(*args, **kwargs)
 
 
+def replace_class(block: nn.Module, path: str) -> None:
+    """As token merging and the like do it: the module stays, its class is another one."""
+    module = block.get_submodule(path)
+    family = type(module)
+
+    class Patched(family):
+        def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+            return 2 * family.forward(self, *args, **kwargs)
+
+    module.__class__ = Patched
+
+
 def add_low_rank(block: nn.Module, path: str) -> None:
     torch.manual_seed(0)
     parent, _, name = path.rpartition(".")
@@ -313,6 +325,7 @@ CHANGES = [
     *((add_pre_hook, path) for path in MODULES),
     *((add_backward_hook, path) for path in MODULES),
     *((replace_forward, path) for path in MODULES),
+    *((replace_class, path) for path in ["", "norm1", "attn", "attn.qkv", "attn.proj", "mlp", "norm2"]),
     *((add_low_rank, path) for path in LINEARS),
     *((add_parametrization, path) for path in [*LINEARS, "norm1", "norm2"]),
     *((unfreeze, path) for path in ["", "norm1", "attn.qkv", "attn.proj", "mlp"]),

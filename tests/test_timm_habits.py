@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import create_dataset, create_loader, resolve_model_data_config
 from timm.models import (
     get_deprecated_models,
@@ -717,11 +718,12 @@ def test_mixed_precision_needs_autocast(architecture: str) -> None:
 # ---- compilers
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["adaptive", "deep"])
 def test_compile(kind: str) -> None:
     """Forward and backward as one graph each; what a code generator does with them is not ours to test."""
     torch.compiler.reset()
-    model = tiny_model(VIT, prompts=KINDS[kind], depth=2).float()
+    config = PromptConfig(kind=kind, num_prompts=3, projector_dim=4, prompt_dropout=0.1)
+    model = tiny_model(VIT, prompts=config, depth=2).float().train()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     images = tiny_images(model)
     expected, actual = run(model, images), run(compiled, images)
@@ -743,7 +745,7 @@ def test_compile_does_not_start_again_and_again() -> None:
     assert counters["unique_graphs"] - before <= 2  # the first size, then any size
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["adaptive", "deep"])
 def test_export(kind: str, tmp_path: Path) -> None:
     model = tiny_model(VIT, prompts=KINDS[kind]).float()
     batch = torch.export.Dim("batch", min=1, max=64)
@@ -841,14 +843,13 @@ def test_distributed(distributed_gradients: dict, wrapper: str, case: str) -> No
 
 def test_training_run(tmp_path: Path) -> None:
     """Dataset, loader, task, optimizer, schedule, average, clipping and checkpoints, as in train.py."""
-    torchvision = pytest.importorskip("torchvision")
     for label in range(2):
         for split in ("train", "val"):
-            (tmp_path / split / str(label)).mkdir(parents=True)
+            folder = tmp_path / split / str(label)
+            folder.mkdir(parents=True)
             for index in range(4):
-                color = torch.randint(0, 60, (3, 32, 48), dtype=torch.uint8) + 150 * label
-                path = tmp_path / split / str(label) / f"{index}.png"
-                torchvision.io.write_png(color, str(path))
+                color = (10 * index, 200 * label, 100)
+                Image.new("RGB", (48, 32), color).save(folder / f"{index}.png")
 
     torch.manual_seed(0)
     model = timm.create_model(
