@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 
 from .methods import build_model
 from .recipe import Recipe
+from .saved import save_model
 from .search import Found, search
-from .splits import digit_splits
+from .splits import NEW_DIGITS, digit_splits
 from .transforms import data_config
 
 __all__ = ["Comparison", "Outcome", "compare"]
@@ -63,14 +67,28 @@ class Outcome:
     test: list[float]
     num_trained: int
 
+    @property
+    def mean(self) -> float:
+        """Mean test accuracy over the seeds, 0 to 1."""
+        return statistics.mean(self.test)
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the test accuracy over the seeds (n - 1), 0 for one seed."""
+        return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
+
 
 def compare(
-    comparison: Comparison, on_outcome: Callable[[Outcome], None], processes: int | None = None
+    comparison: Comparison,
+    folder: Path,
+    on_outcome: Callable[[Outcome], None],
+    processes: int | None = None,
 ) -> list[Outcome]:
     """Run a comparison.
 
     Args:
         comparison: what to compare.
+        folder: the first seed's models are saved in ``folder/method-images``, for ``load_model``.
         on_outcome: called with every outcome as soon as it is there.
         processes: how many to share the work, each with one thread, because models this small have no work
             for more; None for one a CPU core.
@@ -85,14 +103,14 @@ def compare(
     processes = min(processes or os.cpu_count() or 1, len(jobs))
     spawn = multiprocessing.get_context("spawn")  # forked threads of PyTorch can hang
     with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(run_method, comparison, *job): job for job in queue}
+        futures = {pool.submit(run_method, comparison, folder, *job): job for job in queue}
         for future in as_completed(futures):
             outcomes[futures[future]] = future.result()
             on_outcome(outcomes[futures[future]])
     return [outcomes[job] for job in jobs]
 
 
-def run_method(comparison: Comparison, method: str, num_train: int) -> Outcome:
+def run_method(comparison: Comparison, folder: Path, method: str, num_train: int) -> Outcome:
     """Choose the learning rate of one method with the first seed, then test it with every seed."""
     base_lrs = comparison.full_base_lrs if method == "full" else comparison.base_lrs
     chosen, validation, test = None, {}, []
@@ -101,6 +119,7 @@ def run_method(comparison: Comparison, method: str, num_train: int) -> Outcome:
         if chosen is None:
             chosen = found.recipe.base_lr
             validation = {c["base_lr"]: c["validation_accuracy"] for c in found.candidates}
+            save_model(found.model, folder / f"{method}-{num_train}", _metadata())
         test.append(found.test.accuracy)
     num_trained = sum(p.numel() for p in found.model.parameters() if p.requires_grad)
     return Outcome(method, num_train, chosen, validation, test, num_trained)
@@ -111,14 +130,19 @@ def train_on_digits(
 ) -> Found:
     """One method, one number of training images, one seed."""
     epochs = comparison.epochs[num_train]
-    recipes = [
-        Recipe(
-            lr, epochs=epochs, warmup_epochs=max(1, epochs // 10), batch_size=comparison.batch_size, seed=seed
-        )
-        for lr in base_lrs
-    ]
-    config = data_config(timm.get_pretrained_cfg(BACKBONE).to_dict())
-    splits = digit_splits(config, seed, num_train)
+    numbers = {"epochs": epochs, "warmup_epochs": max(1, epochs // 10), "batch_size": comparison.batch_size}
+    metadata = _metadata()
     return search(
-        lambda: build_model(method, BACKBONE, len(splits.class_names)), splits, recipes, validate_every=epochs
+        lambda: build_model(method, BACKBONE, len(metadata["class_names"])),
+        digit_splits(metadata["data_config"], seed, num_train),
+        [Recipe(base_lr, seed=seed, **numbers) for base_lr in base_lrs],
+        validate_every=epochs,
     )
+
+
+def _metadata() -> dict[str, Any]:
+    """What prediction needs to know."""
+    return {
+        "class_names": [str(digit) for digit in NEW_DIGITS],
+        "data_config": data_config(timm.get_pretrained_cfg(BACKBONE).to_dict()),
+    }

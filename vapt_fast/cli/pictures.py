@@ -1,0 +1,127 @@
+"""The demo's picture: accuracy over training images, and where the prompts look."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..digits import digit_images
+from ..prompts import AdaptivePrompts
+from ..training.files import write_atomically
+from ..training.methods import METHODS
+from ..training.saved import load_model
+from ..training.splits import NEW_DIGITS
+from ..training.transforms import eval_transform
+from ..vit import AdaptiveViT
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from ..training.comparison import Outcome
+
+__all__ = ["draw", "prompt_maps"]
+
+
+@torch.no_grad()
+def prompt_maps(model: AdaptiveViT, images: Tensor) -> dict[int, Tensor]:
+    """How much each patch of each image shapes the prompts, for every adaptive block with a shared kernel.
+
+    The prompts before the projector are t = M z, with M the projection over positions and the convolution in
+    one matrix and z the normalised patch tokens. Moving patch n to the average patch of its image changes t
+    by the norm |M[:, n]| * |z_n - mean z|. That is the map.
+
+    Args:
+        model: with adaptive prompts.
+        images: (B, 3, height, width), as the model takes them.
+
+    Returns:
+        By the block's index, maps (B, H, W) over the patch grid, each with a sum of 1.
+    """
+    config, maps = model.config, {}
+    adaptive = [
+        i for i, block in enumerate(model.prompts.blocks) if isinstance(block, AdaptivePrompts) and i > 0
+    ]
+    entering = model.forward_intermediates(images, [i - 1 for i in adaptive], intermediates_only=True)
+    for index, tokens in zip(adaptive, entering, strict=True):
+        block = model.prompts.blocks[index]
+        kernel = None if block.kernel is None else block.kernel.flatten(0, 1)
+        matrix = functional.prompt_matrices(
+            block.token_projection.weight[None], kernel, model.grid, padding=config.conv_padding
+        )[0]
+        z = block.norm(tokens.flatten(2).transpose(1, 2))
+        strength = matrix.norm(dim=0) * (z - z.mean(1, keepdim=True)).norm(dim=2)
+        maps[index] = (strength / strength.sum(1, keepdim=True)).unflatten(1, model.grid)
+    return maps
+
+
+def draw(outcomes: list[Outcome], vapt_folder: Path, path: Path) -> None:
+    """Draw the results of a comparison, and what the prompts of a VAPT model look at.
+
+    Args:
+        outcomes: of ``compare``.
+        vapt_folder: a model trained with the method "vapt".
+        path: PNG file to write.
+    """
+    # The object-oriented interface: pyplot would choose a window system.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
+    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    _draw_accuracy(left, outcomes)
+    _draw_maps(right, vapt_folder)
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    write_atomically(path, content.getvalue())
+
+
+def _draw_accuracy(figure: Any, outcomes: list[Outcome]) -> None:
+    axes = figure.subplots()
+    for method in dict.fromkeys(outcome.method for outcome in outcomes):
+        row = [outcome for outcome in outcomes if outcome.method == method]
+        axes.errorbar(
+            [outcome.num_train for outcome in row],
+            [100 * outcome.mean for outcome in row],
+            yerr=[100 * outcome.spread for outcome in row],
+            label=f"{METHODS[method].title} ({row[0].num_trained:,} weights)",
+            marker="o",
+            capsize=3,
+        )
+    sizes = sorted({outcome.num_train for outcome in outcomes})
+    axes.set_xscale("log")
+    axes.set_xticks(sizes, [str(size) for size in sizes], minor=False)
+    axes.set_xticks([], minor=True)
+    axes.set_xlabel("training images")
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title("Digits 5 to 9 with a backbone that knows 0 to 4")
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def _draw_maps(figure: Figure, vapt_folder: Path) -> None:
+    model, metadata = load_model(vapt_folder)
+    digits, labels = digit_images(NEW_DIGITS)
+    shown = [digits[labels.index(digit)] for digit in NEW_DIGITS]
+    transform = eval_transform(metadata["data_config"])
+    pixels = torch.stack([transform(image) for image in shown])
+    maps = prompt_maps(model, pixels)
+    axes = figure.subplots(len(maps) + 1, len(shown), squeeze=False)
+    for column in range(len(shown)):
+        gray = pixels[column].mean(0)
+        axes[0, column].imshow(gray, cmap="gray")
+        for row, strength in enumerate(maps.values(), start=1):
+            axes[row, column].imshow(gray, cmap="gray")
+            height, width = gray.shape
+            axes[row, column].imshow(
+                strength[column], cmap="inferno", alpha=0.6, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+            )
+    for row, label in enumerate(["image", *(f"block {index}" for index in maps)]):
+        axes[row, 0].set_ylabel(label)
+    for one in axes.flat:
+        one.set_xticks([])
+        one.set_yticks([])
+    figure.suptitle("Which patches shape VAPT's prompts (bright: most)")

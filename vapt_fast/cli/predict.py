@@ -1,0 +1,117 @@
+"""``vapt-fast predict``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from .console import failures, out, status
+
+if TYPE_CHECKING:
+    from torch import nn
+
+__all__ = ["predict"]
+
+
+def predict(
+    adapter: Annotated[Path, typer.Argument(help="Folder that vapt-fast train wrote.")],
+    images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="How many classes to name for each image.")] = 1,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    backend: Annotated[str | None, typer.Option(help="auto, reference, torch, triton or cuda.")] = None,
+) -> None:
+    """Name the class of images with a trained model.
+
+    Files that are no images are reported and left out; the exit code is then 2.
+    """
+    from ..training import UserError, load_model
+    from .train import pick_device
+
+    with failures():
+        device = pick_device(device)
+        model, metadata = load_model(adapter, backend)
+        missing = [key for key in ("class_names", "data_config") if key not in metadata]
+        if missing:
+            raise UserError(
+                f"{adapter} has no {' and no '.join(missing)}: it was not saved by vapt-fast train"
+            )
+        paths = _image_files(images)
+        predictions, errors = _predict(model.to(device), metadata, paths, top, batch_size, device)
+    if as_json:
+        print(json.dumps(predictions, indent=2))
+    else:
+        _print_table(predictions)
+    for error in errors:
+        status.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if errors:
+        raise typer.Exit(2)
+
+
+def _image_files(given: list[Path]) -> list[Path]:
+    """The files themselves, and the images in the folders, sorted."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    from ..training import UserError
+
+    paths: list[Path] = []
+    for path in given:
+        if not path.is_dir():
+            paths.append(path)
+            continue
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        if not inside:
+            raise UserError(f"{path} has no images; expected files that end in one of {IMG_EXTENSIONS}")
+        paths += inside
+    return paths
+
+
+def _predict(
+    model: nn.Module, metadata: dict[str, Any], paths: list[Path], top: int, batch_size: int, device: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """The ``top`` classes of each image with their probabilities, and what is wrong with the other files."""
+    import torch
+
+    from ..training import UserError, eval_transform, open_image
+
+    class_names = metadata["class_names"]
+    transform = eval_transform(metadata["data_config"])
+    predictions, errors = [], []
+    for start in range(0, len(paths), batch_size):
+        names, tensors = [], []
+        for path in paths[start : start + batch_size]:
+            try:
+                tensors.append(transform(open_image(path)))
+            except UserError as error:
+                errors.append(str(error))
+            else:
+                names.append(str(path))
+        if not tensors:
+            continue
+        with torch.inference_mode():
+            probabilities = model(torch.stack(tensors).to(device)).float().softmax(1)
+        best = probabilities.topk(min(top, len(class_names)), dim=1)
+        for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
+            classes = [
+                {"class": class_names[index], "probability": value}
+                for index, value in zip(indices, values, strict=True)
+            ]
+            predictions.append({"file": name, **classes[0], "top": classes})
+    return predictions, errors
+
+
+def _print_table(predictions: list[dict[str, Any]]) -> None:
+    table = Table("file", "class", "probability")
+    for prediction in predictions:
+        table.add_row(
+            prediction["file"],
+            "\n".join(entry["class"] for entry in prediction["top"]),
+            "\n".join(f"{entry['probability']:.1%}" for entry in prediction["top"]),
+        )
+    if predictions:
+        out.print(table)

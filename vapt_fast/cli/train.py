@@ -1,0 +1,328 @@
+"""``vapt-fast train``."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..config import PromptConfig
+from .console import failures, out, status
+
+if TYPE_CHECKING:
+    from ..training.recipe import Recipe
+    from ..training.trainer import Epoch, Score
+
+__all__ = ["train"]
+
+# What a resumed run may change: it decides where and how fast a run computes, not what.
+_FREE = {"output", "resume", "overwrite", "device", "threads", "workers"}
+
+_RECIPE = ("epochs", "warmup_epochs", "batch_size", "momentum", "label_smoothing", "clip_grad", "amp", "seed")
+
+_DEFAULTS = PromptConfig()
+
+
+def _option(help: str, panel: str, *names: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel)
+
+
+def _optional_int(text: str) -> int | None:
+    return None if text == "none" else int(text)
+
+
+_DATA, _MODEL, _PROMPTS, _TRAINING = "Data", "Model", "Prompts", "Training"
+
+
+def train(
+    context: typer.Context,
+    output: Annotated[Path, typer.Option(help="Folder for the trained model, metrics and checkpoint.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the stopped run in --output, with its options.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that is in --output.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")
+    ] = "auto",
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads on the CPU (default: 1 for the digits backbone, else all cores)."),
+    ] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
+    data: Annotated[
+        str,
+        _option(
+            "'digits', or a folder with train/, val/ and test/ or with one folder of images a class.", _DATA
+        ),
+    ] = "digits",
+    train_images: Annotated[
+        int | None, _option("How many images to train on, spread over the classes (default: all).", _DATA)
+    ] = None,
+    validation_share: Annotated[
+        float, _option("Share split off to choose the learning rate with, if there is no val/.", _DATA)
+    ] = 0.2,
+    test_share: Annotated[
+        float, _option("Share split off for the test, if there is no train/.", _DATA)
+    ] = 0.2,
+    augment: Annotated[
+        Literal["none", "crop-flip"], _option("Augmentation of training images.", _DATA)
+    ] = "none",
+    crop_mode: Annotated[
+        Literal["center", "squash"] | None,
+        _option("Cut the image to a square or squash it (default: as the backbone was trained).", _DATA),
+    ] = None,
+    crop_pct: Annotated[
+        float | None, _option("Side of the crop, as a share (default: as the backbone was trained).", _DATA)
+    ] = None,
+    cache: Annotated[
+        bool, _option("Keep all images decoded in memory; not with augmentation.", _DATA, "--cache")
+    ] = False,
+    backbone: Annotated[str, _option("timm's name of the backbone.", _MODEL)] = "vit_digits_patch4_32",
+    pretrained: Annotated[bool, _option("Start from pre-trained weights.", _MODEL)] = True,
+    method: Annotated[
+        Literal["vapt", "vpt-deep", "vpt-shallow", "linear", "full"], _option("What to train.", _MODEL)
+    ] = "vapt",
+    backend: Annotated[
+        str | None, _option("auto, reference, torch, triton or cuda; see vapt-fast info.", _MODEL)
+    ] = None,
+    prompts: Annotated[int, _option("Prompts a block.", _PROMPTS)] = _DEFAULTS.num_prompts,
+    static_depth: Annotated[
+        int, _option("First blocks whose prompts are a learned table.", _PROMPTS)
+    ] = _DEFAULTS.static_depth,
+    conv_kernel: Annotated[
+        str, _option("Side of the convolution over the patches; 'none' for no convolution.", _PROMPTS)
+    ] = str(_DEFAULTS.conv_kernel),
+    conv_padding: Annotated[
+        int, _option("Zero padding of the convolution, patches.", _PROMPTS)
+    ] = _DEFAULTS.conv_padding,
+    conv_shared: Annotated[
+        bool, _option("One kernel for all channels, or one a channel.", _PROMPTS)
+    ] = _DEFAULTS.conv_shared,
+    projector_dim: Annotated[
+        str, _option("Width of the feature projector; 'none' for no projector.", _PROMPTS)
+    ] = str(_DEFAULTS.projector_dim),
+    projector_shared: Annotated[
+        bool, _option("One projector for all blocks, or one a block.", _PROMPTS)
+    ] = _DEFAULTS.projector_shared,
+    projector_activation: Annotated[
+        Literal["relu", "gelu", "sigmoid", "softmax", "identity"],
+        _option("Activation of the projector.", _PROMPTS),
+    ] = _DEFAULTS.projector_activation,
+    projector_dropout: Annotated[
+        float, _option("Dropout in the projector.", _PROMPTS)
+    ] = _DEFAULTS.projector_dropout,
+    projector_scale_learnable: Annotated[
+        bool, _option("Learn the factor of the projector's branch.", _PROMPTS)
+    ] = _DEFAULTS.projector_scale_learnable,
+    prompt_dropout: Annotated[
+        float, _option("Dropout of learned tables.", _PROMPTS)
+    ] = _DEFAULTS.prompt_dropout,
+    channel_dropout: Annotated[
+        float, _option("Rate of dropped channels after the convolution.", _PROMPTS)
+    ] = _DEFAULTS.channel_dropout,
+    pool_prompts: Annotated[
+        bool, _option("Average the last block's prompts with the patches.", _PROMPTS)
+    ] = _DEFAULTS.pool_prompts,
+    lr: Annotated[
+        list[float] | None,
+        _option(
+            "A learning rate to try, at a batch size of 256: lr * batch size / 256 is used. Give it several "
+            "times; validation chooses (default: a few that suit the method).",
+            _TRAINING,
+        ),
+    ] = None,
+    weight_decay: Annotated[
+        list[float] | None,
+        _option("A weight decay to try; may be given several times (default: 1e-4).", _TRAINING),
+    ] = None,
+    epochs: Annotated[int, _option("Passes over the training images.", _TRAINING)] = 100,
+    warmup_epochs: Annotated[int, _option("Epochs in which the learning rate rises.", _TRAINING)] = 10,
+    batch_size: Annotated[int, _option("Images a step.", _TRAINING)] = 64,
+    momentum: Annotated[float, _option("Momentum of SGD.", _TRAINING)] = 0.9,
+    label_smoothing: Annotated[
+        float, _option("Share of the target spread over all classes.", _TRAINING)
+    ] = 0.0,
+    clip_grad: Annotated[
+        float | None, _option("Largest norm of the gradient (default: no limit).", _TRAINING)
+    ] = None,
+    amp: Annotated[
+        Literal["bfloat16", "float16"] | None, _option("Mixed precision (default: float32).", _TRAINING)
+    ] = None,
+    seed: Annotated[int, _option("Of the split, the initialisation and the training.", _TRAINING)] = 0,
+) -> None:
+    """Adapt a backbone to labelled images; the learning rate is chosen on validation images.
+
+    Without options but --output: VAPT on real images of the digits 5 to 9, with the small backbone that comes
+    with this package and has only seen 0 to 4.
+    """
+    from ..training.run import RunOptions, run
+
+    again = f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"
+    with failures(again):
+        given = dict(context.params)
+        options = _resumed(context, output) if resume else RunOptions(**_run_options(given))
+        if not resume:
+            _check_free(output, overwrite)
+        _set_threads(threads, options.backbone)
+        progress = _Progress(options.recipes())
+        with progress.bars:
+            result = run(
+                options,
+                output,
+                resume=resume,
+                device=pick_device(device),
+                workers=workers,
+                on_start=_describe,
+                progress=progress,
+            )
+    _report(result, output)
+
+
+def _set_threads(threads: int | None, backbone: str) -> None:
+    import torch
+
+    if threads is None and backbone == "vit_digits_patch4_32":
+        threads = 1  # so small a model has no work for more, and they wait for each other on a busy machine
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def pick_device(name: str) -> str:
+    """The device of that name, "auto" being a GPU if there is one.
+
+    Raises:
+        UserError: no such device here.
+    """
+    import torch
+
+    from ..training.errors import UserError
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch's ways to have no such device
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name!r} is not usable here; expected auto, cpu, cuda, ...: {reason}"
+        ) from error
+    return name
+
+
+def _run_options(given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of RunOptions from those of the command."""
+    from ..training.errors import UserError
+    from ..training.run import RunOptions
+
+    prompts = {option.name: given[option.name] for option in fields(PromptConfig) if option.name in given}
+    prompts["num_prompts"] = given["prompts"]
+    for name in ("conv_kernel", "projector_dim"):
+        try:
+            prompts[name] = _optional_int(given[name])
+        except ValueError as error:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} must be an integer or 'none', got {given[name]!r}") from error
+    own = {option.name for option in fields(RunOptions)} - {"prompts"}
+    options = {name: value for name, value in given.items() if name in own}
+    options["data"] = given["data"] if given["data"] == "digits" else str(Path(given["data"]).resolve())
+    options["prompts"] = prompts
+    options["base_lrs"] = list(given["lr"]) if given["lr"] else None
+    options["weight_decays"] = list(given["weight_decay"]) if given["weight_decay"] else [1e-4]
+    options["recipe"] = {name: given[name] for name in _RECIPE}
+    return options
+
+
+def _resumed(context: typer.Context, output: Path) -> Any:
+    """The options of the run in ``output``; options on the command line must agree with them."""
+    from ..training.errors import UserError
+    from ..training.run import RESULT_NAME, RunOptions
+
+    options = RunOptions.read(output)
+    if (output / RESULT_NAME).exists():
+        raise UserError(f"the run in {output} is finished: there is nothing to resume")
+    now, then = _flat(_run_options(dict(context.params))), _flat(asdict(options))
+    renamed = {"prompts": "num_prompts", "lr": "base_lrs", "weight_decay": "weight_decays"}
+    for name in context.params:
+        if name in _FREE or context.get_parameter_source(name).name != "COMMANDLINE":
+            continue
+        key = renamed.get(name, name)
+        if now[key] != then[key]:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{flag} was {then[key]} when the run in {output} started, got {now[key]}; leave it out"
+            )
+    return options
+
+
+def _flat(options: dict[str, Any]) -> dict[str, Any]:
+    return {**options, **options["prompts"], **options["recipe"]}
+
+
+def _check_free(output: Path, overwrite: bool) -> None:
+    from ..training.errors import UserError
+    from ..training.run import OPTIONS_NAME
+
+    if (output / OPTIONS_NAME).exists() and not overwrite:
+        raise UserError(
+            f"--output {output} has a run already: give --resume to go on with it, --overwrite to replace it, "
+            "or another folder"
+        )
+
+
+def _describe(model: Any, splits: Any) -> None:
+    from ..adapters import trainable_summary
+
+    test = "no" if splits.test is None else len(splits.test)
+    status.print(
+        f"{len(splits.class_names)} classes; {len(splits.train)} images to train on, {len(splits.validation)} to "
+        f"choose the learning rate with, {test} to test on"
+    )
+    status.print(trainable_summary(model))
+
+
+class _Progress:
+    """A bar for the epochs of all candidates."""
+
+    def __init__(self, recipes: list[Recipe]) -> None:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        self.bars = Progress(*columns, console=status)
+        self._recipes = recipes
+        self._tasks: dict[int, Any] = {}
+
+    def __call__(self, candidate: int, epoch: Epoch, score: Score | None) -> None:
+        if candidate not in self._tasks:
+            self._tasks[candidate] = self.bars.add_task("", total=self._recipes[candidate].epochs)
+        validation = "" if score is None else f", validation {score.accuracy:.1%}"
+        self.bars.update(
+            self._tasks[candidate],
+            completed=epoch.epoch,
+            description=f"{candidate + 1} of {len(self._recipes)}: loss {epoch.train_loss:.3f}{validation}",
+        )
+
+
+def _report(result: dict[str, Any], output: Path) -> None:
+    table = Table("learning rate", "weight decay", "validation", title="Candidates")
+    for candidate in result["candidates"]:
+        diverged = candidate["diverged"]
+        table.add_row(
+            f"{candidate['base_lr']:g}",
+            f"{candidate['weight_decay']:g}",
+            "diverged" if diverged else f"{candidate['validation_accuracy']:.1%}",
+        )
+    out.print(table)
+    chosen = result["recipe"]
+    out.print(f"chosen: learning rate {chosen['base_lr']:g}, weight decay {chosen['weight_decay']:g}")
+    if result["test_accuracy"] is not None:
+        out.print(f"test accuracy: {result['test_accuracy']:.1%} of {result['num_images']['test']} images")
+    out.print(f"wrote {output}", soft_wrap=True)

@@ -1,0 +1,248 @@
+"""One run in one folder: options in, a trained model, its metrics and its result out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ..config import PromptConfig
+from .errors import UserError
+from .files import write_atomically
+from .loader import in_memory
+from .methods import METHODS, build_model
+from .recipe import Recipe
+from .saved import save_model
+from .search import CHECKPOINT_NAME, Progress, search
+from .splits import Splits, digit_splits, folder_splits
+from .transforms import data_config
+
+__all__ = ["OPTIONS_NAME", "RESULT_NAME", "RunOptions", "run"]
+
+OPTIONS_NAME = "run.json"
+RESULT_NAME = "result.json"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Everything that decides what a run computes. Kept in its folder, so that a stopped run can go on.
+
+    Attributes:
+        data: "digits" or a folder of images; see ``folder_splits``.
+        backbone: timm's name.
+        method: key of METHODS.
+        prompts: options of PromptConfig; the method decides on the kind.
+        base_lrs: candidates, at a batch size of 256; None for the method's own.
+        weight_decays: candidates; tried with every learning rate.
+        recipe: the other numbers of Recipe, by name.
+        train_images: how many images to train on; None for all.
+        validation_share, test_share: of a folder that is not split already.
+        augment: of the training images.
+        crop_mode, crop_pct: of timm's preparation of images; None for the backbone's.
+        cache: keep all images of a folder in memory; not with augmentation.
+        pretrained: start from pre-trained weights.
+        backend: as for AdaptiveViT.
+    """
+
+    data: str = "digits"
+    backbone: str = "vit_digits_patch4_32"
+    method: str = "vapt"
+    prompts: dict[str, Any] = field(default_factory=dict)
+    base_lrs: list[float] | None = None
+    weight_decays: list[float] = field(default_factory=lambda: [1e-4])
+    recipe: dict[str, Any] = field(default_factory=dict)
+    train_images: int | None = None
+    validation_share: float = 0.2
+    test_share: float = 0.2
+    augment: str = "none"
+    crop_mode: str | None = None
+    crop_pct: float | None = None
+    cache: bool = False
+    pretrained: bool = True
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UserError(f"method must be one of {tuple(METHODS)}, got {self.method!r}")
+        if self.cache and self.augment != "none":
+            raise UserError(f"cache keeps every image as it is first read: not with augment={self.augment!r}")
+        if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:
+            raise UserError(
+                "validation_share and test_share must be at least 0 and together below 1, got "
+                f"{self.validation_share} and {self.test_share}"
+            )
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UserError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
+
+    @classmethod
+    def read(cls, folder: Path) -> RunOptions:
+        """The options of the run in ``folder``.
+
+        Raises:
+            UserError: there is no run, or one that another version of this library started.
+        """
+        path = folder / OPTIONS_NAME
+        try:
+            options = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist: there is no run to resume in {folder}") from error
+        except ValueError as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        unknown = sorted(set(options) - {option.name for option in fields(cls)})
+        if unknown:
+            raise UserError(f"{path} has the unknown options {unknown}")
+        return cls(**options)
+
+    def write(self, folder: Path) -> None:
+        """Keep the options in ``folder``."""
+        write_atomically(folder / OPTIONS_NAME, json.dumps(asdict(self), indent=2).encode())
+
+    def recipes(self) -> list[Recipe]:
+        """One recipe for every candidate."""
+        base_lrs = METHODS[self.method].base_lrs if self.base_lrs is None else self.base_lrs
+        return [
+            Recipe(base_lr=base_lr, weight_decay=weight_decay, **self.recipe)
+            for base_lr, weight_decay in product(base_lrs, self.weight_decays)
+        ]
+
+
+def run(
+    options: RunOptions,
+    folder: Path,
+    *,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+    on_start: Callable[[nn.Module, Splits], None] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train, choose, test and save.
+
+    Writes to ``folder``: the options at the start; every epoch a line of metrics and a checkpoint; at the end
+    the model (see ``save_model``) and the result, after which the checkpoint is removed.
+
+    Args:
+        options: what to compute; with ``resume`` those that ``RunOptions.read`` gives.
+        folder: where to write; a model that is there stays until the new one is whole.
+        resume: go on from the checkpoint; a run that was stopped before the first one starts anew.
+        device: where to compute.
+        workers: processes that read images.
+        on_start: told the untrained model and the images before training starts.
+        progress: told about every epoch.
+
+    Returns:
+        The result, as in ``result.json``: what was chosen, scores, candidates, numbers of images.
+
+    Raises:
+        UserError: options that can't be carried out.
+        OSError: the disk is full, or the like.
+    """
+    recipes = options.recipes()
+    prompts = _prompts(options)
+
+    def make_model(num_classes: int) -> nn.Module:
+        return build_model(
+            options.method,
+            options.backbone,
+            num_classes,
+            prompts=prompts,
+            pretrained=options.pretrained,
+            backend=options.backend,
+        )
+
+    config = _data_config(options)
+    splits = _splits(options, config, recipes[0].seed)
+    num_classes = len(splits.class_names)
+    first = _first_model(make_model, options, num_classes)
+    if on_start is not None:
+        on_start(first, splits)
+    del first
+    if not resume:
+        for name in (CHECKPOINT_NAME, RESULT_NAME):  # of an earlier run
+            (folder / name).unlink(missing_ok=True)
+        options.write(folder)
+    found = search(
+        lambda: make_model(num_classes),
+        splits,
+        recipes,
+        device=device,
+        workers=workers,
+        folder=folder,
+        resume=resume and (folder / CHECKPOINT_NAME).exists(),
+        progress=progress,
+    )
+    result = {
+        "method": options.method,
+        "backbone": options.backbone,
+        "recipe": asdict(found.recipe),
+        "validation_accuracy": found.validation.accuracy,
+        "test_accuracy": None if found.test is None else found.test.accuracy,
+        "candidates": found.candidates,
+        "num_images": {
+            "train": len(splits.train),
+            "validation": len(splits.validation),
+            "test": 0 if splits.test is None else len(splits.test),
+        },
+    }
+    save_model(
+        found.model, folder, {**result, "class_names": list(splits.class_names), "data_config": config}
+    )
+    write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
+    (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    return result
+
+
+def _prompts(options: RunOptions) -> PromptConfig:
+    try:
+        return PromptConfig(**options.prompts)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def _data_config(options: RunOptions) -> dict[str, Any]:
+    if not timm.is_model(options.backbone.partition(".")[0]):
+        close = timm.list_models(f"*{options.backbone.partition('.')[0][:8]}*")[:5]
+        raise UserError(
+            f"backbone must be the name of a timm model, got {options.backbone!r}; similar: {close}"
+        )
+    try:
+        cfg = timm.get_pretrained_cfg(options.backbone)
+    except RuntimeError as error:
+        raise UserError(f"backbone {options.backbone!r}: {error}") from error
+    pretrained_cfg = {} if cfg is None else cfg.to_dict()
+    return data_config(pretrained_cfg, crop_mode=options.crop_mode, crop_pct=options.crop_pct)
+
+
+def _splits(options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
+    if options.data == "digits":
+        return digit_splits(config, seed, options.train_images)
+    splits = folder_splits(
+        options.data,
+        config,
+        seed,
+        num_train=options.train_images,
+        validation_share=options.validation_share,
+        test_share=options.test_share,
+        augmentation=options.augment,
+    )
+    if not options.cache:
+        return splits
+    test = None if splits.test is None else in_memory(splits.test)
+    return Splits(splits.class_names, in_memory(splits.train), in_memory(splits.validation), test)
+
+
+def _first_model(make_model: Callable[[int], nn.Module], options: RunOptions, num_classes: int) -> nn.Module:
+    """A model, made early so that what is wrong with the options shows before anything is written."""
+    try:
+        return make_model(num_classes)
+    except OSError as error:
+        raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{options.method} with backbone {options.backbone!r}: {error}") from error
