@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["differentiable_once"]
+__all__ = ["differentiable_once", "refuse_forward_mode"]
 
 
 def differentiable_once(op: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -17,6 +18,15 @@ def differentiable_once(op: str, *grads: Tensor | None) -> tuple[Tensor | None, 
     if not torch.is_grad_enabled():  # nobody asked for a graph of the backward
         return grads
     return tuple(None if grad is None else _Once.apply(op, grad) for grad in grads)
+
+
+def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
+    """Raise if any of ``tensors`` carries a tangent, which a custom op would drop without a word."""
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{op} has no forward-mode derivative: its backward is written by hand. "
+            'Use vapt_fast.use_backend("reference") for forward-mode derivatives'
+        )
 
 
 class _Once(torch.autograd.Function):

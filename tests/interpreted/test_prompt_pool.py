@@ -1,0 +1,310 @@
+"""prompt_pool on Triton, in its interpreter, against the torch backend and the formula."""
+
+import importlib
+import itertools
+from contextlib import contextmanager
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ops import assert_policy, assert_same_results, far_from_zero, layouts, pool_case, rand, results
+from test_official import OPTIONS, Golden, official_grads
+from torch.autograd import forward_ad
+
+from vapt_fast import BackendUnavailable, kernels
+
+# By its full name: the package has a function of this name.
+LAUNCHER = importlib.import_module("vapt_fast.backends.triton.prompt_pool")
+
+# (B, S, N, C, R): every number of patches, width and number of rows that occurs, and block sizes +- 1.
+SHAPES = [
+    *itertools.product((1, 2), (0, 1, 5), (1, 16), (5, 64), (1, 10)),
+    *((1, 1, n, 8, 3) for n in (31, 32, 33, 49, 63, 64, 65, 196, 256, 729)),
+    *((1, 1, 4, c, 3) for c in (63, 65, 192, 255, 256, 257, 384, 768, 1024, 1280)),
+    *((1, 0, 4, 8, r) for r in (15, 16, 17, 31, 32, 33, 50, 100, 400)),
+    *((b, 1, 4, 8, 3) for b in (0, 3, 4, 5, 9)),
+    *((2, s, 4, 8, 3) for s in (4, 10)),
+    *((b, 1, 4, 8, 0) for b in (0, 2)),
+    (2, 1, 49, 70, 20),
+]
+
+
+def case(batch, prefix, patches, dim, rows):
+    torch.manual_seed(0)
+    return pool_case(batch=batch, prefix=prefix, patches=patches, dim=dim, rows=rows)
+
+
+def on_torch(op, tensors, options):
+    return results(op, tensors, options | {"backend": "torch"})
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_equals_the_torch_backend(shape):
+    op, _, tensors, options = case(*shape)
+    assert_same_results(results(op, tensors, options), on_torch(op, tensors, options), 1e-10)
+
+
+@pytest.mark.parametrize("prefix", [0, 2])
+@pytest.mark.parametrize("rows", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_gradcheck(batch, prefix, rows):
+    op, _, tensors, options = case(batch, prefix, 4, 5, rows)
+    options |= {"eps": 0.05, "prompt_eps": 0.5}  # far apart, so that an error in s would show
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *a: op(*a, **options), leaves, fast_mode=True)
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_error_is_at_most_that_of_eager_pytorch(dtype, scale):
+    def cases():
+        for seed in range(20):
+            torch.manual_seed(seed)
+            op, formula, tensors, options = pool_case(dim=32)
+            yield op, formula, [t * scale for t in tensors], options
+
+    assert_policy(pool_case, cases(), dtype)
+
+
+def test_norm_far_from_zero_and_constant_rows():
+    op, formula, tensors, options = far_from_zero(seed=0)
+    assert_same_results(results(op, tensors, options), results(formula, tensors, options), 1e-9)
+    assert_policy(pool_case, (far_from_zero(seed) for seed in range(8)), torch.float32)
+
+
+def test_dtypes_are_those_of_the_torch_backend():
+    op, _, tensors, options = case(2, 1, 4, 8, 3)
+    x, matrix, *affine = (t.float() for t in tensors)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        for affine_dtype in (torch.float16, torch.float32):
+            arguments = [x.to(dtype), matrix, *(t.to(affine_dtype) for t in affine)]
+            with torch.autocast("cpu", torch.bfloat16):
+                actual, expected = results(op, arguments, options), on_torch(op, arguments, options)
+            for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
+                assert ours.dtype == theirs.dtype
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("token", [0, 3])
+def test_nan_and_inf_propagate_as_on_torch(value, token):
+    op, _, tensors, options = case(2, 1, 33, 70, 3)
+    tensors[0][0, token, 0] = value
+    actual, expected = results(op, tensors, options), on_torch(op, tensors, options)
+    for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
+        assert torch.equal(torch.isfinite(ours), torch.isfinite(theirs))
+
+
+# ---- layouts
+
+
+def test_layouts_make_no_difference():
+    op, _, tensors, options = case(2, 2, 9, 6, 3)
+    expected = results(op, tensors, options)
+    for position, tensor in enumerate(tensors):
+        for name, same in layouts(tensor):
+            actual = results(op, [*tensors[:position], same, *tensors[position + 1 :]], options)
+            assert_same_results(actual, expected, 0, f"argument {position} {name}")
+
+
+def test_layouts_of_incoming_gradients_make_no_difference():
+    op, _, tensors, options = case(2, 2, 9, 6, 3)
+    leaves = [t.requires_grad_() for t in tensors]
+    outputs = op(*leaves, **options)
+    incoming = [rand(*output.shape) for output in outputs]
+    expected = torch.autograd.grad(outputs, leaves, incoming, retain_graph=True)
+    for position, grad in enumerate(incoming):
+        for name, same in layouts(grad):
+            given = [*incoming[:position], same, *incoming[position + 1 :]]
+            actual = torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+            assert_same_results([actual], [expected], 0, f"gradient {position} {name}")
+
+
+def test_expanded_tensors():
+    """A stride of 0: in the incoming gradients, as sum() makes it, and in every argument."""
+    shapes = (2, 1, 4, 6, 3)
+    op, _, tensors, options = case(*shapes)
+    tensors = [t[:1].expand(t.shape) if t.ndim > 1 else t[0].expand(t.shape) for t in tensors]
+    grads = []
+    for backend in ("triton", "torch"):
+        leaves = [t.detach().requires_grad_() for t in tensors]
+        normed, pooled = op(*leaves, **options, backend=backend)
+        grads.append(torch.autograd.grad(normed.sum() + pooled.sum(), leaves))
+    assert_same_results([grads[0]], [grads[1]], 1e-10)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2])
+def test_offsets_beyond_32_bits(dim):
+    """Two neighbours in ``dim`` lie more than 2^31 elements apart, in memory that nobody touches."""
+    op, _, tensors, options = case(2, 1, 2, 2, 3)
+    x, *rest = (t.float() for t in tensors)
+    stride = (2**31 + 64) // (x.shape[dim] - 1)
+    strides = [1 if d == dim else 8**d for d in range(3)]
+    strides[dim] = stride
+    far = torch.empty(2**31 + 1024).as_strided(x.shape, strides).copy_(x)
+    with mock.patch.object(torch.UntypedStorage, "copy_"):  # the interpreter's, of the whole memory on itself
+        actual = results(op, [far, *rest], options)
+    assert_same_results(actual, results(op, [x, *rest], options), 0)
+
+
+# ---- launches
+
+
+@contextmanager
+def recorded_launches(run=True):
+    """(kernel's name, number of programs) of each launch in the ``with`` block, run or not."""
+    launches = []
+    launch = LAUNCHER.launch
+
+    def record(kernel, config, programs, *args, **constants):
+        launches.append((kernel.__name__, programs))
+        if run:
+            launch(kernel, config, programs, *args, **constants)
+
+    with mock.patch.object(LAUNCHER, "launch", record):
+        yield launches
+
+
+def grids(batch, prefix, patches, dim, rows):
+    """Kernel -> number of programs, of a forward and backward pass that is not run."""
+    op, _, (x, *rest), options = case(1, prefix, patches, dim, rows)
+    leaves = [t.requires_grad_() for t in (x[:, :1, :1].expand(batch, *x.shape[1:]), *rest)]
+    with recorded_launches(run=False) as launches:
+        outputs = op(*leaves, **options)
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+    return dict(launches)
+
+
+def test_grids():
+    """One dimension, of a size that a GPU allows."""
+    assert grids(2, 1, 49, 70, 20) == {
+        "normalise": 25,
+        "pool": 2 * 1 * 2,
+        "tokens_backward": 2 * 2,
+        "matrix_backward": 1 * 1 * 2,
+        "affine_backward": 1 * 2,
+        "add_chunks": 1,
+    }
+    many = grids(65_536, 1, 1, 1, 1)
+    assert many["pool"] == many["tokens_backward"] == 65_536
+    assert many["matrix_backward"] == many["affine_backward"] == 64
+
+
+def test_launches_are_on_the_device_of_their_input():
+    op, _, tensors, options = case(1, 1, 2, 4, 2)
+    guarded = []
+    with mock.patch.object(torch.cuda, "device_of") as guard:
+        guard.side_effect = lambda tensor: (guarded.append(tensor.device), mock.MagicMock())[1]
+        results(op, tensors, options)
+    assert guarded == [tensors[0].device] * 7
+
+
+def test_nothing_is_launched_for_what_needs_no_gradient():
+    op, _, (x, matrix, weight, bias), options = case(1, 1, 2, 4, 2)
+    with recorded_launches() as launches:
+        op(x, matrix.requires_grad_(), weight, bias, **options)[1].sum().backward()
+    assert "tokens_backward" not in dict(launches)
+    with recorded_launches() as launches:
+        op(x.requires_grad_(), matrix.detach(), weight, bias, **options)[1].sum().backward()
+    assert list(dict(launches)) == ["normalise", "pool", "tokens_backward"]
+
+
+def test_kernels_use_no_atomics():
+    assert "atomic" not in Path(kernels.__file__).with_name("prompt_pool.py").read_text()
+
+
+def test_results_repeat_bit_by_bit():
+    op, _, tensors, options = case(9, 1, 4, 8, 3)
+    assert_same_results(results(op, tensors, options), results(op, tensors, options), 0)
+
+
+# ---- as an op of PyTorch
+
+
+def test_opcheck():
+    _, _, tensors, options = case(2, 1, 4, 6, 3)
+    arguments = [*(t.requires_grad_() for t in tensors), *options.values()]
+    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool, arguments)
+
+
+def test_opcheck_of_the_backward():
+    _, _, (x, matrix, weight, bias), options = case(2, 1, 4, 6, 3)
+    normed, pooled, raw, mean, rstd = torch.ops.vapt_fast.prompt_pool(
+        x, matrix, weight, bias, *options.values()
+    )
+    statistics = (mean, rstd, *options.values())
+    arguments = (normed, pooled, x, matrix, weight, *statistics)
+    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool_backward_tokens, arguments)
+    arguments = (pooled, x, matrix, weight, bias, raw, *statistics)
+    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool_backward_learned, arguments)
+
+
+def test_statistics_are_not_differentiable():
+    _, _, tensors, options = case(2, 1, 4, 6, 3)
+    outputs = torch.ops.vapt_fast.prompt_pool(*(t.requires_grad_() for t in tensors), *options.values())
+    assert [output.requires_grad for output in outputs] == [True, True, False, False, False]
+
+
+def test_a_second_derivative_raises():
+    op, _, tensors, options = case(2, 1, 4, 6, 3)
+    x, *rest = (t.requires_grad_() for t in tensors)
+    (grad,) = torch.autograd.grad(op(x, *rest, **options)[1].square().sum(), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="prompt_pool can't be differentiated twice"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("position", range(4))
+def test_a_forward_derivative_raises(position):
+    op, _, tensors, options = case(2, 1, 4, 6, 3)
+
+    def function(tensor):
+        return op(*tensors[:position], tensor, *tensors[position + 1 :], **options)
+
+    tangent = torch.ones_like(tensors[position])
+    with pytest.raises(NotImplementedError, match="prompt_pool has no forward-mode derivative"):
+        torch.func.jvp(function, (tensors[position],), (tangent,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="prompt_pool"):
+        function(forward_ad.make_dual(tensors[position], tangent))
+
+
+def test_compiles_into_one_graph_for_any_batch():
+    op, _, _, options = case(1, 1, 4, 6, 3)
+    compiled = torch.compile(
+        lambda *a: op(*a, **options, backend="triton"), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for batch in (2, 3, 5):
+        tensors = case(batch, 1, 4, 6, 3)[2]
+        assert_same_results(results(lambda *a: compiled(*a), tensors, {}), results(op, tensors, options), 0)
+
+
+# ---- what it refuses
+
+
+def test_other_dtypes_are_refused():
+    op, _, (x, matrix, *affine), options = case(1, 1, 4, 6, 3)
+    with pytest.raises(BackendUnavailable, match=r"prompt_pool can't run.*matrix must be float32 or float64"):
+        op(x, matrix.half(), *affine, **options)
+
+
+# ---- the whole model
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_golden(name):
+    """The public implementation's logits and gradients."""
+    golden = Golden(name)
+    model = golden.model().double().eval()
+    with recorded_launches() as launches:
+        logits = model(golden.image)
+        loss = F.cross_entropy(logits, golden.target)
+        loss.backward()
+    assert "tokens_backward" in dict(launches)
+    torch.testing.assert_close(logits, golden.logits, rtol=0, atol=1e-9)
+    grads = official_grads(model)
+    for key, expected in golden.grads.items():
+        assert (grads[key] - expected).abs().max() <= 1e-9 * max(1.0, expected.abs().max()), key
