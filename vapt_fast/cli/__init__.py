@@ -23,5 +23,5 @@ for command in (train, predict, demo, info):
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0, 1 (the machine failed, as with a full disk), 2 (wrong use), 130 (Ctrl-C)."""
+    """Entry point. Exits with 0, 1 (the machine failed: a full disk), 2 (wrong use) or 130 (Ctrl-C)."""
     app()

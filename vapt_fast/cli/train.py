@@ -275,8 +275,8 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
     if (output / OPTIONS_NAME).exists() and not overwrite:
         raise UserError(
-            f"--output {output} has a run already: give --resume to go on with it, --overwrite to replace it, "
-            "or another folder"
+            f"--output {output} has a run already: give --resume to go on with it, --overwrite to replace "
+            "it, or another folder"
         )
 
 
@@ -285,8 +285,8 @@ def _describe(model: Any, splits: Any) -> None:
 
     test = "no" if splits.test is None else len(splits.test)
     status.print(
-        f"{len(splits.class_names)} classes; {len(splits.train)} images to train on, {len(splits.validation)} to "
-        f"choose the learning rate with, {test} to test on"
+        f"{len(splits.class_names)} classes; {len(splits.train)} images to train on, "
+        f"{len(splits.validation)} to choose the learning rate with, {test} to test on"
     )
     status.print(trainable_summary(model))
 

@@ -32,13 +32,16 @@ def make_loader(
         shuffle_seed: of the order and of the workers' own randomness; None for the stored order.
         workers: processes that read images; 0 reads in this one. Data in memory needs none.
     """
-    generator = None if shuffle_seed is None else torch.Generator().manual_seed(shuffle_seed)
-    sampler = SequentialSampler(dataset) if generator is None else RandomSampler(dataset, generator=generator)
+    if shuffle_seed is None:
+        sampler = SequentialSampler(dataset)
+    else:
+        sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(shuffle_seed))
+    # A generator of its own, for the workers: the order and the global generator stay out of it.
+    generator = torch.Generator().manual_seed(shuffle_seed or 0)
     if isinstance(dataset, TensorDataset):
         # One indexing a batch instead of one an image.
-        return DataLoader(
-            dataset, batch_size=None, sampler=BatchSampler(sampler, batch_size, drop_last=False)
-        )
+        batches = BatchSampler(sampler, batch_size, drop_last=False)
+        return DataLoader(dataset, batch_size=None, sampler=batches, generator=generator)
     return DataLoader(
         dataset,
         batch_size=batch_size,

@@ -1,0 +1,608 @@
+"""Training: disjoint splits, an honest choice, the same bits after a stop, no half-written files."""
+
+import errno
+import json
+import os
+import random
+import sys
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.utils.data import Subset, TensorDataset
+
+import vapt_fast.training.files as files
+from vapt_fast import PromptConfig
+from vapt_fast.training import (
+    METHODS,
+    Recipe,
+    Splits,
+    Trainer,
+    UserError,
+    build_model,
+    data_config,
+    digit_splits,
+    eval_transform,
+    evaluate,
+    folder_splits,
+    load_model,
+    save_model,
+    search,
+)
+from vapt_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from vapt_fast.training.loader import in_memory, make_loader
+from vapt_fast.training.methods import param_groups, trained_state
+from vapt_fast.training.run import RunOptions, run
+from vapt_fast.training.splits import stratified_order
+from vapt_fast.training.transforms import train_transform
+
+BACKBONE = "vit_digits_patch4_32"
+CLASSES = 3
+
+
+@pytest.fixture(scope="module")
+def config():
+    return data_config(timm.create_model(BACKBONE).pretrained_cfg)
+
+
+@pytest.fixture(scope="module")
+def digits(config):
+    return digit_splits(config, seed=0, num_train=20)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """Three classes of noise around three colours: learnable in a few steps."""
+    generator = torch.Generator().manual_seed(0)
+
+    def images(count):
+        labels = torch.arange(count) % CLASSES
+        colours = torch.eye(3)[labels].view(count, 3, 1, 1)
+        return TensorDataset(colours + 0.3 * torch.randn(count, 3, 32, 32, generator=generator), labels)
+
+    return Splits(("red", "green", "blue"), images(12), images(9), images(9))
+
+
+@pytest.fixture
+def image_folder(tmp_path):
+    """Two classes of 10 small PNG files each, in one folder."""
+    generator = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 190)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(10):
+            pixels = generator.integers(level - 50, level + 50, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / name / f"{index}.png")
+    return tmp_path / "images"
+
+
+def make_model(method="vapt"):
+    return build_model(method, BACKBONE, CLASSES, prompts=PromptConfig(num_prompts=2))
+
+
+def recipes(*base_lrs, epochs=3, **options):
+    return [Recipe(lr, epochs=epochs, warmup_epochs=1, batch_size=5, **options) for lr in base_lrs]
+
+
+def rows(dataset):
+    """The images of a data set as comparable values."""
+    return {image.numpy().tobytes() for image, _ in in_memory(dataset)}
+
+
+# ---- splits
+
+
+def test_digit_splits_are_disjoint_stratified_and_reproducible(config, digits):
+    parts = [digits.train, digits.validation, digits.test]
+    assert [len(part) for part in parts] == [20, 196, 400]
+    assert sum(len(rows(part)) for part in parts) == len(set.union(*map(rows, parts)))
+    assert torch.bincount(digits.train.tensors[1]).tolist() == [4] * 5
+    again = digit_splits(config, seed=0, num_train=20)
+    assert all(torch.equal(a.tensors[0], b.tensors[0]) for a, b in zip(parts, splits_of(again), strict=True))
+
+
+def splits_of(splits):
+    return splits.train, splits.validation, splits.test
+
+
+def test_seed_changes_what_is_learned_from_but_not_the_test(config, digits):
+    other = digit_splits(config, seed=1, num_train=20)
+    assert torch.equal(other.test.tensors[0], digits.test.tensors[0])
+    assert not torch.equal(other.train.tensors[0], digits.train.tensors[0])
+    assert not rows(other.test) & (rows(other.train) | rows(other.validation))
+
+
+def test_fewer_digits_are_the_beginning_of_more(config, digits):
+    more = digit_splits(config, seed=0, num_train=100)
+    assert torch.equal(more.train.tensors[0][:20], digits.train.tensors[0])
+    assert len(digit_splits(config, seed=0).train) == 300
+
+
+@pytest.mark.parametrize("num_train", [0, 4, 301])
+def test_impossible_numbers_of_training_images(config, num_train):
+    with pytest.raises(UserError, match=f"between 5, one a class, and 300.*got {num_train}"):
+        digit_splits(config, seed=0, num_train=num_train)
+
+
+def test_stratified_order_keeps_proportions_in_every_beginning():
+    labels = [0] * 60 + [1] * 30 + [2] * 10
+    order = stratified_order(labels, seed=5)
+    assert sorted(order) == list(range(100))
+    for count in (10, 20, 50, 90):
+        seen = np.bincount([labels[index] for index in order[:count]], minlength=3)
+        assert np.abs(seen - count * np.array([0.6, 0.3, 0.1])).max() <= 1
+    assert order != stratified_order(labels, seed=6)
+
+
+def test_one_folder_is_split_in_three(image_folder, config):
+    splits = folder_splits(image_folder, config, seed=0)
+    assert splits.class_names == ("dark", "light")
+    assert [len(part) for part in splits_of(splits)] == [12, 4, 4]
+    assert len(set.union(*map(rows, splits_of(splits)))) == 20
+    assert {splits.test.dataset.targets[index] for index in splits.test.indices} == {0, 1}
+    again = folder_splits(image_folder, config, seed=0)
+    assert again.train.indices == splits.train.indices
+    assert folder_splits(image_folder, config, seed=1).train.indices != splits.train.indices
+
+
+def test_a_folder_that_is_split_already(image_folder, config):
+    root = image_folder.parent / "split"
+    for part in ("train", "val", "test"):
+        for name in ("dark", "light"):
+            (root / part / name).mkdir(parents=True)
+    for index, file in enumerate(sorted(image_folder.rglob("*.png"))):
+        part = ("train", "train", "train", "val", "test")[index % 5]
+        file.rename(root / part / file.parent.name / file.name)
+    splits = folder_splits(root, config, seed=0, num_train=4)
+    assert [len(part) for part in splits_of(splits)] == [4, 4, 4]
+    (root / "test").rename(root / "elsewhere")
+    assert folder_splits(root, config, seed=0).test is None
+    (root / "elsewhere" / "light").rename(root / "elsewhere" / "bright")
+    (root / "elsewhere").rename(root / "test")
+    with pytest.raises(UserError, match=r"test has the classes \['bright', 'dark'\].*\['dark', 'light'\]"):
+        folder_splits(root, config, seed=0)
+
+
+def test_folders_that_are_none(tmp_path, config):
+    with pytest.raises(UserError, match="data must be 'digits' or a folder"):
+        folder_splits(tmp_path / "missing", config, seed=0)
+    with pytest.raises(UserError, match="must have one folder of images a class"):
+        folder_splits(tmp_path, config, seed=0)
+
+
+def test_a_damaged_training_image_is_named(image_folder, config):
+    (image_folder / "dark" / "0.png").write_bytes(b"no image")
+    splits = folder_splits(image_folder, config, seed=0)
+    with pytest.raises(UserError, match=r"dark.0\.png is not an image"):
+        [in_memory(part) for part in splits_of(splits)]
+
+
+def test_transforms(config):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 60, 3), dtype=np.uint8))
+    fixed = eval_transform(config)
+    assert torch.equal(fixed(image), fixed(image))
+    assert fixed(image).shape == (3, 32, 32)
+    torch.manual_seed(0)
+    random_crop = train_transform(config | {"crop_pct": 0.8}, "crop-flip")
+    assert random_crop(image).shape == (3, 32, 32)
+    assert not torch.equal(random_crop(image), random_crop(image))
+    with pytest.raises(UserError, match="augmentation must be one of"):
+        train_transform(config, "mixup")
+
+
+def test_loader_gives_every_image_once(toy):
+    for dataset in (toy.train, Subset(toy.train, range(12))):
+        batches = list(make_loader(dataset, 5, shuffle_seed=1))
+        assert [len(labels) for _, labels in batches] == [5, 5, 2]
+        images = torch.cat([images for images, _ in batches])
+        assert {image.numpy().tobytes() for image in images} == rows(toy.train)
+        again = torch.cat([images for images, _ in make_loader(dataset, 5, shuffle_seed=1)])
+        assert torch.equal(images, again)
+
+
+# ---- recipe
+
+
+def test_learning_rate_warms_up_then_falls_to_zero():
+    recipe = Recipe(0.5, epochs=10, warmup_epochs=2, batch_size=64)
+    lrs = [recipe.learning_rate(step, steps_per_epoch=4) for step in range(40)]
+    assert lrs[7] == max(lrs) == pytest.approx(0.5 * 64 / 256)
+    assert lrs[0] == pytest.approx(lrs[7] / 8)
+    assert all(a < b for a, b in pairwise(lrs[:8]))
+    assert all(a >= b for a, b in pairwise(lrs[8:]))
+    assert 0 < lrs[-1] < 0.01 * lrs[7]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"base_lr": 0.0}, "base_lr must be a positive number, got 0.0"),
+        ({"base_lr": float("nan")}, "base_lr must be a positive number"),
+        ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"warmup_epochs": -1}, "warmup_epochs must be at least 0"),
+        ({"momentum": 1.0}, r"momentum must be in \[0, 1\)"),
+        ({"label_smoothing": 1.5}, r"label_smoothing must be in \[0, 1\)"),
+        ({"clip_grad": 0.0}, "clip_grad must be a positive number"),
+        ({"amp": "int8"}, "amp must be one of"),
+        ({"seed": -1}, "seed must be in"),
+    ],
+)
+def test_bad_recipes(options, message):
+    with pytest.raises(UserError, match=message):
+        Recipe(**{"base_lr": 1.0, **options})
+
+
+# ---- training
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_learns_and_only_what_it_should(method, toy):
+    torch.manual_seed(0)
+    model = make_model(method)
+    trained = trained_state(model)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = Trainer(model, recipes(2.0 if method != "full" else 0.1, epochs=6)[0], toy.train)
+    losses = [trainer.run_epoch().train_loss for _ in range(6)]
+    assert trainer.finished
+    assert losses[-1] < losses[0]
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed <= set(trained)
+    assert any("head" in name for name in changed)
+    assert (method == "full") == any(name.startswith("blocks.") for name in changed)
+
+
+@pytest.mark.parametrize("method", ["vapt", "full"])
+def test_everything_decays_but_the_bias_of_the_head(method):
+    model = make_model(method)
+    decayed, exempt = param_groups(model, 0.3)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
+    assert [p.shape for p in exempt["params"]] == [(CLASSES,)]
+    assert len(decayed["params"]) + 1 == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("method", ["vapt", "full"])
+def test_resumed_training_gives_the_same_bits(method, toy):
+    recipe = recipes(1.0 if method == "vapt" else 0.1, epochs=4, seed=7)[0]
+
+    def trainer():
+        torch.manual_seed(0)
+        return Trainer(make_model(method), recipe, toy.train)
+
+    whole, first, second = trainer(), trainer(), trainer()
+    while not whole.finished:
+        whole.run_epoch()
+    first.run_epoch()
+    first.run_epoch()
+    state = first.state_dict()
+    random.random(), np.random.rand(), torch.rand(3)  # whatever happens in between must not matter
+    second.load_state_dict(state)
+    while not second.finished:
+        second.run_epoch()
+    for name, tensor in trained_state(whole.model).items():
+        assert torch.equal(tensor, trained_state(second.model)[name]), name
+
+
+def test_a_state_of_another_recipe_is_refused(toy):
+    trainer = Trainer(make_model(), recipes(1.0)[0], toy.train)
+    other = Trainer(make_model(), recipes(2.0)[0], toy.train)
+    with pytest.raises(ValueError, match="the state is of the recipe"):
+        other.load_state_dict(trainer.state_dict())
+
+
+@pytest.mark.parametrize("options", [{"amp": "bfloat16"}, {"clip_grad": 0.1}, {"label_smoothing": 0.1}])
+def test_training_options(options, toy):
+    trainer = Trainer(make_model(), recipes(1.0, **options)[0], toy.train)
+    losses = [trainer.run_epoch().train_loss for _ in range(3)]
+    assert all(np.isfinite(losses))
+    assert losses[-1] < losses[0]
+
+
+def test_evaluate_counts_right(toy):
+    model = make_model().eval()
+    with torch.no_grad():
+        logits = model(toy.test.tensors[0])
+    score = evaluate(model, toy.test, batch_size=4)
+    assert score.accuracy == pytest.approx((logits.argmax(1) == toy.test.tensors[1]).float().mean().item())
+    loss = torch.nn.functional.cross_entropy(logits, toy.test.tensors[1]).item()
+    assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+# ---- search
+
+
+class Guarded(TensorDataset):
+    """Images that must not be looked at before ``open`` is set."""
+
+    open = False
+
+    def __getitem__(self, index):
+        assert self.open, "looked at too early"
+        return super().__getitem__(index)
+
+
+def test_the_recipe_is_chosen_in_validation_without_a_look_at_the_test(toy, monkeypatch):
+    """With the labels of the validation images turned, the candidate that learns least is the best."""
+    test = Guarded(*toy.test.tensors)
+    images, labels = toy.validation.tensors
+    splits = Splits(toy.class_names, toy.train, TensorDataset(images, (labels + 1) % CLASSES), test)
+    evaluated = []
+
+    def spy(model, dataset, **options):
+        evaluated.append(dataset)
+        test.open = dataset is test
+        return evaluate(model, dataset, **options)
+
+    monkeypatch.setattr(sys.modules[search.__module__], "evaluate", spy)
+    found = search(make_model, splits, recipes(4.0, 1e-6, epochs=6))
+    assert found.recipe.base_lr == 1e-6
+    assert [c["base_lr"] for c in found.candidates] == [4.0, 1e-6]
+    assert found.candidates[1]["validation_accuracy"] > found.candidates[0]["validation_accuracy"]
+    assert [dataset is test for dataset in evaluated] == [False] * 12 + [True]
+
+
+def test_training_sees_only_training_images(toy, monkeypatch):
+    seen = set()
+    step = Trainer._step
+
+    def spy(self, images, labels, lr):
+        seen.update(image.numpy().tobytes() for image in images)
+        return step(self, images, labels, lr)
+
+    monkeypatch.setattr(Trainer, "_step", spy)
+    search(make_model, toy, recipes(1.0, 0.1, epochs=1))
+    assert seen == rows(toy.train)
+
+
+def test_diverged_candidates_lose(toy):
+    found = search(make_model, toy, recipes(1e30, 1.0))
+    assert found.recipe.base_lr == 1.0
+    assert [c["diverged"] for c in found.candidates] == [True, False]
+    with pytest.raises(UserError, match="diverged with every learning rate"):
+        search(make_model, toy, recipes(1e30))
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stop_at", [1, 2, 3, 4])
+@pytest.mark.parametrize("where", ["between epochs", "inside an epoch"])
+def test_stopped_search_resumes_to_the_same_bits(stop_at, where, toy, tmp_path, monkeypatch):
+    candidates = recipes(1.0, 0.2, epochs=3)
+    whole = search(make_model, toy, candidates, folder=tmp_path / "whole")
+
+    calls = 0
+    step = Trainer._step
+
+    def stop_in_epoch(self, images, labels, lr):
+        nonlocal calls
+        calls += 1
+        if calls == 3 * stop_at + 2:  # 3 steps an epoch
+            raise Stop
+        return step(self, images, labels, lr)
+
+    def stop_after_epoch(*_):
+        nonlocal calls
+        calls += 1
+        if calls == stop_at:
+            raise Stop
+
+    folder = tmp_path / "stopped"
+    between = where == "between epochs"
+    with monkeypatch.context() as patch, pytest.raises(Stop):
+        patch.setattr(Trainer, "_step", step if between else stop_in_epoch)
+        search(make_model, toy, candidates, folder=folder, progress=stop_after_epoch if between else None)
+    resumed = search(make_model, toy, candidates, folder=folder, resume=True)
+
+    assert resumed.candidates == whole.candidates
+    assert resumed.test == whole.test
+    for name, tensor in trained_state(whole.model).items():
+        assert torch.equal(tensor, trained_state(resumed.model)[name]), name
+    assert metrics(folder) == metrics(tmp_path / "whole")
+
+
+def metrics(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_metrics_are_json_lines(toy, tmp_path):
+    search(make_model, toy, recipes(1.0, 1e30), folder=tmp_path, validate_every=2)
+    lines = metrics(tmp_path)
+    assert [(line["candidate"], line["epoch"]) for line in lines][:3] == [(0, 1), (0, 2), (0, 3)]
+    assert [line["validation_accuracy"] is None for line in lines][:3] == [True, False, False]
+    assert lines[-1]["train_loss"] is None  # not a finite number
+    assert {"lr", "train_accuracy", "validation_loss", "base_lr", "weight_decay"} <= set(lines[0])
+
+
+def test_resume_with_other_options_or_nothing_to_resume(toy, tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        search(make_model, toy, recipes(1.0), folder=tmp_path, resume=True)
+    search(make_model, toy, recipes(1.0, epochs=1), folder=tmp_path)
+    with pytest.raises(UserError, match="other options"):
+        search(make_model, toy, recipes(2.0, epochs=1), folder=tmp_path, resume=True)
+
+
+# ---- files
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    state = {"a": torch.ones(2), "b": [1, 2.5, "text", None, True]}
+    save_checkpoint(path, state)
+    assert load_checkpoint(path)["b"] == state["b"]
+    torch.save({"code": os.system}, path)
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        load_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(UserError, match="damaged or no checkpoint"):
+        load_checkpoint(path)
+
+
+class FullDisk:
+    """A file that takes some bytes, then finds the disk full."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def write(self, content):
+        self._file.write(content[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+@pytest.fixture
+def full_disk(monkeypatch):
+    def opened(path, mode="r", *args, **kwargs):
+        file = open(path, mode, *args, **kwargs)  # noqa: SIM115, the caller closes it
+        return FullDisk(file) if "x" in mode else file
+
+    monkeypatch.setattr(files, "open", opened, raising=False)
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "file"
+    files.write_atomically(path, b"old")
+
+    def interrupted(_):
+        raise error
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(type(error)):
+        files.write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_full_disk_leaves_the_checkpoint_usable(toy, tmp_path, full_disk, monkeypatch):
+    candidates = recipes(1.0, epochs=3)
+    whole = search(make_model, toy, candidates)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "open", open, raising=False)
+        with pytest.raises(Stop):
+            search(make_model, toy, candidates, folder=tmp_path, progress=raise_stop)
+    before = sorted(os.listdir(tmp_path))
+    with pytest.raises(OSError, match="No space left"):
+        search(make_model, toy, candidates, folder=tmp_path, resume=True)
+    assert sorted(os.listdir(tmp_path)) == before
+    monkeypatch.setattr(files, "open", open, raising=False)
+    resumed = search(make_model, toy, candidates, folder=tmp_path, resume=True)
+    for name, tensor in trained_state(whole.model).items():
+        assert torch.equal(tensor, trained_state(resumed.model)[name]), name
+
+
+def raise_stop(*_):
+    raise Stop
+
+
+@pytest.mark.parametrize("method", ["vapt", "linear", "full"])
+def test_saved_models_come_back(method, toy, tmp_path):
+    model = make_model(method)
+    Trainer(model, recipes(0.1)[0], toy.train).run_epoch()
+    save_model(model, tmp_path, {"class_names": ["a", "b", "c"]})
+    loaded, metadata = load_model(tmp_path)
+    assert metadata["class_names"] == ["a", "b", "c"]
+    assert not loaded.training
+    with torch.no_grad():
+        assert torch.equal(loaded(toy.test.tensors[0]), model.eval()(toy.test.tensors[0]))
+
+
+def test_damaged_or_missing_models(tmp_path):
+    with pytest.raises(UserError, match="does not exist"):
+        load_model(tmp_path / "missing")
+    (tmp_path / "model.safetensors").write_bytes(b"\0" * 50)
+    with pytest.raises(UserError, match="damaged or no model"):
+        load_model(tmp_path)
+
+
+# ---- run
+
+
+def options(**changes):
+    settings = {
+        "prompts": {"num_prompts": 2},
+        "base_lrs": [1.0],
+        "train_images": 5,
+        "recipe": {"epochs": 2, "warmup_epochs": 1, "batch_size": 5},
+    }
+    return RunOptions(**{**settings, **changes})
+
+
+@pytest.mark.parametrize("method", ["vapt", "full"])
+def test_a_run_and_its_model(method, tmp_path, config):
+    chosen = options(method=method, base_lrs=[0.05])
+    result = run(chosen, tmp_path)
+    assert RunOptions.read(tmp_path) == chosen
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["num_images"] == {"train": 5, "validation": 196, "test": 400}
+    assert not (tmp_path / "checkpoint.pt").exists()
+    model, metadata = load_model(tmp_path)
+    assert metadata["class_names"] == ["5", "6", "7", "8", "9"]
+    assert tuple(metadata["data_config"]["mean"]) == (0.5, 0.5, 0.5)
+    test = digit_splits(config, seed=0, num_train=5).test
+    assert evaluate(model, test, batch_size=5).accuracy == result["test_accuracy"]
+
+
+def test_a_stopped_run_saves_the_same_adapter(tmp_path):
+    run(options(), tmp_path / "whole")
+    with pytest.raises(Stop):
+        run(options(), tmp_path / "stopped", progress=raise_stop)
+    run(RunOptions.read(tmp_path / "stopped"), tmp_path / "stopped", resume=True)
+    whole, resumed = (
+        load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "stopped")
+    )
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_run_that_fails_leaves_the_earlier_adapter(tmp_path):
+    run(options(), tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(Stop):
+        run(options(base_lrs=[0.5]), tmp_path, progress=raise_stop)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    load_model(tmp_path)
+
+
+def test_images_in_a_folder(image_folder, tmp_path):
+    common = {"data": str(image_folder), "train_images": None}
+    plain = run(options(**common), tmp_path / "plain")
+    assert plain["num_images"] == {"train": 12, "validation": 4, "test": 4}
+    cached = run(options(**common, cache=True), tmp_path / "cached")
+    assert cached["candidates"] == plain["candidates"]
+    augmented = run(options(**common, augment="crop-flip", crop_pct=0.8), tmp_path / "augmented")
+    assert augmented["candidates"] != plain["candidates"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "lora"}, "method must be one of"),
+        ({"backbone": "vit_digit"}, "backbone must be the name of a timm model, got 'vit_digit'; similar:"),
+        ({"backbone": "resnet18", "pretrained": False}, "vapt with backbone 'resnet18'"),
+        ({"prompts": {"num_prompts": -1}}, "num_prompts must be at least 0, got -1"),
+        ({"prompts": {"conv_kernel": 9}}, "conv_kernel=9 .* does not fit the 8x8 patch grid"),
+        ({"backend": "fortran"}, "fortran"),
+        ({"recipe": {"epochs": 0}}, "epochs must be at least 1, got 0"),
+        ({"cache": True, "augment": "crop-flip"}, "cache"),
+        ({"validation_share": 0.7, "test_share": 0.5}, "together below 1, got 0.7 and 0.5"),
+        ({"crop_pct": 1.5}, r"crop_pct must be in \(0, 1\], got 1.5"),
+    ],
+)
+def test_bad_options_write_nothing(changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        run(options(**changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
