@@ -20,7 +20,7 @@ demo: $(BIN)/.installed ## adapt a ViT to digits it has never seen; writes a tab
 	$(BIN)/vapt-fast demo --output $(OUT)
 
 test: $(BIN)/.installed ## all tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
 lint: $(BIN)/.installed ## style
 	$(BIN)/ruff check .
