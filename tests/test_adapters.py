@@ -543,7 +543,7 @@ def test_edited_config(folder: Path, section: str, key: str, value: Any, message
         (lambda c: c["tensors"].pop("prompts.blocks.0.table"), "saved no such tensor, now"),
         (lambda c: c["tensors"].update(extra={}), "extra: missing"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "edit",
 )
 def test_forged_config(folder: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
     edit_config(folder, edit)
