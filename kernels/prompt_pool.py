@@ -37,39 +37,41 @@ def normalise(
     normed,
     mean,
     rstd,
-    num_rows,
     num_tokens,
     num_channels,
     EPS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """normed = xhat (B, T, C), with mean and rstd (B, T). One program: BLOCK_T of the B * T rows."""
+    """normed = xhat (B, T, C), with mean and rstd (B, T). One program: BLOCK_T tokens of one image."""
     dtype = mean.dtype.element_ty
-    row, is_row = block_of(tl.program_id(0), num_rows, BLOCK_T)
-    x += (row // num_tokens * x_image + row % num_tokens * x_token)[:, None]
+    token_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    image = (tl.program_id(0) // token_blocks).to(tl.int64)
+    token, is_token = block_of(tl.program_id(0) % token_blocks, num_tokens, BLOCK_T)
+    row = image * num_tokens + token
+    x += (image * x_image + token * x_token)[:, None]
     normed += (row * num_channels)[:, None]
 
     total = tl.zeros((BLOCK_T,), dtype)
     for start in range(0, num_channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-        mask = is_row[:, None] & (channel < num_channels)
+        mask = is_token[:, None] & (channel < num_channels)
         total += tl.sum(tl.load(x + channel * x_channel, mask, 0).to(dtype), axis=1)
     mu = total / num_channels
 
     total = tl.zeros((BLOCK_T,), dtype)
     for start in range(0, num_channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-        mask = is_row[:, None] & (channel < num_channels)
+        mask = is_token[:, None] & (channel < num_channels)
         centred = tl.load(x + channel * x_channel, mask, 0).to(dtype) - mu[:, None]
         total += tl.sum(tl.where(mask, centred * centred, 0), axis=1)
     r = 1 / tl.sqrt(total / num_channels + EPS)
 
-    tl.store(mean + row, mu, is_row)
-    tl.store(rstd + row, r, is_row)
+    tl.store(mean + row, mu, is_token)
+    tl.store(rstd + row, r, is_token)
     for start in range(0, num_channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-        mask = is_row[:, None] & (channel < num_channels)
+        mask = is_token[:, None] & (channel < num_channels)
         centred = tl.load(x + channel * x_channel, mask, 0).to(dtype) - mu[:, None]
         tl.store(normed + channel, (centred * r[:, None]).to(normed.dtype.element_ty), mask)
 

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from ops import assert_policy, assert_same_results, far_from_zero, layouts, pool_case, rand, results
 from test_official import OPTIONS, Golden, official_grads
+from tiny import assert_same, run, tiny_images, tiny_model
 from torch.autograd import forward_ad
 
-from vapt_fast import BackendUnavailable, kernels
+from vapt_fast import BackendUnavailable, kernels, use_backend
+from vapt_fast.backends import _dispatch
 
 # By its full name: the package has a function of this name.
 LAUNCHER = importlib.import_module("vapt_fast.backends.triton.prompt_pool")
@@ -68,6 +70,19 @@ def test_error_is_at_most_that_of_eager_pytorch(dtype, scale):
             torch.manual_seed(seed)
             op, formula, tensors, options = pool_case(dim=32)
             yield op, formula, [t * scale for t in tensors], options
+
+    assert_policy(pool_case, cases(), dtype)
+
+
+@pytest.mark.parametrize("rows", [50, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_error_with_several_blocks_in_every_direction(dtype, rows):
+    sizes = {"batch": 5, "prefix": 1, "patches": 65, "dim": 130, "rows": rows}
+
+    def cases():
+        for seed in range(2):
+            torch.manual_seed(seed)
+            yield pool_case(**sizes)
 
     assert_policy(pool_case, cases(), dtype)
 
@@ -183,10 +198,10 @@ def grids(batch, prefix, patches, dim, rows):
 def test_grids():
     """One dimension, of a size that a GPU allows."""
     assert grids(2, 1, 49, 70, 20) == {
-        "normalise": 25,
-        "pool": 2 * 1 * 2,
-        "tokens_backward": 2 * 2,
-        "matrix_backward": 1 * 1 * 2,
+        "normalise": 2 * 13,
+        "pool": 2 * 2 * 2,
+        "tokens_backward": 2 * 4,
+        "matrix_backward": 1 * 2 * 2,
         "affine_backward": 1 * 2,
         "add_chunks": 1,
     }
@@ -294,6 +309,13 @@ def test_other_dtypes_are_refused():
 # ---- the whole model
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """The other ops run on the torch backend, which takes less time."""
+    monkeypatch.setattr(_dispatch, "TRITON_OPS", frozenset({"prompt_pool"}))
+
+
+@pytest.mark.usefixtures("alone")
 @pytest.mark.parametrize("name", OPTIONS)
 def test_golden(name):
     """The public implementation's logits and gradients."""
@@ -301,10 +323,37 @@ def test_golden(name):
     model = golden.model().double().eval()
     with recorded_launches() as launches:
         logits = model(golden.image)
-        loss = F.cross_entropy(logits, golden.target)
-        loss.backward()
+        F.cross_entropy(logits, golden.target).backward()
     assert "tokens_backward" in dict(launches)
     torch.testing.assert_close(logits, golden.logits, rtol=0, atol=1e-9)
     grads = official_grads(model)
     for key, expected in golden.grads.items():
         assert (grads[key] - expected).abs().max() <= 1e-9 * max(1.0, expected.abs().max()), key
+
+
+@pytest.mark.usefixtures("alone")
+def test_checkpointing_recomputes_on_the_backend_of_the_forward_pass():
+    model = tiny_model("vit_tiny_patch16_224")
+    images = tiny_images(model)
+    expected = run(model, images, "triton")
+    model.set_grad_checkpointing()
+    model.zero_grad()
+    logits = model(images)
+    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
+    with use_backend("torch"), recorded_launches() as launches:
+        (logits * weights.cos()).sum().backward()
+    assert "normalise" in dict(launches)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert_same({"logits": logits.detach()} | grads, expected, 0)
+
+
+@pytest.mark.usefixtures("alone")
+def test_model_compiles_and_exports():
+    model = tiny_model("vit_tiny_patch16_224")
+    images = tiny_images(model)
+    expected = model(images)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(images), expected, rtol=1e-12, atol=1e-12)
+    exported = torch.export.export(model, (images,))
+    assert any("vapt_fast.prompt_pool" in str(node.target) for node in exported.graph.nodes)
+    torch.testing.assert_close(exported.module()(images), expected, rtol=1e-12, atol=1e-12)

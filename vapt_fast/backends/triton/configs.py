@@ -6,12 +6,18 @@ compiler makes of them (no spills, see kernels/resources.json): nothing has been
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-__all__ = ["Launch", "PromptPool", "images_per_program", "prompt_pool"]
+__all__ = [
+    "Launch",
+    "PromptPool",
+    "images_per_program",
+    "product_precision",
+    "prompt_pool",
+]
 
 
 @dataclass(frozen=True)
@@ -36,30 +42,49 @@ class Launch:
 
 @dataclass(frozen=True)
 class PromptPool:
-    """Launches of the kernels of prompt_pool; ``precision`` is that of their products."""
+    """Launches of the kernels of prompt_pool."""
 
-    precision: str
     normalise: Launch
     pool: Launch
     tokens_backward: Launch
     matrix_backward: Launch
     affine_backward: Launch
-    add_chunks: Launch = field(default_factory=lambda: Launch({"BLOCK": 256}))
+    add_chunks: Launch = Launch({"BLOCK": 256})
+
+
+_FEW_ROWS = PromptPool(
+    normalise=Launch({"BLOCK_T": 4, "BLOCK_C": 256}),
+    pool=Launch({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
+    tokens_backward=Launch({"BLOCK_T": 32, "BLOCK_R": 16, "BLOCK_C": 64}),
+    matrix_backward=Launch({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
+    affine_backward=Launch({"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_C": 64}),
+)
+_MANY_ROWS = replace(
+    _FEW_ROWS,
+    pool=Launch({"BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_C": 128}, num_warps=8),
+    tokens_backward=Launch({"BLOCK_T": 32, "BLOCK_R": 64, "BLOCK_C": 64}, num_warps=8),
+    matrix_backward=Launch({"BLOCK_R": 64, "BLOCK_N": 64, "BLOCK_C": 32}),
+)
+_FLOAT64 = replace(
+    _FEW_ROWS,
+    tokens_backward=Launch({"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_C": 32}),
+    matrix_backward=Launch({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 32}),
+)
 
 
 def prompt_pool(dtype: torch.dtype, num_rows: int) -> PromptPool:
-    """For tokens of ``dtype`` and R = ``num_rows``."""
-    rows = 16 if num_rows <= 16 else 32
-    # The products of 16-bit tokens round both factors to tf32, which has the mantissa of float16.
-    precision = "tf32" if dtype.itemsize == 2 else "ieee"
-    return PromptPool(
-        precision,
-        normalise=Launch({"BLOCK_T": 4, "BLOCK_C": 256}),
-        pool=Launch({"BLOCK_R": rows, "BLOCK_N": 32, "BLOCK_C": 64}),
-        tokens_backward=Launch({"BLOCK_T": 32, "BLOCK_R": 16, "BLOCK_C": 64}),
-        matrix_backward=Launch({"BLOCK_R": rows, "BLOCK_N": 32, "BLOCK_C": 64}),
-        affine_backward=Launch({"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_C": 64}),
-    )
+    """For a matrix of ``dtype`` with R = ``num_rows``."""
+    if dtype == torch.float64:
+        return _FLOAT64
+    return _FEW_ROWS if num_rows <= 16 else _MANY_ROWS
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How products of float32 values round their factors, for tokens of ``dtype``.
+
+    Of 16-bit tokens to tf32, whose mantissa is that of float16.
+    """
+    return "tf32" if dtype.itemsize == 2 else "ieee"
 
 
 def images_per_program(batch: int) -> int:

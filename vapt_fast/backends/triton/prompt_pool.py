@@ -48,14 +48,14 @@ def _forward(
     """normed (B, T, C), pooled and raw (B, R, C), mean and rstd (B, T); see vapt_fast.kernels.prompt_pool."""
     batch, num_tokens, dim = x.shape
     rows = matrix.shape[0]
-    config = configs.prompt_pool(x.dtype, rows)
+    config = configs.prompt_pool(matrix.dtype, rows)
     normed, pooled, raw, mean, rstd = _empty_outputs(x, matrix)
     launch(
         kernels.normalise,
         config.normalise,
-        num_blocks(config.normalise, BLOCK_T=batch * num_tokens),
+        batch * num_blocks(config.normalise, BLOCK_T=num_tokens),
         *(x, *x.stride()),
-        *(normed, mean, rstd, batch * num_tokens, num_tokens, dim),
+        *(normed, mean, rstd, num_tokens, dim),
         EPS=eps,
     )
     launch(
@@ -69,7 +69,7 @@ def _forward(
         *(mean, rstd, pooled, raw, num_tokens, dim, rows, num_prefix),
         EPS=eps,
         PROMPT_EPS=prompt_eps,
-        PRECISION=config.precision,
+        PRECISION=configs.product_precision(x.dtype),
     )
     return normed, pooled, raw, mean, rstd
 
@@ -108,7 +108,7 @@ def _backward_tokens(
     """The gradient of x, (B, T, C)."""
     batch, num_tokens, dim = x.shape
     rows = matrix.shape[0]
-    config = configs.prompt_pool(x.dtype, rows)
+    config = configs.prompt_pool(matrix.dtype, rows)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     launch(
         kernels.tokens_backward,
@@ -122,7 +122,7 @@ def _backward_tokens(
         *(mean, rstd, grad_x, num_tokens, dim, rows, num_prefix),
         EPS=eps,
         PROMPT_EPS=prompt_eps,
-        PRECISION=config.precision,
+        PRECISION=configs.product_precision(x.dtype),
     )
     return grad_x
 
@@ -149,7 +149,7 @@ def _backward_learned(
     """The gradient of the matrix (R, N), and those of weight and bias as (2, C)."""
     batch, num_tokens, dim = x.shape
     rows, num_patches = matrix.shape
-    config = configs.prompt_pool(x.dtype, rows)
+    config = configs.prompt_pool(matrix.dtype, rows)
     images = configs.images_per_program(batch)
     chunks = triton.cdiv(batch, images)
     partial_matrix = torch.empty((chunks, rows, num_patches), dtype=matrix.dtype, device=x.device)
@@ -165,7 +165,7 @@ def _backward_learned(
         *(mean, rstd, partial_matrix, batch, num_tokens, dim, rows, num_prefix, images),
         EPS=eps,
         PROMPT_EPS=prompt_eps,
-        PRECISION=config.precision,
+        PRECISION=configs.product_precision(x.dtype),
     )
     launch(
         kernels.affine_backward,

@@ -1,0 +1,33 @@
+"""What the compiled Triton kernels need of a GPU: no spills, not too much shared memory, no drift."""
+
+import json
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted in this process, not compiled", allow_module_level=True)
+
+from compiled import CASES, SHARED_MEMORY, TABLE, resources  # noqa: E402 (imports kernels)
+
+RECORDED = json.loads(TABLE.read_text())
+
+
+def test_every_case_is_recorded():
+    assert list(RECORDED["cases"]) == list(CASES)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_resources(case):
+    needed = resources(case)
+    recorded = RECORDED["cases"][case]
+    assert needed.keys() == recorded.keys()
+    for kernel, architectures in needed.items():
+        for architecture, usage in architectures.items():
+            name = f"{kernel} on {architecture}"
+            assert usage["stack"] == 0, f"{name} spills"
+            assert usage["shared"] <= SHARED_MEMORY[int(architecture.removeprefix("sm_"))], name
+            if RECORDED["triton"] == triton.__version__:  # another compiler, other registers
+                expected = recorded[kernel][architecture]["registers"]
+                assert abs(usage["registers"] - expected) <= 0.1 * expected, f"{name}: {usage}"
