@@ -111,13 +111,16 @@ def _draw_maps(figure: Figure, vapt_folder: Path) -> None:
     maps = prompt_maps(model, pixels)
     axes = figure.subplots(len(maps) + 1, len(shown), squeeze=False)
     for column in range(len(shown)):
-        gray = pixels[column].mean(0)
+        gray = pixels[column].mean(0).numpy()
         axes[0, column].imshow(gray, cmap="gray")
         for row, strength in enumerate(maps.values(), start=1):
             axes[row, column].imshow(gray, cmap="gray")
             height, width = gray.shape
             axes[row, column].imshow(
-                strength[column], cmap="inferno", alpha=0.6, extent=(-0.5, width - 0.5, height - 0.5, -0.5)
+                strength[column].numpy(),
+                cmap="inferno",
+                alpha=0.6,
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
             )
     for row, label in enumerate(["image", *(f"block {index}" for index in maps)]):
         axes[row, 0].set_ylabel(label)
