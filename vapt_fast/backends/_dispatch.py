@@ -35,7 +35,7 @@ ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 OPS = ("prompt_pool", "prompt_projector", "prompt_attention", "cls_attention")
 
 # The ops that have Triton kernels. Under "triton" the others run as under "torch".
-TRITON_OPS = frozenset({"prompt_pool"})
+TRITON_OPS = frozenset({"prompt_pool", "prompt_attention"})
 
 # Op -> the measurement for which "auto" prefers its Triton kernels on a CUDA GPU. Empty, so torch everywhere,
 # because nothing has been measured on a GPU yet.

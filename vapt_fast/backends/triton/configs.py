@@ -12,12 +12,17 @@ from typing import Any
 import torch
 
 __all__ = [
+    "LARGEST_HEAD",
     "Launch",
     "PromptPool",
     "images_per_program",
     "product_precision",
+    "prompt_attention",
     "prompt_pool",
 ]
+
+# Channels of a head of attention.
+LARGEST_HEAD = 128
 
 
 @dataclass(frozen=True)
@@ -90,3 +95,35 @@ def product_precision(dtype: torch.dtype) -> str:
 def images_per_program(batch: int) -> int:
     """Images that one program adds up itself: few partial sums are left, also of a large batch."""
     return max(4, -(-batch // 64))
+
+
+# By bytes of an element and head size at most: queries, keys and warps of a program of each kernel. 16-bit
+# products run on tensor cores; others take registers, so their blocks are smaller.
+_PROMPT_ATTENTION = {
+    (2, 64): {"forward": (64, 32, 4), "grad_queries": (64, 32, 4), "grad_keys": (32, 64, 4)},
+    (2, 128): {"forward": (64, 32, 4), "grad_queries": (64, 32, 8), "grad_keys": (32, 64, 8)},
+    (4, 64): {"forward": (64, 32, 8), "grad_queries": (32, 32, 8), "grad_keys": (32, 32, 8)},
+    (4, 128): {"forward": (32, 16, 8), "grad_queries": (32, 16, 8), "grad_keys": (32, 32, 8)},
+    (8, 64): {"forward": (16, 16, 4), "grad_queries": (16, 16, 4), "grad_keys": (16, 16, 4)},
+    (8, 128): {"forward": (16, 16, 8), "grad_queries": (16, 16, 8), "grad_keys": (16, 16, 8)},
+}
+
+
+def prompt_attention(kernel: str, dtype: torch.dtype, head_dim: int, **sizes: int) -> Launch:
+    """For tensors of ``dtype`` with heads of size ``head_dim``, at most LARGEST_HEAD.
+
+    Args:
+        kernel: its name in kernels.prompt_attention.
+        sizes: how many rows each of the kernel's blocks, BLOCK_QUERIES and those of keys, has to cover.
+    """
+    table = _PROMPT_ATTENTION[dtype.itemsize, 64 if head_dim <= 64 else 128]
+    queries, keys, num_warps = table[kernel]
+    blocks = {
+        name: _block(size, queries if name == "BLOCK_QUERIES" else keys) for name, size in sizes.items()
+    }
+    return Launch(blocks | {"BLOCK_DIM": _block(head_dim, LARGEST_HEAD)}, num_warps, num_stages=2)
+
+
+def _block(size: int, largest: int) -> int:
+    """The power of two that covers ``size``, at least 16, as products need, and at most ``largest``."""
+    return min(largest, max(16, 1 << (size - 1).bit_length()))
