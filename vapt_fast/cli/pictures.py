@@ -116,12 +116,8 @@ def _draw_maps(figure: Figure, vapt_folder: Path) -> None:
         for row, strength in enumerate(maps.values(), start=1):
             axes[row, column].imshow(gray, cmap="gray")
             height, width = gray.shape
-            axes[row, column].imshow(
-                strength[column].numpy(),
-                cmap="inferno",
-                alpha=0.6,
-                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-            )
+            over = (-0.5, width - 0.5, height - 0.5, -0.5)
+            axes[row, column].imshow(strength[column].numpy(), cmap="inferno", alpha=0.6, extent=over)
     for row, label in enumerate(["image", *(f"block {index}" for index in maps)]):
         axes[row, 0].set_ylabel(label)
     for one in axes.flat:
