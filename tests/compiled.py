@@ -44,13 +44,60 @@ def pool(dtype: torch.dtype, rows: int) -> Callable[[], Any]:
     return run
 
 
+def attention(
+    dtype: torch.dtype, dim: int, prompts: int, tokens: int = 197, biased: bool = False
+) -> Callable[[], Any]:
+    """prompt_attention of four heads (or of one, for one token), forward and backward."""
+
+    def run() -> None:
+        heads = min(4, tokens)
+        qkv = torch.zeros(2, tokens, 3, heads, dim, dtype=dtype, requires_grad=True)
+        kv = torch.zeros(2, prompts, 2, heads, dim, dtype=dtype, requires_grad=True)
+        bias = torch.zeros(1, heads, tokens, tokens, dtype=dtype) if biased else None
+        out = functional.prompt_attention(
+            *qkv.unbind(2), *kv.unbind(2), scale=1.0, bias=bias, backend="triton"
+        )
+        out.backward(torch.zeros_like(out))
+
+    return run
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 CASES = {
-    f"prompt_pool {str(dtype).removeprefix('torch.')} R={rows}": pool(dtype, rows)
-    for dtype, rows in (
-        *itertools.product((torch.bfloat16, torch.float32), (10, 50)),
-        (torch.float64, 10),
-    )
+    **{
+        f"prompt_pool {_name(dtype)} R={rows}": pool(dtype, rows)
+        for dtype, rows in (
+            *itertools.product((torch.bfloat16, torch.float32), (10, 50)),
+            (torch.float64, 10),
+        )
+    },
+    **{
+        f"prompt_attention {_name(dtype)} d={dim} P={prompts}": attention(dtype, dim, prompts)
+        for dtype, dim, prompts in (
+            *itertools.product((torch.bfloat16, torch.float16), (32, 64, 80, 128), (50,)),
+            (torch.bfloat16, 64, 10),
+            (torch.float32, 64, 50),
+            (torch.float64, 64, 50),
+        )
+    },
+    **{
+        f"prompt_attention {_name(dtype)} d={dim} P=50 with bias": attention(dtype, dim, 50, biased=True)
+        for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64))
+    },
+    # Triton makes a constant of every size of 1.
+    "prompt_attention bfloat16 d=64 P=1 T=1": attention(torch.bfloat16, 64, 1, tokens=1),
 }
+
+# Cases that the tests compile again; to do so with all of them would take many minutes.
+COMPILED_IN_TESTS = [
+    *(case for case in CASES if case.startswith("prompt_pool")),
+    "prompt_attention bfloat16 d=64 P=50",
+    "prompt_attention float32 d=64 P=50",
+    "prompt_attention bfloat16 d=64 P=1 T=1",
+]
 
 Launch = tuple[JITFunction, tuple, dict[str, Any]]
 
@@ -97,15 +144,19 @@ def compile_launch(launch: Launch, capability: int) -> dict[str, int]:
 
 
 def resources(case: str) -> dict[str, dict[str, dict[str, int]]]:
-    """Kernel -> architecture -> what it needs, for all kernels that one of CASES launches."""
+    """Kernel -> architecture -> what it needs, for all kernels that one of CASES launches.
+
+    A kernel's second launch is named with a 2.
+    """
     with recorded_launches() as launches:
         CASES[case]()
-    return {
-        launch[0].__name__: {
+    needed = {}
+    for launch in launches:
+        name = launch[0].__name__
+        needed[f"{name} 2" if name in needed else name] = {
             f"sm_{capability}": compile_launch(launch, capability) for capability in SHARED_MEMORY
         }
-        for launch in launches
-    }
+    return needed
 
 
 if __name__ == "__main__":

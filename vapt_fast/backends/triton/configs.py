@@ -101,22 +101,32 @@ def images_per_program(batch: int) -> int:
 # products run on tensor cores; others take registers, so their blocks are smaller.
 _PROMPT_ATTENTION = {
     (2, 64): {"forward": (64, 32, 4), "grad_queries": (64, 32, 4), "grad_keys": (32, 64, 4)},
-    (2, 128): {"forward": (64, 32, 4), "grad_queries": (64, 32, 8), "grad_keys": (32, 64, 8)},
+    (2, 128): {"forward": (128, 32, 8), "grad_queries": (64, 32, 8), "grad_keys": (32, 64, 8)},
     (4, 64): {"forward": (64, 32, 8), "grad_queries": (32, 32, 8), "grad_keys": (32, 32, 8)},
     (4, 128): {"forward": (32, 16, 8), "grad_queries": (32, 16, 8), "grad_keys": (32, 32, 8)},
     (8, 64): {"forward": (16, 16, 4), "grad_queries": (16, 16, 4), "grad_keys": (16, 16, 4)},
     (8, 128): {"forward": (16, 16, 8), "grad_queries": (16, 16, 8), "grad_keys": (16, 16, 8)},
 }
+# What differs where the scores have a bias, whose offsets take registers too.
+_PROMPT_ATTENTION_BIASED = {
+    (2, 64): {"grad_keys": (32, 32, 4)},
+    (2, 128): {"forward": (64, 32, 8), "grad_keys": (32, 32, 8)},
+    (4, 64): {"forward": (32, 32, 8)},
+}
 
 
-def prompt_attention(kernel: str, dtype: torch.dtype, head_dim: int, **sizes: int) -> Launch:
+def prompt_attention(
+    kernel: str, dtype: torch.dtype, head_dim: int, biased: bool = False, **sizes: int
+) -> Launch:
     """For tensors of ``dtype`` with heads of size ``head_dim``, at most LARGEST_HEAD.
 
     Args:
         kernel: its name in kernels.prompt_attention.
+        biased: whether the scores have a bias.
         sizes: how many rows each of the kernel's blocks, BLOCK_QUERIES and those of keys, has to cover.
     """
-    table = _PROMPT_ATTENTION[dtype.itemsize, 64 if head_dim <= 64 else 128]
+    key = (dtype.itemsize, 64 if head_dim <= 64 else 128)
+    table = _PROMPT_ATTENTION[key] | (_PROMPT_ATTENTION_BIASED.get(key, {}) if biased else {})
     queries, keys, num_warps = table[kernel]
     blocks = {
         name: _block(size, queries if name == "BLOCK_QUERIES" else keys) for name, size in sizes.items()

@@ -98,6 +98,7 @@ def _forward(
         "forward",
         q.dtype,
         dim,
+        biased=bias is not None,
         BLOCK_QUERIES=num_queries,
         BLOCK_TOKENS=num_tokens,
         BLOCK_PROMPTS=num_prompts,
@@ -166,6 +167,7 @@ def _grad_queries(
         "grad_queries",
         q.dtype,
         dim,
+        biased=bias is not None,
         BLOCK_QUERIES=num_queries,
         BLOCK_TOKENS=num_tokens,
         BLOCK_PROMPTS=num_prompts,
@@ -206,7 +208,7 @@ def _grad_keys(
     batch, num_queries, heads, dim = q.shape
     num_keys, groups = k.shape[1:3]
     config = configs.prompt_attention(
-        "grad_keys", q.dtype, dim, BLOCK_QUERIES=num_queries, BLOCK_KEYS=num_keys
+        "grad_keys", q.dtype, dim, biased=bias is not None, BLOCK_QUERIES=num_queries, BLOCK_KEYS=num_keys
     )
     # The gradients of keys that all images share are summed over the images, in the dtype of lse.
     shared = k.shape[0] != batch
