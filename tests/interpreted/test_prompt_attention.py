@@ -17,7 +17,9 @@ from vapt_fast import BackendUnavailable, kernels
 LAUNCHER = importlib.import_module("vapt_fast.backends.triton.prompt_attention")
 
 TENSORS = ("q", "k", "v", "prompt_k", "prompt_v")
-SMALL = {"batch": 2, "heads": 2, "groups": 1, "dim": 8}
+# The interpreter takes long for a program (image, head, block), no matter how large the block is.
+SMALL = {"batch": 2, "heads": 1, "groups": 1, "dim": 8}
+SEVERAL_HEADS = SMALL | {"heads": 2, "groups": 2}
 
 
 def case(**sizes):
@@ -85,7 +87,7 @@ def test_gradcheck(prompts, batch, shared, groups, bias):
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_error_is_at_most_that_of_eager_pytorch(dtype, scale):
-    sizes = {"batch": 1, "queries": 20, "tokens": 28, "heads": 2, "groups": 2, "dim": 32, "prompts": 5}
+    sizes = SMALL | {"batch": 1, "queries": 30, "tokens": 28, "dim": 32, "prompts": 5}
 
     def cases():
         for seed in range(20):
@@ -101,7 +103,7 @@ def test_error_is_at_most_that_of_eager_pytorch(dtype, scale):
 
 @pytest.mark.parametrize("position", range(len(TENSORS)), ids=TENSORS)
 def test_layouts_make_no_difference(position):
-    op, _, tensors, options = case(**SMALL, bias=True)
+    op, _, tensors, options = case(**SEVERAL_HEADS, bias=True)
     expected = results(op, tensors, options)
     for name, same in layouts(tensors[position]):
         actual = results(op, [*tensors[:position], same, *tensors[position + 1 :]], options)
@@ -109,7 +111,7 @@ def test_layouts_make_no_difference(position):
 
 
 def test_layouts_of_the_bias_make_no_difference():
-    op, _, tensors, options = case(**SMALL, bias=True)
+    op, _, tensors, options = case(**SEVERAL_HEADS, bias=True)
     bias = options.pop("bias")
     expected = results(op, tensors, options | {"bias": bias})
     for name, same in layouts(bias):
@@ -331,7 +333,7 @@ def test_compiles_into_one_graph_for_any_batch():
     compiled = torch.compile(
         lambda *a: op(*a, **options, backend="triton"), fullgraph=True, dynamic=True, backend="aot_eager"
     )
-    for batch in (2, 3, 5):
+    for batch in (2, 3):
         tensors = case(**SMALL | {"batch": batch})[2]
         assert_same_results(results(lambda *a: compiled(*a), tensors, {}), results(op, tensors, options), 0)
 

@@ -34,7 +34,8 @@ def prompt_attention(
         backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
-        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors.
+        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; the Triton kernels, whose backward is
+        written by hand, only once and not in ``bias``, which must not require a gradient there.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
