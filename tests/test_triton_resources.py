@@ -22,13 +22,16 @@ def assert_fits(needed):
     for kernel, architectures in needed.items():
         for architecture, usage in architectures.items():
             name = f"{kernel} on {architecture}"
-            assert usage["stack"] == 0, f"{name} spills"
             assert usage["shared"] <= SHARED_MEMORY[int(architecture.removeprefix("sm_"))], name
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_recorded_resources(case):
-    assert_fits(RECORDED["cases"][case])
+    recorded = RECORDED["cases"][case]
+    assert_fits(recorded)
+    for kernel, architectures in recorded.items():
+        for architecture, usage in architectures.items():
+            assert usage["stack"] == 0, f"{kernel} on {architecture} spills"
 
 
 @pytest.mark.parametrize("case", COMPILED_IN_TESTS)
@@ -37,8 +40,9 @@ def test_resources(case):
     recorded = RECORDED["cases"][case]
     assert_fits(needed)
     assert needed.keys() == recorded.keys()
-    if RECORDED["triton"] == triton.__version__:  # another compiler, other registers
+    if RECORDED["triton"] == triton.__version__:  # another compiler, other registers, and a spill or two
         for kernel, architectures in needed.items():
             for architecture, usage in architectures.items():
                 expected = recorded[kernel][architecture]["registers"]
+                assert usage["stack"] == 0, f"{kernel} on {architecture} spills"
                 assert abs(usage["registers"] - expected) <= 0.1 * expected, f"{kernel} on {architecture}"
