@@ -394,9 +394,10 @@ def test_stopped_search_resumes_to_the_same_bits(stop_at, where, toy, tmp_path, 
 
     folder = tmp_path / "stopped"
     between = where == "between epochs"
-    with monkeypatch.context() as patch, pytest.raises(Stop):
+    with monkeypatch.context() as patch:
         patch.setattr(Trainer, "_step", step if between else stop_in_epoch)
-        search(make_model, toy, candidates, folder=folder, progress=stop_after_epoch if between else None)
+        with pytest.raises(Stop):
+            search(make_model, toy, candidates, folder=folder, progress=stop_after_epoch if between else None)
     resumed = search(make_model, toy, candidates, folder=folder, resume=True)
 
     assert resumed.candidates == whole.candidates

@@ -8,7 +8,6 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from .. import digits as digits  # its import gives timm the digits backbone
 from ..config import PromptConfig
 from ..vit import AdaptiveViT
 from .errors import UserError

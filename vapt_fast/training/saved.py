@@ -11,7 +11,6 @@ import safetensors.torch
 import timm
 from torch import nn
 
-from .. import digits as digits  # its import gives timm the digits backbone
 from ..adapters import AdapterError
 from ..vit import AdaptiveViT
 from .errors import UserError
