@@ -43,6 +43,7 @@ SHRINK: dict[str, dict[str, Any]] = {
 
 def tiny_backbone(name: str, seed: int = 0, **options: Any) -> nn.Module:
     """timm's ``name``, shrunk: float64, eval mode, every part of it has an effect."""
+    torch.manual_seed(seed)
     shrunk = WIDTH | {"num_classes": 3}
     for pattern, special in SHRINK.items():
         if fnmatch.fnmatchcase(name, pattern):

@@ -45,6 +45,8 @@ MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (8, 0)
 
 _chosen: ContextVar[str | None] = ContextVar("vapt_fast_backend", default=None)
+# The same for torch.compile: it guards on a global, and before PyTorch 2.12 it can't read a ContextVar.
+_chosen_when_compiling: str | None = None
 
 
 class BackendUnavailable(RuntimeError):
@@ -133,11 +135,14 @@ def use_backend(name: str) -> Iterator[None]:
         TypeError, ValueError: not the name of a backend.
         BackendUnavailable: it can't run here; nothing falls back in silence.
     """
+    global _chosen_when_compiling
     token = _chosen.set(check_backend(name))
+    outer, _chosen_when_compiling = _chosen_when_compiling, name
     try:
         yield
     finally:
         _chosen.reset(token)
+        _chosen_when_compiling = outer
 
 
 def resolve(preferred: str | None = None) -> str:
@@ -146,7 +151,8 @@ def resolve(preferred: str | None = None) -> str:
     The innermost ``use_backend`` decides, else ``preferred`` (a model's own choice), else the environment
     variable, else "auto".
     """
-    name = _chosen.get() or preferred
+    chosen = _chosen_when_compiling if torch.compiler.is_compiling() else _chosen.get()
+    name = chosen or preferred
     if name is None:
         name = check_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)
     return name
