@@ -45,7 +45,7 @@ MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (8, 0)
 
 _chosen: ContextVar[str | None] = ContextVar("vapt_fast_backend", default=None)
-# The same for torch.compile: it guards on a global, and before PyTorch 2.12 it can't read a ContextVar.
+# The same for torch.compile, which guards on a global; PyTorch 2.11 can't trace a ContextVar.
 _chosen_when_compiling: str | None = None
 
 
