@@ -40,9 +40,9 @@ class Comparison:
     """
 
     methods: tuple[str, ...] = ("vapt", "vpt-deep", "linear", "full")
-    epochs: dict[int, int] = field(default_factory=lambda: {20: 60, 100: 40, 300: 8})
+    epochs: dict[int, int] = field(default_factory=lambda: {20: 60, 100: 40, 300: 10})
     seeds: tuple[int, ...] = (0, 1, 2)
-    base_lrs: tuple[float, ...] = (1.0, 0.4, 0.15)
+    base_lrs: tuple[float, ...] = (2.5, 1.0, 0.4)
     full_base_lrs: tuple[float, ...] = (0.05, 0.02, 0.008)
     batch_size: int = 32
 
