@@ -47,11 +47,8 @@ def head_of(tensor, image, head):
 
 @triton.jit
 def bias_of(bias, image, head):
-    """One head of one image of (B, h, Tq, T), as (pointer, stride of Tq, stride of T), or None."""
-    if bias is None:
-        return None
-    else:
-        return bias[0] + image * bias[1] + head * bias[2], bias[3], bias[4]
+    """One head of one image of (B, h, Tq, T), as (pointer, stride of Tq, stride of T)."""
+    return bias[0] + image * bias[1] + head * bias[2], bias[3], bias[4]
 
 
 @triton.jit
@@ -189,9 +186,12 @@ def forward(
         q_block, head_of(prompt_k, image, group), head_of(prompt_v, image, group), None,
         first, num_queries, num_prompts, SCALE, HEAD_DIM, BLOCK_PROMPTS,
     )  # fmt: skip
+    bias_head = bias
+    if bias is not None:
+        bias_head = bias_of(bias, image, head)
     acc, total, peak = attend(
         acc, total, peak,
-        q_block, head_of(k, image, group), head_of(v, image, group), bias_of(bias, image, head),
+        q_block, head_of(k, image, group), head_of(v, image, group), bias_head,
         first, num_queries, num_tokens, SCALE, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
     # A query from which every key is hidden gets 0, as in scaled_dot_product_attention, and an lse that makes
@@ -295,9 +295,12 @@ def grad_queries(
         head_of(prompt_k, image, group), head_of(prompt_v, image, group), None,
         first, num_queries, num_prompts, SCALE, HEAD_DIM, BLOCK_PROMPTS,
     )  # fmt: skip
+    bias_head = bias
+    if bias is not None:
+        bias_head = bias_of(bias, image, head)
     acc = add_grad_of_queries(
         acc, q_block, do, lse_rows, delta_rows,
-        head_of(k, image, group), head_of(v, image, group), bias_of(bias, image, head),
+        head_of(k, image, group), head_of(v, image, group), bias_head,
         first, num_queries, num_tokens, SCALE, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
     store_rows(acc * SCALE, grad_q, image, head, first, num_queries, num_heads, HEAD_DIM)
@@ -335,9 +338,10 @@ def grad_keys(
     for member in range(heads_per_group):
         head = group * heads_per_group + member
         q_head, do_head = head_of(q, image, head), head_of(grad_out, image, head)
-        bias_head = bias_of(bias, image, head)
-        if bias_head is not None:
-            bias_head = bias_head[0], bias_head[2], bias_head[1]
+        bias_head = bias
+        if bias is not None:
+            pointer, query_stride, key_stride = bias_of(bias, image, head)
+            bias_head = pointer, key_stride, query_stride
         for block in range(tl.cdiv(num_queries, BLOCK_QUERIES)):
             first_query = tl.cast(block, tl.int64) * BLOCK_QUERIES
             q_block = load_rows(q_head, first_query, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
