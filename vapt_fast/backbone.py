@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import timm
 import torch
 from timm.layers import Attention, AttentionRope, LayerNorm
 from timm.models import beit, eva, get_model_traits, vision_transformer
@@ -30,7 +31,9 @@ __all__ = [
     "image_size",
     "num_pooled_rows",
     "patch_size",
+    "remove_prompts",
     "set_image_size",
+    "similar_names",
     "standard_block",
 ]
 
@@ -168,6 +171,16 @@ def num_pooled_rows(model: nn.Module) -> int | None:
         return 2
     by_token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
     return 1 if by_token else None
+
+
+def similar_names(name: str) -> list[str]:
+    """A few names of timm models that begin like ``name``, for messages."""
+    return timm.list_models(f"*{name.partition('.')[0][:8]}*")[:5]
+
+
+def remove_prompts(tokens: Tensor, num_prefix: int, count: int) -> Tensor:
+    """The tokens (B, T, C) without the ``count`` prompt tokens after the prefix."""
+    return torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + count :]], dim=1) if count else tokens
 
 
 # ---- positions

@@ -67,7 +67,7 @@ def forward_tokens(
         else:
             tokens = backbone.call_block(*arguments)
         if taps is not None and index in taps:
-            taps[index] = torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + travelling :]], dim=1)
+            taps[index] = backbone.remove_prompts(tokens, num_prefix, travelling)
     return tokens, travelling
 
 

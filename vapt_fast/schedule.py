@@ -91,16 +91,12 @@ def forward_tokens(
         )
         tokens = checkpoint(run, tokens, use_reentrant=False) if checkpointing else run(tokens)
         if taps is not None and index in taps:
-            taps[index] = _remove(tokens, num_prefix, travelling)
+            taps[index] = backbone.remove_prompts(tokens, num_prefix, travelling)
     return tokens, 0 if num_rows is not None else travelling
 
 
 def _insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
     return torch.cat([tokens[:, :at], prompts, tokens[:, at:]], dim=1)
-
-
-def _remove(tokens: Tensor, at: int, count: int) -> Tensor:
-    return torch.cat([tokens[:, :at], tokens[:, at + count :]], dim=1) if count else tokens
 
 
 # ---- where a block's prompts come from
@@ -224,7 +220,7 @@ def _run_block(
             prompts = source.make(tokens, num_prefix).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
             tokens, count = _insert(tokens, prompts, num_prefix), prompts.shape[1]
         tokens = backbone.call_block(model, index, tokens, positions.with_extra(count))
-        return _remove(tokens, num_prefix, count)[:, :num_rows]
+        return backbone.remove_prompts(tokens, num_prefix, count)[:, :num_rows]
     normed, prompts = _normalise(parts, tokens, source, num_prefix)
     rope = positions.patch_rope(index)
     weights = folded.of_block(index, parts, rotary=rope is not None)

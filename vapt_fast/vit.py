@@ -21,7 +21,9 @@ from .backbone import (
     image_size,
     num_pooled_rows,
     patch_size,
+    remove_prompts,
     set_image_size,
+    similar_names,
 )
 from .backends import _dispatch
 from .config import PromptConfig
@@ -276,11 +278,7 @@ class AdaptiveViT(nn.Module):
         )
 
     def _strip(self, tokens: Tensor, extra: int) -> Tensor:
-        """The tokens without the ``extra`` prompt tokens after the prefix."""
-        if not extra:
-            return tokens
-        num_prefix = self.backbone.num_prefix_tokens
-        return torch.cat([tokens[:, :num_prefix], tokens[:, num_prefix + extra :]], dim=1)
+        return remove_prompts(tokens, self.backbone.num_prefix_tokens, extra)
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
@@ -491,8 +489,9 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
         if options.get("features_only"):
             raise ValueError("features_only=True has no prompts; use AdaptiveViT.forward_intermediates()")
         if not timm.is_model(backbone.partition(".")[0]) and ":" not in backbone:
-            close = timm.list_models(f"*{backbone.partition('.')[0][:8]}*")[:5]
-            raise ValueError(f"backbone {backbone!r} is no timm model; similar names: {close}")
+            raise ValueError(
+                f"backbone {backbone!r} is no timm model; similar names: {similar_names(backbone)}"
+            )
         model = timm.create_model(backbone, pretrained=pretrained, **options)
         check_supported(model)
         return model

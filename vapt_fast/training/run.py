@@ -13,6 +13,7 @@ import timm
 import torch
 from torch import nn
 
+from ..backbone import similar_names
 from ..config import PromptConfig
 from .errors import UserError
 from .files import write_atomically
@@ -208,9 +209,9 @@ def _prompts(options: RunOptions) -> PromptConfig:
 
 def _data_config(options: RunOptions) -> dict[str, Any]:
     if not timm.is_model(options.backbone.partition(".")[0]):
-        close = timm.list_models(f"*{options.backbone.partition('.')[0][:8]}*")[:5]
         raise UserError(
-            f"backbone must be the name of a timm model, got {options.backbone!r}; similar: {close}"
+            f"backbone must be the name of a timm model, got {options.backbone!r}; "
+            f"similar: {similar_names(options.backbone)}"
         )
     try:
         cfg = timm.get_pretrained_cfg(options.backbone)
