@@ -3,13 +3,16 @@
 import sys
 import threading
 import types
+from dataclasses import replace
 
 import pytest
 import torch
 
 import vapt_fast
 from vapt_fast import AdaptiveViT, BackendUnavailable, PromptConfig, reference, schedule, use_backend
-from vapt_fast.backends import _dispatch
+from vapt_fast.backends import _dispatch, _preferences
+from vapt_fast.functional import _implementation
+from vapt_fast.functional._implementation import choose
 from vapt_fast.info import report
 
 
@@ -118,38 +121,113 @@ def test_the_interpreter_makes_triton_available(monkeypatch):
     assert not _dispatch.unavailable_because("triton")
 
 
-@pytest.mark.parametrize("op", _dispatch.OPS)
-def test_the_implementation_of_an_op(op, monkeypatch):
-    pytest.importorskip("triton")
-    cpu = torch.device("cpu")
-    for name in ("auto", "reference", "torch"):
-        assert _dispatch.choose(op, name, cpu) == "torch"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    own = "triton" if op in _dispatch.TRITON_OPS else "torch"
-    assert _dispatch.choose(op, "triton", cpu) == own
-    with use_backend("triton"):
-        assert _dispatch.choose(op, None, cpu) == own
-        if own == "triton":
-            with pytest.raises(BackendUnavailable, match=f"{op} can't run on backend 'triton': .*got meta"):
-                _dispatch.choose(op, None, torch.device("meta"))
+POOL = (torch.zeros(1, 2, 4), torch.zeros(3, 2), torch.ones(4), torch.zeros(4), 0, 1e-6, 1e-5)
 
 
-def test_auto_takes_what_was_measured(monkeypatch):
-    """An entry of the table counts on a CUDA device that can run Triton kernels, and nowhere else."""
-    pytest.importorskip("triton")
+@pytest.fixture
+def h100(monkeypatch):
+    """Arguments of prompt_pool on a machine whose GPU has compute capability 9.0."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    cuda = torch.device("cuda", 0)
-    monkeypatch.setattr(_dispatch, "AUTO_ON_TRITON", {})
-    assert _dispatch.choose("prompt_pool", "auto", cuda) == "torch"
-    monkeypatch.setattr(_dispatch, "AUTO_ON_TRITON", {"prompt_pool": "a measurement"})
-    assert _dispatch.choose("prompt_pool", "auto", cuda) == "triton"
-    assert _dispatch.choose("prompt_pool", "auto", torch.device("cpu")) == "torch"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 0))
-    assert _dispatch.choose("prompt_pool", "auto", cuda) == "torch"
+    monkeypatch.setattr(_dispatch, "_said", set())
+    x = types.SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    return (x, *POOL[1:])
+
+
+@pytest.mark.parametrize(
+    ("op", "name"), [(op, name) for op, names in _dispatch.IMPLEMENTATIONS.items() for name in names]
+)
+def test_an_implementation_is_looked_for_by_its_backend(op, name, monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_implementation, "_why_not", lambda *args: [])
+    monkeypatch.setattr(_dispatch, "device_lacks", lambda *args: [])
+    assert choose(op, name, torch.zeros(1)) == name
+    for other in ("auto", "reference", "torch"):
+        assert choose(op, other, torch.zeros(1)) == "torch"
+    assert callable(_implementation._function(op, name))
+    if name != "torch":
+        assert callable(_implementation._function(f"why_not_{op}", name))
+
+
+def test_the_device_and_the_arguments_have_a_say(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with use_backend("triton"):
+        assert choose("prompt_pool", None, *POOL) == "triton"
+        with pytest.raises(
+            BackendUnavailable, match=r"prompt_pool can't run on backend 'triton': .*got meta"
+        ):
+            choose("prompt_pool", None, POOL[0].to("meta"), *POOL[1:])
+        with pytest.raises(BackendUnavailable, match="'triton': matrix must be float32 or float64, got"):
+            choose("prompt_pool", None, POOL[0], POOL[1].half(), *POOL[2:])
+    with pytest.raises(ValueError, match=r"backend must be one of .*got 'flash'"):
+        choose("prompt_pool", "flash", *POOL)
+
+
+def prefer(monkeypatch, *entries):
+    monkeypatch.setattr(_preferences, "PREFERENCES", entries)
+
+
+def test_auto_takes_the_first_entry_that_holds(h100, monkeypatch):
+    pytest.importorskip("triton")
+    entry = _preferences.Preference("prompt_pool", "triton", ((9, 0),), (torch.bfloat16,), "a measurement")
+    assert choose("prompt_pool", "auto", *h100) == "torch"
+    prefer(monkeypatch, entry)
+    assert choose("prompt_pool", "auto", *h100) == "triton"
+    assert choose("prompt_pool", "auto", *POOL) == "torch"  # on the CPU
+    monkeypatch.setattr(h100[0], "dtype", torch.float32)
+    assert choose("prompt_pool", "auto", *h100) == "torch"
+    monkeypatch.setattr(h100[0], "dtype", torch.bfloat16)
+    few_rows = replace(entry, fits=lambda x, matrix, *_: matrix.shape[0] < 3)
+    prefer(monkeypatch, few_rows)
+    assert choose("prompt_pool", "auto", *h100) == "torch"
+    prefer(monkeypatch, few_rows, entry)
+    assert choose("prompt_pool", "auto", *h100) == "triton"
+    prefer(monkeypatch, replace(entry, implementation="torch"), entry)
+    assert choose("prompt_pool", "auto", *h100) == "torch"
+    assert not _dispatch._said
+
+
+def test_auto_passes_over_what_can_not_take_the_arguments(h100, monkeypatch):
+    pytest.importorskip("triton")
+    prefer(
+        monkeypatch,
+        _preferences.Preference("prompt_pool", "triton", ((9, 0),), (torch.bfloat16,), "a measurement"),
+    )
+    assert choose("prompt_pool", "auto", h100[0], h100[1].half(), *h100[2:]) == "torch"
+    assert not _dispatch._said
+
+
+@pytest.mark.parametrize("what", ["no triton", "old triton", "another GPU"])
+def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
+    pytest.importorskip("triton")
+    entry = _preferences.Preference(
+        "prompt_pool", "triton", ((9, 0), (10, 0)), (torch.bfloat16,), "a measurement"
+    )
+    prefer(monkeypatch, entry)
+    if what == "another GPU":
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (13, 0))
+        message = "nothing has been measured on GPUs of compute capability 13.0"
+    elif what == "no triton":
+        monkeypatch.setitem(sys.modules, "triton", None)
+        message = "'triton', the fastest on this GPU, can't run: triton is not installed"
+    else:
+        monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.5.1"))
+        message = "triton 3.5.1 is too old"
+    with pytest.warns(RuntimeWarning, match=message) as said:
+        chosen = [choose("prompt_pool", "auto", *h100) for _ in range(3)]
+    assert chosen == ["torch"] * 3
+    assert len(said) == 1
+
+
+def test_every_preference_names_an_implementation_and_says_why():
+    for entry in _preferences.PREFERENCES:
+        assert entry.implementation in _dispatch.IMPLEMENTATIONS[entry.op]
+        assert len(entry.why) > 20
 
 
 def test_bad_names(monkeypatch):
@@ -170,6 +248,6 @@ def test_report_names_every_backend_with_its_reason():
         reasons = _dispatch.unavailable_because(name)
         assert all(reason in line for reason in reasons)
         assert ("no:" in line) == bool(reasons)
-    for op in _dispatch.OPS:
+    for op, implementations in _dispatch.IMPLEMENTATIONS.items():
         line = next(line for line in text.splitlines() if line.strip().startswith(op))
-        assert ("triton: triton" in line) == (op in _dispatch.TRITON_OPS)
+        assert ", ".join(implementations) in line

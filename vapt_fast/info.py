@@ -9,7 +9,7 @@ import platform
 import torch
 
 from ._version import __version__
-from .backends import _dispatch
+from .backends import _dispatch, _preferences
 
 __all__ = ["report"]
 
@@ -18,7 +18,7 @@ def report() -> str:
     """What would run here.
 
     Versions, devices and backends, each backend with what it is or every reason why it can't run; and the
-    implementation of each op where the backend is not the same for all.
+    implementations of each op with what "auto" prefers and why.
     """
     chosen = os.environ.get(_dispatch.ENVIRONMENT_VARIABLE)
     lines = [
@@ -33,14 +33,19 @@ def report() -> str:
         reasons = _dispatch.unavailable_because(name)
         lines.append(f"  {name:<10} {'no:  ' + '; '.join(reasons) if reasons else 'yes: ' + meaning}")
     lines.append("ops")
-    for op in _dispatch.OPS:
-        under_triton = "triton" if op in _dispatch.TRITON_OPS else "torch (it has no Triton kernel)"
-        measured = _dispatch.AUTO_ON_TRITON.get(op)
-        under_auto = (
-            f"triton on CUDA ({measured})" if measured else "torch (no measurement is in favour of another)"
-        )
-        lines.append(f"  {op:<16} triton: {under_triton}; auto: {under_auto}")
+    for op, implementations in _dispatch.IMPLEMENTATIONS.items():
+        preferred = [
+            f"{entry.implementation} on {_capabilities(entry)} ({entry.why})"
+            for entry in _preferences.PREFERENCES
+            if entry.op == op
+        ]
+        chosen = ", ".join(preferred) if preferred else "torch (nothing was measured to be faster)"
+        lines.append(f"  {op:<16} {', '.join(implementations)}; auto: {chosen}")
     return "\n".join(lines)
+
+
+def _capabilities(entry: _preferences.Preference) -> str:
+    return ", ".join(f"sm_{major}{minor}" for major, minor in entry.capabilities)
 
 
 def _version(package: str) -> str:

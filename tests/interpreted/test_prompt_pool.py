@@ -16,6 +16,7 @@ from torch.autograd import forward_ad
 
 from vapt_fast import BackendUnavailable, kernels, use_backend
 from vapt_fast.backends import _dispatch
+from vapt_fast.backends._dispatch import IMPLEMENTATIONS
 
 # By its full name: the package has a function of this name.
 LAUNCHER = importlib.import_module("vapt_fast.backends.triton.prompt_pool")
@@ -312,7 +313,8 @@ def test_other_dtypes_are_refused():
 @pytest.fixture
 def alone(monkeypatch):
     """The other ops run on the torch backend, which takes less time."""
-    monkeypatch.setattr(_dispatch, "TRITON_OPS", frozenset({"prompt_pool"}))
+    names = {op: ("torch", "triton") if op == "prompt_pool" else ("torch",) for op in IMPLEMENTATIONS}
+    monkeypatch.setattr(_dispatch, "IMPLEMENTATIONS", names)
 
 
 @pytest.mark.usefixtures("alone")

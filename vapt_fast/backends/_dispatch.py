@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,17 +11,17 @@ from contextvars import ContextVar
 import torch
 
 __all__ = [
-    "AUTO_ON_TRITON",
     "BACKENDS",
     "ENVIRONMENT_VARIABLE",
-    "OPS",
-    "TRITON_OPS",
+    "IMPLEMENTATIONS",
     "BackendUnavailable",
+    "capability",
     "check_backend",
-    "choose",
-    "refuse",
+    "device_lacks",
     "resolve",
+    "unavailable_because",
     "use_backend",
+    "warn_once",
 ]
 
 BACKENDS = {
@@ -32,14 +33,13 @@ BACKENDS = {
 }
 ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 
-OPS = ("prompt_pool", "prompt_projector", "prompt_attention", "cls_attention")
-
-# The ops that have Triton kernels. Under "triton" the others run as under "torch".
-TRITON_OPS = frozenset({"prompt_pool", "prompt_attention"})
-
-# Op -> the measurement for which "auto" prefers its Triton kernels on a CUDA GPU. Empty, so torch everywhere,
-# because nothing has been measured on a GPU yet.
-AUTO_ON_TRITON: dict[str, str] = {}
+# Op -> its implementations. Under "triton" or "cuda" an op without such kernels runs as under "torch".
+IMPLEMENTATIONS = {
+    "prompt_pool": ("torch", "triton"),
+    "prompt_projector": ("torch",),
+    "prompt_attention": ("torch", "triton"),
+    "cls_attention": ("torch",),
+}
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (8, 0)
@@ -77,22 +77,28 @@ def _triton_unavailable_because() -> list[str]:
         if torch.version.cuda is None or not torch.cuda.is_available():
             reasons.append("its kernels need a CUDA GPU (or TRITON_INTERPRET=1, to run them slowly on CPU)")
         else:
-            reasons += _device_lacks(torch.device("cuda", torch.cuda.current_device()))
+            reasons += device_lacks("triton", torch.device("cuda", torch.cuda.current_device()))
     return reasons
 
 
 @torch.compiler.assume_constant_result
-def _device_lacks(device: torch.device) -> list[str]:
-    """What ``device`` lacks to run Triton kernels."""
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        if capability < MINIMUM_CAPABILITY:
-            given, needed = (".".join(map(str, c)) for c in (capability, MINIMUM_CAPABILITY))
-            return [f"{device} has compute capability {given}, its kernels need {needed}"]
+def device_lacks(name: str, device: torch.device) -> list[str]:
+    """What ``device`` lacks to run an implementation of an op, ``name``; empty if nothing."""
+    if name == "torch" or (name == "triton" and device.type == "cpu" and interpreting()):
         return []
-    if device.type == "cpu" and interpreting():
-        return []
-    return [f"its kernels run on CUDA tensors, and on CPU tensors with TRITON_INTERPRET=1; got {device}"]
+    if device.type != "cuda":
+        interpreted = ", and on CPU tensors with TRITON_INTERPRET=1" if name == "triton" else ""
+        return [f"its kernels run on CUDA tensors{interpreted}; got {device}"]
+    if capability(device) < MINIMUM_CAPABILITY:
+        given, needed = (".".join(map(str, c)) for c in (capability(device), MINIMUM_CAPABILITY))
+        return [f"{device} has compute capability {given}, its kernels need {needed}"]
+    return []
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability of a CUDA device."""
+    return torch.cuda.get_device_capability(device)
 
 
 def interpreting() -> bool:
@@ -100,22 +106,24 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def check_backend(name: str, source: str = "backend") -> str:
+def check_backend(name: str, source: str = "backend", also: tuple[str, ...] = ()) -> str:
     """``name`` if it is a backend that can run.
 
     Args:
-        name: one of BACKENDS.
+        name: one of BACKENDS, or of ``also``.
         source: what the name came from, for the message.
+        also: further names that are accepted.
 
     Raises:
         TypeError: not a str.
         ValueError: not the name of a backend.
         BackendUnavailable: it can't run here.
     """
+    known = (*BACKENDS, *(other for other in also if other not in BACKENDS))
     if not isinstance(name, str):
-        raise TypeError(f"{source} must be a str, one of {tuple(BACKENDS)}, got {name!r}")
-    if name not in BACKENDS:
-        raise ValueError(f"{source} must be one of {tuple(BACKENDS)}, got {name!r}")
+        raise TypeError(f"{source} must be a str, one of {known}, got {name!r}")
+    if name not in known:
+        raise ValueError(f"{source} must be one of {known}, got {name!r}")
     reasons = unavailable_because(name)
     if reasons:
         raise BackendUnavailable(f"{source} {name!r} can't run: " + "; ".join(reasons))
@@ -158,29 +166,12 @@ def resolve(preferred: str | None = None) -> str:
     return name
 
 
-def choose(op: str, backend: str | None, device: torch.device) -> str:
-    """Which implementation of ``op`` runs, "torch" or "triton".
-
-    Args:
-        op: one of OPS.
-        backend: a name of BACKENDS, None for the current one (see ``resolve``).
-        device: of the op's tensors.
-
-    Raises:
-        TypeError, ValueError: ``backend`` is not the name of a backend.
-        BackendUnavailable: ``backend`` can't run here, or not on ``device``.
-    """
-    name = resolve() if backend is None else check_backend(backend)
-    if name == "triton" and op in TRITON_OPS:
-        refuse(op, _device_lacks(device))
-        return "triton"
-    if name == "auto" and op in AUTO_ON_TRITON and device.type == "cuda":
-        unavailable = _triton_unavailable_because() or _device_lacks(device)
-        return "torch" if unavailable else "triton"
-    return "torch"
+@torch.compiler.assume_constant_result
+def warn_once(message: str) -> None:
+    """Warn, the first time in this process that there is cause to say ``message``."""
+    if message not in _said:
+        _said.add(message)
+        warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
-def refuse(op: str, reasons: list[str]) -> None:
-    """Raise BackendUnavailable if there are ``reasons`` why the Triton kernels of ``op`` can't run."""
-    if reasons:
-        raise BackendUnavailable(f"{op} can't run on backend 'triton': " + "; ".join(reasons))
+_said: set[str] = set()

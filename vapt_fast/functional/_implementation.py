@@ -1,21 +1,88 @@
-"""The function that runs an op, by backend."""
+"""Which implementation of an op runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
-from ..backends import _dispatch
+from ..backends import _dispatch, _preferences
 from ..backends import torch as torch_backend
 
-__all__ = ["implementation"]
+__all__ = ["choose", "run"]
 
 
-def implementation(op: str, backend: str | None, device: torch.device) -> Callable:
-    """The implementation of ``op`` that ``backend`` runs on ``device``; see _dispatch.choose."""
-    if _dispatch.choose(op, backend, device) == "torch":
-        return getattr(torch_backend, op)
-    from ..backends import triton as triton_backend  # not before it is asked for: triton may be missing
+def run(op: str, backend: str | None, *args: Any) -> Any:
+    """The result of ``op`` by the implementation that ``choose`` names."""
+    return _function(op, choose(op, backend, *args))(*args)
 
-    return getattr(triton_backend, op)
+
+def choose(op: str, backend: str | None, *args: Any) -> str:
+    """The implementation of ``op`` that runs, one of _dispatch.IMPLEMENTATIONS.
+
+    Args:
+        op: its name.
+        backend: a name of _dispatch.BACKENDS, or one of the op's own implementations; None for the current
+            backend, see _dispatch.resolve.
+        args: of the op, validated, the first one a tensor.
+
+    Raises:
+        TypeError, ValueError: ``backend`` is no such name.
+        BackendUnavailable: it was named and can't run here, or not with these arguments.
+    """
+    known = _dispatch.IMPLEMENTATIONS[op]
+    name = _dispatch.resolve() if backend is None else _dispatch.check_backend(backend, also=known)
+    device = args[0].device
+    if name == "auto":
+        return _preferred(op, device, args)
+    if name == "torch" or name not in known:
+        return "torch"
+    reasons = _dispatch.device_lacks(name, device) or _why_not(op, name, args)
+    if reasons:
+        raise _dispatch.BackendUnavailable(f"{op} can't run on backend {name!r}: " + "; ".join(reasons))
+    return name
+
+
+def _preferred(op: str, device: torch.device, args: tuple) -> str:
+    """What "auto" runs: the first of the preferences that holds here and can run."""
+    preferences = [entry for entry in _preferences.PREFERENCES if entry.op == op]
+    if device.type != "cuda" or not preferences:
+        return "torch"
+    capability = _dispatch.capability(device)
+    if all(capability not in entry.capabilities for entry in preferences):
+        _dispatch.warn_once(
+            f"{op} runs on PyTorch's operations: nothing has been measured on GPUs of compute capability "
+            f"{capability[0]}.{capability[1]}. backend='triton' or 'cuda' tries the kernels"
+        )
+        return "torch"
+    dtype = args[0].dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    for entry in preferences:
+        if capability in entry.capabilities and dtype in entry.dtypes and entry.fits(*args):
+            name = entry.implementation
+            missing = _dispatch.unavailable_because(name)
+            if missing:
+                _dispatch.warn_once(
+                    f"backend {name!r}, the fastest on this GPU, can't run: " + "; ".join(missing)
+                )
+            elif name == "torch" or not _why_not(op, name, args):
+                return name
+    return "torch"
+
+
+def _why_not(op: str, name: str, args: tuple) -> list[str]:
+    """Every reason why implementation ``name`` of ``op`` can't take ``args``."""
+    return _function(f"why_not_{op}", name)(*args)
+
+
+def _function(name: str, implementation: str) -> Callable:
+    """What the backend's module calls ``name``; imported only now, because its library may be missing."""
+    if implementation == "triton":
+        from ..backends import triton as module
+    elif implementation == "torch":
+        module = torch_backend
+    else:  # one of PyTorch's own libraries
+        module, name = torch_backend, f"{name}_{implementation}"
+    return getattr(module, name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._checks import check_float, check_same_device, check_shape
-from ._implementation import implementation
+from ._implementation import run
 
 __all__ = ["cls_attention"]
 
@@ -55,5 +55,4 @@ def cls_attention(
         raise ValueError(f"bias must be (..., {rows}, {num_tokens}), got {tuple(bias.shape)}")
     check_float(q=q, x=x, prompts=prompts, key_weight=key_weight, value_weight=value_weight, bias=bias)
     check_same_device(q=q, x=x, prompts=prompts, key_weight=key_weight, value_weight=value_weight, bias=bias)
-    run = implementation("cls_attention", backend, q.device)
-    return run(q, x, prompts, key_weight, value_weight, scale, bias)
+    return run("cls_attention", backend, q, x, prompts, key_weight, value_weight, scale, bias)

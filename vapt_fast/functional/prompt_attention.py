@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._checks import check_float, check_same_device, check_shape
-from ._implementation import implementation
+from ._implementation import run
 
 __all__ = ["prompt_attention"]
 
@@ -56,5 +56,4 @@ def prompt_attention(
         raise ValueError(f"bias must be (..., {num_queries}, {num_tokens}), got {tuple(bias.shape)}")
     check_float(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias)
     check_same_device(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias)
-    run = implementation("prompt_attention", backend, q.device)
-    return run(q, k, v, prompt_k, prompt_v, scale, bias)
+    return run("prompt_attention", backend, q, k, v, prompt_k, prompt_v, scale, bias)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ._checks import check_float, check_same_device, check_shape
-from ._implementation import implementation
+from ._implementation import run
 
 __all__ = ["prompt_pool"]
 
@@ -55,5 +55,4 @@ def prompt_pool(
     check_shape("bias", bias, "(C,)", dim)
     check_float(x=x, matrix=matrix, weight=weight, bias=bias)
     check_same_device(x=x, matrix=matrix, weight=weight, bias=bias)
-    run = implementation("prompt_pool", backend, x.device)
-    return run(x, matrix, weight, bias, num_prefix, eps, prompt_eps)
+    return run("prompt_pool", backend, x, matrix, weight, bias, num_prefix, eps, prompt_eps)

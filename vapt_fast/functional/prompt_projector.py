@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..activations import ACTIVATIONS
 from ._checks import check_float, check_same_device, check_shape
-from ._implementation import implementation
+from ._implementation import run
 
 __all__ = ["prompt_projector"]
 
@@ -53,5 +53,4 @@ def prompt_projector(
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
     check_float(t=t, down=down, up=up, mask=mask)
     check_same_device(t=t, down=down, up=up, mask=mask)
-    run = implementation("prompt_projector", backend, t.device)
-    return run(t, down, up, scale, mask, activation)
+    return run("prompt_projector", backend, t, down, up, scale, mask, activation)

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor
 
 from ...kernels import prompt_attention as kernels
-from .. import _dispatch
 from .._autograd import differentiable_once, refuse_forward_mode
 from . import configs
 from ._launch import launch, num_blocks
 
-__all__ = ["prompt_attention"]
+__all__ = ["prompt_attention", "why_not_prompt_attention"]
 
 # The kernels multiply strides by row numbers within a block in 32 bits.
 STRIDE_LIMIT = 2**24
@@ -25,19 +24,24 @@ def prompt_attention(
     """See vapt_fast.functional.prompt_attention."""
     tensors = (q, k, v, prompt_k, prompt_v)
     refuse_forward_mode("prompt_attention", *tensors)
-    if torch.is_autocast_enabled(q.device.type):  # as scaled_dot_product_attention does
-        dtype = torch.get_autocast_dtype(q.device.type)
-        tensors = tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
-    _dispatch.refuse("prompt_attention", _unsupported(*tensors, bias))
-    return _forward(*tensors, bias, scale)[0]
+    return _forward(*_autocast(tensors), bias, scale)[0]
 
 
-def _unsupported(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, bias: Tensor | None
+def _autocast(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """``tensors`` in the dtype that scaled_dot_product_attention gives them under autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def why_not_prompt_attention(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float, bias: Tensor | None
 ) -> list[str]:
-    """Every reason why the kernels can't take these tensors."""
+    """Every reason why the kernels can't take these arguments."""
     reasons = []
-    dtypes = {t.dtype for t in (q, k, v, prompt_k, prompt_v)}
+    dtypes = {t.dtype for t in _autocast((q, k, v, prompt_k, prompt_v))}
     if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
         given = ", ".join(sorted(map(str, dtypes)))
         reasons.append(

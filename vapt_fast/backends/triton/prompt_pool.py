@@ -9,27 +9,25 @@ import triton
 from torch import Tensor
 
 from ...kernels import prompt_pool as kernels
-from .. import _dispatch
 from .._autograd import differentiable_once, refuse_forward_mode
 from . import configs
 from ._launch import launch, num_blocks
 
-__all__ = ["prompt_pool"]
+__all__ = ["prompt_pool", "why_not_prompt_pool"]
 
 
 def prompt_pool(
     x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor, num_prefix: int, eps: float, prompt_eps: float
 ) -> tuple[Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
-    _dispatch.refuse("prompt_pool", _unsupported(x, matrix))
     refuse_forward_mode("prompt_pool", x, matrix, weight, bias)
     dtype = matrix.dtype
     outputs = _forward(x, matrix, weight.to(dtype), bias.to(dtype), num_prefix, eps, prompt_eps)
     return outputs[0], outputs[1]
 
 
-def _unsupported(x: Tensor, matrix: Tensor) -> list[str]:
-    """Every reason why the kernels can't take these tensors."""
+def why_not_prompt_pool(x: Tensor, matrix: Tensor, *_: Any) -> list[str]:
+    """Every reason why the kernels can't take these arguments."""
     reasons = []
     if x.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         reasons.append(f"x must be float16, bfloat16, float32 or float64, got {x.dtype}")
