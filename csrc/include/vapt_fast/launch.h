@@ -1,0 +1,37 @@
+// What every launcher takes and returns. Free of CUDA and of PyTorch: the binding and the tests include this.
+
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;
+
+namespace vapt_fast {
+
+// cudaStream_t, by its definition; null is the default stream.
+using Stream = CUstream_st*;
+
+enum class Dtype : std::int32_t { float16 = 0, bfloat16 = 1 };
+
+enum class Code : std::int32_t {
+  ok = 0,
+  invalid = 1,      // an argument contradicts what the header says: a bug of the caller
+  unsupported = 2,  // the kernels have no part for these sizes, or the device lacks the shared memory
+  cuda_error = 3,   // the CUDA runtime refused; the message is its own
+};
+
+// What became of a launch. Nothing was launched unless code is ok; the message is empty if it is.
+struct Status {
+  Code code = Code::ok;
+  char message[240] = "";
+};
+
+// A tensor (B, T, h, d) on the device; its channels are contiguous.
+struct Tensor4 {
+  void* data = nullptr;
+  std::int64_t batch_stride = 0;  // in elements, as all strides; 0 repeats one image
+  std::int64_t token_stride = 0;
+  std::int64_t head_stride = 0;
+};
+
+}  // namespace vapt_fast
