@@ -1,4 +1,4 @@
-"""Folded frozen weights: exact, made once, and never stale."""
+"""Prepared frozen weights: exact, made once, and never stale."""
 
 import copy
 import pickle
@@ -11,11 +11,11 @@ from vapt_fast import AdaptiveViT, PromptConfig, frozen, use_backend
 
 
 @pytest.fixture
-def folds(monkeypatch):
-    """The number of times a block was folded."""
+def preparations(monkeypatch):
+    """The number of times a block was prepared."""
     count = []
-    real = frozen.fold
-    monkeypatch.setattr(frozen, "fold", lambda *a, **k: (count.append(1), real(*a, **k))[1])
+    real = frozen.prepare
+    monkeypatch.setattr(frozen, "prepare", lambda *a, **k: (count.append(1), real(*a, **k))[1])
     return count
 
 
@@ -44,10 +44,10 @@ def assert_right(model, images):
         torch.testing.assert_close(model(images), expected, rtol=1e-11, atol=1e-11)
 
 
-def test_made_once(model, images, folds):
+def test_made_once(model, images, preparations):
     for _ in range(3):
         assert_right(model, images)
-    assert len(folds) == len(model.backbone.blocks)
+    assert len(preparations) == len(model.backbone.blocks)
 
 
 def change_in_place(model):
@@ -94,7 +94,7 @@ def test_follows_the_dtype(model, images):
     assert_right(model, images)
 
 
-def test_weights_that_someone_trains_are_folded_with_their_gradient(model, images, folds):
+def test_weights_that_someone_trains_are_prepared_with_their_gradient(model, images, preparations):
     weight = model.backbone.blocks[1].attn.qkv.weight.requires_grad_(True)
     grads = {}
     for name in ("reference", "torch"):
@@ -115,7 +115,58 @@ def test_is_no_part_of_the_model(model, images):
     names = set(model.state_dict())
     model(images)
     assert set(model.state_dict()) == names
-    assert not any("folded" in name for name, _ in [*model.named_buffers(), *model.named_parameters()])
-    assert not copy.deepcopy(model)._folded._entries
-    assert not pickle.loads(pickle.dumps(model._folded))._entries
+    assert not any("prepared" in name for name, _ in [*model.named_buffers(), *model.named_parameters()])
+    assert not copy.deepcopy(model)._prepared._entries
+    assert not pickle.loads(pickle.dumps(model._prepared))._entries
     assert_right(copy.deepcopy(model), images)
+
+
+def autocast(dtype=torch.bfloat16):
+    return torch.autocast("cpu", dtype)
+
+
+def test_autocast_casts_once(model, images, preparations):
+    model, images = model.float(), images.float()
+    with torch.no_grad(), autocast(), use_backend("reference"):
+        expected = model(images)
+    for _ in range(3):
+        with torch.no_grad(), autocast():
+            logits = model(images)
+    assert len(preparations) == len(model.backbone.blocks)
+    torch.testing.assert_close(logits, expected, rtol=2e-2, atol=2e-2)
+    _, prepared = model._prepared._entries[0]
+    low = [prepared.qkv_weight, prepared.proj_weight, *prepared.mlp]
+    assert {tensor.dtype for tensor in low} == {torch.bfloat16}
+
+
+def test_autocast_leaves_nothing_behind(model, images):
+    model, images = model.float(), images.float()
+    with torch.no_grad():
+        before = model(images)
+        with autocast():
+            model(images)
+        assert torch.equal(model(images), before)
+
+
+def test_what_need_not_change_is_not_copied(model, images):
+    model(images)
+    for index, (_, prepared) in model._prepared._entries.items():
+        block = model.backbone.blocks[index]
+        assert prepared.proj_weight is block.attn.proj.weight
+        assert prepared.mlp[0] is block.mlp.fc1.weight
+
+
+def change_mlp(model):
+    with torch.no_grad():
+        model.backbone.blocks[1].mlp.fc2.weight.mul_(1.5)
+
+
+def test_casts_are_never_stale(model, images):
+    model, images = model.float(), images.float()
+    with torch.no_grad(), autocast():
+        before = model(images)
+        change_mlp(model)
+        after = model(images)
+        model._prepared.clear()
+        assert torch.equal(model(images), after)
+    assert not torch.allclose(before, after)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import timm
 import torch
-from timm.layers import Attention, AttentionRope, LayerNorm
+from timm.layers import GELU, Attention, AttentionRope, LayerNorm, LayerScale, Mlp
 from timm.models import beit, eva, get_model_traits, vision_transformer
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
@@ -279,7 +279,7 @@ def _call_beit_block(block: beit.Block, tokens: Tensor, positions: Positions, nu
 
 @dataclass(frozen=True)
 class StandardBlock:
-    """A pre-norm block, x + scale1(attention(norm1(x))) then x + scale2(mlp(norm2(x))), seen part by part.
+    """A pre-norm block, x + gain1 * attention(norm1(x)) then x + gain2 * mlp(norm2(x)), seen part by part.
 
     Attributes:
         block: timm's block.
@@ -319,17 +319,36 @@ class StandardBlock:
     @property
     def foldable_norm(self) -> nn.LayerNorm | None:
         """norm1 if it is a LayerNorm with affine, whose statistic and affine can be shared and folded."""
-        norm = self.block.norm1
-        affine = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None
-        return norm if affine else None
+        return _layer_norm(self.block.norm1)
 
-    def scale1(self, x: Tensor) -> Tensor:
-        """The layer scale of the attention branch."""
-        return _layer_scale(self.block, 1, x)
+    @property
+    def mlp_norm(self) -> nn.LayerNorm | None:
+        """norm2 if it is a LayerNorm with affine and nothing more."""
+        norm = self.block.norm2
+        return None if _is_altered(norm) else _layer_norm(norm)
 
-    def scale2(self, x: Tensor) -> Tensor:
-        """The layer scale of the MLP branch."""
-        return _layer_scale(self.block, 2, x)
+    @property
+    def gelu_mlp(self) -> tuple[nn.Linear, nn.Linear] | None:
+        """fc1 and fc2 if the MLP is fc2(gelu(fc1(x))), with the exact GELU, and nothing more."""
+        mlp = self.block.mlp
+        if type(mlp) is not Mlp or any(map(_is_altered, mlp.modules())):
+            return None
+        exact = type(mlp.act) is GELU or (type(mlp.act) is nn.GELU and mlp.act.approximate == "none")
+        dropping = any(drop.training and drop.p for drop in (mlp.drop1, mlp.drop2))
+        if not exact or dropping or type(mlp.norm) is not nn.Identity:
+            return None
+        linear = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
+        return (mlp.fc1, mlp.fc2) if linear else None
+
+    @property
+    def gain1(self) -> Tensor | None:
+        """The layer scale (C,) of the attention branch, or None."""
+        return _layer_scale(self.block, 1)
+
+    @property
+    def gain2(self) -> Tensor | None:
+        """The layer scale (C,) of the MLP branch, or None."""
+        return _layer_scale(self.block, 2)
 
 
 def standard_block(block: nn.Module) -> StandardBlock | None:
@@ -360,7 +379,12 @@ def standard_block(block: nn.Module) -> StandardBlock | None:
     linears = [linear for linear in linears if linear is not None]
     if any(type(linear) is not nn.Linear for linear in linears):
         return None
-    if any(map(_is_altered, (block, block.norm1, block.drop_path1, block.drop_path2, *attn.modules()))):
+    scales = [getattr(block, name, None) for name in ("ls1", "ls2")]
+    scales = [scale for scale in scales if scale is not None]
+    if any(type(scale) not in (LayerScale, nn.Identity) for scale in scales):
+        return None
+    parts = (block, block.norm1, block.drop_path1, block.drop_path2, *scales, *attn.modules())
+    if any(map(_is_altered, parts)):
         return None
     num_heads = attn.num_heads
     return StandardBlock(
@@ -395,8 +419,12 @@ def _unless_identity(module: nn.Module | None) -> nn.Module | None:
     return None if isinstance(module, nn.Identity) else module
 
 
-def _layer_scale(block: nn.Module, branch: int, x: Tensor) -> Tensor:
+def _layer_norm(norm: nn.Module) -> nn.LayerNorm | None:
+    affine = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None
+    return norm if affine else None
+
+
+def _layer_scale(block: nn.Module, branch: int) -> Tensor | None:
     if hasattr(block, "ls1"):
-        return getattr(block, f"ls{branch}")(x)
-    gamma = getattr(block, f"gamma_{branch}")
-    return x if gamma is None else gamma * x
+        return getattr(getattr(block, f"ls{branch}"), "gamma", None)
+    return getattr(block, f"gamma_{branch}")

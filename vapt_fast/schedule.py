@@ -22,7 +22,7 @@ from . import backbone
 from .backbone import Positions, StandardBlock
 from .config import PromptConfig
 from .dropout import BlockMasks
-from .frozen import FoldedAttention, FoldedWeights
+from .frozen import PreparedBlock, PreparedWeights
 from .functional import cls_attention, prompt_attention, prompt_matrices, prompt_pool, prompt_projector
 from .prompts import AdaptivePrompts, Projector, Prompts, StaticPrompts
 
@@ -34,7 +34,7 @@ def forward_tokens(
     prompts: Prompts,
     images: Tensor,
     masks: list[BlockMasks],
-    folded: FoldedWeights,
+    prepared: PreparedWeights,
     *,
     backend: str | None = None,
     num_rows: int | None = None,
@@ -49,7 +49,7 @@ def forward_tokens(
         prompts: the learnable parameters.
         images: (B, in_chans, height, width).
         masks: one BlockMasks for each entry of ``prompts.blocks``.
-        folded: where the prepared frozen weights are kept.
+        prepared: where the prepared frozen weights are kept.
         backend: of the ops. It is handed down rather than read from the context by each op, because
             checkpointing runs them again in the backward pass, in another context.
         num_rows: compute no more than this many first tokens (prefix tokens) in the last block.
@@ -85,7 +85,7 @@ def forward_tokens(
             source=source,
             positions=positions.with_extra(travelling),
             num_prefix=num_prefix + travelling,
-            folded=folded,
+            prepared=prepared,
             backend=backend,
             num_rows=num_rows if last else None,
         )
@@ -127,9 +127,18 @@ class _AdaptiveSource:
     backend: str | None
 
     def pool(self, tokens: Tensor, num_prefix: int, eps: float) -> tuple[Tensor, Tensor]:
-        """The tokens, normalised with ``eps`` for the block, and the prompts (B, P, C)."""
+        """The tokens and the prompts (B, P, C), both normalised with ``eps`` for the block."""
+        normed, pooled = self._pool(tokens, num_prefix, eps)
+        return normed, self._project(pooled, eps, normed.dtype)
+
+    def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
+        """The prompts (B, P, C) alone, as they are."""
+        _, pooled = self._pool(tokens, num_prefix, self.parameters.norm.eps)
+        return self._project(pooled, None, tokens.dtype)
+
+    def _pool(self, tokens: Tensor, num_prefix: int, eps: float) -> tuple[Tensor, Tensor]:
         norm = self.parameters.norm
-        normed, pooled = prompt_pool(
+        return prompt_pool(
             tokens,
             self.matrix,
             norm.weight,
@@ -139,29 +148,24 @@ class _AdaptiveSource:
             prompt_eps=norm.eps,
             backend=self.backend,
         )
-        return normed, self._project(pooled)
 
-    def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
-        """The prompts (B, P, C) alone."""
-        return self.pool(tokens, num_prefix, self.parameters.norm.eps)[1]
-
-    def _project(self, pooled: Tensor) -> Tensor:
+    def _project(self, pooled: Tensor, eps: float | None, dtype: torch.dtype) -> Tensor:
         config, kernel = self.config, self.parameters.kernel
         if kernel is not None and not config.conv_shared:
             by_shift = pooled.unflatten(1, (-1, config.num_prompts))
             pooled = (by_shift * kernel.to(pooled.dtype).flatten(1).t().unsqueeze(1)).sum(dim=1)
-        if self.masks.channels is not None:
-            pooled = pooled * self.masks.channels
-        t = pooled + self.parameters.token_projection.bias.to(pooled.dtype).unsqueeze(-1)
-        if self.projector is None:
-            return t
+        projector = self.projector
         return prompt_projector(
-            t,
-            self.projector.down.weight,
-            self.projector.up.weight,
-            scale=self.projector.scale,
-            mask=self.masks.features,
+            pooled,
+            self.parameters.token_projection.bias,
+            down=None if projector is None else projector.down.weight,
+            up=None if projector is None else projector.up.weight,
+            scale=1.0 if projector is None else projector.scale,
+            channel_mask=self.masks.channels,
+            feature_mask=self.masks.features,
             activation=config.projector_activation,
+            eps=eps,
+            dtype=dtype,
             backend=self.backend,
         )
 
@@ -208,7 +212,7 @@ def _run_block(
     source: _StaticSource | _AdaptiveSource | None,
     positions: Positions,
     num_prefix: int,
-    folded: FoldedWeights,
+    prepared: PreparedWeights,
     backend: str | None,
     num_rows: int | None,
 ) -> Tensor:
@@ -223,11 +227,15 @@ def _run_block(
         return backbone.remove_prompts(tokens, num_prefix, count)[:, :num_rows]
     normed, prompts = _normalise(parts, tokens, source, num_prefix)
     rope = positions.patch_rope(index)
-    weights = folded.of_block(index, parts, rotary=rope is not None)
+    weights = prepared.of_block(index, parts, rotary=rope is not None)
     bias = _score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
     branch = _attention(parts, weights, normed, prompts, rope, bias, num_prefix, num_rows, backend)
-    tokens = tokens[:, :num_rows] + parts.scale1(branch)
-    return tokens + parts.scale2(parts.block.mlp(parts.block.norm2(tokens)))
+    tokens = _add(tokens[:, :num_rows], branch, parts.gain1)
+    return _add(tokens, parts.block.mlp(parts.block.norm2(tokens)), parts.gain2)
+
+
+def _add(tokens: Tensor, branch: Tensor, gain: Tensor | None) -> Tensor:
+    return tokens + (branch if gain is None else gain * branch)
 
 
 def _normalise(
@@ -242,11 +250,10 @@ def _normalise(
     """
     norm = parts.foldable_norm
     if norm is not None and isinstance(source, _AdaptiveSource):
-        normed, prompts = source.pool(tokens, num_prefix, norm.eps)
-    else:
-        none = tokens.new_zeros(1, 0, tokens.shape[-1])
-        prompts = none if source is None else source.make(tokens, num_prefix)
-        normed = parts.block.norm1(tokens) if norm is None else _layer_norm(tokens, norm.eps)
+        return source.pool(tokens, num_prefix, norm.eps)
+    none = tokens.new_zeros(1, 0, tokens.shape[-1])
+    prompts = none if source is None else source.make(tokens, num_prefix)
+    normed = parts.block.norm1(tokens) if norm is None else _layer_norm(tokens, norm.eps)
     prompts = parts.block.norm1(prompts.to(tokens.dtype)) if norm is None else _layer_norm(prompts, norm.eps)
     return normed, prompts.to(normed.dtype)
 
@@ -269,7 +276,7 @@ def _score_bias(
 
 def _attention(
     parts: StandardBlock,
-    weights: FoldedAttention,
+    weights: PreparedBlock,
     normed: Tensor,
     prompts: Tensor,
     rope: Tensor | None,
@@ -281,11 +288,11 @@ def _attention(
     """The attention branch for the first ``num_rows`` tokens (None: all): (B, rows, C)."""
     heads, groups, dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
     num_queries, num_keys = heads * dim, groups * dim
-    q_weight, kv_weight = weights.weight.tensor_split([num_queries])
-    q_bias, kv_bias = weights.bias.tensor_split([num_queries])
+    q_weight, kv_weight = weights.qkv_weight.tensor_split([num_queries])
+    q_bias, kv_bias = weights.qkv_bias.tensor_split([num_queries])
 
     if num_rows is None:
-        qkv = F.linear(normed, weights.weight, weights.bias)
+        qkv = F.linear(normed, weights.qkv_weight, weights.qkv_bias)
         q, k, v = qkv.split((num_queries, num_keys, num_keys), dim=-1)
     else:
         q = F.linear(normed[:, :num_rows], q_weight, q_bias)
@@ -320,7 +327,7 @@ def _attention(
         ).flatten(2)
     if parts.out_norm is not None:
         out = parts.out_norm(out)
-    return F.linear(out, parts.attn.proj.weight, weights.proj_bias)
+    return F.linear(out, weights.proj_weight, weights.proj_bias)
 
 
 def _rotate(x: Tensor, rope: Tensor, num_prefix: int, half: bool) -> Tensor:

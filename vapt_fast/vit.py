@@ -28,7 +28,7 @@ from .backbone import (
 from .backends import _dispatch
 from .config import PromptConfig
 from .dropout import draw_masks
-from .frozen import FoldedWeights
+from .frozen import PreparedWeights
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_token_projection
 
@@ -95,7 +95,7 @@ class AdaptiveViT(nn.Module):
         self.grad_checkpointing = False
         self._timm_options = timm_options if isinstance(backbone, str) else {}
         self._image_size = image_size(model)
-        self._folded = FoldedWeights()
+        self._prepared = PreparedWeights()
         # The head comes last of all parameters, inside the backbone: timm's gradient clipping counts on it.
         self.prompts = Prompts(
             config,
@@ -271,7 +271,7 @@ class AdaptiveViT(nn.Module):
             self.prompts,
             images,
             masks,
-            self._folded,
+            self._prepared,
             backend=backend,
             num_rows=num_rows,
             **options,
@@ -374,7 +374,7 @@ class AdaptiveViT(nn.Module):
         """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         self.prompts.blocks = self.prompts.blocks[: len(self.backbone.blocks)]
-        self._folded.clear()
+        self._prepared.clear()
         return take
 
     # ---- timm's habits
@@ -447,11 +447,11 @@ class AdaptiveViT(nn.Module):
         self.grad_checkpointing = enable
 
     def _apply(self, fn: Any, recurse: bool = True) -> AdaptiveViT:
-        self._folded.clear()
+        self._prepared.clear()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._folded.clear()
+        self._prepared.clear()
         super()._load_from_state_dict(*args, **kwargs)
 
     # ---- adapters
