@@ -72,8 +72,14 @@ class Generation:
             eps=BLOCK_EPS,
             prompt_eps=block.norm.eps,
         )
-        t = pooled * self.masks.channels + block.token_projection.bias.unsqueeze(-1)
-        prompts = prompt_projector(t, projector.down.weight, projector.up.weight, mask=self.masks.features)
+        prompts = prompt_projector(
+            pooled,
+            block.token_projection.bias,
+            projector.down.weight,
+            projector.up.weight,
+            channel_mask=self.masks.channels,
+            feature_mask=self.masks.features,
+        )
         return normed, prompts
 
     def run(self, backend: str) -> tuple[Tensor, Tensor]:

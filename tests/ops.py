@@ -45,9 +45,23 @@ def cls_formula(q, x, prompts, key_weight, value_weight, *, scale, bias=None):
     )
 
 
-def projector_formula(t, down, up, *, scale=1.0, mask=None, activation="relu"):
-    hidden = ACTIVATIONS[activation](t @ down.t())
-    return t + scale * ((hidden if mask is None else hidden * mask) @ up.t())
+def projector_formula(
+    pooled,
+    bias,
+    down=None,
+    up=None,
+    scale=1.0,
+    *,
+    channel_mask=None,
+    feature_mask=None,
+    activation="relu",
+    eps=None,
+):
+    t = (pooled if channel_mask is None else pooled * channel_mask) + bias[:, None]
+    if down is not None:
+        features = ACTIVATIONS[activation](t @ down.t())
+        t = t + scale * ((features if feature_mask is None else features * feature_mask) @ up.t())
+    return t if eps is None else F.layer_norm(t, t.shape[-1:], eps=eps)
 
 
 # ---- arguments
@@ -88,19 +102,31 @@ def cls_case(batch=2, rows=1, tokens=7, heads=3, dim=2, channels=6, prompts=2, s
     return functional.cls_attention, cls_formula, tensors, options
 
 
-def projector_case(batch=2, prompts=3, dim=6, width=4, activation="relu", scale=1.0, masked=False):
-    mask = torch.randint(0, 2, (batch, prompts, width)).double() * 2 if masked else None
-    options = {"activation": activation, "scale": scale, "mask": mask}
-    return (
-        functional.prompt_projector,
-        projector_formula,
-        [
-            rand(batch, prompts, dim),
-            rand(width, dim),
-            rand(dim, width),
-        ],
-        options,
-    )
+def projector_op(pooled, bias, down=None, up=None, scale=1.0, **options):
+    """The op with ``scale`` among its tensors, whose gradients ``results`` takes."""
+    return functional.prompt_projector(pooled, bias, down, up, scale=scale, **options)
+
+
+def projector_case(
+    batch=2,
+    prompts=3,
+    dim=6,
+    width=4,
+    activation="relu",
+    masked=False,
+    eps=None,
+    learned_scale=False,
+):
+    """A ``width`` of None: no projector."""
+    tensors = [rand(batch, prompts, dim), rand(prompts)]
+    options = {"activation": activation, "eps": eps}
+    if masked:
+        options["channel_mask"] = torch.randint(0, 2, (batch, 1, dim)).double() * 2
+    if width is not None:
+        tensors += [rand(width, dim), rand(dim, width), *([rand(1)] if learned_scale else [])]
+        if masked:
+            options["feature_mask"] = torch.randint(0, 2, (batch, prompts, width)).double() * 2
+    return projector_op, projector_formula, tensors, options
 
 
 CASES = {
@@ -138,14 +164,20 @@ CASES = {
         for r, t, p, s, m in itertools.product((1, 2), (1, 17), (0, 1, 10), (False, True), (False, True))
     },
     **{
-        f"projector-{a}-P{p}-r{w}-masked{m}": (
+        f"projector-{a}-B{b}-P{p}-C{c}-r{w}-masked{m}-eps{e}-scaled{s}": (
             projector_case,
-            {"activation": a, "prompts": p, "width": w, "masked": m, "scale": s},
+            {"activation": a, "batch": b, "prompts": p, "dim": c, "width": w}
+            | {"masked": m, "eps": e, "learned_scale": s},
         )
-        for a, p, w, m, s in [
-            *((a, 3, 4, m, 0.5) for a, m in itertools.product(ACTIVATIONS, (False, True))),
-            ("relu", 0, 8, False, 1.0),
-            ("gelu", 10, 1, True, 1.0),
+        for a, b, p, c, w, m, e, s in [
+            *itertools.product(
+                ACTIVATIONS, (2,), (3,), (6,), (4,), (False, True), (None, 1e-6), (False, True)
+            ),
+            *itertools.product(
+                ("relu",), (1, 3), (1, 10), (5, 64), (None, 1, 8), (True,), (None, 1e-6), (False,)
+            ),
+            ("relu", 2, 0, 6, 8, True, 1e-6, True),
+            ("relu", 0, 3, 6, 8, True, 1e-6, True),
         ]
     },
 }
@@ -190,10 +222,10 @@ GRADCHECK = [
         for m in (False, True)
     ],
     *[
-        (projector_case, {"activation": a, "masked": m, "prompts": p})
+        (projector_case, {"activation": a, "masked": m, "eps": e, "learned_scale": True})
         for a in ("gelu", "sigmoid", "softmax")
         for m in (False, True)
-        for p in (1, 3)
+        for e in (None, 0.1)
     ],
 ]
 

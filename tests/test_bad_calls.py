@@ -243,8 +243,9 @@ def pool(x=(2, 6, 4), matrix=(3, 5), weight=(4,), bias=(4,), num_prefix=1, dtype
     return functional.prompt_pool(Z(x, dtype=dtype), Z(matrix), Z(weight), Z(bias), num_prefix=num_prefix)
 
 
-def project(t=(2, 3, 4), down=(5, 4), up=(4, 5), **options):
-    return functional.prompt_projector(Z(t), Z(down), Z(up), **options)
+def project(pooled=(2, 3, 4), bias=(3,), down=(5, 4), up=(4, 5), **options):
+    weights = [None if shape is None else Z(shape) for shape in (down, up)]
+    return functional.prompt_projector(Z(pooled), Z(bias), *weights, **options)
 
 
 def attend(q=(2, 5, 4, 3), k=(2, 5, 4, 3), v=(2, 5, 4, 3), pk=(2, 1, 4, 3), pv=(2, 1, 4, 3), **options):
@@ -279,8 +280,41 @@ OPS = [
     ),
     (lambda: project(down=(5, 3)), ValueError, "down must be (r, C) = ('any', 4), got (5, 3)"),
     (lambda: project(up=(5, 4)), ValueError, "up must be (C, r) = (4, 5), got (5, 4)"),
-    (lambda: project(mask=Z(2, 3, 4)), ValueError, "mask must be (B, P, r) = (2, 3, 5), got (2, 3, 4)"),
+    (lambda: project(pooled=(2, 3)), ValueError, "pooled must be (B, P, C) = ('any', 'any', 'any'), got"),
+    (lambda: project(bias=(4,)), ValueError, "bias must be (P,) = (3,), got (4,)"),
+    (lambda: project(up=None), ValueError, "down and up must be given together, got down alone"),
+    (lambda: project(down=None), ValueError, "down and up must be given together, got up alone"),
+    (
+        lambda: project(channel_mask=Z(2, 4)),
+        ValueError,
+        "channel_mask must be (B, 1, C) = (2, 1, 4), got (2, 4)",
+    ),
+    (
+        lambda: project(feature_mask=Z(2, 3, 4)),
+        ValueError,
+        "feature_mask must be (B, P, r) = (2, 3, 5), got (2, 3, 4)",
+    ),
+    (
+        lambda: project(down=None, up=None, feature_mask=Z(2, 3, 5)),
+        ValueError,
+        "feature_mask must be None without down and up",
+    ),
     (lambda: project(scale=Z(2)), ValueError, "scale must be (1,) = (1,), got (2,)"),
+    (
+        lambda: project(scale="1"),
+        TypeError,
+        "scale must be a number or a tensor (1,), got '1'",
+    ),
+    (
+        lambda: project(dtype=torch.int32),
+        TypeError,
+        "dtype must be a floating dtype, got torch.int32",
+    ),
+    (
+        lambda: project(bias=(3,), scale=Z(1, dtype=torch.int64)),
+        TypeError,
+        "scale must be of a floating dtype, got torch.int64",
+    ),
     (
         lambda: project(activation="tanh"),
         ValueError,

@@ -1,7 +1,8 @@
-"""The feature projector: a bottleneck MLP around which the prompts go unchanged."""
+"""From pooled prompts to what a block reads: their bias, the feature projector, the block's LayerNorm."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
@@ -12,45 +13,81 @@ __all__ = ["prompt_projector"]
 
 
 def prompt_projector(
-    t: Tensor,
-    down: Tensor,
-    up: Tensor,
+    pooled: Tensor,
+    bias: Tensor,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
     *,
     scale: Tensor | float = 1.0,
-    mask: Tensor | None = None,
+    channel_mask: Tensor | None = None,
+    feature_mask: Tensor | None = None,
     activation: str = "relu",
+    eps: float | None = None,
+    dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """prompts = t + scale * up (mask * activation(down t)) (VAPT, arXiv 2501.18936, section 4.2).
+    """prompts = t + scale * up (feature_mask * activation(down t)), t = channel_mask * pooled + bias.
+
+    The feature projector of VAPT (arXiv 2501.18936, section 4.2), a bottleneck around which the prompts go
+    unchanged, and what comes before and after it: the end of the projection over positions, and the norm of
+    the block that reads the prompts.
 
     Args:
-        t: (B, P, C), pooled prompts, float32 or float64.
-        down: (r, C).
-        up: (C, r).
+        pooled: (B, P, C), float32 or float64; see prompt_pool.
+        bias: (P,), of the projection over positions.
+        down, up: (r, C) and (C, r), the projector, both or none; without it prompts = t.
         scale: a number or a tensor of (1,).
-        mask: (B, P, r), dropout factors 0 or 1 / (1 - rate); None drops nothing.
+        channel_mask: (B, 1, C), dropout factors 0 or 1 / (1 - rate) of whole channels; None drops nothing.
+        feature_mask: (B, P, r), those of the projector's features.
         activation: "relu", "gelu" (exact), "sigmoid", "softmax" (over the r features) or "identity".
+        eps: of a LayerNorm over C, without affine, which the prompts pass at last; None for no norm.
+        dtype: of the result; None for that of ``pooled``.
         backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
-        prompts (B, P, C) in ``t``'s dtype, in which everything is computed, also under autocast.
-        Differentiable in t, down, up and a tensor ``scale``.
+        prompts (B, P, C). Everything is computed in ``pooled``'s dtype, also under autocast, and rounded to
+        ``dtype`` once. Where ``dtype`` has 16 bits, the Triton kernels may round the factors of products to
+        tf32, whose mantissa is that of float16. Differentiable in pooled, bias, down, up and a tensor
+        ``scale``; the Triton kernels, whose backward is written by hand, only once.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailable: the backend can't run here, or not with these arguments.
     """
-    check_shape("t", t, "(B, P, C)", None, None, None)
-    batch, num_prompts, dim = t.shape
-    check_shape("down", down, "(r, C)", None, dim)
-    width = down.shape[0]
-    check_shape("up", up, "(C, r)", dim, width)
+    check_shape("pooled", pooled, "(B, P, C)", None, None, None)
+    batch, num_prompts, dim = pooled.shape
+    check_shape("bias", bias, "(P,)", num_prompts)
+    if (down is None) != (up is None):
+        raise ValueError(f"down and up must be given together, got {'up' if down is None else 'down'} alone")
+    if down is not None:
+        check_shape("down", down, "(r, C)", None, dim)
+        check_shape("up", up, "(C, r)", dim, down.shape[0])
     if isinstance(scale, Tensor):
         check_shape("scale", scale, "(1,)", 1)
-    if mask is not None:
-        check_shape("mask", mask, "(B, P, r)", batch, num_prompts, width)
+    elif not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or a tensor (1,), got {scale!r}")
+    if channel_mask is not None:
+        check_shape("channel_mask", channel_mask, "(B, 1, C)", batch, 1, dim)
+    if feature_mask is not None:
+        if down is None:
+            raise ValueError("feature_mask must be None without down and up, whose features it drops")
+        check_shape("feature_mask", feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
-    check_float(t=t, down=down, up=up, mask=mask)
-    check_same_device(t=t, down=down, up=up, mask=mask)
-    return run("prompt_projector", backend, t, down, up, scale, mask, activation)
+    if dtype is not None and not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+    tensors = {
+        "pooled": pooled,
+        "bias": bias,
+        "down": down,
+        "up": up,
+        "scale": scale if isinstance(scale, Tensor) else None,
+        "channel_mask": channel_mask,
+        "feature_mask": feature_mask,
+    }
+    check_float(**tensors)
+    check_same_device(**tensors)
+    if dtype is None:
+        dtype = pooled.dtype
+    masks = channel_mask, feature_mask
+    return run("prompt_projector", backend, pooled, bias, down, up, scale, *masks, activation, eps, dtype)

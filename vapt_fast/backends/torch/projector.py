@@ -1,4 +1,4 @@
-"""prompt_projector: the bottleneck MLP with its residual."""
+"""prompt_projector: the bottleneck MLP with its residual, between the prompts' bias and the block's norm."""
 
 from __future__ import annotations
 
@@ -12,11 +12,29 @@ __all__ = ["prompt_projector"]
 
 
 def prompt_projector(
-    t: Tensor, down: Tensor, up: Tensor, scale: Tensor | float, mask: Tensor | None, activation: str
+    pooled: Tensor,
+    bias: Tensor,
+    down: Tensor | None,
+    up: Tensor | None,
+    scale: Tensor | float,
+    channel_mask: Tensor | None,
+    feature_mask: Tensor | None,
+    activation: str,
+    eps: float | None,
+    dtype: torch.dtype,
 ) -> Tensor:
     """See vapt_fast.functional.prompt_projector."""
-    with torch.autocast(t.device.type, enabled=False):
-        hidden = ACTIVATIONS[activation](F.linear(t, down.to(t.dtype)))
-        if mask is not None:
-            hidden = hidden * mask
-        return t + scale * F.linear(hidden, up.to(t.dtype))
+    own = pooled.dtype
+    with torch.autocast(pooled.device.type, enabled=False):
+        if channel_mask is not None:
+            pooled = pooled * channel_mask.to(own)
+        prompts = t = pooled + bias.to(own).unsqueeze(-1)
+        if down is not None:
+            features = ACTIVATIONS[activation](F.linear(t, down.to(own)))
+            if feature_mask is not None:
+                features = features * feature_mask.to(own)
+            factor = scale.to(own) if isinstance(scale, Tensor) else scale
+            prompts = t + factor * F.linear(features, up.to(own))
+        if eps is not None:
+            prompts = F.layer_norm(prompts, prompts.shape[-1:], eps=eps)
+        return prompts.to(dtype)
