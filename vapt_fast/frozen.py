@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .backbone import StandardBlock
+from .backends._autocast import autocast_dtype
 
 __all__ = ["PreparedBlock", "PreparedWeights", "prepare"]
 
@@ -119,7 +120,7 @@ class PreparedWeights:
         sources = _sources(block)
         if not _can_keep(sources):
             return prepare(block, rotary)  # here autocast's own casts have the right gradients
-        dtype = _compute_dtype(block.weights[0])
+        dtype = autocast_dtype(block.weights[0].dtype, block.weights[0].device)
         key = (rotary, dtype, *((s.data_ptr(), s._version, s.dtype, s.device) for s in sources))
         entry = self._entries.get(index)
         if entry is None or entry[0] != key:
@@ -137,14 +138,6 @@ def _sources(block: StandardBlock) -> list[Tensor]:
         modules += block.gelu_mlp
     sources += [parameter for module in modules for parameter in (module.weight, module.bias)]
     return [source for source in sources if source is not None]
-
-
-def _compute_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype that products with ``weight`` are computed in, which autocast may decide."""
-    device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
 
 
 def _can_keep(sources: list[Tensor]) -> bool:
