@@ -11,13 +11,14 @@ Forward and backward of o = softmax(scale * q [prompt_k, k]^T + [0, bias]) [prom
 Scores are kept in base 2: s = log2(e) * (scale * q k^T + bias), p = exp2(s - lse), where lse is log2 of the
 sum of exp2(s) over the keys. Statistics and sums are in lse's dtype: float32, or float64 for float64 tensors.
 
-What users give comes as (tensor, *strides): the strides of B, T and h of (B, T, h, d), or all four of
-(B, h, Tq, T) for the bias. A stride of 0 repeats, d is contiguous, the strides of T and Tq are below 2^24.
-What the launcher allocates is contiguous. Each result is written by one program and summed in a fixed order:
-it is the same in every run.
+Every (B, T, h, d), given or written, comes as (tensor, *strides) with the strides of B, T and h: it may be a
+slice of a joint tensor. The bias comes with all four of (B, h, Tq, T). A stride of 0 repeats, d is
+contiguous, the strides of T and Tq are below 2^24. lse and delta are contiguous. Each result is written by
+one program and summed in a fixed order: it is the same in every run.
 
-SCALE is a constant since a number given at launch would be rounded to float32. HEAD_DIM is d, BLOCK_DIM the
-power of two that holds it; the other blocks say how many queries and keys a program holds at a time.
+SCALE is a constant since a number given at launch would be rounded to float32; a model has one or two values.
+HEAD_DIM is d, BLOCK_DIM the power of two that holds it; the other blocks say how many queries and keys a
+program holds at a time.
 """
 
 import triton
@@ -64,13 +65,13 @@ def load_rows(head, first, num_rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
 
 
 @triton.jit
-def store_rows(values, tensor, image, head, first, num_rows, num_heads, HEAD_DIM: tl.constexpr):
-    """``values`` (BLOCK, BLOCK_DIM) to the rows from ``first`` on of a (B, num_rows, num_heads, HEAD_DIM)."""
+def store_rows(values, head, first, num_rows, HEAD_DIM: tl.constexpr):
+    """``values`` (BLOCK, BLOCK_DIM) to the rows of a head from ``first`` on, none past ``num_rows``."""
     rows, columns = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
-    start = tensor + ((image * num_rows + first) * num_heads + head) * HEAD_DIM
     mask = (rows[:, None] < (num_rows - first).to(tl.int32)) & (columns[None, :] < HEAD_DIM)
-    offsets = rows[:, None] * (num_heads * HEAD_DIM) + columns[None, :]
-    tl.store(start + offsets, values.to(tensor.dtype.element_ty), mask=mask)
+    start = head[0] + first * head[1]
+    pointers = start + rows[:, None] * head[1] + columns[None, :]
+    tl.store(pointers, values.to(head[0].dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -153,8 +154,8 @@ def attend(
 
 @triton.jit
 def forward(
-    out,
     lse,
+    out,
     q,
     k,
     v,
@@ -199,7 +200,7 @@ def forward(
     hidden = peak == MINUS_INF
     acc /= tl.where(hidden, 1.0, total)[:, None]
     logsumexp = tl.where(hidden, 0.0, peak + tl.log2(total))
-    store_rows(acc, out, image, head, first, num_queries, num_heads, HEAD_DIM)
+    store_rows(acc, head_of(out, image, head), first, num_queries, HEAD_DIM)
     store_statistic(logsumexp, lse, image, head, first, num_queries, num_heads)
 
 
@@ -260,9 +261,9 @@ def add_grad_of_queries(
 
 @triton.jit
 def grad_queries(
-    grad_q,
     lse,
     delta,
+    grad_q,
     q,
     k,
     v,
@@ -303,15 +304,15 @@ def grad_queries(
         head_of(k, image, group), head_of(v, image, group), bias_head,
         first, num_queries, num_tokens, SCALE, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
-    store_rows(acc * SCALE, grad_q, image, head, first, num_queries, num_heads, HEAD_DIM)
+    store_rows(acc * SCALE, head_of(grad_q, image, head), first, num_queries, HEAD_DIM)
 
 
 @triton.jit
 def grad_keys(
-    grad_k,
-    grad_v,
     lse,
     delta,
+    grad_k,
+    grad_v,
     q,
     k,
     v,
@@ -329,8 +330,7 @@ def grad_keys(
 ):
     """grad_k and grad_v (B, num_keys, g, d). One program: BLOCK_KEYS keys of one group of one image."""
     dtype: tl.constexpr = lse.dtype.element_ty
-    num_groups = num_heads // heads_per_group
-    image, group, first = block_of(num_keys, num_groups, BLOCK_KEYS)
+    image, group, first = block_of(num_keys, num_heads // heads_per_group, BLOCK_KEYS)
     k_block = load_rows(head_of(k, image, group), first, num_keys, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
     v_block = load_rows(head_of(v, image, group), first, num_keys, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
     dk = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype)
@@ -358,5 +358,5 @@ def grad_keys(
             dv += product(p.to(do.dtype), do, dtype)
             ds = p * (product(v_block, tl.trans(do), dtype) - delta_rows[None, :])
             dk += product(ds.to(q_block.dtype), q_block, dtype)
-    store_rows(dk * SCALE, grad_k, image, group, first, num_keys, num_groups, HEAD_DIM)
-    store_rows(dv, grad_v, image, group, first, num_keys, num_groups, HEAD_DIM)
+    store_rows(dk * SCALE, head_of(grad_k, image, group), first, num_keys, HEAD_DIM)
+    store_rows(dv, head_of(grad_v, image, group), first, num_keys, HEAD_DIM)

@@ -10,12 +10,12 @@ import torch
 from ..backends import _dispatch, _preferences
 from ..backends import torch as torch_backend
 
-__all__ = ["choose", "run"]
+__all__ = ["choose", "function", "run"]
 
 
 def run(op: str, backend: str | None, *args: Any) -> Any:
     """The result of ``op`` by the implementation that ``choose`` names."""
-    return _function(op, choose(op, backend, *args))(*args)
+    return function(op, choose(op, backend, *args))(*args)
 
 
 def choose(op: str, backend: str | None, *args: Any) -> str:
@@ -74,10 +74,10 @@ def _preferred(op: str, device: torch.device, args: tuple) -> str:
 
 def _why_not(op: str, name: str, args: tuple) -> list[str]:
     """Every reason why implementation ``name`` of ``op`` can't take ``args``."""
-    return _function(f"why_not_{op}", name)(*args)
+    return function(f"why_not_{op}", name)(*args)
 
 
-def _function(name: str, implementation: str) -> Callable:
+def function(name: str, implementation: str) -> Callable:
     """What the backend's module calls ``name``; imported only now, because its library may be missing."""
     if implementation == "triton":
         from ..backends import triton as module

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..backends._packed import unpack
 from ._checks import check_float, check_same_device, check_shape
-from ._implementation import run
+from ._implementation import choose, function, run
 
-__all__ = ["prompt_attention"]
+__all__ = ["prompt_attention", "prompt_attention_packed"]
+
+# Implementations that write the gradients of joint tensors as such; with the others autograd joins them.
+WITH_PACKED_FORM = ("triton",)
 
 
 def prompt_attention(
@@ -31,7 +35,8 @@ def prompt_attention(
         prompt_k, prompt_v: (B, P, g, d), or (1, P, g, d) where they are the same for every image.
         scale: factor of the scores.
         bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
-        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
+        backend: "auto", "torch" or "triton"; "cudnn" or "flash" for PyTorch's attention by that library
+            alone, over concatenated keys; None for the current one, see vapt_fast.use_backend.
 
     Returns:
         (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; the Triton kernels, whose backward is
@@ -52,8 +57,68 @@ def prompt_attention(
     check_shape("prompt_v", prompt_v, "(B or 1, P, g, d)", *prompt_k.shape)
     if prompt_k.shape[0] not in (1, batch):
         raise ValueError(f"prompt_k must have a batch of 1 or {batch}, got {prompt_k.shape[0]}")
-    if bias is not None and bias.shape[-2:] != (num_queries, num_tokens):
-        raise ValueError(f"bias must be (..., {num_queries}, {num_tokens}), got {tuple(bias.shape)}")
+    _check_bias(bias, num_queries, num_tokens)
     check_float(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias)
     check_same_device(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias)
     return run("prompt_attention", backend, q, k, v, prompt_k, prompt_v, scale, bias)
+
+
+def prompt_attention_packed(
+    qkv: Tensor,
+    prompt_kv: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """prompt_attention of the queries, keys and values that one projection made, in one tensor.
+
+    The same as splitting ``qkv`` and ``prompt_kv``, but their gradients are written in one piece: a split's
+    backward concatenates, which reads and writes all of them once more.
+
+    Args:
+        qkv: (B, T, (h + 2g) * d), the queries of h = ``num_heads`` heads, then the keys and the values of
+            g = ``num_kv_heads``; g divides h.
+        prompt_kv: (B, P, 2g * d), keys and values of the prompts, or (1, P, 2g * d) where they are the same
+            for every image.
+        num_heads, num_kv_heads, scale, bias, backend: see prompt_attention.
+
+    Returns:
+        (B, T, h, d) in ``qkv``'s dtype. Differentiable in all tensors, as prompt_attention is.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
+        BackendUnavailable: the backend can't run here, or not with these arguments.
+    """
+    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
+        if not isinstance(count, int):
+            raise TypeError(f"{name} must be an int, got {count!r}")
+        if count < 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+    check_shape("qkv", qkv, "(B, T, (h + 2g) * d)", None, None, None)
+    batch, num_tokens, width = qkv.shape
+    num_parts = num_heads + 2 * num_kv_heads
+    if width % num_parts or not width:
+        raise ValueError(f"qkv must be (B, T, {num_parts} * d), got {tuple(qkv.shape)}")
+    prompt_width = 2 * num_kv_heads * (width // num_parts)
+    check_shape("prompt_kv", prompt_kv, "(B or 1, P, 2g * d)", None, None, prompt_width)
+    if prompt_kv.shape[0] not in (1, batch):
+        raise ValueError(f"prompt_kv must have a batch of 1 or {batch}, got {prompt_kv.shape[0]}")
+    _check_bias(bias, num_tokens, num_tokens)
+    check_float(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
+    check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
+    separate = (*unpack(qkv, prompt_kv, num_heads, num_kv_heads), scale, bias)
+    name = choose("prompt_attention", backend, *separate)
+    if name in WITH_PACKED_FORM:
+        packed = function("prompt_attention_packed", name)
+        return packed(qkv, prompt_kv, num_heads, num_kv_heads, scale, bias)
+    return function("prompt_attention", name)(*separate)
+
+
+def _check_bias(bias: Tensor | None, num_queries: int, num_tokens: int) -> None:
+    if bias is not None and bias.shape[-2:] != (num_queries, num_tokens):
+        raise ValueError(f"bias must be (..., {num_queries}, {num_tokens}), got {tuple(bias.shape)}")

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.backends.cuda
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-__all__ = ["cls_attention", "prompt_attention"]
+from .._autocast import autocast_dtype
+
+__all__ = [
+    "cls_attention",
+    "prompt_attention",
+    "prompt_attention_cudnn",
+    "prompt_attention_flash",
+    "why_not_prompt_attention_cudnn",
+    "why_not_prompt_attention_flash",
+]
 
 
 def prompt_attention(
@@ -29,6 +42,59 @@ def prompt_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=scale
     )
     return out.transpose(1, 2)
+
+
+def prompt_attention_cudnn(*args: Any) -> Tensor:
+    """prompt_attention by cuDNN and nothing else."""
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        return prompt_attention(*args)
+
+
+def prompt_attention_flash(*args: Any) -> Tensor:
+    """prompt_attention by PyTorch's flash attention and nothing else."""
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return prompt_attention(*args)
+
+
+def why_not_prompt_attention_cudnn(*args: Any) -> list[str]:
+    """Every reason why cuDNN can't take these arguments of prompt_attention."""
+    return _refusals("can_use_cudnn_attention", *args)
+
+
+def why_not_prompt_attention_flash(*args: Any) -> list[str]:
+    """Every reason why flash attention can't take these arguments of prompt_attention."""
+    reasons = ["flash attention adds no bias to scores"] if args[-1] is not None else []
+    return reasons + _refusals("can_use_flash_attention", *args[:-1], None)
+
+
+def _refusals(
+    can_use: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    scale: float,
+    bias: Tensor | None,
+) -> list[str]:
+    """What ``can_use``, of torch.backends.cuda, has against the tensors once they are concatenated."""
+    dtypes = {autocast_dtype(t.dtype, t.device) for t in (q, k, v, prompt_k, prompt_v)}
+    if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16}:
+        given = ", ".join(sorted(map(str, dtypes)))
+        return [f"all tensors must be of one dtype, float16 or bfloat16, got {given}"]
+    if torch.compiler.is_compiling():  # there is no asking then: PyTorch raises when the graph runs
+        return []
+    batch, _, heads, dim = q.shape
+    num_keys = prompt_k.shape[1] + k.shape[1]
+    # Only their shapes, dtypes and strides count.
+    query = q.to(autocast_dtype(q.dtype, q.device)).transpose(1, 2)
+    keys = torch.empty((batch, num_keys, heads, dim), dtype=query.dtype, device=q.device).transpose(1, 2)
+    mask = bias if bias is None else F.pad(bias, (prompt_k.shape[1], 0)).to(query.dtype)
+    params = torch.backends.cuda.SDPAParams(query, keys, keys, mask, 0.0, False, False)
+    if getattr(torch.backends.cuda, can_use)(params):
+        return []
+    shapes = f"{tuple(query.shape)} and keys {tuple(keys.shape)}"
+    return [f"torch.backends.cuda.{can_use} refuses {dtypes.pop()} queries {shapes}; its debug=True says why"]
 
 
 def cls_attention(

@@ -1,4 +1,8 @@
-"""prompt_attention on Triton: the launches, as ops that autograd, torch.compile and torch.export know."""
+"""prompt_attention on Triton: the launches, as ops that autograd, torch.compile and torch.export know.
+
+The packed form takes q, k and v as slices of one tensor and writes their gradients as slices of one, where
+autograd would concatenate three.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +12,13 @@ import torch
 from torch import Tensor
 
 from ...kernels import prompt_attention as kernels
+from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, refuse_forward_mode
+from .._packed import unpack
 from . import configs
 from ._launch import launch, num_blocks
 
-__all__ = ["prompt_attention", "why_not_prompt_attention"]
+__all__ = ["prompt_attention", "prompt_attention_packed", "why_not_prompt_attention"]
 
 # The kernels multiply strides by row numbers within a block in 32 bits.
 STRIDE_LIMIT = 2**24
@@ -24,16 +30,17 @@ def prompt_attention(
     """See vapt_fast.functional.prompt_attention."""
     tensors = (q, k, v, prompt_k, prompt_v)
     refuse_forward_mode("prompt_attention", *tensors)
-    return _forward(*_autocast(tensors), bias, scale)[0]
+    return _forward(*(t.to(autocast_dtype(t.dtype, t.device)) for t in tensors), bias, scale)[0]
 
 
-def _autocast(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """``tensors`` in the dtype that scaled_dot_product_attention gives them under autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+def prompt_attention_packed(
+    qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int, scale: float, bias: Tensor | None
+) -> Tensor:
+    """See vapt_fast.functional.prompt_attention_packed."""
+    tensors = (qkv, prompt_kv)
+    refuse_forward_mode("prompt_attention", *tensors)
+    tensors = (t.to(autocast_dtype(t.dtype, t.device)) for t in tensors)
+    return _packed_forward(*tensors, bias, num_heads, num_kv_heads, scale)[0]
 
 
 def why_not_prompt_attention(
@@ -41,7 +48,7 @@ def why_not_prompt_attention(
 ) -> list[str]:
     """Every reason why the kernels can't take these arguments."""
     reasons = []
-    dtypes = {t.dtype for t in _autocast((q, k, v, prompt_k, prompt_v))}
+    dtypes = {autocast_dtype(t.dtype, t.device) for t in (q, k, v, prompt_k, prompt_v)}
     if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
         given = ", ".join(sorted(map(str, dtypes)))
         reasons.append(
@@ -52,6 +59,9 @@ def why_not_prompt_attention(
     if bias is not None and bias.requires_grad:
         reasons.append("its kernels have no gradient of bias, which must not require one")
     return reasons
+
+
+# ---- what the kernels take
 
 
 def _strided(tensor: Tensor, batch: int) -> tuple[Tensor | int, ...]:
@@ -82,18 +92,11 @@ def _empty_statistic(q: Tensor) -> Tensor:
     return torch.empty((batch, heads, num_queries), dtype=dtype, device=q.device)
 
 
-# ---- forward
+# ---- launches
 
 
-@torch.library.custom_op("vapt_fast::prompt_attention", mutates_args=())
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
-    bias: Tensor | None,
-    scale: float,
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, bias: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out (B, Tq, h, d) and lse (B, h, Tq); see kernels.prompt_attention."""
     batch, num_queries, heads, dim = q.shape
@@ -112,8 +115,8 @@ def _forward(
         kernels.forward,
         config,
         batch * heads * num_blocks(config, BLOCK_QUERIES=num_queries),
-        *(out, lse),
-        *(_strided(t, batch) for t in (q, k, v, prompt_k, prompt_v)),
+        lse,
+        *(_strided(t, batch) for t in (out, q, k, v, prompt_k, prompt_v)),
         _strided_bias(bias, batch, heads),
         *(num_queries, num_tokens, num_prompts, heads, heads // groups),
         SCALE=scale,
@@ -122,8 +125,109 @@ def _forward(
     return out, lse
 
 
+def _write_grad_of_queries(
+    grad_q: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> None:
+    batch, num_queries, heads, dim = q.shape
+    num_tokens, num_prompts, groups = k.shape[1], prompt_k.shape[1], k.shape[2]
+    config = configs.prompt_attention(
+        "grad_queries",
+        q.dtype,
+        dim,
+        biased=bias is not None,
+        BLOCK_QUERIES=num_queries,
+        BLOCK_TOKENS=num_tokens,
+        BLOCK_PROMPTS=num_prompts,
+    )
+    launch(
+        kernels.grad_queries,
+        config,
+        batch * heads * num_blocks(config, BLOCK_QUERIES=num_queries),
+        *(lse, delta),
+        *(_strided(t, batch) for t in (grad_q, q, k, v, prompt_k, prompt_v)),
+        _strided_bias(bias, batch, heads),
+        _strided(grad_out, batch),
+        *(num_queries, num_tokens, num_prompts, heads, heads // groups),
+        SCALE=scale,
+        HEAD_DIM=dim,
+    )
+
+
+def _write_grad_of_keys(
+    grad_k: Tensor,
+    grad_v: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> None:
+    """k and v are the tokens' or the prompts', each image's gradient is written on its own."""
+    batch, num_queries, heads, dim = q.shape
+    num_keys, groups = k.shape[1:3]
+    config = configs.prompt_attention(
+        "grad_keys", q.dtype, dim, biased=bias is not None, BLOCK_QUERIES=num_queries, BLOCK_KEYS=num_keys
+    )
+    launch(
+        kernels.grad_keys,
+        config,
+        batch * groups * num_blocks(config, BLOCK_KEYS=num_keys),
+        *(lse, delta),
+        *(_strided(t, batch) for t in (grad_k, grad_v, q, k, v)),
+        _strided_bias(bias, batch, heads),
+        _strided(grad_out, batch),
+        *(num_queries, num_keys, heads, heads // groups),
+        SCALE=scale,
+        HEAD_DIM=dim,
+    )
+
+
+# ---- forward
+
+
+@torch.library.custom_op("vapt_fast::prompt_attention", mutates_args=())
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _attend(q, k, v, prompt_k, prompt_v, bias, scale)
+
+
 @_forward.register_fake
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    return _empty_like(q), _empty_statistic(q)
+
+
+@torch.library.custom_op("vapt_fast::prompt_attention_packed", mutates_args=())
+def _packed_forward(
+    qkv: Tensor, prompt_kv: Tensor, bias: Tensor | None, num_heads: int, num_kv_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    return _attend(*unpack(qkv, prompt_kv, num_heads, num_kv_heads), bias, scale)
+
+
+@_packed_forward.register_fake
+def _(
+    qkv: Tensor, prompt_kv: Tensor, bias: Tensor | None, num_heads: int, num_kv_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    q = unpack(qkv, prompt_kv, num_heads, num_kv_heads)[0]
     return _empty_like(q), _empty_statistic(q)
 
 
@@ -165,30 +269,8 @@ def _grad_queries(
     scale: float,
 ) -> Tensor:
     """The gradient of q, (B, Tq, h, d)."""
-    batch, num_queries, heads, dim = q.shape
-    num_tokens, num_prompts, groups = k.shape[1], prompt_k.shape[1], k.shape[2]
-    config = configs.prompt_attention(
-        "grad_queries",
-        q.dtype,
-        dim,
-        biased=bias is not None,
-        BLOCK_QUERIES=num_queries,
-        BLOCK_TOKENS=num_tokens,
-        BLOCK_PROMPTS=num_prompts,
-    )
     grad_q = _empty_like(q)
-    launch(
-        kernels.grad_queries,
-        config,
-        batch * heads * num_blocks(config, BLOCK_QUERIES=num_queries),
-        *(grad_q, lse, delta),
-        *(_strided(t, batch) for t in (q, k, v, prompt_k, prompt_v)),
-        _strided_bias(bias, batch, heads),
-        _strided(grad_out, batch),
-        *(num_queries, num_tokens, num_prompts, heads, heads // groups),
-        SCALE=scale,
-        HEAD_DIM=dim,
-    )
+    _write_grad_of_queries(grad_q, grad_out, lse, delta, q, k, v, prompt_k, prompt_v, bias, scale)
     return grad_q
 
 
@@ -207,41 +289,49 @@ def _grad_keys(
     v: Tensor,
     bias: Tensor | None,
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    """The gradients of k and v (B or 1, T, g, d), which are the tokens' or the prompts'."""
-    batch, num_queries, heads, dim = q.shape
-    num_keys, groups = k.shape[1:3]
-    config = configs.prompt_attention(
-        "grad_keys", q.dtype, dim, biased=bias is not None, BLOCK_QUERIES=num_queries, BLOCK_KEYS=num_keys
-    )
-    # The gradients of keys that all images share are summed over the images, in the dtype of lse.
-    shared = k.shape[0] != batch
-    dtype = lse.dtype if shared else k.dtype
-    grad_k, grad_v = (
-        torch.empty((batch, num_keys, groups, dim), dtype=dtype, device=k.device) for _ in range(2)
-    )
-    launch(
-        kernels.grad_keys,
-        config,
-        batch * groups * num_blocks(config, BLOCK_KEYS=num_keys),
-        *(grad_k, grad_v, lse, delta),
-        *(_strided(t, batch) for t in (q, k, v)),
-        _strided_bias(bias, batch, heads),
-        _strided(grad_out, batch),
-        *(num_queries, num_keys, heads, heads // groups),
-        SCALE=scale,
-        HEAD_DIM=dim,
-    )
-    if shared:
-        grad_k, grad_v = (grad.sum(dim=0, keepdim=True).to(k.dtype) for grad in (grad_k, grad_v))
-    return grad_k, grad_v
+) -> Tensor:
+    """The gradients of k and v, which are the tokens' or the prompts', as one: (B or 1, T, 2g, d)."""
+    # Those of keys that all images share are summed over the images, in the dtype of lse.
+    shared = k.shape[0] != q.shape[0]
+    grad_kv = _empty_grad_of_keys(k, q.shape[0], lse.dtype if shared else k.dtype)
+    _write_grad_of_keys(*grad_kv.chunk(2, dim=2), grad_out, lse, delta, q, k, v, bias, scale)
+    return grad_kv.sum(dim=0, keepdim=True).to(k.dtype) if shared else grad_kv
+
+
+def _empty_grad_of_keys(k: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    _, num_keys, groups, dim = k.shape
+    return torch.empty((batch, num_keys, 2 * groups, dim), dtype=dtype, device=k.device)
 
 
 @_grad_keys.register_fake
-def _(
-    grad_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
-    return _empty_like(k), _empty_like(v)
+def _(grad_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Tensor, *args: Any) -> Tensor:
+    return _empty_grad_of_keys(k, k.shape[0], k.dtype)
+
+
+@torch.library.custom_op("vapt_fast::prompt_attention_grad_packed", mutates_args=())
+def _grad_packed(
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    qkv: Tensor,
+    prompt_kv: Tensor,
+    bias: Tensor | None,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+) -> Tensor:
+    """The gradient of qkv, (B, T, (h + 2g) * d)."""
+    grad_qkv = _empty_like(qkv)
+    grad_q, grad_k, grad_v, _, _ = unpack(grad_qkv, prompt_kv, num_heads, num_kv_heads)
+    q, k, v, prompt_k, prompt_v = unpack(qkv, prompt_kv, num_heads, num_kv_heads)
+    _write_grad_of_queries(grad_q, grad_out, lse, delta, q, k, v, prompt_k, prompt_v, bias, scale)
+    _write_grad_of_keys(grad_k, grad_v, grad_out, lse, delta, q, k, v, bias, scale)
+    return grad_qkv
+
+
+@_grad_packed.register_fake
+def _(grad_out: Tensor, lse: Tensor, delta: Tensor, qkv: Tensor, *args: Any) -> Tensor:
+    return _empty_like(qkv)
 
 
 # ---- autograd
@@ -262,11 +352,36 @@ def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
     if needed[0]:
         grad_q = _grad_queries(*common, k, v, prompt_k, prompt_v, bias, ctx.scale)
     if needed[1] or needed[2]:
-        grad_k, grad_v = _grad_keys(*common, k, v, bias, ctx.scale)
+        grad_k, grad_v = _grad_keys(*common, k, v, bias, ctx.scale).chunk(2, dim=2)
     if needed[3] or needed[4]:
-        grad_prompt_k, grad_prompt_v = _grad_keys(*common, prompt_k, prompt_v, None, ctx.scale)
+        grad_prompt_kv = _grad_keys(*common, prompt_k, prompt_v, None, ctx.scale)
+        grad_prompt_k, grad_prompt_v = grad_prompt_kv.chunk(2, dim=2)
     grads = differentiable_once("prompt_attention", grad_q, grad_k, grad_v, grad_prompt_k, grad_prompt_v)
     return *grads, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _packed_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    *tensors, num_heads, num_kv_heads, ctx.scale = inputs
+    ctx.heads = num_heads, num_kv_heads
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(out, lse, *tensors)
+
+
+def _packed_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    out, lse, qkv, prompt_kv, bias = ctx.saved_tensors
+    grad_qkv = grad_prompt_kv = None
+    common = grad_out, lse, _row_products(out, grad_out)
+    if ctx.needs_input_grad[0]:
+        grad_qkv = _grad_packed(*common, qkv, prompt_kv, bias, *ctx.heads, ctx.scale)
+    if ctx.needs_input_grad[1]:
+        q, _, _, prompt_k, prompt_v = unpack(qkv, prompt_kv, *ctx.heads)
+        grad_prompt_kv = _grad_keys(*common, q, prompt_k, prompt_v, None, ctx.scale).flatten(2)
+    grads = differentiable_once("prompt_attention", grad_qkv, grad_prompt_kv)
+    return *grads, None, None, None, None
+
+
+_packed_forward.register_autograd(_packed_backward, setup_context=_packed_setup_context)
