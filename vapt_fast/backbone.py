@@ -288,6 +288,8 @@ class StandardBlock:
         num_heads, num_kv_heads, head_dim: h, heads of keys and values (fewer: grouped queries), d.
         rotate_half: which of the two layouts of rotary embeddings the block uses.
         bias: (1, h, T, T), added to the scores by this block itself, or None.
+        mlp_norm: norm2 if it is a LayerNorm with affine and nothing more.
+        gelu_mlp: fc1 and fc2 if the MLP is fc2(gelu(fc1(x))), with the exact GELU, and nothing more.
     """
 
     block: nn.Module
@@ -298,6 +300,8 @@ class StandardBlock:
     head_dim: int
     rotate_half: bool
     bias: Tensor | None
+    mlp_norm: nn.LayerNorm | None
+    gelu_mlp: tuple[nn.Linear, nn.Linear] | None
 
     @property
     def attn(self) -> nn.Module:
@@ -320,25 +324,6 @@ class StandardBlock:
     def foldable_norm(self) -> nn.LayerNorm | None:
         """norm1 if it is a LayerNorm with affine, whose statistic and affine can be shared and folded."""
         return _layer_norm(self.block.norm1)
-
-    @property
-    def mlp_norm(self) -> nn.LayerNorm | None:
-        """norm2 if it is a LayerNorm with affine and nothing more."""
-        norm = self.block.norm2
-        return None if _is_altered(norm) else _layer_norm(norm)
-
-    @property
-    def gelu_mlp(self) -> tuple[nn.Linear, nn.Linear] | None:
-        """fc1 and fc2 if the MLP is fc2(gelu(fc1(x))), with the exact GELU, and nothing more."""
-        mlp = self.block.mlp
-        if type(mlp) is not Mlp or any(map(_is_altered, mlp.modules())):
-            return None
-        exact = type(mlp.act) is GELU or (type(mlp.act) is nn.GELU and mlp.act.approximate == "none")
-        dropping = any(drop.training and drop.p for drop in (mlp.drop1, mlp.drop2))
-        if not exact or dropping or type(mlp.norm) is not nn.Identity:
-            return None
-        linear = type(mlp.fc1) is nn.Linear and type(mlp.fc2) is nn.Linear
-        return (mlp.fc1, mlp.fc2) if linear else None
 
     @property
     def gain1(self) -> Tensor | None:
@@ -383,9 +368,10 @@ def standard_block(block: nn.Module) -> StandardBlock | None:
     scales = [scale for scale in scales if scale is not None]
     if any(type(scale) not in (LayerScale, nn.Identity) for scale in scales):
         return None
-    parts = (block, block.norm1, block.drop_path1, block.drop_path2, *scales, *attn.modules())
+    parts = (block, block.norm1, block.drop_path1, block.drop_path2, *scales, attn, *attn.children())
     if any(map(_is_altered, parts)):
         return None
+    mlp_norm = block.norm2
     num_heads = attn.num_heads
     return StandardBlock(
         block=block,
@@ -396,7 +382,19 @@ def standard_block(block: nn.Module) -> StandardBlock | None:
         head_dim=attn.proj.in_features // num_heads,
         rotate_half=getattr(attn, "rotate_half", False),
         bias=attn._get_rel_pos_bias() if getattr(attn, "window_size", None) else None,
+        mlp_norm=None if _is_altered(mlp_norm) else _layer_norm(mlp_norm),
+        gelu_mlp=_gelu_mlp(block.mlp),
     )
+
+
+def _gelu_mlp(mlp: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
+    if type(mlp) is not Mlp or any(map(_is_altered, (mlp, *mlp.children()))):
+        return None
+    act, fc1, fc2 = mlp.act, mlp.fc1, mlp.fc2
+    exact = type(act) is GELU or (type(act) is nn.GELU and act.approximate == "none")
+    dropping = any(drop.training and drop.p for drop in (mlp.drop1, mlp.drop2))
+    plain = type(fc1) is nn.Linear and type(fc2) is nn.Linear and type(mlp.norm) is nn.Identity
+    return (fc1, fc2) if exact and plain and not dropping else None
 
 
 def _is_altered(module: nn.Module) -> bool:
