@@ -8,6 +8,7 @@ import os
 
 import pytest
 import torch
+from interpreter import quick_calls
 
 from vapt_fast import use_backend
 
@@ -19,6 +20,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 def on_triton():
     """Every op that has a Triton kernel runs it, unless it is told otherwise."""
     with use_backend("triton"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick():
+    with quick_calls():
         yield
 
 

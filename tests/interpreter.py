@@ -1,0 +1,102 @@
+"""Triton's interpreter with what it computes wrongly put right, and what it does over and over done once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
+
+__all__ = ["bfloat16", "quick_calls"]
+
+
+@contextmanager
+def bfloat16() -> Iterator[None]:
+    """bfloat16 as a GPU has it: casts round to nearest, arithmetic is in float32 and then rounded.
+
+    The interpreter keeps its bits as integers, computes on these as if they were the numbers, and casts by
+    cutting off the lower bits.
+    """
+    patched = {
+        "cast_impl": _cast(InterpreterBuilder.cast_impl),
+        "create_fp_to_fp": _cast(InterpreterBuilder.create_fp_to_fp),
+        "create_dot": _in_float32(InterpreterBuilder.create_dot),
+        "create_fma": _in_float32(InterpreterBuilder.create_fma),
+        "binary_op": _in_float32(InterpreterBuilder.binary_op),
+        "unary_op": _in_float32(InterpreterBuilder.unary_op),
+    }
+    with ExitStack() as patches:
+        for name, method in patched.items():
+            patches.enter_context(mock.patch.object(InterpreterBuilder, name, method))
+        yield
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return isinstance(value, TensorHandle) and value.dtype.scalar == tl.bfloat16
+
+
+def _widen(value: TensorHandle) -> TensorHandle:
+    """bfloat16 as float32."""
+    bits = torch.from_numpy(np.ascontiguousarray(value.data).view(np.int16))
+    return TensorHandle(bits.view(torch.bfloat16).float().numpy(), tl.float32)
+
+
+def _narrow(value: TensorHandle) -> TensorHandle:
+    """Any number as bfloat16."""
+    rounded = torch.from_numpy(np.ascontiguousarray(value.data)).bfloat16()
+    return TensorHandle(rounded.view(torch.int16).numpy().view(np.uint16), tl.bfloat16)
+
+
+def _cast(method: Callable) -> Callable:
+    def cast(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype, *args: Any) -> TensorHandle:
+        if to.scalar == tl.bfloat16:
+            return source if _is_bfloat16(source) else _narrow(source)
+        return (
+            method(self, source, to, *args) if not _is_bfloat16(source) else _from_float32(self, source, to)
+        )
+
+    return cast
+
+
+def _from_float32(builder: InterpreterBuilder, source: TensorHandle, to: tl.dtype) -> TensorHandle:
+    wide = _widen(source)
+    return wide if to.scalar == tl.float32 else builder.cast_impl(wide, to)
+
+
+def _in_float32(method: Callable) -> Callable:
+    def compute(self: InterpreterBuilder, *args: Any) -> TensorHandle:
+        if not any(map(_is_bfloat16, args)):
+            return method(self, *args)
+        result = method(self, *(_widen(arg) if _is_bfloat16(arg) else arg for arg in args))
+        # The accumulator of a product is wider, and a comparison gives booleans.
+        own = _is_bfloat16(args[2] if method is _DOT else args[0]) and result.data.dtype == np.float32
+        return _narrow(result) if own else result
+
+    return compute
+
+
+_DOT = InterpreterBuilder.create_dot
+
+
+@contextmanager
+def quick_calls() -> Iterator[None]:
+    """A kernel's calls of its own functions patch triton.language once a module, not each time.
+
+    It takes nearly half of the time, and the interpreter never undoes it.
+    """
+    patched = set()
+
+    def call(self: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(self.fn.__module__)
+        return self.rewrite()(*args, **kwargs)
+
+    with mock.patch.object(InterpretedFunction, "__call__", call):
+        yield
