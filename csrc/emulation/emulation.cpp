@@ -1,0 +1,366 @@
+// The runtime of the emulation: fibers, barriers, exchanges. Compiled without sanitizers; it tells them, where
+// they are linked in, which fiber runs and what a barrier orders.
+
+#include "vapt_fast/device.cuh"
+
+#include <ucontext.h>
+
+#include <cstdlib>
+#include <deque>
+#include <memory>
+#include <vector>
+
+extern "C" {
+// Of ThreadSanitizer and AddressSanitizer; null where these are not linked in.
+void* __tsan_create_fiber(unsigned flags) __attribute__((weak));
+void* __tsan_get_current_fiber() __attribute__((weak));
+void __tsan_destroy_fiber(void* fiber) __attribute__((weak));
+void __tsan_switch_to_fiber(void* fiber, unsigned flags) __attribute__((weak));
+void __tsan_acquire(void* address) __attribute__((weak));
+void __tsan_release(void* address) __attribute__((weak));
+void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size)
+    __attribute__((weak));
+void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size)
+    __attribute__((weak));
+}
+
+namespace vapt_fast::runtime {
+namespace {
+
+constexpr std::size_t kStack = 128 * 1024;
+constexpr int kBarriers = 16;
+constexpr unsigned kSwitchOrdersNothing = 1;
+
+std::int64_t limit = 227 * 1024;
+
+// A stack, and where it was left.
+struct Fiber {
+  void* registers[5];  // of __builtin_setjmp
+  bool started = false;
+  std::unique_ptr<char[]> stack;
+  const void* bottom = nullptr;
+  std::size_t size = 0;
+  void* tsan = nullptr;
+  void* fake_stack = nullptr;
+};
+
+struct Barrier {
+  int expected = 0;  // 0: nobody is there
+  int arrived = 0;
+  std::uint64_t generation = 0;
+  char order[2];  // what ThreadSanitizer knows even and odd generations by
+};
+
+struct Warp {
+  Barrier exchange;  // orders no memory
+  Barrier barrier;
+  const char* operation = nullptr;
+  alignas(16) char slots[2][kLanes * kSlot];
+};
+
+struct Block {
+  std::int64_t index = 0;
+  std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
+  std::vector<Warp> warps;
+  Barrier barriers[kBarriers];
+};
+
+struct Group {
+  std::deque<Copy> copies;
+};
+
+struct Thread {
+  Fiber fiber;
+  Block* block = nullptr;
+  int index = 0;
+  int rank = 0;  // of its block in the cluster
+  bool finished = false;
+  const Barrier* waits_at = nullptr;
+  std::uint64_t generation = 0;  // of the barrier, that it waits to end
+  std::uint64_t exchanges = 0;
+  std::deque<Group> groups;  // committed ones
+  Group open;
+  Copy copy{};  // the one last given out
+};
+
+// Blocks that run together.
+struct Cluster {
+  std::vector<Block> blocks;
+  std::vector<Thread> threads;
+  Barrier barrier;
+};
+
+struct Launch {
+  const LaunchShape* shape;
+  const std::function<void()>* kernel;
+  Fiber host;
+  char begin, end;  // what ThreadSanitizer orders all fibers by
+  // Kept until the end, since to free memory would order the blocks that used it.
+  std::deque<Cluster> clusters;
+};
+
+Launch* current_launch = nullptr;
+Cluster* cluster = nullptr;
+Thread* current = nullptr;
+
+[[noreturn]] void fail(const char* what) {
+  std::fprintf(stderr, "emulation: block %lld, thread %d: %s\n",
+               current ? static_cast<long long>(current->block->index) : -1, current ? current->index : -1, what);
+  std::abort();
+}
+
+void acquire(void* address) {
+  if (__tsan_acquire) {
+    __tsan_acquire(address);
+  }
+}
+
+void release(void* address) {
+  if (__tsan_release) {
+    __tsan_release(address);
+  }
+}
+
+// ---- turns
+
+void thread_main();
+
+// Goes on where the fiber was left, or at its beginning. Twenty times as fast as swapcontext, which asks the
+// system for the signal mask.
+[[noreturn]] __attribute__((noinline)) void resume(Fiber& fiber) {
+  if (fiber.started) {
+    __builtin_longjmp(fiber.registers, 1);
+  }
+  fiber.started = true;
+  ucontext_t context;
+  getcontext(&context);
+  context.uc_stack.ss_sp = fiber.stack.get();
+  context.uc_stack.ss_size = fiber.size;
+  makecontext(&context, thread_main, 0);
+  setcontext(&context);
+  fail("could not be started");
+}
+
+__attribute__((noinline)) void switch_to(Fiber& from, Fiber& to) {
+  if (__sanitizer_start_switch_fiber) {
+    __sanitizer_start_switch_fiber(&from.fake_stack, to.bottom, to.size);
+  }
+  if (__tsan_switch_to_fiber) {
+    __tsan_switch_to_fiber(to.tsan, kSwitchOrdersNothing);
+  }
+  if (__builtin_setjmp(from.registers) == 0) {
+    resume(to);
+  }
+  if (__sanitizer_finish_switch_fiber) {
+    __sanitizer_finish_switch_fiber(from.fake_stack, nullptr, nullptr);
+  }
+}
+
+bool can_run(const Thread& thread) {
+  return !thread.finished && !(thread.waits_at && thread.waits_at->generation == thread.generation);
+}
+
+// Lets another thread of the cluster run, or the host when all are finished.
+void yield() {
+  Thread* const from = current;
+  const std::size_t count = cluster->threads.size();
+  const auto position = static_cast<std::size_t>(from - cluster->threads.data());
+  for (std::size_t i = 1; i <= count; ++i) {
+    Thread& next = cluster->threads[(position + i) % count];
+    if (can_run(next)) {
+      if (&next != from) {
+        current = &next;
+        switch_to(from->fiber, next.fiber);
+      }
+      return;
+    }
+  }
+  for (const Thread& thread : cluster->threads) {
+    if (!thread.finished) {
+      current = const_cast<Thread*>(&thread);
+      fail("hangs: waits for threads that wait elsewhere or have ended");
+    }
+  }
+  switch_to(from->fiber, current_launch->host);
+}
+
+void thread_main() {
+  if (__sanitizer_finish_switch_fiber) {
+    Fiber& host = current_launch->host;
+    const void* bottom;
+    std::size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+    if (!host.bottom) {  // the first fiber comes from the host
+      host.bottom = bottom;
+      host.size = size;
+    }
+  }
+  acquire(&current_launch->begin);
+  (*current_launch->kernel)();
+  if (!current->groups.empty() || !current->open.copies.empty()) {
+    fail("ends without having waited for its copies");
+  }
+  release(&current_launch->end);
+  current->finished = true;
+  yield();
+}
+
+// ---- barriers
+
+void wait(Barrier& barrier, int threads, bool orders_memory) {
+  if (barrier.expected == 0) {
+    barrier.expected = threads;
+  } else if (barrier.expected != threads) {
+    fail("meets threads at a barrier that expect another number of threads");
+  }
+  char* const order = &barrier.order[barrier.generation % 2];
+  if (orders_memory) {
+    release(order);
+  }
+  if (++barrier.arrived == barrier.expected) {
+    barrier.expected = barrier.arrived = 0;
+    ++barrier.generation;
+  } else {
+    current->waits_at = &barrier;
+    current->generation = barrier.generation;
+    yield();
+    current->waits_at = nullptr;
+  }
+  if (orders_memory) {
+    acquire(order);
+  }
+}
+
+void prepare(Cluster& prepared, const LaunchShape& shape, std::int64_t first_block) {
+  prepared.blocks.resize(static_cast<std::size_t>(shape.cluster));
+  prepared.threads.resize(static_cast<std::size_t>(shape.cluster * shape.threads));
+  for (int rank = 0; rank < shape.cluster; ++rank) {
+    Block& block = prepared.blocks[static_cast<std::size_t>(rank)];
+    block.index = first_block + rank;
+    block.warps.resize(static_cast<std::size_t>(shape.threads / kLanes));
+    const auto bytes = static_cast<std::size_t>(shape.shared_memory);
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, bytes) != 0) {
+      fail("finds no memory");
+    }
+    std::memset(memory, 0xff, bytes);
+    block.shared.reset(static_cast<char*>(memory));
+    for (int index = 0; index < shape.threads; ++index) {
+      Thread& thread = prepared.threads[static_cast<std::size_t>(rank * shape.threads + index)];
+      thread.block = &block;
+      thread.index = index;
+      thread.rank = rank;
+      thread.fiber.stack.reset(new char[kStack]);
+      thread.fiber.bottom = thread.fiber.stack.get();
+      thread.fiber.size = kStack;
+      if (__tsan_create_fiber) {
+        thread.fiber.tsan = __tsan_create_fiber(0);
+      }
+    }
+  }
+}
+
+Warp& current_warp() { return current->block->warps[static_cast<std::size_t>(current->index / kLanes)]; }
+
+}  // namespace
+
+int thread() { return current->index; }
+std::int64_t block() { return current->block->index; }
+int cluster_rank() { return current->rank; }
+char* shared_memory() { return current->block->shared.get(); }
+
+char* peer_shared_memory(int rank) {
+  if (rank < 0 || rank >= static_cast<int>(cluster->blocks.size())) {
+    fail("asks for a block outside its cluster");
+  }
+  return cluster->blocks[static_cast<std::size_t>(rank)].shared.get();
+}
+
+void sync_some(int id, int threads) {
+  if (id < 0 || id >= kBarriers || threads % kLanes) {
+    fail("no such barrier");
+  }
+  wait(current->block->barriers[id], id == 0 ? current_launch->shape->threads : threads, true);
+}
+
+void sync_warp() { wait(current_warp().barrier, kLanes, true); }
+
+void sync_cluster() { wait(cluster->barrier, static_cast<int>(cluster->threads.size()), true); }
+
+const char* exchange(const char* operation, const void* data, std::size_t size) {
+  Warp& warp = current_warp();
+  if (size > kSlot) {
+    fail("exchanges too much at once");
+  }
+  if (warp.exchange.expected == 0) {
+    warp.operation = operation;
+  } else if (std::strcmp(warp.operation, operation) != 0) {
+    std::fprintf(stderr, "emulation: lanes part ways: %s and %s\n", warp.operation, operation);
+    fail("its warp does something else");
+  }
+  // Two buffers: nobody writes the other one again before everybody has read this one.
+  char* const slots = warp.slots[current->exchanges++ % 2];
+  char* const slot = slots + current->index % kLanes * kSlot;
+  for (std::size_t i = 0; i < size; ++i) {
+    slot[i] = static_cast<const char*>(data)[i];
+    asm volatile("" ::: "memory");  // not memcpy, which ThreadSanitizer would watch
+  }
+  wait(warp.exchange, kLanes, false);
+  return slots;
+}
+
+void begin_copy(Copy copy) { current->open.copies.push_back(copy); }
+
+void commit_copies() {
+  current->groups.push_back(std::move(current->open));
+  current->open = {};
+}
+
+const Copy* next_copy(int pending) {
+  while (static_cast<int>(current->groups.size()) > pending) {
+    Group& group = current->groups.front();
+    if (!group.copies.empty()) {
+      current->copy = group.copies.front();
+      group.copies.pop_front();
+      return &current->copy;
+    }
+    current->groups.pop_front();
+  }
+  return nullptr;
+}
+
+std::int64_t shared_memory_limit() { return limit; }
+void set_shared_memory_limit(std::int64_t bytes) { limit = bytes; }
+
+void run(const LaunchShape& shape, const std::function<void()>& kernel) {
+  if (shape.blocks < 1 || shape.blocks > 0x7fffffff || shape.blocks % shape.cluster || shape.cluster < 1 ||
+      shape.threads < kLanes || shape.threads > 1024 || shape.threads % kLanes) {
+    fail("no such launch");
+  }
+  Launch launch;
+  launch.shape = &shape;
+  launch.kernel = &kernel;
+  launch.host.started = true;
+  launch.host.tsan = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
+  current_launch = &launch;
+  for (std::int64_t first = 0; first < shape.blocks; first += shape.cluster) {
+    cluster = &launch.clusters.emplace_back();
+    prepare(*cluster, shape, first);
+    release(&launch.begin);
+    current = &cluster->threads.front();
+    switch_to(launch.host, current->fiber);
+  }
+  acquire(&launch.end);
+  for (Cluster& done : launch.clusters) {
+    for (Thread& thread : done.threads) {
+      if (__tsan_destroy_fiber) {
+        __tsan_destroy_fiber(thread.fiber.tsan);
+      }
+    }
+  }
+  current_launch = nullptr;
+  cluster = nullptr;
+  current = nullptr;
+}
+
+}  // namespace vapt_fast::runtime

@@ -1,0 +1,267 @@
+// Every primitive of the device that the kernels use.
+//
+// nvcc compiles them to PTX (sm_80 or later; clusters sm_90). Any other compiler takes the emulation, where the
+// same kernels run on a CPU and every missing barrier, missing wait and stray address shows: see csrc/emulation.
+//
+// "All lanes": the 32 lanes of a warp call the function together, as they do after a branch on warp() alone.
+
+#pragma once
+
+#include <cstdint>
+
+#include "vapt_fast/launch.h"
+
+namespace vapt_fast {
+
+// Elements in memory.
+struct Float16 {
+  std::uint16_t bits;
+};
+struct BFloat16 {
+  std::uint16_t bits;
+};
+
+struct alignas(16) Bytes16 {
+  std::uint32_t words[4];
+};
+
+constexpr int kLanes = 32;
+
+struct LaunchShape {
+  std::int64_t blocks = 0;  // in one dimension: the other two end at 65,535
+  int threads = 0;          // a block
+  std::int64_t shared_memory = 0;
+  int cluster = 1;  // blocks that run together and see one another's shared memory
+};
+
+}  // namespace vapt_fast
+
+#ifndef __CUDACC__
+#include "emulation.h"
+#else
+
+#include <cuda_runtime.h>
+
+#include <cstdio>
+
+namespace vapt_fast {
+
+// ---- where a thread is
+
+__device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int lane() { return thread() % kLanes; }
+__device__ __forceinline__ int warp() { return thread() / kLanes; }
+__device__ __forceinline__ std::int64_t block() { return blockIdx.x; }
+
+// The block's shared memory, of the size it was launched with, at a multiple of 128 bytes.
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+// ---- barriers: what was written before them is seen after them
+
+__device__ __forceinline__ void sync_threads() { __syncthreads(); }
+
+__device__ __forceinline__ void sync_warp() { __syncwarp(); }
+
+// Barrier ``id``, 1 to 15, of the first ``threads`` that arrive: a multiple of 32.
+__device__ __forceinline__ void sync_some(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- clusters
+
+__device__ __forceinline__ int cluster_rank() {
+  std::uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+
+// Of all threads of all blocks of the cluster. A block must not end while another reads its shared memory.
+__device__ __forceinline__ void sync_cluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// Where block ``rank`` of the cluster has what this block has at ``shared``.
+template <typename T>
+__device__ __forceinline__ T* cluster_peer(T* shared, int rank) {
+  T* peer;
+  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(shared), "r"(rank));
+  return peer;
+}
+
+// ---- exchange within a warp, of all lanes; it orders no memory
+
+template <typename T>
+__device__ __forceinline__ T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(0xffffffffu, value, mask);
+}
+
+template <typename T>
+__device__ __forceinline__ T shuffle(T value, int source) {
+  return __shfl_sync(0xffffffffu, value, source);
+}
+
+// ---- memory
+
+__device__ __forceinline__ std::uint32_t shared_address(const void* shared) {
+  return static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));
+}
+
+__device__ __forceinline__ Bytes16 load16(const void* from) {
+  const uint4 words = *static_cast<const uint4*>(from);
+  return {{words.x, words.y, words.z, words.w}};
+}
+
+__device__ __forceinline__ void store16(void* to, Bytes16 bytes) {
+  *static_cast<uint4*>(to) = make_uint4(bytes.words[0], bytes.words[1], bytes.words[2], bytes.words[3]);
+}
+
+__device__ __forceinline__ std::uint32_t load4(const void* from) {
+  return *static_cast<const std::uint32_t*>(from);
+}
+
+__device__ __forceinline__ void store4(void* to, std::uint32_t word) {
+  *static_cast<std::uint32_t*>(to) = word;
+}
+
+// 16 bytes, at some time until the wait for their group; until then ``shared`` is undefined.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
+               : "memory");
+}
+
+// Makes a group of this thread's copies since the last group.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for all of this thread's groups but the last PENDING. Other threads see them after a barrier.
+template <int PENDING>
+__device__ __forceinline__ void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements, of all lanes. Lanes 8 m to 8 m + 7 give the rows of matrix m, 16 bytes
+// each in shared memory. Lane l gets elements 2 (l % 4) and the next of row l / 4 of matrix m in r[m].
+__device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of the transposed matrices.
+__device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// ---- arithmetic
+
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two elements in a word, the first in its low half; rounded to nearest even.
+template <typename Element>
+__device__ __forceinline__ std::uint32_t pack(float first, float second);
+
+template <>
+__device__ __forceinline__ std::uint32_t pack<Float16>(float first, float second) {
+  std::uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
+template <>
+__device__ __forceinline__ std::uint32_t pack<BFloat16>(float first, float second) {
+  std::uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+  return word;
+}
+
+// c += a b, of all lanes: a (16, 16) and b (16, 8) of Element, c (16, 8) of float32.
+//
+// With g = lane / 4 and t = 2 (lane % 4), a lane has, two columns in a word, a[0] = a(g, t), a[1] = a(g + 8, t),
+// a[2] = a(g, t + 8), a[3] = a(g + 8, t + 8); two rows in a word, b0 = b(t, g), b1 = b(t + 8, g); and
+// c = c(g, t), c(g, t + 1), c(g + 8, t), c(g + 8, t + 1).
+template <typename Element>
+__device__ __forceinline__ void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                    std::uint32_t b1);
+
+template <>
+__device__ __forceinline__ void mma<Float16>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                             std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+template <>
+__device__ __forceinline__ void mma<BFloat16>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                              std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- launches
+
+inline Status cuda_status(cudaError_t error) {
+  Status status;
+  if (error != cudaSuccess) {
+    status.code = Code::cuda_error;
+    std::snprintf(status.message, sizeof status.message, "%s: %s", cudaGetErrorName(error),
+                  cudaGetErrorString(error));
+  }
+  return status;
+}
+
+// Launches ``kernel`` on the current device; can be captured in a graph.
+template <typename... Parameters>
+Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, Parameters... arguments) {
+  int device = 0;
+  int limit = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  }
+  if (error == cudaSuccess && shape.shared_memory > limit) {
+    Status status{Code::unsupported};
+    std::snprintf(status.message, sizeof status.message,
+                  "the kernel needs %lld bytes of shared memory, the device has %d",
+                  static_cast<long long>(shape.shared_memory), limit);
+    return status;
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                 static_cast<int>(shape.shared_memory));
+  }
+  if (error == cudaSuccess) {
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_memory);
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = shape.cluster > 1 ? 1 : 0;
+    error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch, anyone's, would report this one's error
+  }
+  return cuda_status(error);
+}
+
+}  // namespace vapt_fast
+
+#endif
