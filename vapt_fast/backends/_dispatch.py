@@ -34,10 +34,12 @@ BACKENDS = {
 ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 
 # Op -> its implementations. Under "triton" or "cuda" an op without such kernels runs as under "torch".
+# "cudnn" and "flash" are PyTorch's attention by that library alone, names that only this op knows.
 IMPLEMENTATIONS = {
     "prompt_pool": ("torch", "triton"),
     "prompt_projector": ("torch",),
-    "prompt_attention": ("torch", "triton"),
+    "prompt_attention": ("torch", "triton", "cudnn", "flash"),
+    "mlp": ("torch", "triton"),
     "cls_attention": ("torch",),
 }
 

@@ -1,9 +1,18 @@
 """The stateless ops that VAPT is made of, for people who build their own modules."""
 
 from .cls_attention import cls_attention
-from .prompt_attention import prompt_attention
+from .mlp import mlp
+from .prompt_attention import prompt_attention, prompt_attention_packed
 from .prompt_matrices import prompt_matrices
 from .prompt_pool import prompt_pool
 from .prompt_projector import prompt_projector
 
-__all__ = ["cls_attention", "prompt_attention", "prompt_matrices", "prompt_pool", "prompt_projector"]
+__all__ = [
+    "cls_attention",
+    "mlp",
+    "prompt_attention",
+    "prompt_attention_packed",
+    "prompt_matrices",
+    "prompt_pool",
+    "prompt_projector",
+]

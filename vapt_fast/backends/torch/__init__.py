@@ -1,7 +1,25 @@
 """The ops in ordinary PyTorch operations: the definition, and what runs on every device PyTorch has."""
 
-from .attention import cls_attention, prompt_attention
+from .attention import (
+    cls_attention,
+    prompt_attention,
+    prompt_attention_cudnn,
+    prompt_attention_flash,
+    why_not_prompt_attention_cudnn,
+    why_not_prompt_attention_flash,
+)
+from .mlp import mlp
 from .pool import prompt_pool
 from .projector import prompt_projector
 
-__all__ = ["cls_attention", "prompt_attention", "prompt_pool", "prompt_projector"]
+__all__ = [
+    "cls_attention",
+    "mlp",
+    "prompt_attention",
+    "prompt_attention_cudnn",
+    "prompt_attention_flash",
+    "prompt_pool",
+    "prompt_projector",
+    "why_not_prompt_attention_cudnn",
+    "why_not_prompt_attention_flash",
+]
