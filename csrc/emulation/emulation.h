@@ -204,6 +204,16 @@ std::uint32_t pack(float first, float second) {
 }
 
 template <typename Element>
+void unpack(std::uint32_t word, float& first, float& second) {
+  first = to_float(Element{static_cast<std::uint16_t>(word)});
+  second = to_float(Element{static_cast<std::uint16_t>(word >> 16)});
+}
+
+inline std::uint32_t to_tf32(float value) {
+  return std::isnan(value) ? 0x7fffffffu : (bits_of(value) + 0x1000u) & ~0x1fffu;
+}
+
+template <typename Element>
 void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   // As float32 once, and not by each of the lanes that read them.
   float mine[12];
@@ -227,6 +237,34 @@ void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint
     }
   }
 }
+
+inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
+  std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  for (std::uint32_t& word : mine) {
+    word &= ~0x1fffu;  // the tensor cores do not look at the rest
+  }
+  const char* all = runtime::exchange("mma_tf32", mine, sizeof mine);
+  const auto of = [all](int from, int i) {
+    float value;
+    std::memcpy(&value, all + from * runtime::kSlot + i * sizeof value, sizeof value);
+    return value;
+  };
+  for (int i = 0; i < 4; ++i) {
+    const int row = lane() / 4;
+    const int column = 2 * (lane() % 4) + i % 2;
+    for (int k = 0; k < 8; ++k) {
+      c[i] += of(4 * row + k % 4, i / 2 + 2 * (k / 4)) * of(4 * column + k % 4, 4 + k / 4);
+    }
+  }
+}
+
+struct Device {
+  Status status;
+  std::int64_t shared_memory;
+  bool has_clusters;
+};
+
+inline Device current_device() { return {{}, runtime::shared_memory_limit(), true}; }
 
 template <typename... Parameters>
 Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream, Parameters... arguments) {

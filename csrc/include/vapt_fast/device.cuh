@@ -166,6 +166,9 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ std::uint32_t bits_of(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
+
 // Two elements in a word, the first in its low half; rounded to nearest even.
 template <typename Element>
 __device__ __forceinline__ std::uint32_t pack(float first, float second);
@@ -182,6 +185,30 @@ __device__ __forceinline__ std::uint32_t pack<BFloat16>(float first, float secon
   std::uint32_t word;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
   return word;
+}
+
+// What ``pack`` packed.
+template <typename Element>
+__device__ __forceinline__ void unpack(std::uint32_t word, float& first, float& second);
+
+template <>
+__device__ __forceinline__ void unpack<Float16>(std::uint32_t word, float& first, float& second) {
+  asm("{.reg .f16 low, high;\nmov.b32 {low, high}, %2;\ncvt.f32.f16 %0, low;\ncvt.f32.f16 %1, high;}"
+      : "=f"(first), "=f"(second)
+      : "r"(word));
+}
+
+template <>
+__device__ __forceinline__ void unpack<BFloat16>(std::uint32_t word, float& first, float& second) {
+  first = float_of(word << 16);
+  second = float_of(word & 0xffff0000u);
+}
+
+// The bits of a float32 rounded to tf32: to nearest, ties away from 0.
+__device__ __forceinline__ std::uint32_t to_tf32(float value) {
+  std::uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
+  return bits;
 }
 
 // c += a b, of all lanes: a (16, 16) and b (16, 8) of Element, c (16, 8) of float32.
@@ -211,6 +238,18 @@ __device__ __forceinline__ void mma<BFloat16>(float (&c)[4], const std::uint32_t
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c += a b, of all lanes: a (16, 8) and b (8, 8) of tf32, c (16, 8) of float32.
+//
+// With g = lane / 4 and t = lane % 4, a lane has a = a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4);
+// b0 = b(t, g), b1 = b(t + 4, g); and c as above.
+__device__ __forceinline__ void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
+                                         std::uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 // ---- launches
 
 inline Status cuda_status(cudaError_t error) {
@@ -221,6 +260,27 @@ inline Status cuda_status(cudaError_t error) {
                   cudaGetErrorString(error));
   }
   return status;
+}
+
+// What of a device decides between kernels.
+struct Device {
+  Status status;
+  std::int64_t shared_memory = 0;  // bytes that a block may have
+  bool has_clusters = false;
+};
+
+inline Device current_device() {
+  int number = 0;
+  int bytes = 0;
+  int major = 0;
+  cudaError_t error = cudaGetDevice(&number);
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
+  }
+  if (error == cudaSuccess) {
+    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
+  }
+  return {cuda_status(error), bytes, major >= 9};
 }
 
 // Launches ``kernel`` on the current device; can be captured in a graph.
