@@ -23,7 +23,14 @@ from .backbone import Positions, StandardBlock
 from .config import PromptConfig
 from .dropout import BlockMasks
 from .frozen import PreparedBlock, PreparedWeights
-from .functional import cls_attention, prompt_attention, prompt_matrices, prompt_pool, prompt_projector
+from .functional import (
+    add_norm,
+    cls_attention,
+    prompt_attention,
+    prompt_matrices,
+    prompt_pool,
+    prompt_projector,
+)
 from .prompts import AdaptivePrompts, Projector, Prompts, StaticPrompts
 
 __all__ = ["forward_tokens"]
@@ -68,6 +75,7 @@ def forward_tokens(
     sources = _prompt_sources(
         prompts, masks, backbone.grid_size(model, images.shape[-2:]), tokens.dtype, backend
     )
+    stream = _Stream(tokens)
     travelling = 0
     for index in range(depth if num_blocks is None else num_blocks):
         last = index == depth - 1
@@ -75,8 +83,8 @@ def forward_tokens(
         if source is not None and (config.kind == "shallow" or (last and config.pool_prompts)):
             # These prompts are needed after the block: from here on they are tokens like any other, a longer
             # prefix without positions.
-            new = source.make(tokens, num_prefix).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-            tokens = _insert(tokens, new, num_prefix)
+            tokens = stream.total()
+            stream = _Stream(_insert(tokens, source.make(tokens, num_prefix), num_prefix))
             travelling, source = config.num_prompts, None
         run = partial(
             _run_block,
@@ -89,13 +97,34 @@ def forward_tokens(
             backend=backend,
             num_rows=num_rows if last else None,
         )
-        tokens = checkpoint(run, tokens, use_reentrant=False) if checkpointing else run(tokens)
+        stream = checkpoint(run, stream, use_reentrant=False) if checkpointing else run(stream)
         if taps is not None and index in taps:
-            taps[index] = backbone.remove_prompts(tokens, num_prefix, travelling)
-    return tokens, 0 if num_rows is not None else travelling
+            stream = _Stream(stream.total())
+            taps[index] = backbone.remove_prompts(stream.tokens, num_prefix, travelling)
+    return stream.total(), 0 if num_rows is not None else travelling
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The tokens (B, T, C) between two blocks: ``tokens`` + ``gain`` * ``delta``, not added up yet.
+
+    The norm that comes next adds them in its own pass over the tokens.
+    """
+
+    tokens: Tensor
+    delta: Tensor | None = None
+    gain: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum."""
+        if self.delta is None:
+            return self.tokens
+        return self.tokens + (self.delta if self.gain is None else self.gain * self.delta)
 
 
 def _insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
+    """``prompts`` (B or 1, P, C) placed before token ``at``."""
+    prompts = prompts.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
     return torch.cat([tokens[:, :at], prompts, tokens[:, at:]], dim=1)
 
 
@@ -126,24 +155,26 @@ class _AdaptiveSource:
     config: PromptConfig
     backend: str | None
 
-    def pool(self, tokens: Tensor, num_prefix: int, eps: float) -> tuple[Tensor, Tensor]:
-        """The tokens and the prompts (B, P, C), both normalised with ``eps`` for the block."""
-        normed, pooled = self._pool(tokens, num_prefix, eps)
-        return normed, self._project(pooled, eps, normed.dtype)
+    def pool(self, stream: _Stream, num_prefix: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens; they and the prompts (B, P, C) normalised with ``eps`` for the block."""
+        tokens, normed, pooled = self._pool(stream, num_prefix, eps)
+        return tokens, normed, self._project(pooled, eps, normed.dtype)
 
     def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
         """The prompts (B, P, C) alone, as they are."""
-        _, pooled = self._pool(tokens, num_prefix, self.parameters.norm.eps)
+        _, _, pooled = self._pool(_Stream(tokens), num_prefix, self.parameters.norm.eps)
         return self._project(pooled, None, tokens.dtype)
 
-    def _pool(self, tokens: Tensor, num_prefix: int, eps: float) -> tuple[Tensor, Tensor]:
+    def _pool(self, stream: _Stream, num_prefix: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         norm = self.parameters.norm
         return prompt_pool(
-            tokens,
+            stream.tokens,
             self.matrix,
             norm.weight,
             norm.bias,
             num_prefix=num_prefix,
+            delta=stream.delta,
+            gain=stream.gain,
             eps=eps,
             prompt_eps=norm.eps,
             backend=self.backend,
@@ -207,7 +238,7 @@ def _prompt_sources(
 def _run_block(
     model: nn.Module,
     index: int,
-    tokens: Tensor,
+    stream: _Stream,
     *,
     source: _StaticSource | _AdaptiveSource | None,
     positions: Positions,
@@ -215,51 +246,68 @@ def _run_block(
     prepared: PreparedWeights,
     backend: str | None,
     num_rows: int | None,
-) -> Tensor:
-    """Tokens (B, T, C) through block ``index`` with the prompts of ``source``; all rows or the first ones."""
+) -> _Stream:
+    """The tokens through block ``index`` with the prompts of ``source``; all rows or the first ones."""
     parts = backbone.standard_block(model.blocks[index])
     if parts is None:
-        count = 0
+        tokens, count = stream.total(), 0
         if source is not None:
-            prompts = source.make(tokens, num_prefix).to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+            prompts = source.make(tokens, num_prefix)
             tokens, count = _insert(tokens, prompts, num_prefix), prompts.shape[1]
         tokens = backbone.call_block(model, index, tokens, positions.with_extra(count))
-        return backbone.remove_prompts(tokens, num_prefix, count)[:, :num_rows]
-    normed, prompts = _normalise(parts, tokens, source, num_prefix)
+        return _Stream(backbone.remove_prompts(tokens, num_prefix, count)[:, :num_rows])
+    tokens, normed, prompts = _normalise(parts, stream, source, num_prefix, backend)
     rope = positions.patch_rope(index)
     weights = prepared.of_block(index, parts, rotary=rope is not None)
     bias = _score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
     branch = _attention(parts, weights, normed, prompts, rope, bias, num_prefix, num_rows, backend)
-    tokens = _add(tokens[:, :num_rows], branch, parts.gain1)
-    return _add(tokens, parts.block.mlp(parts.block.norm2(tokens)), parts.gain2)
-
-
-def _add(tokens: Tensor, branch: Tensor, gain: Tensor | None) -> Tensor:
-    return tokens + (branch if gain is None else gain * branch)
+    stream = _Stream(tokens[:, :num_rows], branch, parts.gain1)
+    norm = parts.mlp_norm
+    if norm is None:
+        tokens = stream.total()
+        normed = parts.block.norm2(tokens)
+    else:
+        tokens, normed = add_norm(
+            stream.tokens,
+            stream.delta,
+            norm.weight,
+            norm.bias,
+            gain=stream.gain,
+            eps=norm.eps,
+            backend=backend,
+        )
+    return _Stream(tokens, parts.block.mlp(normed), parts.gain2)
 
 
 def _normalise(
     parts: StandardBlock,
-    tokens: Tensor,
+    stream: _Stream,
     source: _StaticSource | _AdaptiveSource | None,
     num_prefix: int,
-) -> tuple[Tensor, Tensor]:
-    """Tokens (B, T, C) and prompts (B or 1, P, C) as the projections read them: after norm1.
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (B, T, C) before the block; tokens and prompts (B or 1, P, C) as its projections read them.
 
-    Where norm1 is a LayerNorm, its affine is folded into the projections and left out here.
+    That is after norm1. Where norm1 is a LayerNorm, its affine is folded into the projections and left out.
     """
     norm = parts.foldable_norm
     if norm is not None and isinstance(source, _AdaptiveSource):
-        return source.pool(tokens, num_prefix, norm.eps)
-    none = tokens.new_zeros(1, 0, tokens.shape[-1])
-    prompts = none if source is None else source.make(tokens, num_prefix)
-    normed = parts.block.norm1(tokens) if norm is None else _layer_norm(tokens, norm.eps)
-    prompts = parts.block.norm1(prompts.to(tokens.dtype)) if norm is None else _layer_norm(prompts, norm.eps)
-    return normed, prompts.to(normed.dtype)
-
-
-def _layer_norm(x: Tensor, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=eps)
+        return source.pool(stream, num_prefix, norm.eps)
+    if norm is None:
+        tokens = stream.total()
+        normed = parts.block.norm1(tokens)
+    else:
+        tokens, normed = add_norm(
+            stream.tokens, stream.delta, gain=stream.gain, eps=norm.eps, backend=backend
+        )
+    if source is None:
+        return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1])
+    prompts = source.make(tokens, num_prefix)
+    if norm is None:
+        prompts = parts.block.norm1(prompts.to(tokens.dtype))
+    else:
+        prompts = F.layer_norm(prompts, prompts.shape[-1:], eps=norm.eps)
+    return tokens, normed, prompts.to(normed.dtype)
 
 
 def _score_bias(
