@@ -252,6 +252,16 @@ def attend(q=(2, 5, 4, 3), k=(2, 5, 4, 3), v=(2, 5, 4, 3), pk=(2, 1, 4, 3), pv=(
     return functional.prompt_attention(Z(q), Z(k), Z(v), Z(pk), Z(pv), scale=1.0, **options)
 
 
+def attend_packed(qkv=(2, 5, 24), prompt_kv=(2, 1, 12), num_heads=4, num_kv_heads=2, **options):
+    return functional.prompt_attention_packed(
+        Z(qkv), Z(prompt_kv), num_heads=num_heads, num_kv_heads=num_kv_heads, scale=1.0, **options
+    )
+
+
+def mlp(x=(2, 5, 4), w1=(8, 4), b1=(8,), w2=(4, 8), b2=(4,), dtype=torch.float32):
+    return functional.mlp(Z(x, dtype=dtype), Z(w1), Z(b1), Z(w2), Z(b2))
+
+
 def attend_cls(q=(2, 1, 4, 3), x=(2, 5, 6), prompts=(2, 1, 6), wk=(4, 3, 6), wv=(4, 3, 6), **options):
     return functional.cls_attention(Z(q), Z(x), Z(prompts), Z(wk), Z(wv), scale=1.0, **options)
 
@@ -261,6 +271,41 @@ def matrices(weight=(2, 3, 6), kernel=(2, 2, 2), grid=(3, 4), **options):
 
 
 OPS = [
+    (lambda: attend_packed(qkv=(2, 5, 8, 3)), ValueError, "qkv must be (B, T, (h + 2g) * d)"),
+    (lambda: attend_packed(qkv=(2, 5, 25)), ValueError, "qkv must be (B, T, 8 * d), got (2, 5, 25)"),
+    (lambda: attend_packed(qkv=(2, 5, 0)), ValueError, "qkv must be (B, T, 8 * d), got (2, 5, 0)"),
+    (
+        lambda: attend_packed(prompt_kv=(2, 1, 24)),
+        ValueError,
+        "prompt_kv must be (B or 1, P, 2g * d) = ('any', 'any', 12), got (2, 1, 24)",
+    ),
+    (
+        lambda: attend_packed(prompt_kv=(3, 1, 12)),
+        ValueError,
+        "prompt_kv must have a batch of 1 or 2, got 3",
+    ),
+    (lambda: attend_packed(num_kv_heads=3), ValueError, "num_kv_heads must divide num_heads = 4, got 3"),
+    (lambda: attend_packed(num_heads=0), ValueError, "num_heads must be at least 1, got 0"),
+    (lambda: attend_packed(num_heads=4.0), TypeError, "num_heads must be an int, got 4.0"),
+    (lambda: attend_packed(bias=Z(4, 5, 6)), ValueError, "bias must be (..., 5, 5), got (4, 5, 6)"),
+    (
+        lambda: attend_packed(backend="flash"),
+        BackendUnavailable,
+        "prompt_attention can't run on backend 'flash': its kernels run on CUDA tensors; got cpu",
+    ),
+    (lambda: attend(backend="cudnn"), BackendUnavailable, "can't run on backend 'cudnn': its kernels run on"),
+    (lambda: mlp(x=(2, 4)), ValueError, "x must be (B, T, C) = ('any', 'any', 'any'), got (2, 4)"),
+    (lambda: mlp(w1=(8, 5)), ValueError, "fc1_weight must be (D, C) = ('any', 4), got (8, 5)"),
+    (lambda: mlp(w2=(8, 4)), ValueError, "fc2_weight must be (E, D) = ('any', 8), got (8, 4)"),
+    (lambda: mlp(b1=(4,)), ValueError, "fc1_bias must be (D,) = (8,), got (4,)"),
+    (lambda: mlp(b2=(1, 4)), ValueError, "fc2_bias must be (E,) = (4,), got (1, 4)"),
+    (lambda: mlp(dtype=torch.int8), TypeError, "x must be of a floating dtype, got torch.int8"),
+    (
+        lambda: functional.mlp(Z(1, 2, 3), Z(4, 3), None, Z(3, 4, device="meta"), None),
+        ValueError,
+        "all tensors must be on one device, got {'x': device(type='cpu')",
+    ),
+    (lambda: functional.mlp(Z(1, 2, 3), None, None, Z(3, 4), None), TypeError, "fc1_weight must be a tensor"),
     (lambda: pool(x=(2, 6)), ValueError, "x must be (B, T, C) = ('any', 'any', 'any'), got (2, 6)"),
     (lambda: pool(num_prefix=6), ValueError, "num_prefix must leave at least one of 6 tokens, got 6"),
     (lambda: pool(num_prefix=-1), ValueError, "num_prefix must leave at least one of 6 tokens, got -1"),
