@@ -26,7 +26,9 @@ from .frozen import PreparedBlock, PreparedWeights
 from .functional import (
     add_norm,
     cls_attention,
+    mlp,
     prompt_attention,
+    prompt_attention_packed,
     prompt_matrices,
     prompt_pool,
     prompt_projector,
@@ -276,7 +278,9 @@ def _run_block(
             eps=norm.eps,
             backend=backend,
         )
-    return _Stream(tokens, parts.block.mlp(normed), parts.gain2)
+    known = weights.mlp is not None
+    branch = mlp(normed, *weights.mlp, backend=backend) if known else parts.block.mlp(normed)
+    return _Stream(tokens, branch, parts.gain2)
 
 
 def _normalise(
@@ -338,41 +342,38 @@ def _attention(
     num_queries, num_keys = heads * dim, groups * dim
     q_weight, kv_weight = weights.qkv_weight.tensor_split([num_queries])
     q_bias, kv_bias = weights.qkv_bias.tensor_split([num_queries])
+    as_projected = rope is None and parts.k_norm is None  # keys
+    options = {"scale": weights.scale, "bias": bias, "backend": backend}
 
-    if num_rows is None:
+    if num_rows is None and as_projected and parts.q_norm is None:
         qkv = F.linear(normed, weights.qkv_weight, weights.qkv_bias)
-        q, k, v = qkv.split((num_queries, num_keys, num_keys), dim=-1)
-    else:
-        q = F.linear(normed[:, :num_rows], q_weight, q_bias)
-    q = q.unflatten(-1, (heads, dim))
-    if parts.q_norm is not None:
-        q = parts.q_norm(q)
-
-    if num_rows is not None and rope is None and parts.k_norm is None and heads == groups:
+        prompt_kv = F.linear(prompts, kv_weight, kv_bias)
+        out = prompt_attention_packed(qkv, prompt_kv, num_heads=heads, num_kv_heads=groups, **options)
+    elif num_rows is not None and as_projected and heads == groups:
+        q = F.linear(normed[:, :num_rows], q_weight, q_bias).unflatten(-1, (heads, dim))
+        if parts.q_norm is not None:
+            q = parts.q_norm(q)
         key_weight, value_weight = kv_weight.unflatten(0, (2, heads, dim)).unbind(0)
-        out = cls_attention(
-            q,
-            normed,
-            prompts,
-            key_weight,
-            value_weight,
-            scale=weights.scale,
-            bias=bias,
-            backend=backend,
-        )
-        out = out.flatten(2) + kv_bias[num_keys:]
+        out = cls_attention(q, normed, prompts, key_weight, value_weight, **options)
+        out = out + kv_bias[num_keys:].unflatten(0, (heads, dim))
     else:
-        if num_rows is not None:
+        if num_rows is None:
+            qkv = F.linear(normed, weights.qkv_weight, weights.qkv_bias)
+            q, k, v = qkv.split((num_queries, num_keys, num_keys), dim=-1)
+        else:
+            q = F.linear(normed[:, :num_rows], q_weight, q_bias)
             k, v = F.linear(normed, kv_weight, kv_bias).chunk(2, dim=-1)
         prompt_k, prompt_v = F.linear(prompts, kv_weight, kv_bias).chunk(2, dim=-1)
+        q = q.unflatten(-1, (heads, dim))
         k, v, prompt_k, prompt_v = (x.unflatten(-1, (groups, dim)) for x in (k, v, prompt_k, prompt_v))
+        if parts.q_norm is not None:
+            q = parts.q_norm(q)
         if parts.k_norm is not None:
             k, prompt_k = parts.k_norm(k), parts.k_norm(prompt_k)
         if rope is not None:
             q, k = (_rotate(x, rope, num_prefix, parts.rotate_half).type_as(v) for x in (q, k))
-        out = prompt_attention(
-            q, k, v, prompt_k, prompt_v, scale=weights.scale, bias=bias, backend=backend
-        ).flatten(2)
+        out = prompt_attention(q, k, v, prompt_k, prompt_v, **options)
+    out = out.flatten(2)
     if parts.out_norm is not None:
         out = parts.out_norm(out)
     return F.linear(out, weights.proj_weight, weights.proj_bias)
