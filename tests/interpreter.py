@@ -1,9 +1,10 @@
-"""Triton's interpreter with what it computes wrongly put right, and what it does over and over done once."""
+"""Triton's interpreter with what it computes wrongly put right, and with less to do."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-__all__ = ["bfloat16", "quick_calls"]
+__all__ = ["bfloat16", "only_last_program", "quick_calls"]
 
 
 @contextmanager
@@ -100,3 +101,29 @@ def quick_calls() -> Iterator[None]:
 
     with mock.patch.object(InterpretedFunction, "__call__", call):
         yield
+
+
+@contextmanager
+def only_last_program() -> Iterator[None]:
+    """Of each launch only the last program runs: enough to see where it reads and writes."""
+    builder = interpreter.interpreter_builder
+
+    class Executor(interpreter.GridExecutor):
+        def __call__(self, *args: Any, **kwargs: Any) -> None:
+            (programs,), self.grid = self.grid, (1,)
+            last = {
+                "set_grid_dim": partial(_ignoring, builder.set_grid_dim, programs, 1, 1),
+                "set_grid_idx": partial(_ignoring, builder.set_grid_idx, programs - 1, 0, 0),
+            }
+            with mock.patch.multiple(builder, **last):
+                super().__call__(*args, **kwargs)
+
+        def _restore_args_dev(self, *args: Any) -> None:
+            """Nothing to do: tensors on the CPU are not copied, and these are large."""
+
+    with mock.patch.object(interpreter, "GridExecutor", Executor):
+        yield
+
+
+def _ignoring(function: Callable, x: int, y: int, z: int, *_: int) -> None:
+    function(x, y, z)

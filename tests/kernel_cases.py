@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,11 +21,19 @@ class Kernels:
         make: makes a case of it, see ops.py.
         sizes: what to choose each argument of ``make`` from: around the sizes of blocks, and nothing at all.
         precise: sizes for comparisons in low precision.
+        quick: few small sizes that between them go through all of the kernels' code, with several blocks.
+        far: sizes of three in the first dimensions, whose neighbours are laid far apart.
+        huge: sizes of an image of which there are so many that offsets take more than 32 bits, positions of
+            the tensors that are then float16, and of those that require a gradient (none that is summed over
+            the images: its programs would take forever).
     """
 
     make: Callable[..., tuple]
     sizes: dict[str, list[Any]]
     precise: dict[str, Any]
+    quick: list[dict[str, Any]]
+    far: dict[str, Any]
+    huge: list[tuple[dict[str, Any], Sequence[int], Sequence[int]]]
 
 
 KERNELS = {
@@ -39,6 +47,16 @@ KERNELS = {
             "rows": [1, 3, 15, 17, 0],
         },
         {"batch": 1, "dim": 32},
+        [
+            {"batch": 2, "prefix": 2, "patches": 5, "dim": 6, "rows": 3},
+            {"batch": 1, "prefix": 1, "patches": 33, "dim": 65, "rows": 17},
+            {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2},
+        ],
+        {"batch": 3, "prefix": 1, "patches": 3, "dim": 4, "rows": 3},
+        [
+            ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0], []),
+            ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0], [0]),
+        ],
     ),
     "prompt_attention": Kernels(
         attention_case,
@@ -54,6 +72,31 @@ KERNELS = {
             "bias": [False, False, True],
         },
         {"batch": 1, "heads": 1, "groups": 1, "queries": 30, "tokens": 28, "dim": 32, "prompts": 5},
+        [
+            {"batch": 2, "queries": 5, "tokens": 7, "heads": 2, "groups": 1, "dim": 3, "prompts": 2},
+            {
+                "batch": 1,
+                "queries": 17,
+                "tokens": 18,
+                "heads": 2,
+                "groups": 2,
+                "dim": 3,
+                "prompts": 17,
+                "bias": True,
+            },
+            {
+                "batch": 2,
+                "queries": 3,
+                "tokens": 3,
+                "heads": 3,
+                "groups": 1,
+                "dim": 16,
+                "shared": True,
+                "bias": True,
+            },
+        ],
+        {"batch": 3, "queries": 3, "tokens": 3, "heads": 3, "groups": 3, "dim": 2, "prompts": 3},
+        [({"queries": 4, "tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(5), range(5))],
     ),
 }
 
