@@ -7,67 +7,22 @@ For image b, token t, patch n = t - num_prefix, channel c and row r of the pooli
     raw[b, r, c]    = sum_n M[r, n] * s[b, t] * xhat[b, t, c]
     pooled[b, r, c] = weight[c] * raw[b, r, c] + bias[c] * sum_n M[r, n]
 
+xhat, mean and rstd come from add_norm's ``forward``; where a branch is added there, x is the total here.
+
 Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give come with all
 their strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are one-dimensional.
 """
 
 import triton
 import triton.language as tl
-from vapt_fast.kernels.common import add_chunks, block_of  # noqa: F401 (add_chunks is launched as one of these)
+from vapt_fast.kernels.add_norm import elements_of, store_gradients
+from vapt_fast.kernels.common import block_of
 
 
 @triton.jit
 def prompt_factor(rstd, EPS: tl.constexpr, PROMPT_EPS: tl.constexpr):
     """s, from rstd itself: a small number where the variance is large, so nothing cancels."""
     return 1 / tl.sqrt(1 + (PROMPT_EPS - EPS) * rstd * rstd)
-
-
-@triton.jit
-def normalise(
-    x,
-    x_image,
-    x_token,
-    x_channel,
-    normed,
-    mean,
-    rstd,
-    num_tokens,
-    num_channels,
-    EPS: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """normed = xhat (B, T, C), with mean and rstd (B, T). One program: BLOCK_T tokens of one image."""
-    dtype = mean.dtype.element_ty
-    token_blocks = tl.cdiv(num_tokens, BLOCK_T)
-    image = (tl.program_id(0) // token_blocks).to(tl.int64)
-    token, is_token = block_of(tl.program_id(0) % token_blocks, num_tokens, BLOCK_T)
-    row = image * num_tokens + token
-    x += (image * x_image + token * x_token)[:, None]
-    normed += (row * num_channels)[:, None]
-
-    total = tl.zeros((BLOCK_T,), dtype)
-    for start in range(0, num_channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-        mask = is_token[:, None] & (channel < num_channels)
-        total += tl.sum(tl.load(x + channel * x_channel, mask, 0).to(dtype), axis=1)
-    mu = total / num_channels
-
-    total = tl.zeros((BLOCK_T,), dtype)
-    for start in range(0, num_channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-        mask = is_token[:, None] & (channel < num_channels)
-        centred = tl.load(x + channel * x_channel, mask, 0).to(dtype) - mu[:, None]
-        total += tl.sum(tl.where(mask, centred * centred, 0), axis=1)
-    r = 1 / tl.sqrt(total / num_channels + EPS)
-
-    tl.store(mean + row, mu, is_token)
-    tl.store(rstd + row, r, is_token)
-    for start in range(0, num_channels, BLOCK_C):
-        channel = start + tl.arange(0, BLOCK_C).to(tl.int64)[None, :]
-        mask = is_token[:, None] & (channel < num_channels)
-        centred = tl.load(x + channel * x_channel, mask, 0).to(dtype) - mu[:, None]
-        tl.store(normed + channel, (centred * r[:, None]).to(normed.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -185,6 +140,10 @@ def tokens_backward(
     x_image,
     x_token,
     x_channel,
+    grad_total,
+    grad_total_image,
+    grad_total_token,
+    grad_total_channel,
     grad_normed,
     grad_normed_image,
     grad_normed_token,
@@ -198,9 +157,12 @@ def tokens_backward(
     matrix_patch,
     weight,
     weight_channel,
+    gain,
+    gain_channel,
     mean,
     rstd,
     grad_x,
+    grad_delta,
     num_tokens,
     num_channels,
     num_rows,
@@ -212,10 +174,10 @@ def tokens_backward(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x (B, T, C) of both LayerNorms in one formula. One program: BLOCK_T tokens of one image.
+    """grad_x and grad_delta (B, T, C), see ``store_gradients``. One program: BLOCK_T tokens of one image.
 
-    With a and b of ``branches`` and means over the channels,
-    grad_x = rstd * (a + b - mean(a + b) - xhat * (mean(a * xhat) + s^2 * mean(b * xhat))).
+    With a and b of ``branches`` and means over the channels, x gets through both of its norms
+    rstd * (a + b - mean(a + b) - xhat * (mean(a * xhat) + s^2 * mean(b * xhat))).
     """
     dtype = mean.dtype.element_ty
     token_blocks = tl.cdiv(num_tokens, BLOCK_T)
@@ -230,7 +192,8 @@ def tokens_backward(
     grad_normed += image * grad_normed_image + token * grad_normed_token
     grad_pooled += image * grad_pooled_image
     matrix += (token - num_prefix) * matrix_patch
-    grad_x += (image * num_tokens + token) * num_channels
+    if grad_total is not None:
+        grad_total += (image * grad_total_image + token * grad_total_token)[:, None]
 
     sums = tl.zeros((BLOCK_T,), dtype)
     products = tl.zeros((BLOCK_T,), dtype)
@@ -253,9 +216,11 @@ def tokens_backward(
             start, num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         grad = r[:, None] * (a + b - sums[:, None] - xhat * products[:, None])
-        channel = start + tl.arange(0, BLOCK_C)[None, :]
-        mask = is_token[:, None] & (channel < num_channels)
-        tl.store(grad_x[:, None] + channel, grad.to(grad_x.dtype.element_ty), mask)
+        channel, mask = elements_of(start, num_channels, is_token, BLOCK_T, BLOCK_C)
+        store_gradients(
+            grad, grad_total, grad_total_channel, gain, gain_channel, grad_x, grad_delta,
+            ((image * num_tokens + token) * num_channels)[:, None], channel, mask,
+        )  # fmt: skip
 
 
 @triton.jit

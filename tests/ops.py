@@ -1,6 +1,7 @@
 """The ops' formulas in eager PyTorch, cases of every size, and the policy for low precision."""
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +15,15 @@ POOL = {"num_prefix": 2, "eps": 1e-6, "prompt_eps": 1e-5}
 # ---- each op's formula, literally
 
 
-def pool_formula(x, matrix, weight, bias, *, num_prefix, eps, prompt_eps):
-    normed = F.layer_norm(x, x.shape[-1:], eps=eps)
-    z = F.layer_norm(x[:, num_prefix:], x.shape[-1:], weight, bias, prompt_eps)
-    return normed, matrix @ z
+def add_norm_formula(x, delta=None, weight=None, bias=None, *, gain=None, eps):
+    total = x if delta is None else x + (delta if gain is None else gain * delta)
+    return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
+
+
+def pool_formula(x, matrix, weight, bias, *, delta=None, gain=None, num_prefix, eps, prompt_eps):
+    total, normed = add_norm_formula(x, delta, gain=gain, eps=eps)
+    z = F.layer_norm(total[:, num_prefix:], x.shape[-1:], weight, bias, prompt_eps)
+    return total, normed, matrix @ z
 
 
 def attention_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
@@ -28,6 +34,13 @@ def attention_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     if bias is not None:
         scores = scores + F.pad(bias, (prompt_k.shape[1], 0))
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
+
+
+def packed_formula(qkv, prompt_kv, *, num_heads, num_kv_heads, scale, bias=None):
+    dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    q, kv = qkv.tensor_split([num_heads * dim], dim=-1)
+    parts = (q, *kv.chunk(2, dim=-1), *prompt_kv.chunk(2, dim=-1))
+    return attention_formula(*(t.unflatten(-1, (-1, dim)) for t in parts), scale=scale, bias=bias)
 
 
 def cls_formula(q, x, prompts, key_weight, value_weight, *, scale, bias=None):
@@ -64,6 +77,12 @@ def projector_formula(
     return t if eps is None else F.layer_norm(t, t.shape[-1:], eps=eps)
 
 
+def mlp_formula(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
+    hidden = F.linear(x, fc1_weight, fc1_bias).double()
+    activated = hidden * (1 + torch.erf(hidden / math.sqrt(2))) / 2
+    return F.linear(activated.to(x.dtype), fc2_weight, fc2_bias)
+
+
 # ---- arguments
 
 
@@ -71,13 +90,39 @@ def rand(*shape):
     return torch.randn(*shape, dtype=torch.float64)
 
 
-def pool_case(batch=2, prefix=2, patches=9, dim=6, rows=3):
-    return (
-        functional.prompt_pool,
-        pool_formula,
-        [rand(batch, prefix + patches, dim), rand(rows, patches), rand(dim), rand(dim)],
-        {**POOL, "num_prefix": prefix},
-    )
+def by_name(function, names):
+    """``function`` with the tensors of these ``names`` as its first arguments."""
+    return lambda *tensors, **options: function(**dict(zip(names, tensors, strict=True)), **options)
+
+
+def case_by_name(op, formula, tensors, frozen, options):
+    """A case of ``tensors`` by name; those that are None or ``frozen``, and need no gradient, are options."""
+    names = [name for name, tensor in tensors.items() if tensor is not None and name not in frozen]
+    options = {name: tensor for name, tensor in tensors.items() if name not in names} | options
+    return by_name(op, names), by_name(formula, names), [tensors[name] for name in names], options
+
+
+# What belongs to the backbone among the arguments of add_norm and mlp.
+FROZEN = ("weight", "bias", "gain", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+
+
+def add_norm_case(batch=2, tokens=5, dim=6, delta=True, gain=True, affine=True, learned=False):
+    """With ``learned``, weight, bias and gain need gradients too."""
+    tensors = {"x": rand(batch, tokens, dim), "delta": rand(batch, tokens, dim) if delta else None}
+    tensors |= {name: rand(dim) if affine else None for name in ("weight", "bias")}
+    tensors |= {"gain": rand(dim) if delta and gain else None}
+    frozen = () if learned else FROZEN
+    return case_by_name(functional.add_norm, add_norm_formula, tensors, frozen, {"eps": 1e-6})
+
+
+def pool_case(batch=2, prefix=2, patches=9, dim=6, rows=3, delta=True, gain=True, learned=False):
+    """With ``learned``, the gain needs a gradient too."""
+    tensors = {"x": rand(batch, prefix + patches, dim), "matrix": rand(rows, patches)}
+    tensors |= {"weight": rand(dim), "bias": rand(dim)}
+    tensors |= {"delta": rand(batch, prefix + patches, dim) if delta else None}
+    tensors |= {"gain": rand(dim) if delta and gain else None}
+    options = {**POOL, "num_prefix": prefix}
+    return case_by_name(functional.prompt_pool, pool_formula, tensors, () if learned else ("gain",), options)
 
 
 def attention_case(
@@ -92,6 +137,23 @@ def attention_case(
     tensors += [rand(one, prompts, groups, dim), rand(one, prompts, groups, dim)]
     options = {"scale": 0.7, "bias": rand(1, heads, queries, tokens) if bias else None}
     return functional.prompt_attention, attention_formula, tensors, options
+
+
+def packed_case(batch=2, tokens=7, heads=4, groups=4, dim=3, prompts=2, shared=False, bias=False):
+    tensors = [rand(batch, tokens, (heads + 2 * groups) * dim)]
+    tensors += [rand(1 if shared else batch, prompts, 2 * groups * dim)]
+    options = {"num_heads": heads, "num_kv_heads": groups, "scale": 0.7}
+    options |= {"bias": rand(1, heads, tokens, tokens) if bias else None}
+    return functional.prompt_attention_packed, packed_formula, tensors, options
+
+
+def mlp_case(batch=2, tokens=5, dim=6, hidden=8, out=6, bias=True, learned=False):
+    """With ``learned``, weights and biases need gradients too."""
+    tensors = {"x": rand(batch, tokens, dim)}
+    tensors |= {"fc1_weight": rand(hidden, dim), "fc1_bias": rand(hidden) if bias else None}
+    tensors |= {"fc2_weight": rand(out, hidden), "fc2_bias": rand(out) if bias else None}
+    frozen = () if learned else FROZEN
+    return case_by_name(functional.mlp, mlp_formula, tensors, frozen, {})
 
 
 def cls_case(batch=2, rows=1, tokens=7, heads=3, dim=2, channels=6, prompts=2, shared=False, bias=False):
@@ -131,9 +193,37 @@ def projector_case(
 
 CASES = {
     **{
+        f"add_norm-B{b}-T{t}-C{c}-delta{d}-gain{g}-affine{a}": (
+            add_norm_case,
+            {"batch": b, "tokens": t, "dim": c, "delta": d, "gain": g, "affine": a, "learned": True},
+        )
+        for (b, t, c), (d, g), a in itertools.product(
+            (
+                *itertools.product((1, 3), (1, 5), (1, 5, 64)),
+                *((2, 197, 48), (1, 5, 768), (0, 5, 6), (2, 0, 6)),
+            ),
+            ((False, False), (True, False), (True, True)),
+            (False, True),
+        )
+    },
+    **{
+        f"pool-B{b}-S{s}-N{n}-C{c}-R{r}-delta-gain{g}": (
+            pool_case,
+            {"batch": b, "prefix": s, "patches": n, "dim": c, "rows": r, "delta": True, "gain": g}
+            | {"learned": True},
+        )
+        for (b, s, n, c, r), g in itertools.product(
+            (
+                *itertools.product((1, 3), (0, 5), (1, 16), (5, 64), (1, 10)),
+                *((0, 1, 4, 6, 3), (2, 1, 4, 6, 0)),
+            ),
+            (False, True),
+        )
+    },
+    **{
         f"pool-B{b}-S{s}-N{n}-C{c}-R{r}": (
             pool_case,
-            {"batch": b, "prefix": s, "patches": n, "dim": c, "rows": r},
+            {"batch": b, "prefix": s, "patches": n, "dim": c, "rows": r, "delta": False},
         )
         for b, s, n, c, r in [
             *itertools.product((1, 3), (0, 1, 5), (1, 16), (5, 64), (1, 10)),
@@ -155,6 +245,26 @@ CASES = {
             (1, 197, 197, (2, 2), 32, 10, False, False),
             (0, 5, 5, (2, 2), 4, 3, False, False),
         ]
+    },
+    **{
+        f"packed-B{b}-T{t}-h{h}/{g}-d{d}-P{p}-shared{s}-bias{m}": (
+            packed_case,
+            {"batch": b, "tokens": t, "heads": h, "groups": g, "dim": d, "prompts": p}
+            | {"shared": s, "bias": m},
+        )
+        for b, t, (h, g), d, p, s, m in [
+            *itertools.product((2,), (1, 6), ((2, 2), (4, 2)), (1, 8), (0, 5), (False, True), (False, True)),
+            (0, 5, (2, 2), 4, 3, False, False),
+        ]
+    },
+    **{
+        f"mlp-B{b}-T{t}-C{c}-D{d}-E{e}-bias{m}-learned{x}": (
+            mlp_case,
+            {"batch": b, "tokens": t, "dim": c, "hidden": d, "out": e, "bias": m, "learned": x},
+        )
+        for b, t, (c, d, e), m, x in itertools.product(
+            (0, 1, 3), (1, 5, 17), ((1, 1, 1), (6, 24, 6), (5, 3, 7)), (False, True), (False, True)
+        )
     },
     **{
         f"cls-R{r}-T{t}-P{p}-shared{s}-bias{m}": (
@@ -202,7 +312,23 @@ def assert_same_results(actual, expected, tolerance, message=None):
 
 GRADCHECK = [
     *[
-        (pool_case, {"batch": b, "prefix": s, "patches": 4, "dim": 5, "rows": r})
+        (add_norm_case, {"batch": b, "delta": d, "gain": g, "affine": a, "learned": True})
+        for b in (1, 2)
+        for d, g in ((False, False), (True, False), (True, True))
+        for a in (False, True)
+    ],
+    *[
+        (
+            pool_case,
+            {"batch": b, "prefix": s, "patches": 4, "dim": 5, "rows": r, "delta": True, "gain": g}
+            | {"learned": True},
+        )
+        for b in (1, 2)
+        for s in (0, 2)
+        for r, g in ((1, False), (2, False), (3, True))
+    ],
+    *[
+        (pool_case, {"batch": b, "prefix": s, "patches": 4, "dim": 5, "rows": r, "delta": False})
         for b in (1, 2)
         for s in (0, 2)
         for r in (1, 2, 3)
@@ -213,6 +339,20 @@ GRADCHECK = [
         for p in (0, 2)
         for s in (False, True)
         for m in (False, True)
+    ],
+    *[
+        (packed_case, {"heads": 2, "groups": g, "prompts": p, "shared": s, "bias": m})
+        for g in (1, 2)
+        for p in (0, 2)
+        for s in (False, True)
+        for m in (False, True)
+    ],
+    *[
+        (mlp_case, {"batch": b, "tokens": t, "bias": m, "learned": x})
+        for b in (1, 2)
+        for t in (1, 3)
+        for m in (False, True)
+        for x in (False, True)
     ],
     *[
         (cls_case, {"rows": r, "prompts": p, "shared": s, "bias": m})
@@ -230,12 +370,14 @@ GRADCHECK = [
 ]
 
 
-def far_from_zero(seed):
-    """A pool case with mean / std = 1e4, and a constant row: variance 0, rstd 1000."""
+def far_from_zero(seed, make, **sizes):
+    """A case of a norm with mean / std = 1e4, and a constant row: variance 0, rstd 1000."""
     torch.manual_seed(seed)
-    op, formula, (x, *rest), options = pool_case(dim=64, patches=16)
+    op, formula, (x, *rest), options = make(dim=64, **sizes)
     x = x + 1e4
     x[:, 3] = 7.0
+    for delta in (t for t in rest if t.shape == x.shape):
+        delta[:, 3] = 0.0
     return op, formula, [x, *rest], options
 
 
@@ -250,6 +392,14 @@ def sdpa_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     return F.scaled_dot_product_attention(q, keys, values, scale=scale).transpose(1, 2)
 
 
+def _with_frozen(options, dtype):
+    """``options`` with what is frozen among them in ``dtype``."""
+    return {
+        name: value.to(dtype) if name in FROZEN and value is not None else value
+        for name, value in options.items()
+    }
+
+
 def assert_policy(make, cases, dtype):
     """The one policy for low precision.
 
@@ -257,14 +407,15 @@ def assert_policy(make, cases, dtype):
     is at most that of eager PyTorch in the same dtype (float32: twice that), plus 2 eps.
     """
     # Tokens, queries, keys and values are in ``dtype``; the prompts' own arithmetic is at least float32.
-    low = {pool_case: [0], projector_case: []}.get(make, range(9))
+    low = {pool_case: [0, 4], projector_case: []}.get(make, range(9))
     errors, dtypes = [], []
     for op, formula, tensors, options in cases:
         tensors = [t.to(dtype if i in low else torch.float32) for i, t in enumerate(tensors)]
+        options = _with_frozen(options, dtype)
         ours = results(op, tensors, options)
         eager_formula = sdpa_formula if make is attention_case else formula
         eager = results(eager_formula, [t.to(dtype) for t in tensors], options)
-        exact = results(formula, [t.double() for t in tensors], options)
+        exact = results(formula, [t.double() for t in tensors], _with_frozen(options, torch.float64))
         triples = list(zip(*(itertools.chain(*r) for r in (ours, eager, exact)), strict=True))
         dtypes = [mine.dtype for mine, _, _ in triples]
         errors.append(

@@ -6,12 +6,15 @@ import torch.nn.functional as F
 from ops import (
     CASES,
     GRADCHECK,
+    add_norm_case,
     assert_policy,
     assert_same_results,
     attention_case,
     cls_case,
     far_from_zero,
     layouts,
+    mlp_case,
+    packed_case,
     pool_case,
     projector_case,
     rand,
@@ -19,6 +22,12 @@ from ops import (
 )
 
 from vapt_fast import functional
+
+for_every_op = pytest.mark.parametrize(
+    "make",
+    [add_norm_case, pool_case, projector_case, attention_case, packed_case, cls_case, mlp_case],
+    ids=lambda make: make.__name__,
+)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -42,9 +51,7 @@ def test_gradcheck(make, sizes):
 # ---- layouts
 
 
-@pytest.mark.parametrize(
-    "make", [pool_case, attention_case, cls_case, projector_case], ids=lambda f: f.__name__
-)
+@for_every_op
 def test_layouts_make_no_difference(make):
     torch.manual_seed(0)
     op, _, tensors, options = make()
@@ -55,9 +62,7 @@ def test_layouts_make_no_difference(make):
             assert_same_results(actual, expected, 1e-13, f"argument {position} {name}")
 
 
-@pytest.mark.parametrize(
-    "make", [pool_case, attention_case, cls_case, projector_case], ids=lambda f: f.__name__
-)
+@for_every_op
 def test_expanded_incoming_gradients(make):
     """A stride of 0 in the incoming gradient, as sum() makes it."""
     torch.manual_seed(0)
@@ -77,11 +82,11 @@ def test_expanded_incoming_gradients(make):
 
 def test_pool_when_only_the_prompts_learn():
     torch.manual_seed(0)
-    op, formula, (x, *learned), options = pool_case()
+    op, formula, (x, *learned), options = pool_case(delta=False)
     grads = []
     for function in (op, formula):
         leaves = [t.detach().requires_grad_() for t in learned]
-        grads.append(torch.autograd.grad(function(x, *leaves, **options)[1].square().sum(), leaves))
+        grads.append(torch.autograd.grad(function(x, *leaves, **options)[-1].square().sum(), leaves))
     for ours, theirs in zip(*grads, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
@@ -89,7 +94,7 @@ def test_pool_when_only_the_prompts_learn():
 def test_a_second_derivative_of_a_handwritten_backward_raises():
     op, _, tensors, options = pool_case()
     x, *rest = [t.requires_grad_() for t in tensors]
-    (grad,) = torch.autograd.grad(op(x, *rest, **options)[1].square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(op(x, *rest, **options)[-1].square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="prompt_pool can't be differentiated twice"):
         grad.sum().backward()
 
@@ -97,13 +102,15 @@ def test_a_second_derivative_of_a_handwritten_backward_raises():
 # ---- extremes
 
 
-def test_norm_far_from_zero_and_constant_rows_in_float64():
-    op, formula, tensors, options = far_from_zero(seed=0)
+@pytest.mark.parametrize("make", [add_norm_case, pool_case], ids=lambda f: f.__name__)
+def test_norm_far_from_zero_and_constant_rows_in_float64(make):
+    op, formula, tensors, options = far_from_zero(0, make)
     assert_same_results(results(op, tensors, options), results(formula, tensors, options), 1e-9)
 
 
-def test_norm_far_from_zero_and_constant_rows_in_float32():
-    assert_policy(pool_case, (far_from_zero(seed) for seed in range(20)), torch.float32)
+@pytest.mark.parametrize("make", [add_norm_case, pool_case], ids=lambda f: f.__name__)
+def test_norm_far_from_zero_and_constant_rows_in_float32(make):
+    assert_policy(make, (far_from_zero(seed, make) for seed in range(20)), torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +130,15 @@ def test_attention_with_extreme_scores_stays_finite(dtype, size):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_propagate_to_their_image_only(value):
     torch.manual_seed(0)
-    for make, position in ((pool_case, 0), (attention_case, 1), (cls_case, 1), (projector_case, 0)):
+    for make, position in (
+        (add_norm_case, 0),
+        (pool_case, 0),
+        (attention_case, 1),
+        (packed_case, 0),
+        (cls_case, 1),
+        (mlp_case, 0),
+        (projector_case, 0),
+    ):
         op, _, tensors, options = make()
         tensors[position][0, 0, 0] = value
         outputs = op(*tensors, **options)
@@ -135,9 +150,7 @@ def test_nan_and_inf_propagate_to_their_image_only(value):
 # ---- low precision
 
 
-@pytest.mark.parametrize(
-    "make", [pool_case, attention_case, cls_case, projector_case], ids=lambda f: f.__name__
-)
+@for_every_op
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_error_is_at_most_that_of_eager_pytorch(make, dtype, scale):

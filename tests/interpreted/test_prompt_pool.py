@@ -2,7 +2,7 @@
 
 import importlib
 import itertools
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -18,8 +18,11 @@ from vapt_fast import BackendUnavailable, kernels, use_backend
 from vapt_fast.backends import _dispatch
 from vapt_fast.backends._dispatch import IMPLEMENTATIONS
 
-# By its full name: the package has a function of this name.
-LAUNCHER = importlib.import_module("vapt_fast.backends.triton.prompt_pool")
+# By their full names: the package has functions of these names.
+LAUNCHERS = [
+    importlib.import_module(f"vapt_fast.backends.triton.{name}")
+    for name in ("_launch", "add_norm", "prompt_pool")
+]
 
 # (B, S, N, C, R): every number of patches, width and number of rows that occurs, and block sizes +- 1.
 SHAPES = [
@@ -34,27 +37,45 @@ SHAPES = [
 ]
 
 
-def case(batch, prefix, patches, dim, rows):
+# Without a branch to add, with one, and with one that has a gain.
+RESIDUALS = [{"delta": False}, {"delta": True, "gain": False}, {"delta": True, "gain": True}]
+
+
+def case(batch, prefix, patches, dim, rows, **residual):
     torch.manual_seed(0)
-    return pool_case(batch=batch, prefix=prefix, patches=patches, dim=dim, rows=rows)
+    return pool_case(batch=batch, prefix=prefix, patches=patches, dim=dim, rows=rows, **residual)
+
+
+def op_case(batch, prefix, patches, dim, rows, **residual):
+    """The arguments of vapt_fast::prompt_pool, all of which could need a gradient but gain."""
+    _, _, tensors, options = case(batch, prefix, patches, dim, rows, **residual)
+    x, matrix, weight, bias, *delta = (t.requires_grad_() for t in tensors)
+    delta = delta[0] if delta else None
+    numbers = (options["num_prefix"], options["eps"], options["prompt_eps"])
+    return x, delta, options["gain"], matrix, weight, bias, x.dtype, *numbers
 
 
 def on_torch(op, tensors, options):
     return results(op, tensors, options | {"backend": "torch"})
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "residual"),
+    [(shape, RESIDUALS[i % 3]) for i, shape in enumerate(SHAPES)]
+    + [(shape, residual) for shape in SHAPES[::6] for residual in RESIDUALS],
+    ids=str,
+)
 @pytest.mark.usefixtures("poisoned")
-def test_equals_the_torch_backend(shape):
-    op, _, tensors, options = case(*shape)
+def test_equals_the_torch_backend(shape, residual):
+    op, _, tensors, options = case(*shape, **residual)
     assert_same_results(results(op, tensors, options), on_torch(op, tensors, options), 1e-10)
 
 
 @pytest.mark.parametrize("prefix", [0, 2])
 @pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_gradcheck(batch, prefix, rows):
-    op, _, tensors, options = case(batch, prefix, 4, 5, rows)
+@pytest.mark.parametrize("residual", RESIDUALS, ids=str)
+def test_gradcheck(residual, prefix, rows):
+    op, _, tensors, options = case(2, prefix, 4, 5, rows, **residual)
     options |= {"eps": 0.05, "prompt_eps": 0.5}  # far apart, so that an error in s would show
     leaves = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(lambda *a: op(*a, **options), leaves, fast_mode=True)
@@ -89,21 +110,28 @@ def test_error_with_several_blocks_in_every_direction(dtype, rows):
 
 
 def test_norm_far_from_zero_and_constant_rows():
-    op, formula, tensors, options = far_from_zero(seed=0)
+    op, formula, tensors, options = far_from_zero(0, pool_case, patches=16)
     assert_same_results(results(op, tensors, options), results(formula, tensors, options), 1e-9)
-    assert_policy(pool_case, (far_from_zero(seed) for seed in range(8)), torch.float32)
+    assert_policy(pool_case, (far_from_zero(seed, pool_case, patches=16) for seed in range(8)), torch.float32)
 
 
 def test_dtypes_are_those_of_the_torch_backend():
     op, _, tensors, options = case(2, 1, 4, 8, 3)
-    x, matrix, *affine = (t.float() for t in tensors)
-    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    x, matrix, weight, bias, delta = (t.float() for t in tensors)
+    low = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    for dtype, delta_dtype, autocast in itertools.product(low, low, (False, True)):
         for affine_dtype in (torch.float16, torch.float32):
-            arguments = [x.to(dtype), matrix, *(t.to(affine_dtype) for t in affine)]
-            with torch.autocast("cpu", torch.bfloat16):
+            arguments = [x.to(dtype), matrix, weight.to(affine_dtype), bias.to(affine_dtype)]
+            arguments += [delta.to(delta_dtype)]
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 actual, expected = results(op, arguments, options), on_torch(op, arguments, options)
             for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
                 assert ours.dtype == theirs.dtype
+            total, normed, pooled = actual[0]
+            assert total.dtype == torch.promote_types(dtype, delta_dtype)
+            narrows = autocast and total.dtype != torch.float64
+            assert normed.dtype == (torch.bfloat16 if narrows else total.dtype)
+            assert pooled.dtype == torch.float32
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -149,15 +177,15 @@ def test_expanded_tensors():
     grads = []
     for backend in ("triton", "torch"):
         leaves = [t.detach().requires_grad_() for t in tensors]
-        normed, pooled = op(*leaves, **options, backend=backend)
-        grads.append(torch.autograd.grad(normed.sum() + pooled.sum(), leaves))
+        outputs = op(*leaves, **options, backend=backend)
+        grads.append(torch.autograd.grad(sum(output.sum() for output in outputs), leaves))
     assert_same_results([grads[0]], [grads[1]], 1e-10)
 
 
 @pytest.mark.parametrize("dim", [0, 1, 2])
 def test_offsets_beyond_32_bits(dim):
     """Two neighbours in ``dim`` lie more than 2^31 elements apart, in memory that nobody touches."""
-    op, _, tensors, options = case(2, 1, 2, 2, 3)
+    op, _, tensors, options = case(2, 1, 2, 2, 3, delta=False)
     x, *rest = (t.float() for t in tensors)
     stride = (2**31 + 64) // (x.shape[dim] - 1)
     strides = [1 if d == dim else 8**d for d in range(3)]
@@ -175,20 +203,22 @@ def test_offsets_beyond_32_bits(dim):
 def recorded_launches(run=True):
     """(kernel's name, number of programs) of each launch in the ``with`` block, run or not."""
     launches = []
-    launch = LAUNCHER.launch
+    launch = LAUNCHERS[0].launch
 
     def record(kernel, config, programs, *args, **constants):
         launches.append((kernel.__name__, programs))
         if run:
             launch(kernel, config, programs, *args, **constants)
 
-    with mock.patch.object(LAUNCHER, "launch", record):
+    with ExitStack() as patches:
+        for launcher in LAUNCHERS:
+            patches.enter_context(mock.patch.object(launcher, "launch", record))
         yield launches
 
 
 def grids(batch, prefix, patches, dim, rows):
     """Kernel -> number of programs, of a forward and backward pass that is not run."""
-    op, _, (x, *rest), options = case(1, prefix, patches, dim, rows)
+    op, _, (x, *rest), options = case(1, prefix, patches, dim, rows, delta=False)
     leaves = [t.requires_grad_() for t in (x[:, :1, :1].expand(batch, *x.shape[1:]), *rest)]
     with recorded_launches(run=False) as launches:
         outputs = op(*leaves, **options)
@@ -199,7 +229,7 @@ def grids(batch, prefix, patches, dim, rows):
 def test_grids():
     """One dimension, of a size that a GPU allows."""
     assert grids(2, 1, 49, 70, 20) == {
-        "normalise": 2 * 13,
+        "forward": 2 * 50 // 2,
         "pool": 2 * 2 * 2,
         "tokens_backward": 2 * 4,
         "matrix_backward": 1 * 2 * 2,
@@ -221,13 +251,16 @@ def test_launches_are_on_the_device_of_their_input():
 
 
 def test_nothing_is_launched_for_what_needs_no_gradient():
-    op, _, (x, matrix, weight, bias), options = case(1, 1, 2, 4, 2)
+    op, _, (x, matrix, weight, bias, delta), options = case(1, 1, 2, 4, 2)
     with recorded_launches() as launches:
-        op(x, matrix.requires_grad_(), weight, bias, **options)[1].sum().backward()
+        op(x, matrix.requires_grad_(), weight, bias, delta, **options)[-1].sum().backward()
     assert "tokens_backward" not in dict(launches)
-    with recorded_launches() as launches:
-        op(x.requires_grad_(), matrix.detach(), weight, bias, **options)[1].sum().backward()
-    assert list(dict(launches)) == ["normalise", "pool", "tokens_backward"]
+    for leaf in (x, delta):
+        leaf.requires_grad_()
+        with recorded_launches() as launches:
+            op(x, matrix.detach(), weight, bias, delta, **options)[-1].sum().backward()
+        assert list(dict(launches)) == ["forward", "pool", "tokens_backward"]
+        leaf.requires_grad_(False)
 
 
 def test_kernels_use_no_atomics():
@@ -242,39 +275,39 @@ def test_results_repeat_bit_by_bit():
 # ---- as an op of PyTorch
 
 
-def test_opcheck():
-    _, _, tensors, options = case(2, 1, 4, 6, 3)
-    arguments = [*(t.requires_grad_() for t in tensors), *options.values()]
-    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool, arguments)
+@pytest.mark.parametrize("residual", RESIDUALS, ids=str)
+def test_opcheck(residual):
+    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool, op_case(2, 1, 4, 6, 3, **residual))
 
 
-def test_opcheck_of_the_backward():
-    _, _, (x, matrix, weight, bias), options = case(2, 1, 4, 6, 3)
-    normed, pooled, raw, mean, rstd = torch.ops.vapt_fast.prompt_pool(
-        x, matrix, weight, bias, *options.values()
+@pytest.mark.parametrize("wanted", list(itertools.product((None, torch.float64), repeat=2)), ids=str)
+def test_opcheck_of_the_backward(wanted):
+    arguments = op_case(2, 1, 4, 6, 3)
+    with torch.no_grad():
+        total, normed, pooled, raw, mean, rstd = torch.ops.vapt_fast.prompt_pool(*arguments)
+    _, _, gain, matrix, weight, bias, *numbers = (
+        value.detach() if torch.is_tensor(value) else value for value in arguments
     )
-    statistics = (mean, rstd, *options.values())
-    arguments = (normed, pooled, x, matrix, weight, *statistics)
-    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool_backward_tokens, arguments)
-    arguments = (pooled, x, matrix, weight, bias, raw, *statistics)
-    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool_backward_learned, arguments)
+    given = (total, normed, pooled, total, gain, matrix, weight, mean, rstd, *numbers, *wanted)
+    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool_backward_tokens, given)
+    given = (pooled, total, matrix, weight, bias, raw, mean, rstd, *numbers)
+    torch.library.opcheck(torch.ops.vapt_fast.prompt_pool_backward_learned, given)
 
 
 def test_statistics_are_not_differentiable():
-    _, _, tensors, options = case(2, 1, 4, 6, 3)
-    outputs = torch.ops.vapt_fast.prompt_pool(*(t.requires_grad_() for t in tensors), *options.values())
-    assert [output.requires_grad for output in outputs] == [True, True, False, False, False]
+    outputs = torch.ops.vapt_fast.prompt_pool(*op_case(2, 1, 4, 6, 3))
+    assert [output.requires_grad for output in outputs] == [True, True, True, False, False, False]
 
 
 def test_a_second_derivative_raises():
     op, _, tensors, options = case(2, 1, 4, 6, 3)
     x, *rest = (t.requires_grad_() for t in tensors)
-    (grad,) = torch.autograd.grad(op(x, *rest, **options)[1].square().sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(op(x, *rest, **options)[-1].square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="prompt_pool can't be differentiated twice"):
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("position", range(4))
+@pytest.mark.parametrize("position", range(5))
 def test_a_forward_derivative_raises(position):
     op, _, tensors, options = case(2, 1, 4, 6, 3)
 
@@ -302,9 +335,20 @@ def test_compiles_into_one_graph_for_any_batch():
 
 
 def test_other_dtypes_are_refused():
-    op, _, (x, matrix, *affine), options = case(1, 1, 4, 6, 3)
+    op, _, (x, matrix, *affine), options = case(1, 1, 4, 6, 3, delta=False)
     with pytest.raises(BackendUnavailable, match=r"prompt_pool can't run.*matrix must be float32 or float64"):
         op(x, matrix.half(), *affine, **options)
+    with pytest.raises(BackendUnavailable, match=r"x must be float16, bfloat16, float32 or float64, got"):
+        op(x.to(torch.float8_e4m3fn), matrix, *affine, **options)
+
+
+def test_a_gain_that_learns_is_refused():
+    op, _, tensors, options = case(1, 1, 4, 6, 3, learned=True)
+    tensors[-1].requires_grad_()
+    with pytest.raises(BackendUnavailable, match="no gradient of gain, which must not require one"):
+        op(*tensors, **options)
+    with torch.no_grad():
+        assert_same_results([op(*tensors, **options)], [op(*tensors, **options, backend="torch")], 1e-10)
 
 
 # ---- the whole model
@@ -344,7 +388,7 @@ def test_checkpointing_recomputes_on_the_backend_of_the_forward_pass():
     weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
     with use_backend("torch"), recorded_launches() as launches:
         (logits * weights.cos()).sum().backward()
-    assert "normalise" in dict(launches)
+    assert "forward" in dict(launches)
     grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert_same({"logits": logits.detach()} | grads, expected, 0)
 

@@ -8,7 +8,7 @@ __all__ = ["autocast_dtype"]
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype in which PyTorch's matrix products and attention read a tensor of ``dtype`` on ``device`` now.
+    """The dtype in which matrix products and attention of PyTorch read a tensor of ``dtype`` on ``device``.
 
     ``dtype`` itself without autocast; float64 always stays.
     """

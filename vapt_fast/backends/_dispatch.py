@@ -10,6 +10,8 @@ from contextvars import ContextVar
 
 import torch
 
+from . import _native
+
 __all__ = [
     "BACKENDS",
     "ENVIRONMENT_VARIABLE",
@@ -36,11 +38,12 @@ ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 # Op -> its implementations. Under "triton" or "cuda" an op without such kernels runs as under "torch".
 # "cudnn" and "flash" are PyTorch's attention by that library alone, names that only this op knows.
 IMPLEMENTATIONS = {
+    "add_norm": ("torch", "triton"),
     "prompt_pool": ("torch", "triton"),
-    "prompt_projector": ("torch",),
-    "prompt_attention": ("torch", "triton", "cudnn", "flash"),
+    "prompt_projector": ("torch", "triton"),
+    "prompt_attention": ("torch", "triton", "cuda", "cudnn", "flash"),
     "mlp": ("torch", "triton"),
-    "cls_attention": ("torch",),
+    "cls_attention": ("torch", "triton"),
 }
 
 MINIMUM_TRITON = (3, 6)
@@ -60,7 +63,7 @@ def unavailable_because(name: str) -> list[str]:
     if name == "triton":
         return _triton_unavailable_because()
     if name == "cuda":
-        return [f"this version of vapt_fast has no {BACKENDS[name]}"]
+        return _cuda_unavailable_because()
     return []
 
 
@@ -84,6 +87,17 @@ def _triton_unavailable_because() -> list[str]:
 
 
 @torch.compiler.assume_constant_result
+def _cuda_unavailable_because() -> list[str]:
+    missing = _native.missing_because()
+    reasons = missing if missing else _native.driver_lacks()
+    if torch.version.cuda is None or not torch.cuda.is_available():
+        return [*reasons, "its kernels need a CUDA GPU"]
+    if missing:
+        return reasons
+    return reasons + device_lacks("cuda", torch.device("cuda", torch.cuda.current_device()))
+
+
+@torch.compiler.assume_constant_result
 def device_lacks(name: str, device: torch.device) -> list[str]:
     """What ``device`` lacks to run an implementation of an op, ``name``; empty if nothing."""
     if name == "torch" or (name == "triton" and device.type == "cpu" and interpreting()):
@@ -94,6 +108,8 @@ def device_lacks(name: str, device: torch.device) -> list[str]:
     if capability(device) < MINIMUM_CAPABILITY:
         given, needed = (".".join(map(str, c)) for c in (capability(device), MINIMUM_CAPABILITY))
         return [f"{device} has compute capability {given}, its kernels need {needed}"]
+    if name == "cuda":
+        return _native.device_lacks(capability(device))
     return []
 
 

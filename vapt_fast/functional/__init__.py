@@ -1,5 +1,6 @@
 """The stateless ops that VAPT is made of, for people who build their own modules."""
 
+from .add_norm import add_norm
 from .cls_attention import cls_attention
 from .mlp import mlp
 from .prompt_attention import prompt_attention, prompt_attention_packed
@@ -8,6 +9,7 @@ from .prompt_pool import prompt_pool
 from .prompt_projector import prompt_projector
 
 __all__ = [
+    "add_norm",
     "cls_attention",
     "mlp",
     "prompt_attention",

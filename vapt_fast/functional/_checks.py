@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["check_float", "check_same_device", "check_shape"]
+__all__ = ["check_float", "check_residual", "check_same_device", "check_shape"]
 
 
 def check_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> None:
@@ -17,6 +17,16 @@ def check_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> N
     if not fits:
         expected = tuple("any" if size is None else size for size in sizes)
         raise ValueError(f"{name} must be {layout} = {expected}, got {tuple(tensor.shape)}")
+
+
+def check_residual(x: Tensor, delta: Tensor | None, gain: Tensor | None) -> None:
+    """Raise unless ``gain * delta`` can be added to the tokens ``x`` (B, T, C); both may be None."""
+    if delta is not None:
+        check_shape("delta", delta, "(B, T, C)", *x.shape)
+    if gain is not None:
+        if delta is None:
+            raise ValueError("gain must be None where delta is, got a tensor")
+        check_shape("gain", gain, "(C,)", x.shape[-1])
 
 
 def check_float(**tensors: Tensor | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_float, check_same_device, check_shape
+from ._checks import check_float, check_residual, check_same_device, check_shape
 from ._implementation import run
 
 __all__ = ["prompt_pool"]
@@ -17,14 +17,17 @@ def prompt_pool(
     bias: Tensor,
     *,
     num_prefix: int,
+    delta: Tensor | None = None,
+    gain: Tensor | None = None,
     eps: float = 1e-6,
     prompt_eps: float = 1e-5,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Two LayerNorms of the same rows with one statistic, the second one pooled over the positions.
 
-    normed = (x - mean) * rstd(eps), over C, without affine: what the block's projections read.
-    pooled = M z, z = weight * (x - mean) * rstd(prompt_eps) + bias over the patch tokens (VAPT, arXiv
+    total = x + gain * delta: the tokens after the branch before, as in add_norm.
+    normed = (total - mean) * rstd(eps), over C, without affine: what the block's projections read.
+    pooled = M z, z = weight * (total - mean) * rstd(prompt_eps) + bias over the patch tokens (VAPT, arXiv
     2501.18936, section 4.1), computed as weight * ((M * s) normed) + bias * rowsum(M), with
     s = rstd(prompt_eps) / rstd(eps) for each row.
 
@@ -33,14 +36,18 @@ def prompt_pool(
         matrix: M of (R, N), float32 (float64 for float64 tokens); see prompt_matrices.
         weight, bias: (C,), the affine of the prompts' LayerNorm.
         num_prefix: prefix tokens, which are normalised but not pooled.
+        delta: (B, S + N, C), what a branch of a block adds to the tokens; None: nothing.
+        gain: (C,), the branch's LayerScale; None for 1.
         eps: of the block's LayerNorm.
         prompt_eps: of the prompts' LayerNorm.
         backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
-        normed (B, S + N, C) in ``x``'s dtype and pooled (B, R, C) in ``matrix``'s dtype. Statistics and sums
-        are in ``matrix``'s dtype, also under autocast. Differentiable in x, matrix, weight and bias, once:
-        the backward is written by hand.
+        total (B, S + N, C), in the dtype of x + delta (``x`` itself without delta); normed (B, S + N, C), in
+        total's dtype or in that of autocast where it is on, as in add_norm; pooled (B, R, C) in ``matrix``'s
+        dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast.
+        Differentiable in all tensors, once: the backward is written by hand. The Triton kernels have no
+        gradient of gain: where gradients are on, it must not require one there.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device; no patch token.
@@ -53,6 +60,8 @@ def prompt_pool(
     check_shape("matrix", matrix, "(R, N)", None, num_tokens - num_prefix)
     check_shape("weight", weight, "(C,)", dim)
     check_shape("bias", bias, "(C,)", dim)
-    check_float(x=x, matrix=matrix, weight=weight, bias=bias)
-    check_same_device(x=x, matrix=matrix, weight=weight, bias=bias)
-    return run("prompt_pool", backend, x, matrix, weight, bias, num_prefix, eps, prompt_eps)
+    check_residual(x, delta, gain)
+    tensors = {"x": x, "matrix": matrix, "weight": weight, "bias": bias, "delta": delta, "gain": gain}
+    check_float(**tensors)
+    check_same_device(**tensors)
+    return run("prompt_pool", backend, *tensors.values(), num_prefix, eps, prompt_eps)

@@ -9,10 +9,12 @@ from .attention import (
     why_not_prompt_attention_flash,
 )
 from .mlp import mlp
+from .norm import add_norm
 from .pool import prompt_pool
 from .projector import prompt_projector
 
 __all__ = [
+    "add_norm",
     "cls_attention",
     "mlp",
     "prompt_attention",

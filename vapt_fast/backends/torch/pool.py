@@ -6,21 +6,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._autocast import autocast_dtype
 from .._autograd import differentiable_once
+from .norm import add_residual
 
 __all__ = ["prompt_pool"]
 
 
 def prompt_pool(
-    x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor, num_prefix: int, eps: float, prompt_eps: float
-) -> tuple[Tensor, Tensor]:
+    x: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    delta: Tensor | None,
+    gain: Tensor | None,
+    num_prefix: int,
+    eps: float,
+    prompt_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
-    dtype = matrix.dtype
+    total, dtype = add_residual(x, delta, gain), matrix.dtype
     with torch.autocast(x.device.type, enabled=False):
         normed, pooled = _PromptPool.apply(
-            x.to(dtype), matrix, weight.to(dtype), bias.to(dtype), num_prefix, eps, prompt_eps
+            total.to(dtype), matrix, weight.to(dtype), bias.to(dtype), num_prefix, eps, prompt_eps
         )
-    return normed.to(x.dtype), pooled
+    return total, normed.to(autocast_dtype(total.dtype, total.device)), pooled
 
 
 class _PromptPool(torch.autograd.Function):

@@ -7,15 +7,22 @@ from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 
-from .configs import Launch
+from ...kernels import common
+from .configs import ADD_CHUNKS, Launch
 
-__all__ = ["launch", "num_blocks"]
+__all__ = ["add_chunks", "launch", "num_blocks", "strided"]
 
 
 def num_blocks(config: Launch, **sizes: int) -> int:
     """How many blocks cover ``sizes``, each given by the name of its block size, as BLOCK_C=channels."""
     return math.prod(triton.cdiv(size, config.blocks[name]) for name, size in sizes.items())
+
+
+def strided(tensor: Tensor | None, ndim: int) -> tuple[Tensor | int | None, ...]:
+    """``tensor`` and its ``ndim`` strides, as kernels take what users give; zeros where there is none."""
+    return (None, *([0] * ndim)) if tensor is None else (tensor, *tensor.stride())
 
 
 def launch(
@@ -28,3 +35,11 @@ def launch(
     if programs:
         with torch.cuda.device_of(args[0]):
             kernel[(programs,)](*args, **constants, **config.options)
+
+
+def add_chunks(partial: Tensor) -> Tensor:
+    """The sum of ``partial`` (chunks, ...) over its chunks, in the same order every time."""
+    total = torch.empty(partial.shape[1:], dtype=partial.dtype, device=partial.device)
+    programs = num_blocks(ADD_CHUNKS, BLOCK=total.numel())
+    launch(common.add_chunks, ADD_CHUNKS, programs, partial, total, partial.shape[0], total.numel())
+    return total

@@ -12,18 +12,26 @@ from typing import Any
 import torch
 
 __all__ = [
+    "ADD_CHUNKS",
     "LARGEST_HEAD",
+    "LARGEST_PROJECTOR",
     "Launch",
     "PromptPool",
+    "add_norm",
+    "cls_attention",
     "images_per_program",
     "mlp",
     "product_precision",
     "prompt_attention",
     "prompt_pool",
+    "prompt_projector",
 ]
 
 # Channels of a head of attention.
 LARGEST_HEAD = 128
+
+# Features of a projector.
+LARGEST_PROJECTOR = 64
 
 
 @dataclass(frozen=True)
@@ -46,29 +54,35 @@ class Launch:
         }
 
 
+def add_norm(dtype: torch.dtype, dim: int) -> Launch:
+    """For rows of ``dim`` channels, computed in ``dtype``, which a program keeps in its registers."""
+    if dim <= 1536:
+        return Launch({"BLOCK_T": 4 if dtype.itemsize <= 4 else 2, "BLOCK_C": 256})
+    # One row, in at most four blocks.
+    block = max(1024, 1 << (dim - 1).bit_length() >> 2)
+    return Launch({"BLOCK_T": 1, "BLOCK_C": block}, num_warps=min(16, block // 256))
+
+
 @dataclass(frozen=True)
 class PromptPool:
     """Launches of the kernels of prompt_pool."""
 
-    normalise: Launch
     pool: Launch
     tokens_backward: Launch
     matrix_backward: Launch
     affine_backward: Launch
-    add_chunks: Launch = Launch({"BLOCK": 256})
 
 
 _FEW_ROWS = PromptPool(
-    normalise=Launch({"BLOCK_T": 4, "BLOCK_C": 256}),
     pool=Launch({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
-    tokens_backward=Launch({"BLOCK_T": 32, "BLOCK_R": 16, "BLOCK_C": 64}),
+    tokens_backward=Launch({"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_C": 32}, num_warps=8),
     matrix_backward=Launch({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
     affine_backward=Launch({"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_C": 64}),
 )
 _MANY_ROWS = replace(
     _FEW_ROWS,
     pool=Launch({"BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_C": 128}, num_warps=8),
-    tokens_backward=Launch({"BLOCK_T": 32, "BLOCK_R": 64, "BLOCK_C": 64}, num_warps=8),
+    tokens_backward=Launch({"BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_C": 32}, num_warps=8),
     matrix_backward=Launch({"BLOCK_R": 64, "BLOCK_N": 64, "BLOCK_C": 32}),
 )
 _FLOAT64 = replace(
@@ -85,10 +99,30 @@ def prompt_pool(dtype: torch.dtype, num_rows: int) -> PromptPool:
     return _FEW_ROWS if num_rows <= 16 else _MANY_ROWS
 
 
-def product_precision(dtype: torch.dtype) -> str:
-    """How products of float32 values round their factors, for tokens of ``dtype``.
+# For partial sums of images, see kernels.common.
+ADD_CHUNKS = Launch({"BLOCK": 256})
 
-    Of 16-bit tokens to tf32, whose mantissa is that of float16.
+
+def cls_attention(dtype: torch.dtype, num_queries: int) -> Launch:
+    """For rows of ``dtype`` and ``num_queries`` queries, those of all heads."""
+    size = {2: 64, 4: 32, 8: 32}[dtype.itemsize]
+    return Launch({"BLOCK_M": _block(num_queries, 64), "BLOCK_K": size, "BLOCK_C": size})
+
+
+def prompt_projector(dtype: torch.dtype, width: int) -> Launch:
+    """For prompts of ``dtype`` and ``width`` features, at most LARGEST_PROJECTOR, 0 without a projector."""
+    features = _block(width, LARGEST_PROJECTOR)
+    few = features == 16
+    channels = {2: 64 if few else 32, 4: 32, 8: 32 if few else 16}[dtype.itemsize]
+    return Launch(
+        {"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps=4 if few else 8
+    )
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How products of float32 values round their factors, where the backbone's products are of ``dtype``.
+
+    Where those are of 16 bits, to tf32, whose mantissa is that of float16.
     """
     return "tf32" if dtype.itemsize == 2 else "ieee"
 

@@ -1,0 +1,55 @@
+"""Add a branch to the tokens and normalise the sum."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._checks import check_float, check_residual, check_same_device, check_shape
+from ._implementation import run
+
+__all__ = ["add_norm"]
+
+
+def add_norm(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    gain: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """total = x + gain * delta, normed = LayerNorm(total) * weight + bias: what lies between two branches.
+
+    Args:
+        x: tokens (B, T, C), any floating dtype.
+        delta: (B, T, C), what a branch of a block adds to them; None: nothing.
+        weight, bias: (C,), the affine of the LayerNorm over C; both or neither.
+        gain: (C,), the branch's LayerScale; None for 1.
+        eps: of the LayerNorm.
+        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
+
+    Returns:
+        total (B, T, C), in the dtype of x + delta (``x`` itself without delta), and normed (B, T, C), in
+        total's dtype, or in that of autocast where it is on: matrix products read it, which would cast it
+        anyway. Statistics are those of total as it is returned. They and normed are computed in float32
+        (float64 for float64), and normed is rounded once.
+        Differentiable in all tensors; the Triton kernels, whose backward is written by hand, only once, and
+        not in weight, bias and gain: where gradients are on, these must not require one there.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
+        BackendUnavailable: the backend can't run here, or not with these arguments.
+    """
+    check_shape("x", x, "(B, T, C)", None, None, None)
+    check_residual(x, delta, gain)
+    if (weight is None) != (bias is None):
+        given = "bias" if weight is None else "weight"
+        raise ValueError(f"weight and bias must be given both or not at all, got {given} alone")
+    if weight is not None:
+        check_shape("weight", weight, "(C,)", x.shape[-1])
+        check_shape("bias", bias, "(C,)", x.shape[-1])
+    check_float(x=x, delta=delta, weight=weight, bias=bias, gain=gain)
+    check_same_device(x=x, delta=delta, weight=weight, bias=bias, gain=gain)
+    return run("add_norm", backend, x, delta, weight, bias, gain, eps)
