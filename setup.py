@@ -1,9 +1,158 @@
-"""Packages of the project. Everything else about it is in pyproject.toml."""
+"""The project's packages and the build of its CUDA kernels, vapt_fast._C. All else is in pyproject.toml.
 
-from setuptools import find_packages, setup
+The build needs nvcc, a C++ compiler, CMake, Ninja and pybind11, and nothing of PyTorch. Where it fails, the
+install succeeds without ``_C``, says so, and leaves the reason in vapt_fast/_C_missing.txt, which
+``vapt-fast info`` shows.
+
+Environment:
+    VAPT_FAST_CUDA: 1 makes it an error if the kernels can't be built, 0 doesn't build them.
+    VAPT_FAST_CUDA_ARCHS: what to compile for, as in CMAKE_CUDA_ARCHITECTURES, for instance "90a;100";
+        default: all of ARCHITECTURES that nvcc knows, and PTX of the newest for GPUs to come.
+    CUDA_HOME, CUDA_PATH: where bin/nvcc is; else the one on PATH, else that of /usr/local/cuda.
+    MAX_JOBS: how many compilers to run at once; default: the number of CPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
+NATIVE = "vapt_fast._C"
+NOTE = "_C_missing.txt"
+
+
+class CannotBuildError(Exception):
+    """The kernels can't be built here; says why and what to do."""
+
+
+class BuildNative(build_ext):
+    """Builds vapt_fast._C, or leaves a note why there is none."""
+
+    def run(self) -> None:
+        setting = os.environ.get("VAPT_FAST_CUDA")
+        if setting not in (None, "0", "1"):
+            raise SystemExit(f"VAPT_FAST_CUDA must be 0, 1 or unset, got {setting!r}")
+        module = ROOT / self.get_ext_fullpath(NATIVE)
+        note = module.with_name(NOTE)
+        module.parent.mkdir(parents=True, exist_ok=True)
+        for left_by_the_last_build in (module, note):
+            left_by_the_last_build.unlink(missing_ok=True)
+        try:
+            if setting == "0":
+                raise CannotBuildError("VAPT_FAST_CUDA=0 was set when it was installed")
+            shutil.copyfile(build(), module)
+        except CannotBuildError as error:
+            if setting == "1":
+                raise SystemExit(f"VAPT_FAST_CUDA=1, but the CUDA kernels can't be built: {error}") from error
+            note.write_text(f"{error}\n")
+            self.warn(f"installing without the CUDA kernels: {error}")
+
+
+def build() -> Path:
+    """Build the module, only what changed, and say where it is."""
+    nvcc = find_nvcc()
+    try:
+        import pybind11
+    except ImportError as error:
+        raise CannotBuildError("pybind11 is missing; install it, or build with isolation") from error
+    cmake, ninja = find_tool("cmake"), find_tool("ninja")
+    jobs = number_of_jobs()
+    folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+    options = {
+        "CMAKE_BUILD_TYPE": "Release",
+        "CMAKE_CUDA_ARCHITECTURES": architectures(nvcc),
+        "CMAKE_CUDA_COMPILER": nvcc,
+        "CMAKE_MAKE_PROGRAM": ninja,
+        "Python_EXECUTABLE": sys.executable,
+        "pybind11_DIR": pybind11.get_cmake_dir(),
+        "VAPT_FAST_JOBS": jobs,
+    }
+    definitions = [f"-D{name}={value}" for name, value in options.items()]
+    run(cmake, "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", *definitions)
+    run(cmake, "--build", folder, "--parallel", jobs)
+    run(sys.executable, "-c", "import _C", cwd=folder)  # no symbol is missing, with or without a driver
+    (module,) = folder.glob("_C.*")
+    return module
+
+
+def find_nvcc() -> str:
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        home = os.environ.get(variable)
+        if home is not None:
+            nvcc = shutil.which("nvcc", path=str(Path(home, "bin")))
+            if nvcc is None:
+                raise CannotBuildError(f"there is no bin/nvcc in {variable}={home}; correct or unset it")
+            return nvcc
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    if nvcc is None:
+        raise CannotBuildError(
+            "there is no nvcc in CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda; install the CUDA toolkit or "
+            "set CUDA_HOME"
+        )
+    return nvcc
+
+
+def find_tool(name: str) -> str:
+    path = shutil.which(name)
+    if path is None:
+        raise CannotBuildError(f"{name} is missing; install it, or build with isolation")
+    return path
+
+
+def number_of_jobs() -> int:
+    given = os.environ.get("MAX_JOBS")
+    if given is None:
+        count = os.cpu_count()
+        return 1 if count is None else count
+    if not given.isdecimal() or int(given) == 0:
+        raise SystemExit(f"MAX_JOBS must be a positive number, got {given!r}")
+    return int(given)
+
+
+def architectures(nvcc: str) -> str:
+    """The value of CMAKE_CUDA_ARCHITECTURES."""
+    given = os.environ.get("VAPT_FAST_CUDA_ARCHS")
+    if given is not None:
+        if not all(re.fullmatch(r"\d+[af]?(-real|-virtual)?", name) for name in given.split(";")):
+            raise SystemExit(f'VAPT_FAST_CUDA_ARCHS must be like "80;90a-real;120", got {given!r}')
+        return given
+    listed = run(nvcc, "--list-gpu-arch").split()
+    known = [name for name in ARCHITECTURES if f"compute_{name.rstrip('a')}" in listed]
+    if not known:
+        raise CannotBuildError(f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}; update it")
+    return ";".join([*(f"{name}-real" for name in known), f"{known[-1].rstrip('a')}-virtual"])
+
+
+def run(*command: object, cwd: Path = ROOT) -> str:
+    """Run a command, show and return its output."""
+    words = [str(word) for word in command]
+    result = subprocess.run(
+        words, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    print(result.stdout, flush=True)
+    if result.returncode:
+        lines = [line.strip() for line in result.stdout.splitlines() if line.strip()]
+        said = next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "no output")
+        raise CannotBuildError(
+            f"{' '.join(words[:2])} ended with {result.returncode} ({said}); all that it said is shown by "
+            "VAPT_FAST_CUDA=1 pip install --verbose"
+        )
+    return result.stdout
+
 
 setup(
     packages=[*find_packages(include=["vapt_fast", "vapt_fast.*"]), "vapt_fast.kernels"],
     package_dir={"vapt_fast.kernels": "kernels"},
     package_data={"vapt_fast": ["**/*.safetensors"]},
+    ext_modules=[Extension(NATIVE, sources=[])],
+    cmdclass={"build_ext": BuildNative},
 )

@@ -9,7 +9,7 @@ import platform
 import torch
 
 from ._version import __version__
-from .backends import _dispatch, _preferences
+from .backends import _dispatch, _native, _preferences
 
 __all__ = ["report"]
 
@@ -26,6 +26,7 @@ def report() -> str:
         f"  python {platform.python_version()}, torch {torch.__version__}, timm {_version('timm')}, "
         f"triton {_version('triton')}",
         f"  devices: {', '.join(_devices())}",
+        f"  compiled kernels: {_compiled_kernels()}",
         f"  {_dispatch.ENVIRONMENT_VARIABLE}: {chosen if chosen is not None else 'not set'}",
         "backends",
     ]
@@ -42,6 +43,13 @@ def report() -> str:
         chosen = ", ".join(preferred) if preferred else "torch (nothing was measured to be faster)"
         lines.append(f"  {op:<16} {', '.join(implementations)}; auto: {chosen}")
     return "\n".join(lines)
+
+
+def _compiled_kernels() -> str:
+    if _native.missing_because():
+        return "none, see backend cuda"
+    version, architectures = _native.native().runtime_version, _native.native().architectures
+    return f"by CUDA {_native.readable(version)} for {architectures.replace(';', ', ')}"
 
 
 def _capabilities(entry: _preferences.Preference) -> str:

@@ -81,6 +81,8 @@ def function(name: str, implementation: str) -> Callable:
     """What the backend's module calls ``name``; imported only now, because its library may be missing."""
     if implementation == "triton":
         from ..backends import triton as module
+    elif implementation == "cuda":
+        from ..backends import cuda as module
     elif implementation == "torch":
         module = torch_backend
     else:  # one of PyTorch's own libraries

@@ -11,7 +11,7 @@ from ._implementation import choose, function, run
 __all__ = ["prompt_attention", "prompt_attention_packed"]
 
 # Implementations that write the gradients of joint tensors as such; with the others autograd joins them.
-WITH_PACKED_FORM = ("triton",)
+WITH_PACKED_FORM = ("triton", "cuda")
 
 
 def prompt_attention(
