@@ -14,7 +14,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
-__all__ = ["bfloat16", "only_last_program", "quick_calls"]
+__all__ = ["bfloat16", "only_last_program", "quick_calls", "recorded_launches"]
 
 
 @contextmanager
@@ -101,6 +101,21 @@ def quick_calls() -> Iterator[None]:
 
     with mock.patch.object(InterpretedFunction, "__call__", call):
         yield
+
+
+@contextmanager
+def recorded_launches(run: bool = True) -> Iterator[list[tuple[str, int]]]:
+    """(kernel's name, number of programs) of each launch in the ``with`` block, run or not."""
+    launches = []
+    own_run = InterpretedFunction.run
+
+    def record(self: InterpretedFunction, *args: Any, grid: tuple[int], warmup: bool, **kwargs: Any) -> None:
+        launches.append((self.fn.__name__, *grid))
+        if run:
+            own_run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    with mock.patch.object(InterpretedFunction, "run", record):
+        yield launches
 
 
 @contextmanager
