@@ -280,8 +280,8 @@ def backward(
 ):
     """grad_pooled (B, P, C), and what the gradients of the other arguments need. One program: as ``forward``.
 
-    grad_hidden (B, P, r); the two last of ``norm`` for grad_of_raw as ``means`` (2, B, P); ``sums`` (B, P), the
-    gradient of bias from each row; ``products`` (B, P), that of the tensor scale.
+    grad_hidden (B, P, r); ``means`` (2, B, P), the last two of grad_of_raw's ``norm``; ``sums`` (B, P), each
+    row's part of the gradient of bias; ``products`` (B, P), that of the tensor scale.
     """
     dtype = pooled[0].dtype.element_ty
     row, is_row = block_of(tl.program_id(0), num_rows, BLOCK_ROWS)
