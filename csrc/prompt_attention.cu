@@ -55,7 +55,7 @@ struct Rows {
   std::int64_t stride;  // in bytes
 };
 
-__device__ __forceinline__ Rows rows_of(const Tensor4& tensor, std::int64_t image, std::int64_t head) {
+__device__ __forceinline__ Rows rows_of(const Tensor4& tensor, int image, int head) {
   const std::int64_t first = image * tensor.batch_stride + head * tensor.head_stride;
   return {static_cast<const char*>(tensor.data) + first * 2, tensor.token_stride * 2};
 }
@@ -96,6 +96,7 @@ __device__ __forceinline__ void load_left(std::uint32_t (&a)[4], Rows rows, int 
 template <int DIM, int THREADS, typename Element, typename Row>
 __device__ __forceinline__ void copy_rows(Element* to, int count, int dim, Row row) {
   constexpr int PIECES = DIM / kPiece;
+#pragma unroll 1  // the copies are asynchronous; unrolled, their addresses would take registers
   for (int i = thread(); i < count * PIECES; i += THREADS) {
     const int piece = i % PIECES * kPiece;
     const char* from = row(i / PIECES);
@@ -119,6 +120,27 @@ __device__ __forceinline__ float max_of_row(float x) {
   return fmaxf(x, shuffle_xor(x, 2));
 }
 
+// Stores this lane's part of one of its two rows of a product, times ``factor``, as float32 or as elements.
+template <typename Element, int COLUMNS>
+__device__ __forceinline__ void store_row(char* to, const float (&x)[COLUMNS][4], int row, float factor, int dim,
+                                          bool as_float) {
+#pragma unroll
+  for (int column = 0; column < COLUMNS; ++column) {
+    const int at = column * 8 + lane() % 4 * 2;
+    const float first = x[column][2 * row] * factor;
+    const float second = x[column][2 * row + 1] * factor;
+    if (column * 8 >= dim) {
+      return;
+    }
+    if (as_float) {
+      reinterpret_cast<float*>(to)[at] = first;
+      reinterpret_cast<float*>(to)[at + 1] = second;
+    } else {
+      store4(to + at * 2, pack<Element>(first, second));
+    }
+  }
+}
+
 // ---- forward
 
 template <int DIM>
@@ -127,6 +149,7 @@ struct ForwardTiles {
   static constexpr int THREADS = WARPS * kLanes;
   static constexpr int QUERIES = DIM <= 80 ? 2 : 1;  // tiles that a warp holds
   static constexpr int KEYS = 2;                     // tiles in a chunk
+  static constexpr int BLOCKS = DIM <= 32 ? 4 : DIM == 96 ? 3 : 2;  // a multiprocessor has registers for
   static constexpr int CHUNK = KEYS * kTile;
 
   static std::int64_t shared_memory(std::int64_t keys) {
@@ -135,7 +158,7 @@ struct ForwardTiles {
 };
 
 template <typename Element, int DIM>
-__global__ void __launch_bounds__(ForwardTiles<DIM>::THREADS)
+__global__ void __launch_bounds__(ForwardTiles<DIM>::THREADS, ForwardTiles<DIM>::BLOCKS)
     forward(const PromptAttentionForward arguments) {
   using Tiles = ForwardTiles<DIM>;
   constexpr int STRIDE = kStride<DIM>;
@@ -147,9 +170,10 @@ __global__ void __launch_bounds__(ForwardTiles<DIM>::THREADS)
   const auto num_prompts = static_cast<int>(sizes.prompts);
   const int num_keys = num_prompts + static_cast<int>(sizes.tokens);
   const int padded_keys = ceil_div(num_keys, kTile) * kTile;
-  const std::int64_t image = block() / sizes.heads;
-  const std::int64_t head = block() % sizes.heads;
-  const std::int64_t group = head / (sizes.heads / sizes.groups);
+  const auto num_heads = static_cast<int>(sizes.heads);
+  const int image = static_cast<int>(block()) / num_heads;
+  const int head = static_cast<int>(block()) % num_heads;
+  const int group = head / (num_heads / static_cast<int>(sizes.groups));
 
   // Half of the keys is on its way while the warps work on the other half.
   auto* const keys = reinterpret_cast<Element*>(shared_memory());
@@ -304,15 +328,7 @@ __global__ void __launch_bounds__(ForwardTiles<DIM>::THREADS)
         // Without any key the output is 0, and lse one that makes p 0 or 1 and not NaN in the backward.
         const bool empty = peak[i][row] == -kInfinity;
         const float factor = empty ? 1.0f : 1.0f / sum;
-        char* const to = const_cast<char*>(out.data) + query * out.stride;
-#pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) {
-          const int at = column * 8 + lane() % 4 * 2;
-          if (at < dim) {
-            const float* const x = acc[i][column] + 2 * row;
-            store4(to + at * 2, pack<Element>(x[0] * factor, x[1] * factor));
-          }
-        }
+        store_row<Element>(const_cast<char*>(out.data) + query * out.stride, acc[i], row, factor, dim, false);
         if (lane() % 4 == 0) {
           arguments.lse[block() * num_queries + query] = empty ? 0.0f : peak[i][row] + log2f(sum);
         }
@@ -327,7 +343,7 @@ template <int DIM, bool PROMPTS_ONLY>
 struct BackwardTiles {
   static constexpr int WARPS = PROMPTS_ONLY ? 4 : 8;
   static constexpr int THREADS = WARPS * kLanes;
-  static constexpr int KEYS = DIM <= 80 ? 2 : 1;  // tiles whose gradients a warp holds
+  static constexpr int KEYS = DIM <= (PROMPTS_ONLY ? 64 : 80) ? 2 : 1;  // tiles whose gradients a warp holds
   static constexpr int QUERIES = 2;               // tiles in a step
   static constexpr int STEP = QUERIES * kTile;
 };
@@ -340,10 +356,10 @@ struct BackwardPlan {
   int passes;
   int pass_keys;  // a multiple of a tile
   int padded_queries;
-  std::int64_t keys, values;        // (pass_keys, DIM)
   std::int64_t queries, grad_outs;  // (2, STEP, DIM): of this step and the next one
+  std::int64_t keys, values;        // (pass_keys, DIM)
   std::int64_t scores;              // (2, pass_keys, STEP): ds of this step and the last one
-  std::int64_t lse, delta;          // (heads of the group, padded_queries), float32
+  std::int64_t statistics;          // (heads of the group, padded_queries, 2): lse and delta, float32
   std::int64_t grad_queries;        // (heads of the group, padded_queries, DIM), float32, with several passes
   std::int64_t size;
 };
@@ -353,7 +369,7 @@ __host__ __device__ __forceinline__ BackwardPlan backward_plan(const PromptAtten
   using Tiles = BackwardTiles<DIM, PROMPTS_ONLY>;
   const int num_keys = static_cast<int>(sizes.prompts + (PROMPTS_ONLY ? 0 : sizes.tokens));
   const int tiles = max(ceil_div(num_keys, kTile), 1);
-  const std::int64_t heads = sizes.heads / sizes.groups;
+  const int heads = static_cast<int>(sizes.heads) / static_cast<int>(sizes.groups);
   BackwardPlan plan;
   plan.passes = ceil_div(tiles, Tiles::WARPS * Tiles::KEYS);
   plan.pass_keys = ceil_div(tiles, plan.passes) * kTile;
@@ -361,26 +377,26 @@ __host__ __device__ __forceinline__ BackwardPlan backward_plan(const PromptAtten
   const std::int64_t of_keys = std::int64_t{plan.pass_keys} * kStride<DIM> * 2;
   const std::int64_t of_queries = 2 * Tiles::STEP * kStride<DIM> * 2;
   const std::int64_t of_scores = PROMPTS_ONLY ? 0 : std::int64_t{2} * plan.pass_keys * kStrideOfScores * 2;
-  const std::int64_t of_statistic = heads * plan.padded_queries * 4;
-  plan.keys = 0;
-  plan.values = plan.keys + of_keys;
-  plan.queries = plan.values + of_keys;
+  const std::int64_t floats = std::int64_t{4} * heads * plan.padded_queries;
+  plan.queries = 0;
   plan.grad_outs = plan.queries + of_queries;
-  plan.scores = plan.grad_outs + of_queries;
-  plan.lse = plan.scores + of_scores;
-  plan.delta = plan.lse + of_statistic;
-  plan.grad_queries = plan.delta + of_statistic;
-  plan.size = plan.grad_queries + (PROMPTS_ONLY || plan.passes == 1 ? 0 : of_statistic * DIM);
+  plan.keys = plan.grad_outs + of_queries;
+  plan.values = plan.keys + of_keys;
+  plan.scores = plan.values + of_keys;
+  plan.statistics = plan.scores + of_scores;
+  plan.grad_queries = plan.statistics + 2 * floats;
+  plan.size = plan.grad_queries + (PROMPTS_ONLY || plan.passes == 1 ? 0 : DIM * floats);
   return plan;
 }
 
 // Puts lse and delta of 16 queries of a head into shared memory, lse = inf past the last one so that its p is 0.
 template <typename Element, int DIM>
-__device__ __forceinline__ void load_statistics(float* lse, float* delta, const float* saved_lse, Rows out,
-                                                Rows grad_out, int first, int num_queries, int dim) {
+__device__ __forceinline__ void load_statistics(float* statistics, const float* lse, Rows out, Rows grad_out,
+                                                int first, int num_queries, int dim) {
   // The diagonal of a product, not a sum: where a query sees but one key, out is its v, and the same order of
   // summation as in v do^T makes the difference of both exactly 0.
   float product[2][4] = {};
+#pragma unroll 2
   for (int k = 0; k < DIM / kTile; ++k) {
     std::uint32_t a[4];
     load_left(a, out, first, num_queries, k, dim);
@@ -397,8 +413,8 @@ __device__ __forceinline__ void load_statistics(float* lse, float* delta, const 
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
       const int row = j * 8 + lane() / 4;
-      delta[row] = lane() / 4 % 2 ? product[j][2 * j + 1] : product[j][2 * j];
-      lse[row] = first + row < num_queries ? saved_lse[first + row] : kInfinity;
+      statistics[2 * row] = first + row < num_queries ? lse[first + row] : kInfinity;
+      statistics[2 * row + 1] = lane() / 4 % 2 ? product[j][2 * j + 1] : product[j][2 * j];
     }
   }
 }
@@ -409,8 +425,8 @@ template <int COUNT, typename Element, int DIM, bool PROMPTS_ONLY, int KEYS>
 __device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4], float (&dv)[KEYS][DIM / 8][4],
                                                   const Element* keys, const Element* values,
                                                   const Element* queries, const Element* grad_outs,
-                                                  Element* scores, const float* lse, const float* delta,
-                                                  int num_keys, float scale) {
+                                                  Element* scores, const float* statistics, int num_keys,
+                                                  float scale) {
   constexpr int STRIDE = kStride<DIM>;
   constexpr int NEXT = BackwardTiles<DIM, PROMPTS_ONLY>::WARPS * kTile;
   float s[COUNT][2][4] = {};
@@ -418,7 +434,7 @@ __device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4],
   const auto multiply = [&](float(&c)[COUNT][2][4], const Element* left, const Element* right) {
     left = left_rows<STRIDE>(left);
     right = right_rows<STRIDE>(right);
-#pragma unroll
+#pragma unroll 2  // more loads in flight would take too many registers
     for (int k = 0; k < DIM; k += kTile) {
       std::uint32_t b[4];
       load_matrices(b, right + k);
@@ -438,9 +454,17 @@ __device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4],
   std::uint32_t p[COUNT][4];
   std::uint32_t ds[COUNT][4];
 #pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
+  for (int column = 0; column < 2; ++column) {
+    const int query = column * 8 + lane() % 4 * 2;
+    float lse[2];
+    float delta[2];
 #pragma unroll
-    for (int column = 0; column < 2; ++column) {
+    for (int j = 0; j < 2; ++j) {
+      lse[j] = statistics[2 * (query + j)];
+      delta[j] = statistics[2 * (query + j) + 1];
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
 #pragma unroll
       for (int row = 0; row < 2; ++row) {
         const int key = i * NEXT + row * 8 + lane() / 4;
@@ -448,9 +472,8 @@ __device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4],
         float dx[2];
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int query = column * 8 + lane() % 4 * 2 + j;
-          x[j] = exp2_fast(s[i][column][2 * row + j] * scale - lse[query]);
-          dx[j] = x[j] * (dp[i][column][2 * row + j] - delta[query]);
+          x[j] = exp2_fast(s[i][column][2 * row + j] * scale - lse[j]);
+          dx[j] = x[j] * (dp[i][column][2 * row + j] - delta[j]);
           if (key >= num_keys) {
             x[j] = dx[j] = 0.0f;
           }
@@ -458,7 +481,7 @@ __device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4],
         p[i][2 * column + row] = pack<Element>(x[0], x[1]);
         ds[i][2 * column + row] = pack<Element>(dx[0], dx[1]);
         if (!PROMPTS_ONLY) {
-          store4(scores + key * kStrideOfScores + column * 8 + lane() % 4 * 2, ds[i][2 * column + row]);
+          store4(scores + key * kStrideOfScores + query, ds[i][2 * column + row]);
         }
       }
     }
@@ -487,6 +510,7 @@ __device__ __forceinline__ void add_grads_of_queries(float (&dq)[2][4], const El
                                                      int pass_keys) {
   scores = right_rows<kStrideOfScores>(scores);
   keys = left_rows<kStride<DIM>>(keys);
+#pragma unroll 2
   for (int key = 0; key < pass_keys; key += kTile) {
     std::uint32_t a[4];
     std::uint32_t b[4];
@@ -494,21 +518,6 @@ __device__ __forceinline__ void add_grads_of_queries(float (&dq)[2][4], const El
     load_matrices_transposed(b, keys + key * kStride<DIM>);
     mma<Element>(dq[0], a, b[0], b[1]);
     mma<Element>(dq[1], a, b[2], b[3]);
-  }
-}
-
-template <typename Element>
-__device__ __forceinline__ void store_pair(const Tensor4& tensor, std::int64_t image, std::int64_t head,
-                                           std::int64_t row, int column, bool as_float, float first,
-                                           float second) {
-  const std::int64_t at =
-      image * tensor.batch_stride + row * tensor.token_stride + head * tensor.head_stride + column;
-  if (as_float) {
-    float* const to = static_cast<float*>(tensor.data) + at;
-    to[0] = first;
-    to[1] = second;
-  } else {
-    store4(static_cast<char*>(tensor.data) + at * 2, pack<Element>(first, second));
   }
 }
 
@@ -524,9 +533,10 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
   const auto num_queries = static_cast<int>(sizes.queries);
   const auto num_prompts = static_cast<int>(sizes.prompts);
   const int num_keys = num_prompts + (PROMPTS_ONLY ? 0 : static_cast<int>(sizes.tokens));
-  const auto heads = static_cast<int>(sizes.heads / sizes.groups);
-  const std::int64_t image = block() / sizes.groups;
-  const std::int64_t group = block() % sizes.groups;
+  const auto num_groups = static_cast<int>(sizes.groups);
+  const int heads = static_cast<int>(sizes.heads) / num_groups;
+  const int image = static_cast<int>(block()) / num_groups;
+  const int group = static_cast<int>(block()) % num_groups;
 
   char* const memory = shared_memory();
   auto* const keys = reinterpret_cast<Element*>(memory + plan.keys);
@@ -534,17 +544,17 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
   auto* const queries = reinterpret_cast<Element*>(memory + plan.queries);
   auto* const grad_outs = reinterpret_cast<Element*>(memory + plan.grad_outs);
   auto* const scores = reinterpret_cast<Element*>(memory + plan.scores);
-  auto* const lse = reinterpret_cast<float*>(memory + plan.lse);
-  auto* const delta = reinterpret_cast<float*>(memory + plan.delta);
+  auto* const statistics = reinterpret_cast<float*>(memory + plan.statistics);
   auto* const grad_queries = reinterpret_cast<float*>(memory + plan.grad_queries);
 
   const int head_steps = plan.padded_queries / Tiles::STEP;
   const int steps = heads * head_steps;
   const auto copy_step = [&](int step) {
-    const std::int64_t head = group * heads + step / head_steps;
+    const int head = group * heads + step / head_steps;
     const int first = step % head_steps * Tiles::STEP;
+    const int image_now = computed_here(image);
     const auto copy = [&](Element* to, const Tensor4& tensor) {
-      const Rows rows = rows_of(tensor, image, head);
+      const Rows rows = rows_of(tensor, image_now, head);
       copy_rows<DIM, Tiles::THREADS>(
           to + step % 2 * Tiles::STEP * STRIDE, Tiles::STEP, dim, [&](int row) -> const char* {
             return first + row < num_queries ? rows.data + (first + row) * rows.stride : nullptr;
@@ -575,9 +585,10 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
     commit_copies();
     if (pass == 0) {
       const int head_tiles = plan.padded_queries / kTile;
+#pragma unroll 1
       for (int tile = warp(); tile < heads * head_tiles; tile += Tiles::WARPS) {
-        const std::int64_t head = group * heads + tile / head_tiles;
-        load_statistics<Element, DIM>(lse + tile * kTile, delta + tile * kTile,
+        const int head = group * heads + tile / head_tiles;
+        load_statistics<Element, DIM>(statistics + tile * kTile * 2,
                                       arguments.lse + (image * sizes.heads + head) * num_queries,
                                       rows_of(arguments.out, image, head), rows_of(arguments.grad_out, image, head),
                                       tile % head_tiles * kTile, num_queries, dim);
@@ -601,7 +612,8 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
       if (!PROMPTS_ONLY && step > 0) {
         // dq of the last step, 16 queries and 16 columns at a time.
         const int last = step - 1;
-        const std::int64_t head = group * heads + last / head_steps;
+        const int head = group * heads + last / head_steps;
+#pragma unroll 1
         for (int part = warp(); part < Tiles::QUERIES * DIM / kTile; part += Tiles::WARPS) {
           const int tile = part % Tiles::QUERIES;
           const int column = part / Tiles::QUERIES * kTile;
@@ -626,14 +638,13 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
             }
             continue;
           }
+          const Rows rows = rows_of(arguments.grad_q, computed_here(image), head);
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const int query = first_query + i % 2 * 8 + lane() / 4;
-            const int at = column + i / 2 * 8 + lane() % 4 * 2;
-            if (query < num_queries && at < dim) {
-              store_pair<Element>(arguments.grad_q, image, head, query, at, false,
-                                  dq[i / 2][i % 2 * 2] * arguments.scale,
-                                  dq[i / 2][i % 2 * 2 + 1] * arguments.scale);
+          for (int row = 0; row < 2; ++row) {
+            const int query = first_query + row * 8 + lane() / 4;
+            if (query < num_queries) {
+              store_row<Element>(const_cast<char*>(rows.data) + query * rows.stride + column * 2, dq, row,
+                                 arguments.scale, dim - column, false);
             }
           }
         }
@@ -649,22 +660,23 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
           break;
         }
         const int row = step % 2 * Tiles::STEP + tile * kTile;
-        const int statistic = step * Tiles::STEP + tile * kTile;
         const auto add = [&](auto count) {
           add_grads_of_keys<decltype(count)::value, Element, DIM, PROMPTS_ONLY>(
               dk, dv, keys + my_first * STRIDE, values + my_first * STRIDE, queries + row * STRIDE,
               grad_outs + row * STRIDE,
-              scores + (step % 2 * plan.pass_keys + my_first) * kStrideOfScores + tile * kTile, lse + statistic,
-              delta + statistic, num_keys - first_key - my_first, arguments.scale * kLog2E);
+              scores + (step % 2 * plan.pass_keys + my_first) * kStrideOfScores + tile * kTile,
+              statistics + (step * Tiles::STEP + tile * kTile) * 2, num_keys - first_key - my_first, arguments.scale * kLog2E);
         };
-        if (my_tiles == Tiles::KEYS) {
-          add(Constant<Tiles::KEYS>{});
-        } else if (my_tiles == 1) {
+        if (my_tiles == 1) {
           add(Constant<1>{});
+        } else if (my_tiles == Tiles::KEYS) {
+          add(Constant<Tiles::KEYS>{});
         }
       }
     }
 
+    const int image_now = computed_here(image);
+    const int group_now = computed_here(group);
 #pragma unroll
     for (int i = 0; i < Tiles::KEYS; ++i) {
 #pragma unroll
@@ -676,20 +688,16 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
         }
         const bool of_prompts = key < num_prompts;
         const bool as_float = of_prompts && arguments.float32_prompt_grads;
-        const Tensor4& grad_k = of_prompts ? arguments.grad_prompt_k : arguments.grad_k;
-        const Tensor4& grad_v = of_prompts ? arguments.grad_prompt_v : arguments.grad_v;
-        const int of = of_prompts ? key : key - num_prompts;
-#pragma unroll
-        for (int column = 0; column < COLUMNS; ++column) {
-          const int at = column * 8 + lane() % 4 * 2;
-          if (at < dim) {
-            const float* const x = dk[i][column] + 2 * row;
-            const float* const y = dv[i][column] + 2 * row;
-            store_pair<Element>(grad_k, image, group, of, at, as_float, x[0] * arguments.scale,
-                                x[1] * arguments.scale);
-            store_pair<Element>(grad_v, image, group, of, at, as_float, y[0], y[1]);
-          }
-        }
+        const auto address = [&](const Tensor4& tensor, int of) {
+          const std::int64_t at = image_now * tensor.batch_stride + of * tensor.token_stride + group_now * tensor.head_stride;
+          return static_cast<char*>(tensor.data) + at * (as_float ? 4 : 2);
+        };
+        char* const to_k = of_prompts ? address(arguments.grad_prompt_k, key)
+                                      : address(arguments.grad_k, key - num_prompts);
+        store_row<Element>(to_k, dk[i], row, arguments.scale, dim, as_float);
+        char* const to_v = of_prompts ? address(arguments.grad_prompt_v, key)
+                                      : address(arguments.grad_v, key - num_prompts);
+        store_row<Element>(to_v, dv[i], row, 1.0f, dim, as_float);
       }
     }
     sync_threads();  // before the next pass overwrites the keys

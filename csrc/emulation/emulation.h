@@ -77,6 +77,8 @@ inline int warp() { return thread() / kLanes; }
 inline std::int64_t block() { return runtime::block(); }
 inline char* shared_memory() { return runtime::shared_memory(); }
 
+inline int computed_here(int value) { return value; }
+
 inline void sync_threads() { runtime::sync_some(0, 0); }
 inline void sync_warp() { runtime::sync_warp(); }
 inline void sync_some(int id, int threads) { runtime::sync_some(id, threads); }

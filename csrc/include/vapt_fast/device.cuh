@@ -59,6 +59,13 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
+// The value, about which the compiler knows nothing before this line: what follows from it is computed here, and
+// is not held in registers through everything that comes before.
+__device__ __forceinline__ int computed_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- barriers: what was written before them is seen after them
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
