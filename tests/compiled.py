@@ -31,33 +31,88 @@ TABLE = Path(__file__).parent.parent / "kernels" / "resources.json"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 
 
-def pool(dtype: torch.dtype, rows: int) -> Callable[[], Any]:
+def residual(dtype: torch.dtype, dim: int, autocast: bool) -> tuple[torch.Tensor, ...]:
+    """x and delta of 197 tokens, and the gain of delta; under autocast x stays in float32."""
+    x = torch.zeros(2, 197, dim, dtype=torch.float32 if autocast else dtype, requires_grad=True)
+    delta = torch.zeros(2, 197, dim, dtype=dtype, requires_grad=True)
+    return x, delta, torch.zeros(dim, dtype=x.dtype)
+
+
+def norm(dtype: torch.dtype, dim: int, autocast: bool = False) -> Callable[[], Any]:
+    """add_norm with everything it can have, forward and backward."""
+
+    def run() -> None:
+        x, delta, gain = residual(dtype, dim, autocast)
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            outputs = functional.add_norm(x, delta, gain, gain, gain=gain, backend="triton")
+        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
+
+    return run
+
+
+def bare_norm(dtype: torch.dtype, dim: int) -> Callable[[], Any]:
+    """add_norm without anything to add and without affine, forward and backward."""
+
+    def run() -> None:
+        x, _, _ = residual(dtype, dim, autocast=False)
+        _, normed = functional.add_norm(x, None, backend="triton")
+        normed.backward(torch.zeros_like(normed))
+
+    return run
+
+
+def pool(dtype: torch.dtype, rows: int, autocast: bool = False) -> Callable[[], Any]:
     """prompt_pool of a ViT-B/16 at 224 x 224 pixels, forward and backward."""
 
     def run() -> None:
-        x = torch.zeros(2, 197, 768, dtype=dtype, requires_grad=True)
+        x, delta, gain = residual(dtype, 768, autocast)
         shapes, learned_dtype = ((rows, 196), (768,), (768,)), torch.promote_types(dtype, torch.float32)
         learned = [torch.zeros(shape, dtype=learned_dtype, requires_grad=True) for shape in shapes]
-        outputs = functional.prompt_pool(x, *learned, num_prefix=1, backend="triton")
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            outputs = functional.prompt_pool(
+                x, *learned, num_prefix=1, delta=delta, gain=gain, backend="triton"
+            )
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
 
     return run
 
 
 def attention(
-    dtype: torch.dtype, dim: int, prompts: int, tokens: int = 197, biased: bool = False
+    dtype: torch.dtype,
+    dim: int,
+    prompts: int,
+    tokens: int = 197,
+    biased: bool = False,
+    packed: bool = True,
 ) -> Callable[[], Any]:
     """prompt_attention of four heads (or of one, for one token), forward and backward."""
 
     def run() -> None:
         heads = min(4, tokens)
-        qkv = torch.zeros(2, tokens, 3, heads, dim, dtype=dtype, requires_grad=True)
-        kv = torch.zeros(2, prompts, 2, heads, dim, dtype=dtype, requires_grad=True)
+        qkv = torch.zeros(2, tokens, 3 * heads * dim, dtype=dtype, requires_grad=True)
+        kv = torch.zeros(2, prompts, 2 * heads * dim, dtype=dtype, requires_grad=True)
         bias = torch.zeros(1, heads, tokens, tokens, dtype=dtype) if biased else None
-        out = functional.prompt_attention(
-            *qkv.unbind(2), *kv.unbind(2), scale=1.0, bias=bias, backend="triton"
-        )
+        options = {"scale": 1.0, "bias": bias, "backend": "triton"}
+        if packed:
+            out = functional.prompt_attention_packed(qkv, kv, num_heads=heads, num_kv_heads=heads, **options)
+        else:
+            parts = (part.unflatten(-1, (heads, dim)) for part in (*qkv.chunk(3, -1), *kv.chunk(2, -1)))
+            out = functional.prompt_attention(*parts, **options)
         out.backward(torch.zeros_like(out))
+
+    return run
+
+
+def mlp(dtype: torch.dtype, frozen: bool = False, bias: bool = True) -> Callable[[], Any]:
+    """mlp of a ViT-B/16, forward and, unless the tokens are ``frozen``, backward."""
+
+    def run() -> None:
+        x = torch.zeros(2, 197, 768, dtype=dtype, requires_grad=not frozen)
+        weights = [torch.zeros(shape, dtype=dtype) for shape in ((3072, 768), (768, 3072))]
+        biases = [torch.zeros(size, dtype=dtype) if bias else None for size in (3072, 768)]
+        y = functional.mlp(x, weights[0], biases[0], weights[1], biases[1], backend="triton")
+        if not frozen:
+            y.backward(torch.zeros_like(y))
 
     return run
 
@@ -67,6 +122,19 @@ def _name(dtype: torch.dtype) -> str:
 
 
 CASES = {
+    **{
+        f"add_norm {_name(dtype)} C={dim}": norm(dtype, dim)
+        for dtype, dim in (
+            *itertools.product((torch.bfloat16, torch.float32), (768, 1536, 2048)),
+            (torch.float64, 768),
+        )
+    },
+    "add_norm bfloat16 C=768 under autocast": norm(torch.bfloat16, 768, autocast=True),
+    "add_norm bfloat16 C=768 bare": bare_norm(torch.bfloat16, 768),
+    **{
+        f"prompt_pool bfloat16 R={rows} under autocast": pool(torch.bfloat16, rows, autocast=True)
+        for rows in (10, 50)
+    },
     **{
         f"prompt_pool {_name(dtype)} R={rows}": pool(dtype, rows)
         for dtype, rows in (
@@ -87,16 +155,28 @@ CASES = {
         f"prompt_attention {_name(dtype)} d={dim} P=50 with bias": attention(dtype, dim, 50, biased=True)
         for dtype, dim in ((torch.bfloat16, 64), (torch.bfloat16, 128), (torch.float32, 64))
     },
+    "prompt_attention bfloat16 d=64 P=50 not packed": attention(torch.bfloat16, 64, 50, packed=False),
+    **{
+        f"mlp {_name(dtype)}": mlp(dtype)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+    },
+    "mlp bfloat16 frozen": mlp(torch.bfloat16, frozen=True),
+    "mlp bfloat16 without bias": mlp(torch.bfloat16, bias=False),
     # Triton makes a constant of every size of 1.
     "prompt_attention bfloat16 d=64 P=1 T=1": attention(torch.bfloat16, 64, 1, tokens=1),
 }
 
 # Cases that the tests compile again; to do so with all of them would take many minutes.
 COMPILED_IN_TESTS = [
+    "add_norm bfloat16 C=768",
+    "add_norm float32 C=1536",
+    "add_norm bfloat16 C=768 under autocast",
     *(case for case in CASES if case.startswith("prompt_pool")),
     "prompt_attention bfloat16 d=64 P=50",
     "prompt_attention float32 d=64 P=50",
     "prompt_attention bfloat16 d=64 P=1 T=1",
+    "mlp bfloat16",
+    "mlp float32",
 ]
 
 Launch = tuple[JITFunction, tuple, dict[str, Any]]

@@ -239,8 +239,15 @@ def test_using_a_model(model, call, error, message):
 # ---- the ops
 
 
-def pool(x=(2, 6, 4), matrix=(3, 5), weight=(4,), bias=(4,), num_prefix=1, dtype=torch.float32):
-    return functional.prompt_pool(Z(x, dtype=dtype), Z(matrix), Z(weight), Z(bias), num_prefix=num_prefix)
+def norm(x=(2, 6, 4), delta=(2, 6, 4), **shapes):
+    tensors = {name: Z(shape) for name, shape in shapes.items()}
+    return functional.add_norm(Z(x), None if delta is None else Z(delta), **tensors)
+
+
+def pool(x=(2, 6, 4), matrix=(3, 5), weight=(4,), bias=(4,), num_prefix=1, dtype=torch.float32, **residual):
+    tensors = (Z(x, dtype=dtype), Z(matrix), Z(weight), Z(bias))
+    residual = {name: Z(shape) for name, shape in residual.items()}
+    return functional.prompt_pool(*tensors, num_prefix=num_prefix, **residual)
 
 
 def project(pooled=(2, 3, 4), bias=(3,), down=(5, 4), up=(4, 5), **options):
@@ -271,6 +278,37 @@ def matrices(weight=(2, 3, 6), kernel=(2, 2, 2), grid=(3, 4), **options):
 
 
 OPS = [
+    (lambda: norm(x=(6, 4)), ValueError, "x must be (B, T, C) = ('any', 'any', 'any'), got (6, 4)"),
+    (lambda: norm(delta=(6, 4)), ValueError, "delta must be (B, T, C) = (2, 6, 4), got (6, 4)"),
+    (lambda: norm(delta=(1, 6, 4)), ValueError, "delta must be (B, T, C) = (2, 6, 4), got (1, 6, 4)"),
+    (lambda: norm(gain=(1,)), ValueError, "gain must be (C,) = (4,), got (1,)"),
+    (lambda: norm(delta=None, gain=(4,)), ValueError, "gain must be None where delta is, got a tensor"),
+    (lambda: norm(weight=(4,)), ValueError, "weight and bias must be given both or not at all, got weight a"),
+    (lambda: norm(bias=(4,)), ValueError, "weight and bias must be given both or not at all, got bias alone"),
+    (lambda: norm(weight=(5,), bias=(4,)), ValueError, "weight must be (C,) = (4,), got (5,)"),
+    (lambda: norm(weight=(4,), bias=(4, 1)), ValueError, "bias must be (C,) = (4,), got (4, 1)"),
+    (
+        lambda: functional.add_norm(Z(1, 2, 3), 1.0),
+        TypeError,
+        "delta must be a tensor (B, T, C), got float",
+    ),
+    (
+        lambda: functional.add_norm(Z(1, 2, 3), Z(1, 2, 3, dtype=torch.int64)),
+        TypeError,
+        "delta must be of a floating dtype, got torch.int64",
+    ),
+    (
+        lambda: functional.add_norm(Z(1, 2, 3), Z(1, 2, 3, device="meta")),
+        ValueError,
+        "all tensors must be on one device, got {'x': device(type='cpu')",
+    ),
+    (
+        lambda: pool(delta=(2, 5, 4)),
+        ValueError,
+        "delta must be (B, T, C) = (2, 6, 4), got (2, 5, 4)",
+    ),
+    (lambda: pool(gain=(4,)), ValueError, "gain must be None where delta is, got a tensor"),
+    (lambda: pool(delta=(2, 6, 4), gain=(6,)), ValueError, "gain must be (C,) = (4,), got (6,)"),
     (lambda: attend_packed(qkv=(2, 5, 8, 3)), ValueError, "qkv must be (B, T, (h + 2g) * d)"),
     (lambda: attend_packed(qkv=(2, 5, 25)), ValueError, "qkv must be (B, T, 8 * d), got (2, 5, 25)"),
     (lambda: attend_packed(qkv=(2, 5, 0)), ValueError, "qkv must be (B, T, 8 * d), got (2, 5, 0)"),
