@@ -159,7 +159,7 @@ def raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION:
 
 
 @triton.jit
-def forward(
+def project(
     prompts,
     hidden,
     mean,
@@ -250,7 +250,7 @@ def grad_of_raw(grad_prompts, raw, norm, rows, channel, is_channel):
 
 
 @triton.jit
-def backward(
+def project_backward(
     grad_pooled,
     grad_hidden,
     means,
@@ -278,7 +278,7 @@ def backward(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_pooled (B, P, C), and what the gradients of the other arguments need. One program: as ``forward``.
+    """grad_pooled (B, P, C), and what the gradients of the other arguments need. One program: as ``project``.
 
     grad_hidden (B, P, r); ``means`` (2, B, P), the last two of grad_of_raw's ``norm``; ``sums`` (B, P), each
     row's part of the gradient of bias; ``products`` (B, P), that of the tensor scale.

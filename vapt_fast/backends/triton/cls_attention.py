@@ -66,7 +66,7 @@ def _inner_products(queries: Tensor, x: Tensor, prompts: Tensor) -> Tensor:
     config = configs.cls_attention(arithmetic, num_queries)
     products = torch.empty((batch, num_queries, num_keys), dtype=queries.dtype, device=x.device)
     launch(
-        kernels.inner_products,
+        kernels.scores,
         config,
         batch * num_blocks(config, BLOCK_M=num_queries, BLOCK_K=num_keys),
         *(products, *(_strided(t, batch) for t in (queries, prompts, x))),

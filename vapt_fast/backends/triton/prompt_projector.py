@@ -111,7 +111,7 @@ def _forward(
     learned = (pooled, bias, down, up)
     masks = (_by_prompt(channel_mask, pooled), feature_mask)
     launch(
-        kernels.forward,
+        kernels.project,
         config,
         num_blocks(config, BLOCK_ROWS=num_rows),
         *(prompts, hidden, *_mean_and_rstd(statistics)),
@@ -177,7 +177,7 @@ def _backward_rows(
     learned = (pooled, bias, down, up)
     masks = (_by_prompt(channel_mask, pooled), feature_mask)
     launch(
-        kernels.backward,
+        kernels.project_backward,
         config,
         num_blocks(config, BLOCK_ROWS=num_rows),
         *(grad_pooled, grad_hidden, means if means.shape[0] else None, sums, products),
