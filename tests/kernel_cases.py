@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from ops import attention_case, pool_case
+from ops import (
+    add_norm_case,
+    attention_case,
+    layouts,
+    mlp_case,
+    packed_case,
+    pool_case,
+    projector_case,
+)
 
-__all__ = ["KERNELS", "Kernels", "precision_cases", "random_cases"]
+__all__ = ["KERNELS", "Kernels", "laid_out", "precision_cases", "random_cases"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +44,28 @@ class Kernels:
     huge: list[tuple[dict[str, Any], Sequence[int], Sequence[int]]]
 
 
+YES_OR_NO = [False, True]
+
 KERNELS = {
+    "add_norm": Kernels(
+        add_norm_case,
+        {
+            "batch": [1, 1, 2, 5, 0],
+            "tokens": [1, 3, 9],
+            "dim": [1, 6, 63, 65, 257],
+            "delta": [False, True, True],
+            "gain": YES_OR_NO,
+            "affine": YES_OR_NO,
+        },
+        {"batch": 1, "dim": 32},
+        [
+            {"batch": 2, "tokens": 5, "dim": 6},
+            {"batch": 1, "tokens": 3, "dim": 1025, "gain": False, "affine": False},
+            {"batch": 3, "tokens": 3, "dim": 5, "delta": False},
+        ],
+        {"batch": 3, "tokens": 3, "dim": 4},
+        [({"tokens": 4, "dim": 64}, [0, 1], [0, 1])],
+    ),
     "prompt_pool": Kernels(
         pool_case,
         {
@@ -45,18 +74,44 @@ KERNELS = {
             "patches": [1, 9, 31, 33],
             "dim": [1, 6, 63, 65],
             "rows": [1, 3, 15, 17, 0],
+            "delta": YES_OR_NO,
+            "gain": YES_OR_NO,
         },
         {"batch": 1, "dim": 32},
         [
             {"batch": 2, "prefix": 2, "patches": 5, "dim": 6, "rows": 3},
-            {"batch": 1, "prefix": 1, "patches": 33, "dim": 65, "rows": 17},
-            {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2},
+            {"batch": 1, "prefix": 1, "patches": 33, "dim": 65, "rows": 17, "gain": False},
+            {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2, "delta": False},
+            {"batch": 1, "prefix": 1, "patches": 3, "dim": 257, "rows": 2},
         ],
         {"batch": 3, "prefix": 1, "patches": 3, "dim": 4, "rows": 3},
         [
-            ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0], []),
-            ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0], [0]),
+            ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0, 4], []),
+            ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0, 4], [0, 4]),
         ],
+    ),
+    "prompt_projector": Kernels(
+        projector_case,
+        {
+            "batch": [1, 1, 2, 5, 0],
+            "prompts": [1, 3, 17, 0],
+            "dim": [1, 6, 63, 65],
+            "width": [1, 4, 17, None],
+            "activation": ["relu", "gelu", "sigmoid", "softmax", "identity"],
+            "masked": YES_OR_NO,
+            "eps": [None, 1e-6],
+            "learned_scale": YES_OR_NO,
+        },
+        {"batch": 1, "prompts": 5, "dim": 32, "eps": 1e-6},
+        [
+            {"batch": 2, "prompts": 3, "dim": 6, "masked": True, "eps": 0.1, "learned_scale": True},
+            {"batch": 1, "prompts": 17, "dim": 65, "width": 17, "activation": "gelu", "eps": 0.1},
+            {"batch": 5, "prompts": 5, "dim": 7, "width": 3, "activation": "softmax", "learned_scale": True},
+            {"batch": 1, "prompts": 2, "dim": 5, "activation": "sigmoid"},
+            {"batch": 1, "prompts": 2, "dim": 5, "width": None, "eps": 0.1},
+        ],
+        {"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1},
+        [({"prompts": 4, "dim": 64, "eps": 1e-6}, [], [0])],
     ),
     "prompt_attention": Kernels(
         attention_case,
@@ -68,35 +123,56 @@ KERNELS = {
             "groups": [1, 2],
             "dim": [1, 3, 8, 17],
             "prompts": [0, 1, 5, 17],
-            "shared": [False, True],
+            "shared": YES_OR_NO,
             "bias": [False, False, True],
         },
         {"batch": 1, "heads": 1, "groups": 1, "queries": 30, "tokens": 28, "dim": 32, "prompts": 5},
         [
-            {"batch": 2, "queries": 5, "tokens": 7, "heads": 2, "groups": 1, "dim": 3, "prompts": 2},
-            {
-                "batch": 1,
-                "queries": 17,
-                "tokens": 18,
-                "heads": 2,
-                "groups": 2,
-                "dim": 3,
-                "prompts": 17,
-                "bias": True,
-            },
-            {
-                "batch": 2,
-                "queries": 3,
-                "tokens": 3,
-                "heads": 3,
-                "groups": 1,
-                "dim": 16,
-                "shared": True,
-                "bias": True,
-            },
+            {"batch": 2, "queries": 5, "tokens": 7, "heads": 2, "groups": 1, "dim": 3},
+            {"batch": 1, "queries": 17, "tokens": 18, "heads": 2, "groups": 2, "prompts": 17, "bias": True},
+            {"batch": 2, "queries": 3, "tokens": 3, "heads": 3, "groups": 1, "dim": 16, "shared": True}
+            | {"bias": True},
         ],
         {"batch": 3, "queries": 3, "tokens": 3, "heads": 3, "groups": 3, "dim": 2, "prompts": 3},
         [({"queries": 4, "tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(5), range(5))],
+    ),
+    "prompt_attention_packed": Kernels(
+        packed_case,
+        {
+            "batch": [1, 1, 2, 0],
+            "tokens": [1, 7, 16, 17],
+            "heads": [2],
+            "groups": [1, 2],
+            "dim": [1, 3, 8, 17],
+            "prompts": [0, 1, 5, 17],
+            "shared": YES_OR_NO,
+            "bias": [False, False, True],
+        },
+        {"batch": 1, "heads": 1, "groups": 1, "tokens": 28, "dim": 32, "prompts": 5},
+        [
+            {"batch": 2, "tokens": 7, "heads": 2, "groups": 1, "dim": 3},
+            {"batch": 1, "tokens": 18, "heads": 2, "groups": 2, "dim": 3, "prompts": 17, "shared": True},
+        ],
+        {"batch": 3, "tokens": 3, "heads": 3, "groups": 3, "dim": 2, "prompts": 3},
+        [({"tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(2), range(2))],
+    ),
+    "mlp": Kernels(
+        mlp_case,
+        {
+            "batch": [1, 2, 3, 0],
+            "tokens": [1, 5, 17],
+            "dim": [1, 6, 31, 33],
+            "hidden": [1, 8, 33, 65],
+            "out": [1, 6, 33],
+            "bias": YES_OR_NO,
+        },
+        {"batch": 1, "tokens": 20, "dim": 32, "hidden": 64, "out": 32},
+        [
+            {"batch": 2, "tokens": 5, "dim": 6, "hidden": 8, "out": 5},
+            {"batch": 3, "tokens": 50, "dim": 33, "hidden": 65, "out": 35, "bias": False},
+        ],
+        {"batch": 3, "tokens": 3, "dim": 3, "hidden": 3, "out": 3},
+        [],
     ),
 }
 
@@ -117,3 +193,10 @@ def precision_cases(op: str, scale: float, count: int = 20) -> Iterator[tuple]:
         torch.manual_seed(seed)
         function, formula, tensors, options = KERNELS[op].make(**KERNELS[op].precise)
         yield function, formula, [t * scale for t in tensors], options
+
+
+def laid_out(value: Any, layout: str) -> Any:
+    """``value``, where it is a tensor with something in it, in that one of ops.layouts."""
+    if not isinstance(value, torch.Tensor) or not value.ndim or not value.numel():
+        return value
+    return dict(layouts(value))[layout]

@@ -9,8 +9,8 @@ don't use, and every lane of every load and store is checked:
 - race: two programs, or two lanes of one store, write the same element, or a program reads what was written
   in the same launch or writes what another one reads: on a GPU any order is possible;
 - uninitialised: the element was made by torch.empty and nobody has written it;
-- hole: such an element that nobody has written in the whole ``with`` block. Outputs have none, and neither
-  has scratch memory that is no larger than it needs to be.
+- hole: such an element of an argument that nobody has written in the whole ``with`` block. Outputs have none,
+  and neither has scratch memory that is no larger than it needs to be.
 
 Lanes that are out of bounds are left out, so that the kernel goes on and the process survives.
 """
@@ -252,14 +252,13 @@ def shadow() -> Iterator[list[Finding]]:
             patches.enter_context(mock.patch.object(owner, name, replacement))
         yield findings
     for tensor in fresh:
+        storage = tensor.untyped_storage().data_ptr()
         holes = (_bits(tensor) == UNWRITTEN[tensor.itemsize]).nonzero()
-        if len(holes):
-            storage = tensor.untyped_storage().data_ptr()
-            kernel, view = owners.get(storage, ("no kernel", _View("a new tensor", tensor)))
+        if len(holes) and storage in owners:
+            kernel, view = owners[storage]
             index = view.index_of(storage + int(holes[0]) * tensor.itemsize)
-            findings.append(
-                Finding("hole", kernel, view.name, index, f"is one of {len(holes)} never written")
-            )
+            detail = f"is one of {len(holes)} that nobody has written"
+            findings.append(Finding("hole", kernel, view.name, index, detail))
 
 
 def _bits(tensor: Tensor) -> Tensor:
