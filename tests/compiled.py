@@ -117,6 +117,40 @@ def mlp(dtype: torch.dtype, frozen: bool = False, bias: bool = True) -> Callable
     return run
 
 
+def projector(dtype: torch.dtype, prompts: int, width: int | None = 8, **options: Any) -> Callable[[], Any]:
+    """prompt_projector of a ViT-B/16 in training, forward and backward."""
+
+    def run() -> None:
+        own = torch.promote_types(dtype, torch.float32)
+        shapes = [(2, prompts, 768), (prompts,), *([] if width is None else [(width, 768), (768, width)])]
+        learned = [torch.zeros(shape, dtype=own, requires_grad=True) for shape in shapes]
+        out = functional.prompt_projector(
+            *learned,
+            scale=torch.zeros(1, dtype=own, requires_grad=True),
+            channel_mask=torch.zeros(2, 1, 768, dtype=own),
+            feature_mask=None if width is None else torch.zeros(2, prompts, width, dtype=own),
+            dtype=dtype,
+            backend="triton",
+            **options,
+        )
+        out.backward(torch.zeros_like(out))
+
+    return run
+
+
+def cls(dtype: torch.dtype, prompts: int, rows: int = 1, shared: bool = False) -> Callable[[], Any]:
+    """cls_attention of a ViT-B/16 at 224 x 224 pixels, forward and backward."""
+
+    def run() -> None:
+        shapes = [(2, rows, 12, 64), (2, 197, 768), (1 if shared else 2, prompts, 768)]
+        tensors = [torch.zeros(shape, dtype=dtype, requires_grad=True) for shape in shapes]
+        weights = torch.zeros(2, 12, 64, 768, dtype=dtype)
+        out = functional.cls_attention(*tensors, *weights, scale=1.0, backend="triton")
+        out.backward(torch.zeros_like(out))
+
+    return run
+
+
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -162,6 +196,36 @@ CASES = {
     },
     "mlp bfloat16 frozen": mlp(torch.bfloat16, frozen=True),
     "mlp bfloat16 without bias": mlp(torch.bfloat16, bias=False),
+    **{
+        f"prompt_projector {_name(dtype)} P={prompts} r={width}": projector(dtype, prompts, width, eps=1e-6)
+        for dtype, prompts, width in (
+            *itertools.product((torch.bfloat16, torch.float32), (10, 50, 100), (8,)),
+            *itertools.product((torch.bfloat16, torch.float32), (50,), (None, 64)),
+            (torch.float64, 50, 8),
+        )
+    },
+    **{
+        f"prompt_projector bfloat16 P=50 r=8 {activation}": projector(
+            torch.bfloat16, 50, eps=1e-6, activation=activation
+        )
+        for activation in ("gelu", "sigmoid", "softmax", "identity")
+    },
+    "prompt_projector bfloat16 P=50 r=8 without norm": projector(torch.bfloat16, 50),
+    **{
+        f"cls_attention {_name(dtype)} P={prompts}": cls(dtype, prompts)
+        for dtype, prompts in (
+            *itertools.product((torch.bfloat16, torch.float32), (10, 50, 100)),
+            (torch.float64, 50),
+        )
+    },
+    **{
+        f"cls_attention {_name(dtype)} P=50 shared": cls(dtype, 50, shared=True)
+        for dtype in (torch.bfloat16, torch.float32)
+    },
+    **{
+        f"cls_attention {_name(dtype)} P=50 R=5": cls(dtype, 50, rows=5)
+        for dtype in (torch.bfloat16, torch.float32)
+    },
     # Triton makes a constant of every size of 1.
     "prompt_attention bfloat16 d=64 P=1 T=1": attention(torch.bfloat16, 64, 1, tokens=1),
 }
@@ -177,6 +241,10 @@ COMPILED_IN_TESTS = [
     "prompt_attention bfloat16 d=64 P=1 T=1",
     "mlp bfloat16",
     "mlp float32",
+    "prompt_projector bfloat16 P=50 r=8",
+    "prompt_projector float32 P=50 r=8",
+    "cls_attention bfloat16 P=50",
+    "cls_attention float32 P=50",
 ]
 
 Launch = tuple[JITFunction, tuple, dict[str, Any]]
