@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
 
 $(BIN)/.installed: pyproject.toml setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -26,8 +26,18 @@ lint: $(BIN)/.installed ## style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(BIN)/.installed ## the benchmarks, as a comparison of backends
+bench: $(BIN)/.installed ## the backends on this machine, whole models and single ops
+	$(BIN)/vapt-fast bench
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
 
+# In the environment of PYTHON, and without a network: machines with a GPU are often set up already.
+gpu: OUT = gpu-out
+gpu: ## all that needs a GPU, tests and benchmarks, in 9 minutes; writes to OUT=gpu-out; LONG=1 also autotunes
+	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(LONG),--long --minutes 18)
+
+gpu-dry: OUT = gpu-out
+gpu-dry: $(BIN)/.installed ## the same on a CPU with tiny sizes, to see that it runs
+	$(BIN)/python bench/gpu.py --out $(OUT) --dry
+
 clean: ## remove what the targets above made
-	rm -rf $(VENV) build dist *.egg-info $(OUT) .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist *.egg-info $(OUT) gpu-out .pytest_cache .ruff_cache .benchmarks

@@ -1,70 +1,60 @@
-"""Options of the benchmarks, and the fixtures that measure. See README.md for the commands."""
+"""Options and fixtures of the benchmarks of the ops. See README.md for the commands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 
 import pytest
-from agreement import models_agree
-from environment import describe
-from memory import peak_memory
-from workload import Setting, Variant
+import torch
+from harness import Bench, Sizes
+
+from vapt_fast.benchmark import describe
+
+STARTED = time.monotonic()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vapt_fast", "benchmarks of vapt_fast")
-    Setting.add_options(group.addoption)
+    group.addoption("--device", help="cpu or cuda (cuda where there is one)")
+    group.addoption("--dtype", help="of tokens (CPU: float32, GPU: bfloat16)")
+    group.addoption("--batch", type=int, help="images (CPU: 2, GPU: 64)")
     group.addoption("--prompts", default="10,50,100", help="numbers of prompts to measure (%(default)s)")
-    group.addoption("--rounds", type=int, help="timed runs of each model (CPU: 5, GPU: 30)")
+    group.addoption("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
+    group.addoption("--rounds", type=int, default=20, help="timed rounds of each (%(default)s)")
+    group.addoption("--seconds", type=float, help="after which nothing new begins")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "num_prompts" in metafunc.fixturenames:
-        numbers = [int(number) for number in metafunc.config.getoption("--prompts").split(",")]
-        metafunc.parametrize("num_prompts", numbers, ids="P{}".format)
+        tiny = metafunc.config.getoption("--tiny")
+        numbers = "3" if tiny else metafunc.config.getoption("--prompts")
+        metafunc.parametrize("num_prompts", [int(number) for number in numbers.split(",")], ids="P{}".format)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info |= describe(Setting.from_options(config.option).device)
+    machine_info |= describe(_device(config))
+
+
+def _device(config: pytest.Config) -> str:
+    return config.getoption("--device") or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(scope="session")
-def setting(request: pytest.FixtureRequest) -> Setting:
-    return Setting.from_options(request.config.option)
-
-
-@pytest.fixture(scope="session")
-def rounds(request: pytest.FixtureRequest, setting: Setting) -> int:
-    return request.config.getoption("--rounds") or (5 if setting.device == "cpu" else 30)
-
-
-@pytest.fixture
-def measure(benchmark, setting: Setting, rounds: int) -> Callable:
-    """``measure(run, group, rounds)``: time ``run``, which returns when the device is done."""
-
-    def measure(run: Callable[[], None], group: str, rounds: int = rounds) -> None:
-        benchmark.group = group
-        benchmark.pedantic(run, setup=setting.synchronize, rounds=rounds, warmup_rounds=2)
-
-    return measure
+def sizes(request: pytest.FixtureRequest) -> Sizes:
+    """Of a ViT-B/16 at 224 x 224 pixels, or tiny."""
+    option, device = request.config.getoption, torch.device(_device(request.config))
+    on_gpu = device.type == "cuda"
+    dtype = getattr(torch, option("--dtype") or ("bfloat16" if on_gpu else "float32"))
+    if option("--tiny"):
+        return Sizes(device, dtype, batch=2, grid=(4, 4), dim=32, heads=2, hidden=64, compiler="eager")
+    batch = option("--batch") or (64 if on_gpu else 2)
+    return Sizes(device, dtype, batch=batch, grid=(14, 14), dim=768, heads=12, hidden=3072)
 
 
 @pytest.fixture
-def record_memory(benchmark, setting: Setting) -> Callable[[Variant, str], None]:
-    """``record_memory(variant, mode)``: put the peak memory into the benchmark's extra_info."""
-
-    def record(variant: Variant, mode: str) -> None:
-        if benchmark.enabled:
-            benchmark.extra_info["peak_memory_mb"] = peak_memory(setting, variant, mode)
-
-    return record
-
-
-@pytest.fixture
-def models_gate(benchmark, setting: Setting) -> Callable[[str, int], None]:
-    """``models_gate(kind, num_prompts)`` fails the benchmark unless the backends agree."""
-
-    def gate(kind: str, num_prompts: int) -> None:
-        benchmark.extra_info["largest_error"] = models_agree(setting, kind, num_prompts)
-
-    return gate
+def bench(request: pytest.FixtureRequest, benchmark, sizes: Sizes) -> Bench:
+    """What checks and times one implementation of one op."""
+    seconds = request.config.getoption("--seconds")
+    if seconds is not None and time.monotonic() - STARTED > seconds:
+        pytest.skip("left out: no time was left")
+    return Bench(benchmark, sizes, request.config.getoption("--rounds"))

@@ -21,7 +21,7 @@ LAYERS = [
     {"reference", "schedule"},
     {"adapters", "vit", "official", "registry"},
     {"digits", "info"},
-    {"training"},
+    {"training", "benchmark"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -1,9 +1,10 @@
-"""The command ``vapt-fast``: train, predict, demo, info."""
+"""The command ``vapt-fast``: train, predict, demo, bench, info."""
 
 from __future__ import annotations
 
 import typer
 
+from .bench import bench
 from .demo import demo
 from .info import info
 from .predict import predict
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, demo, info):
+for command in (train, predict, demo, bench, info):
     app.command()(command)
 
 

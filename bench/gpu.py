@@ -1,0 +1,383 @@
+"""Everything that needs a GPU in one command and a fixed time: tests, memory checker, benchmarks, plots.
+
+It installs nothing into the environment that it finds and needs no network. Each phase is a process with its
+own time limit; what fails or overruns is recorded and the next one runs. Writes to --out:
+
+    results.json   everything, with versions, device and date
+    results.md     the tables
+    models.png, ops.png
+    tests.xml      every test (JUnit)
+    log.txt        what the phases printed
+
+The exit code is 1 where something computes wrong numbers or a test fails. Examples:
+
+    python bench/gpu.py --out results
+    python bench/gpu.py --out results --phases autotuned     # the long compilations
+    python bench/gpu.py --out results --dry                  # the same on a CPU, tiny, to see that it runs
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+BENCH = Path(__file__).resolve().parent
+ROOT = BENCH.parent
+NEEDED = ("torch", "timm", "safetensors", "typer", "rich", "pytest", "pytest_benchmark")
+SANITIZERS = ("memcheck", "initcheck", "racecheck", "synccheck")
+FOUND_ERRORS = 86  # exit code of compute-sanitizer, so that it is told from a crash
+
+# What is prepared beside the tests, each in a process: it compiles, and a crash shows before it can take
+# the other figures along.
+PREPARED = {
+    "all": ("triton, bfloat16", "triton, bfloat16-autocast", "cuda, bfloat16", "auto, bfloat16"),
+    "compiled": ("reference, bfloat16, compiled", "torch, bfloat16, compiled"),
+}
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A step with its time limit in seconds; ``run`` puts what it found into the results."""
+
+    name: str
+    seconds: float
+    run: Callable[[Session, float], None]
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="folder for the results")
+    add("--minutes", type=float, default=8.75, help="for everything (%(default)s)")
+    add("--phases", nargs="+", choices=[p.name for p in PHASES], help="all but autotuned")
+    add("--long", action="store_true", help="also autotuned, whose compilations take long")
+    add("--dry", action="store_true", help="on the CPU with tiny sizes")
+    return parser.parse_args(arguments)
+
+
+class Session:
+    """One run of this program: its options, its results so far and the processes it starts.
+
+    Attributes:
+        results: what results.json will hold.
+        wrong: every reason to exit with 1.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.out, self.dry = options.out.resolve(), options.dry
+        self.device = "cpu" if self.dry else "cuda"
+        self.results: dict[str, Any] = {"dry": self.dry, "phases": {}, "comparisons": []}
+        self.wrong: list[str] = []
+        self.left_out: dict[str, str] = {}
+        self.end = time.monotonic() + 60 * options.minutes
+        self.scratch = Path(tempfile.mkdtemp(prefix="vapt_fast_gpu_"))
+        self.environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+        self.processes: list[Process] = []
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.log = (self.out / "log.txt").open("w")
+
+    def start(self, *command: object) -> Process:
+        process = Process([str(part) for part in command], self.environment, self.scratch)
+        self.processes.append(process)
+        return process
+
+    def finish(self, process: Process, seconds: float) -> int | None:
+        """Wait at most ``seconds``; its exit code, or None if it had to be stopped."""
+        code = process.wait(seconds)
+        self.log.write(f"\n==== {' '.join(process.command)}\n==== exit code {code}\n{process.output()}")
+        self.log.flush()
+        return code
+
+    def call(self, seconds: float, *command: object) -> tuple[int | None, str]:
+        """Exit code, None if it had to be stopped, and the end of what it printed."""
+        process = self.start(*command)
+        return self.finish(process, seconds), process.output()[-2000:]
+
+    def add_to_path(self, folder: Path) -> None:
+        paths = [str(folder), self.environment.get("PYTHONPATH", "")]
+        self.environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+
+    def close(self) -> None:
+        """Nothing that was started outlives this program."""
+        for process in self.processes:
+            process.wait(0)
+        self.log.close()
+        shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def write(self) -> None:
+        """The results so far, so that nothing is lost if this process is killed."""
+        self.results["wrong"] = self.wrong
+        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
+
+
+class Process:
+    """A process with children, in a group of its own; what it prints is in a file."""
+
+    def __init__(self, command: list[str], environment: dict[str, str], scratch: Path) -> None:
+        self.command = command
+        descriptor, path = tempfile.mkstemp(dir=scratch, suffix=".log")
+        self._path = Path(path)
+        with os.fdopen(descriptor, "w") as file:
+            self._process = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+            )
+
+    def wait(self, seconds: float) -> int | None:
+        """The exit code; None if it overran. Then it is interrupted, as by Ctrl-C, and at last killed."""
+        try:
+            return self._process.wait(max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            pass
+        for sign, patience in ((signal.SIGINT, 8), (signal.SIGKILL, None)):
+            os.killpg(self._process.pid, sign)
+            try:
+                self._process.wait(patience)
+                break
+            except subprocess.TimeoutExpired:
+                continue
+        return None
+
+    def output(self) -> str:
+        return self._path.read_text(errors="replace")
+
+
+# ---- the phases
+
+
+def install(session: Session, seconds: float) -> None:
+    """The package for the processes that follow, in a folder of its own: the environment stays as it is."""
+    missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+    site = session.scratch / "site"
+    pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site)
+    if missing:  # perhaps PIP_FIND_LINKS has them
+        if session.call(seconds / 3, *pip, *missing)[0] != 0:
+            raise SystemExit(
+                f"missing here: {', '.join(missing)}. Carry them as wheels: set PIP_FIND_LINKS to a folder "
+                "that has them, or PYTHONPATH to one where they are installed"
+            )
+        session.add_to_path(site)
+    if _is_installed():
+        session.results["installation"] = "this checkout was installed already"
+        return
+    session.environment.setdefault("VAPT_FAST_CUDA_ARCHS", "90a")
+    code, printed = session.call(seconds, *pip, "--no-build-isolation", ROOT)
+    session.results["installation"] = "pip install --no-build-isolation --target"
+    if code != 0:  # then without what has to be built
+        session.results["installation"] = f"links; pip failed: {printed.strip()[-500:]}"
+        site = session.scratch / "links"
+        (site / "vapt_fast").mkdir(parents=True)
+        for path in (*(ROOT / "vapt_fast").iterdir(), ROOT / "kernels"):
+            (site / "vapt_fast" / path.name).symlink_to(path)
+    session.add_to_path(site)
+
+
+def _is_installed() -> bool:
+    """Whether this checkout is installed, in editable mode."""
+    try:
+        origin = importlib.metadata.distribution("vapt_fast").read_text("direct_url.json")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return origin is not None and json.loads(origin)["url"] == ROOT.as_uri()
+
+
+def environment(session: Session, seconds: float) -> None:
+    """Versions, driver, clocks, device, date; and what vapt_fast says would run."""
+    code, printed = session.call(seconds, sys.executable, BENCH / "environment.py", session.device)
+    if code != 0:
+        raise RuntimeError(f"vapt_fast can't be imported: {printed.strip()[-500:]}")
+    session.results |= json.loads(printed.splitlines()[-1])
+
+
+def tests(session: Session, seconds: float) -> None:
+    """The tests that need a GPU; beside them what takes long to compile, or might crash, is prepared."""
+    prepared = {} if session.dry else _start_preparing(session)
+    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    command += [f"--junitxml={session.out / 'tests.xml'}", "-m", "gpu"]
+    if not session.dry and importlib.util.find_spec("xdist") is not None:
+        command += ["--numprocesses", "8", "--dist", "worksteal"]
+    started = time.monotonic()
+    code, printed = session.call(seconds, *command)
+    session.results["tests"] = {"exit_code": code, "summary": printed.strip().splitlines()[-1:]}
+    if code != 0:
+        session.wrong.append("tests: " + ("they took too long" if code is None else f"exit code {code}"))
+    for name, process in prepared.items():
+        _judge(session, name, session.finish(process, seconds - (time.monotonic() - started)))
+
+
+def _start_preparing(session: Session) -> dict[str, Process]:
+    return {
+        name: session.start(
+            *(sys.executable, BENCH / "models.py", "--out", session.scratch / f"{name}.json"),
+            *("--set", table, "--only", name, "--sizes", "50x64"),
+            *("--rounds", 2, "--seconds", 0),
+        )
+        for table, names in PREPARED.items()
+        for name in names
+    }
+
+
+def _judge(session: Session, name: str, code: int | None) -> None:
+    """Leave out what crashed or did not come back. Other failures show again, with their reasons."""
+    if code is None:
+        session.left_out[name] = "left out: it was not ready in time"
+    elif code != 0:
+        session.left_out[name] = f"left out: its process ended with exit code {code}, see log.txt"
+        session.wrong.append(f"{name}: its process ended with exit code {code}")
+
+
+def sanitizer(session: Session, seconds: float) -> None:
+    """compute-sanitizer over every op, forward and backward, its four tools side by side."""
+    tool = shutil.which("compute-sanitizer")
+    session.results["sanitizer"] = found = {}
+    if tool is None:
+        found.update(dict.fromkeys(SANITIZERS, "compute-sanitizer is not installed"))
+        return
+    script = ROOT / "tests" / "gpu" / "sanitized.py"
+    processes = {
+        name: session.start(*(tool, "--tool", name, "--error-exitcode", FOUND_ERRORS, sys.executable, script))
+        for name in SANITIZERS
+    }
+    until = time.monotonic() + seconds
+    for name, process in processes.items():
+        code = session.finish(process, until - time.monotonic())
+        last = "".join(process.output().strip().splitlines()[-1:])
+        found[name] = "it took too long" if code is None else f"exit code {code}: {last}"
+        if code == FOUND_ERRORS:
+            session.wrong.append(f"compute-sanitizer {name}: {last}")
+
+
+def ops(session: Session, seconds: float) -> None:
+    """The benchmarks of the ops, a file after the other, each in a process: a crash takes no other along."""
+    files = [str(file) for file in sorted(BENCH.glob("test_bench_*.py"))]
+    groups = [files] if session.dry else [[file] for file in files]
+    until = time.monotonic() + seconds
+    session.results["ops"] = []
+    problems = []
+    for index, group in enumerate(groups):
+        path = session.scratch / f"ops-{index}.json"
+        share = (until - time.monotonic()) / (len(groups) - index)
+        command = [sys.executable, "-m", "pytest", *group, "-q", "-p", "no:cacheprovider"]
+        command += [f"--benchmark-json={path}", f"--device={session.device}", f"--seconds={0.7 * share}"]
+        code, printed = session.call(share, *command, *(["--tiny"] if session.dry else []))
+        if path.is_file() and path.stat().st_size:
+            for one in json.loads(path.read_text())["benchmarks"]:
+                session.results["ops"].append(
+                    {"name": one["name"], "group": one["group"], **one["extra_info"]}
+                )
+        if code != 0:
+            summary = "took too long" if code is None else f"exit code {code}: {printed.strip()[-300:]}"
+            problems.append(f"{Path(group[0]).stem}: {summary}")
+            if code == 1:  # pytest's, for failures: of the gate, or of a rival
+                session.wrong.append(problems[-1])
+    if problems:
+        raise RuntimeError("; ".join(problems))
+
+
+def _models(which: str) -> Callable[[Session, float], None]:
+    def run(session: Session, seconds: float) -> None:
+        path = session.scratch / f"{which}.json"
+        command = [sys.executable, BENCH / "models.py", "--out", path, "--set", which]
+        command += ["--left-out", json.dumps(session.left_out), "--device", session.device]
+        command += ["--seconds", 0.85 * seconds]
+        if which != "all":
+            command += ["--sizes", "3x2" if session.dry else "50x64"]
+        elif session.dry:
+            command += ["--sizes", "3x2,2x2"]
+        if session.dry:
+            command += ["--model", "test_vit", "--image-size", 32, "--compiler", "eager", "--rounds", 2]
+        code, printed = session.call(seconds, *command)
+        comparisons = json.loads(path.read_text())["comparisons"] if path.is_file() else []
+        session.results["comparisons"] += comparisons
+        for comparison in comparisons:
+            for row in comparison["rows"]:
+                if row["wrong"]:
+                    session.wrong.append(f"{row['name']}: {row['error']}")
+        if code != 0:
+            raise RuntimeError("it took too long" if code is None else printed.strip()[-500:])
+
+    return run
+
+
+def report(session: Session, seconds: float) -> None:
+    """The tables and pictures of what is in results.json."""
+    session.write()
+    code, printed = session.call(seconds, sys.executable, BENCH / "report.py", session.out)
+    if code != 0:
+        raise RuntimeError(printed.strip()[-500:])
+
+
+# In this order; the benchmarks get the GPU for themselves.
+PHASES = (
+    Phase("install", 90, install),
+    Phase("environment", 40, environment),
+    Phase("tests", 150, tests),
+    Phase("sanitizer", 60, sanitizer),
+    Phase("models", 170, _models("all")),
+    Phase("compiled", 80, _models("compiled")),
+    Phase("ops", 90, ops),
+    Phase("autotuned", 480, _models("autotuned")),
+    Phase("report", 25, report),
+)
+ESSENTIAL = ("install", "environment")  # nothing runs without them
+ALWAYS = (*ESSENTIAL, "report")
+# The time limits add up to more than there is: this much of it is kept for the later phases.
+SHARE_LEFT = 0.6
+
+
+def run(session: Session, phases: list[Phase]) -> None:
+    """Each phase, with what it has found so far written after it; a failing phase is recorded."""
+    for index, phase in enumerate(phases):
+        later = sum(SHARE_LEFT * p.seconds for p in phases[index + 1 :])
+        seconds = session.end - time.monotonic() - (0 if session.dry else later)
+        if not session.dry:
+            seconds = min(phase.seconds, seconds)
+        print(f"{phase.name}: at most {seconds:.0f} s", flush=True)
+        started = time.monotonic()
+        record = session.results["phases"].setdefault(phase.name, {})
+        record["limit"] = round(seconds, 1)
+        try:
+            if seconds <= 0:
+                raise RuntimeError("left out: no time was left")
+            phase.run(session, seconds)
+        except Exception as error:  # whatever it is, the next phase shall run
+            record["error"] = f"{type(error).__name__}: {error}"
+            print(f"{phase.name}: {record['error']}", flush=True)
+            if phase.name in ESSENTIAL:
+                session.wrong.append(f"{phase.name}: {record['error']}")
+                return
+        finally:
+            record["seconds"] = round(time.monotonic() - started, 1)
+            session.write()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
+    session = Session(options)
+    chosen = options.phases or [p.name for p in PHASES if options.long or p.name != "autotuned"]
+    try:
+        run(session, [p for p in PHASES if p.name in (*ALWAYS, *chosen)])
+    finally:
+        session.write()
+        session.close()
+    print(f"wrote {', '.join(sorted(path.name for path in session.out.iterdir()))} to {session.out}")
+    for reason in session.wrong:
+        print(f"wrong: {reason}")
+    sys.exit(1 if session.wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Whole models end to end: every rival and every backend, checked and timed in turns.
+
+One table for each number of prompts and batch, in order of importance, until the time is up; what is left out
+is in the results with its reason. Example:
+
+    python bench/models.py --out results.json --seconds 150
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from operations import per_image
+
+from vapt_fast.benchmark import LINEAR_PROBE, MODES, Comparison, Row, Setting, Variant, describe
+from vapt_fast.training.files import write_atomically
+
+OURS = ("triton", "cuda", "auto")
+
+# The literal method in all the ways that people run it, then the rewrites in plain PyTorch.
+LITERAL = (
+    Variant("reference", precision="float32", attention="explicit"),
+    Variant("reference", precision="tf32", attention="explicit"),
+    Variant("reference", precision="bfloat16-autocast", attention="explicit"),
+    Variant("reference", precision="bfloat16"),
+)
+REWRITTEN = (
+    Variant("torch", precision="bfloat16-autocast"),
+    Variant("torch", precision="bfloat16"),
+    Variant("torch", precision="bfloat16", attention="cudnn"),
+    Variant("torch", precision="bfloat16", attention="flash"),
+)
+COMPILED = (
+    Variant("reference", precision="bfloat16", compile="default"),
+    Variant("torch", precision="bfloat16", compile="default"),
+)
+AUTOTUNED = (
+    Variant("reference", precision="bfloat16", compile="max-autotune-no-cudagraphs"),
+    Variant("torch", precision="bfloat16", compile="max-autotune-no-cudagraphs"),
+)
+KERNELS = tuple(
+    Variant(backend, precision=precision)
+    for precision in ("bfloat16", "bfloat16-autocast")
+    for backend in OURS
+)
+PROBE = Variant(LINEAR_PROBE, precision="bfloat16")
+
+# What is compared in one table. Everything but "all" takes long to compile.
+SETS = {
+    "all": (*LITERAL, *REWRITTEN, *KERNELS, PROBE),
+    "compiled": (Variant("reference", precision="bfloat16"), *COMPILED, REWRITTEN[1], *KERNELS[: len(OURS)]),
+    "autotuned": (
+        Variant("reference", precision="bfloat16"),
+        *AUTOTUNED,
+        REWRITTEN[1],
+        *KERNELS[: len(OURS)],
+    ),
+}
+EVERY_VARIANT = {str(variant): variant for variants in SETS.values() for variant in variants}
+
+# By importance.
+SIZES = ((50, 64), (50, 256), (100, 64), (10, 64), (100, 256), (10, 256))
+
+
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--out", type=Path, required=True, help="JSON file, written after each table")
+    add("--set", default="all", choices=SETS, help="what to compare (%(default)s)")
+    add("--only", action="append", choices=EVERY_VARIANT, help="only this; may be given several times")
+    add("--left-out", type=json.loads, default={}, help='JSON: what is left out and why, {"name": "reason"}')
+    add("--sizes", default=SIZES, type=_sizes, help="prompts x batch, as 50x64,10x256 (a few)")
+    add("--seconds", type=float, default=150.0, help="after which nothing new begins (%(default)s)")
+    add("--rounds", type=int, default=8, help="at most, at least 2 (%(default)s)")
+    add("--model", default="vit_base_patch16_224", help="timm's name of the backbone (%(default)s)")
+    add("--image-size", type=int, help="pixels (the backbone's own)")
+    add("--device", default="cuda", help="(%(default)s)")
+    add("--compiler", default="inductor", help="backend of torch.compile (%(default)s)")
+    return parser.parse_args(arguments)
+
+
+def _sizes(text: str) -> tuple[tuple[int, int], ...]:
+    return tuple(tuple(int(number) for number in size.split("x")) for size in text.split(","))
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A table after the other: its setting and rows, as JSON takes them."""
+    end = time.monotonic() + options.seconds
+    parts = [(mode, graph) for graph in (False, True) for mode in MODES]
+    for index, (num_prompts, batch) in enumerate(options.sizes):
+        setting = Setting(
+            model=options.model,
+            batch=batch,
+            device=options.device,
+            threads=torch.get_num_threads(),
+            image_size=options.image_size,
+            compiler=options.compiler,
+        )
+        names = options.only or [str(variant) for variant in SETS[options.set]]
+        variants = [_with_prompts(EVERY_VARIANT[name], num_prompts) for name in names]
+        left_out = {v: options.left_out[str(v)] for v in variants if str(v) in options.left_out}
+        chosen = [variant for variant in variants if variant not in left_out]
+        if time.monotonic() > end and index > 0:
+            left_out, chosen = dict.fromkeys(variants, "left out: no time was left"), []
+        print(f"P = {num_prompts}, batch {batch}: {len(chosen)} to compare", flush=True)
+        # On a CPU each figure of memory would take a process of its own.
+        comparison = Comparison(setting, chosen, memory=setting.on_gpu, progress=_print)
+        rows: dict[tuple[Variant, str, bool], Row] = {}
+        for number, (mode, graph) in enumerate(parts):
+            still = (len(options.sizes) - index) * len(parts) - number
+            deadline = time.monotonic() + (end - time.monotonic()) / still
+            for row in comparison.measure(mode, rounds=options.rounds, graph=graph, deadline=deadline):
+                rows[row.variant, mode, graph] = row
+            for variant, reason in left_out.items():
+                rows[variant, mode, graph] = Row(variant, mode, graph, error=reason)
+        yield {
+            "set": options.set,
+            "setting": asdict(setting),
+            "operations_per_image": _operations(setting, num_prompts) if chosen else None,
+            "rows": [
+                rows[variant, mode, graph].as_dict() | {"name": str(variant)}
+                for mode, graph in parts
+                for variant in variants
+            ],
+        }
+
+
+def _print(line: str) -> None:
+    print(f"  {line}", flush=True)
+
+
+def _with_prompts(variant: Variant, num_prompts: int) -> Variant:
+    return variant if variant.backend == LINEAR_PROBE else replace(variant, num_prompts=num_prompts)
+
+
+def _operations(setting: Setting, num_prompts: int) -> dict[str, dict[str, int]]:
+    """By mode and method, "literal" or "rewritten"; see operations.py."""
+    methods = {"literal": "reference", "rewritten": "torch"}
+    return {
+        mode: {
+            method: per_image(setting, Variant(backend, num_prompts=num_prompts), mode)
+            for method, backend in methods.items()
+        }
+        for mode in MODES
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse_options(arguments)
+    results: dict[str, Any] = {"environment": describe(options.device), "comparisons": []}
+    for comparison in measure(options):
+        results["comparisons"].append(comparison)
+        write_atomically(options.out, (json.dumps(results, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""Attention with prompts, on the joint projections: our kernels, and PyTorch's on concatenated keys."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from harness import MODES, Job, Op, Sizes, Work, kernels
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from vapt_fast.functional import prompt_attention_packed
+
+RIVALS = [*kernels("prompt_attention"), "cudnn", "flash", "efficient", "explicit"]
+
+
+def job(sizes: Sizes, num_prompts: int) -> Job:
+    keys, dim, element = sizes.tokens + num_prompts, sizes.dim, sizes.dtype.itemsize
+    tokens, prompts = sizes.rows * dim, sizes.batch * num_prompts * dim
+    products = 2.0 * sizes.rows * keys * dim
+    return Job(
+        make=lambda: [
+            sizes.randn(sizes.batch, sizes.tokens, 3 * dim),
+            sizes.randn(sizes.batch, num_prompts, 2 * dim),
+        ],
+        definition=partial(_explicit, sizes.heads),
+        forward=Work(element * (4.0 * tokens + 2 * prompts), 2 * products),
+        # q, k, v, the output and its gradient in, three gradients out; five products.
+        backward=Work(element * (8.0 * tokens + 4 * prompts), 5 * products),
+    )
+
+
+def implementation(rival: str, sizes: Sizes) -> Op:
+    if rival == "explicit":
+        return partial(_explicit, sizes.heads)
+    heads = {"num_heads": sizes.heads, "num_kv_heads": sizes.heads, "scale": _scale(sizes.heads, sizes.dim)}
+    if rival != "efficient":
+        return partial(prompt_attention_packed, **heads, backend=rival)
+
+    def efficient(qkv: Tensor, prompt_kv: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+            return prompt_attention_packed(qkv, prompt_kv, **heads, backend="torch")
+
+    return efficient
+
+
+def _scale(heads: int, dim: int) -> float:
+    return (dim // heads) ** -0.5
+
+
+def _explicit(heads: int, qkv: Tensor, prompt_kv: Tensor) -> Tensor:
+    """Two products and a softmax, as in the method's publication: (B, T, h, d)."""
+    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
+    prompt_k, prompt_v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in prompt_kv.chunk(2, dim=-1))
+    k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
+    scores = (q * _scale(heads, qkv.shape[-1] // 3)) @ k.transpose(-2, -1)
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rival", RIVALS)
+def test_prompt_attention(bench, sizes, num_prompts, rival, mode):
+    if rival == "efficient" and sizes.device.type != "cuda":
+        pytest.skip("PyTorch's memory-efficient attention needs a CUDA GPU")
+    group = f"prompt_attention, P = {num_prompts}"
+    bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)

@@ -1,0 +1,72 @@
+"""From pooled tokens to the prompts that a block's projections read."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from harness import MODES, Job, Op, Sizes, Work, kernels
+from torch import Tensor
+
+from vapt_fast.functional import prompt_projector
+
+EPS, WIDTH = 1e-6, 8
+RIVALS = [*kernels("prompt_projector"), "torch, compiled"]
+
+
+def job(sizes: Sizes, num_prompts: int) -> Job:
+    rows = sizes.batch * num_prompts
+    learned = partial(sizes.randn, dtype=torch.float32)
+    # Pooled tokens and their gradient are in float32.
+    pooled, prompts = 4.0 * rows * sizes.dim, float(sizes.dtype.itemsize) * rows * sizes.dim
+    products = 4.0 * rows * sizes.dim * WIDTH
+    return Job(
+        make=lambda: [
+            learned(sizes.batch, num_prompts, sizes.dim),
+            learned(num_prompts),
+            learned(WIDTH, sizes.dim),
+            learned(sizes.dim, WIDTH),
+            learned(sizes.batch, 1, sizes.dim, grad=False).gt(0) * 2.0,
+            learned(sizes.batch, num_prompts, WIDTH, grad=False).gt(0) * 2.0,
+        ],
+        definition=_definition,
+        forward=Work(pooled + prompts, products),
+        backward=Work(2 * pooled + prompts, 2 * products),
+    )
+
+
+def implementation(rival: str, sizes: Sizes) -> Op:
+    name, _, compiled = rival.partition(", ")
+
+    def op(
+        pooled: Tensor, bias: Tensor, down: Tensor, up: Tensor, channels: Tensor, features: Tensor
+    ) -> Tensor:
+        return prompt_projector(
+            pooled,
+            bias,
+            down,
+            up,
+            channel_mask=channels,
+            feature_mask=features,
+            eps=EPS,
+            dtype=sizes.dtype,
+            backend=name,
+        )
+
+    return sizes.compile(op) if compiled else op
+
+
+def _definition(
+    pooled: Tensor, bias: Tensor, down: Tensor, up: Tensor, channels: Tensor, features: Tensor
+) -> Tensor:
+    t = pooled * channels + bias[:, None]
+    return F.layer_norm(t + (features * (t @ down.t()).relu()) @ up.t(), t.shape[-1:], eps=EPS)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rival", RIVALS)
+def test_prompt_projector(bench, sizes, num_prompts, rival, mode):
+    group = f"prompt_projector, P = {num_prompts}"
+    bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)

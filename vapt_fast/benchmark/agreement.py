@@ -1,0 +1,58 @@
+"""The gate: no speed is reported unless what is compared gives the same numbers, in the same run."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .workload import Precision
+
+__all__ = ["Disagreement", "check", "relative_errors"]
+
+# A wrong formula is off by far more, rounding by far less.
+TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
+# Where products are rounded to less, the literal method is the yardstick, under the same rounding.
+FACTOR = 2.0
+
+
+class Disagreement(RuntimeError):
+    """Numbers that should be the same are not."""
+
+
+def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """The error of each tensor relative to the norm of the expected one; infinite for NaN.
+
+    Raises:
+        Disagreement: something is missing.
+    """
+    if actual.keys() != expected.keys():
+        raise Disagreement(f"there is {sorted(actual)}, expected {sorted(expected)}")
+    return {name: _relative_error(actual[name], expected[name]) for name in expected}
+
+
+def check(errors: dict[str, float], literal: dict[str, float], precision: Precision) -> float:
+    """The largest of ``errors``, if all are small enough.
+
+    Args:
+        errors: of what is checked, by relative_errors.
+        literal: the errors of the literal method in the same precision.
+        precision: float32 and float64 must be within TOLERANCES; below, an error may be twice that of the
+            literal method, plus twice the dtype's precision.
+
+    Raises:
+        Disagreement: they are not.
+    """
+    dtype = torch.float16 if precision.tf32 else precision.compute  # the mantissa of TF32 is that of float16
+    for name, error in errors.items():
+        allowed = TOLERANCES.get(dtype, FACTOR * literal[name] + 2 * torch.finfo(dtype).eps)
+        if error > allowed or math.isinf(error):
+            raise Disagreement(f"{name} is off by {error:.1e}, more than {allowed:.1e}")
+    return max(errors.values())
+
+
+def _relative_error(actual: Tensor, expected: Tensor) -> float:
+    error = ((actual - expected).norm() / expected.norm()).item()
+    # Comparisons with NaN are false: as an infinite error it can't slip through.
+    return math.inf if math.isnan(error) else error

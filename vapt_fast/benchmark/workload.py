@@ -1,0 +1,292 @@
+"""What is measured: one model, one batch of random data, one training step or one forward pass."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..backbone import head_names, image_size
+from ..config import PromptConfig
+from ..prompts import AdaptivePrompts, Prompts
+from ..vit import AdaptiveViT
+
+__all__ = ["ATTENTION", "LINEAR_PROBE", "MODES", "PRECISIONS", "Precision", "Setting", "Variant", "Workload"]
+
+NUM_CLASSES = 100
+MODES = ("training step", "forward")
+LINEAR_PROBE = "linear probe"
+SEED = 0
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a model computes.
+
+    Attributes:
+        weights: dtype of the backbone and of the images; the prompts stay in float32 at least.
+        autocast: dtype of autocast, or None.
+        tf32: whether products of float32 matrices may be rounded to TF32 (GPU only).
+    """
+
+    weights: torch.dtype
+    autocast: torch.dtype | None = None
+    tf32: bool = False
+
+    @property
+    def compute(self) -> torch.dtype:
+        """The dtype of the large matrix products: what limits the accuracy."""
+        return self.weights if self.autocast is None else self.autocast
+
+
+PRECISIONS = {
+    "float64": Precision(torch.float64),
+    "float32": Precision(torch.float32),
+    "tf32": Precision(torch.float32, tf32=True),
+    "bfloat16-autocast": Precision(torch.float32, autocast=torch.bfloat16),
+    "float16-autocast": Precision(torch.float32, autocast=torch.float16),
+    "bfloat16": Precision(torch.bfloat16),
+    "float16": Precision(torch.float16),
+}
+
+ATTENTION = {
+    "explicit": "matrix products and a softmax, as in the method's publication",
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is the same for everything that is compared in one table.
+
+    Attributes:
+        model: timm's name of the backbone, used with random weights: speed does not depend on their values.
+        batch: images.
+        device: "cpu", "cuda", "cuda:1", ...
+        threads: of PyTorch on the CPU.
+        image_size: side in pixels; None for the backbone's own.
+        compiler: the backend of ``torch.compile``, for what is compiled.
+    """
+
+    model: str
+    batch: int
+    device: str
+    threads: int
+    image_size: int | None = None
+    compiler: str = "inductor"
+
+    @property
+    def on_gpu(self) -> bool:
+        return torch.device(self.device).type == "cuda"
+
+    def synchronize(self) -> None:
+        """Wait for the GPU, which is given work long before it has done it."""
+        if self.on_gpu:
+            torch.cuda.synchronize(self.device)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the things that are compared.
+
+    Attributes:
+        backend: of vapt_fast, or LINEAR_PROBE: the timm model itself without prompts, everything frozen but
+            the head. So its training step has no backward pass through the blocks: the price of doing
+            nothing, not a rival.
+        kind, num_prompts: see PromptConfig.
+        precision: a key of PRECISIONS.
+        attention: a key of ATTENTION to force one implementation; None for the backend's own choice.
+        compile: a mode of ``torch.compile``; None runs uncompiled.
+    """
+
+    backend: str
+    kind: str = "adaptive"
+    num_prompts: int = 0
+    precision: str = "float32"
+    attention: str | None = None
+    compile: str | None = None
+
+    def __str__(self) -> str:
+        parts = [self.backend, self.precision]
+        if self.attention is not None:
+            parts.append(f"{self.attention} attention")
+        if self.compile is not None:
+            parts.append("compiled" if self.compile == "default" else f"compiled, {self.compile}")
+        return ", ".join(parts)
+
+
+class Workload:
+    """A model with its data. Workloads of equal setting, kind and P start with equal weights and data."""
+
+    def __init__(self, setting: Setting, variant: Variant) -> None:
+        torch.set_num_threads(setting.threads)
+        self.setting = setting
+        self.variant = variant
+        self.precision = PRECISIONS[variant.precision]
+        self.model = _make_model(setting, variant)
+        backbone = self.model.backbone if isinstance(self.model, AdaptiveViT) else self.model
+        torch.manual_seed(SEED)
+        images = torch.randn(setting.batch, backbone.in_chans, *image_size(backbone))
+        self.images = images.to(setting.device, self.precision.weights)
+        self.labels = torch.randint(NUM_CLASSES, (setting.batch,)).to(setting.device)
+        trainable = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.SGD(trainable, lr=1e-3, momentum=0.9, fused=True)
+        self._call = self.model
+        if variant.compile is not None:
+            self._call = _compile(self.model, variant.compile, setting.compiler)
+
+    def training_step(self) -> None:
+        """Forward, loss, backward and optimizer step, with all dropouts on; the GPU may still be at it."""
+        self.model.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._loss(self._logits()).backward()
+        self.optimizer.step()
+
+    @torch.inference_mode()
+    def forward(self) -> None:
+        """The forward pass of inference; the GPU may still be at it."""
+        self.model.eval()
+        self._logits()
+
+    def runner(self, mode: str) -> Callable[[], None]:
+        """What is timed in ``mode``, one of MODES."""
+        step = {"training step": self.training_step, "forward": self.forward}[mode]
+
+        def run() -> None:
+            with self._conditions():
+                step()
+
+        return run
+
+    def captured(self, mode: str, pool: Any = None) -> Callable[[], None]:
+        """The same as one CUDA graph.
+
+        Args:
+            mode: one of MODES.
+            pool: of ``torch.cuda.graph_pool_handle()``, shared by graphs of which one runs at a time.
+        """
+        run, stream = self.runner(mode), torch.cuda.Stream(self.setting.device)
+        stream.wait_stream(torch.cuda.current_stream(self.setting.device))
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                run()
+        torch.cuda.current_stream(self.setting.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            run()
+        return graph.replay
+
+    def outputs(self) -> dict[str, Tensor]:
+        """Logits in eval and training mode and every gradient, by name; the same dropout masks for all.
+
+        Gradients of one kind of parameter are one tensor for all blocks: alone some nearly vanish, and in a
+        low precision nothing of them is right. All is computed as ``runner`` does it, so that nothing has to
+        be compiled for this alone.
+        """
+        with self._conditions():
+            with torch.inference_mode():
+                self.model.eval()
+                outputs = {"logits": [self._logits()]}
+            self.model.train()
+            self.model.zero_grad(set_to_none=True)
+            torch.manual_seed(SEED)
+            logits = self._logits()
+            outputs["logits in training"] = [logits]
+            self._loss(logits).backward()
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                kind = re.sub(r"\.\d+\.", ".*.", name)
+                outputs.setdefault(f"gradient of {kind}", []).append(parameter.grad)
+        self.model.zero_grad(set_to_none=True)
+        return {
+            name: torch.cat([t.detach().double().flatten() for t in tensors])
+            for name, tensors in outputs.items()
+        }
+
+    @contextmanager
+    def _conditions(self) -> Iterator[None]:
+        """What the variant says about the whole process, while it runs."""
+        attention, tf32 = self.variant.attention, self.precision.tf32
+        before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+        with ExitStack() as stack:
+            if attention is not None and attention != "explicit":
+                stack.enter_context(sdpa_kernel(ATTENTION[attention]))
+            torch.set_float32_matmul_precision("high" if tf32 else "highest")
+            torch.backends.cudnn.allow_tf32 = tf32
+            try:
+                yield
+            finally:
+                torch.set_float32_matmul_precision(before[0])
+                torch.backends.cudnn.allow_tf32 = before[1]
+
+    def _logits(self) -> Tensor:
+        dtype = self.precision.autocast
+        with torch.autocast(self.images.device.type, dtype, enabled=dtype is not None):
+            return self._call(self.images)
+
+    def _loss(self, logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), self.labels)
+
+
+@cache
+def _backbone(model: str, image_size: int | None, device: str) -> nn.Module:
+    """Made once: initialising a ViT-B takes a second, copying it does not."""
+    torch.manual_seed(SEED)
+    options = {} if image_size is None else {"img_size": image_size}
+    return timm.create_model(model, num_classes=NUM_CLASSES, **options).to(device)
+
+
+def _make_model(setting: Setting, variant: Variant) -> nn.Module:
+    model = copy.deepcopy(_backbone(setting.model, setting.image_size, setting.device))
+    model = model.to(PRECISIONS[variant.precision].weights)
+    if variant.attention == "explicit":
+        for module in model.modules():
+            if hasattr(module, "fused_attn"):
+                module.fused_attn = False
+    if variant.backend == LINEAR_PROBE:
+        model.requires_grad_(False)
+        for name in head_names(model):
+            getattr(model, name).requires_grad_(True)
+        return model
+    config = PromptConfig(kind=variant.kind, num_prompts=variant.num_prompts, prompt_dropout=0.1)
+    torch.manual_seed(SEED)
+    adapted = AdaptiveViT(model, prompts=config, backend=variant.backend)
+    adapted.prompts.to(torch.promote_types(PRECISIONS[variant.precision].weights, torch.float32))
+    make_trained_like(adapted.prompts)
+    return adapted
+
+
+def make_trained_like(prompts: Prompts) -> None:
+    """Weights that are not zero: the projections start at zero, and zeros are faster than numbers."""
+    generator = torch.Generator().manual_seed(SEED)
+    for block in prompts.blocks:
+        if isinstance(block, AdaptivePrompts):
+            for parameter in block.token_projection.parameters():
+                values = torch.randn(parameter.shape, generator=generator)
+                with torch.no_grad():
+                    parameter.copy_(0.02 * values)
+
+
+def _compile(model: nn.Module, mode: str, compiler: str) -> Callable[[Tensor], Tensor]:
+    """``model``, compiled whole, with dropout masks from PyTorch's own generator, as all others have them.
+
+    With other masks nobody could tell whether the compiled model computes the right gradients.
+    """
+    if compiler != "inductor":
+        return torch.compile(model, backend=compiler, fullgraph=True)
+    options = {} if mode == "default" else torch._inductor.list_mode_options(mode)
+    return torch.compile(model, options={**options, "fallback_random": True}, fullgraph=True)

@@ -1,0 +1,134 @@
+"""``vapt-fast bench``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.table import Table
+
+from .console import failures, out, status
+
+if TYPE_CHECKING:
+    from ..benchmark import Row, Setting, Variant
+
+__all__ = ["bench"]
+
+KINDS = {"vapt": "adaptive", "vpt-deep": "deep", "vpt-shallow": "shallow"}
+
+
+def bench(
+    backbone: Annotated[
+        str, typer.Option(help="timm's name of the backbone; its weights are random here.")
+    ] = "vit_base_patch16_224",
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images, pixels (default: the backbone's own).")
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="Images a step (default: 8 on a CPU, 64 on a GPU).")
+    ] = None,
+    method: Annotated[Literal["vapt", "vpt-deep", "vpt-shallow"], typer.Option(help="Kind of prompts.")] = (
+        "vapt"
+    ),
+    prompts: Annotated[
+        list[int] | None, typer.Option(min=1, help="Prompts a block; may be given several times.")
+    ] = None,
+    precision: Annotated[
+        Literal["float64", "float32", "tf32", "bfloat16-autocast", "float16-autocast", "bfloat16", "float16"]
+        | None,
+        typer.Option(
+            help="Of weights, or by autocast (default: float32 on a CPU, bfloat16-autocast on a GPU)."
+        ),
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU (default: all cores).")] = (
+        None
+    ),
+    rounds: Annotated[int, typer.Option(min=2, help="Times that everything is timed, in turns.")] = 6,
+    memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
+    output: Annotated[Path | None, typer.Option(help="JSON file for every timing.")] = None,
+) -> None:
+    """Compare the backends on your model and machine: training step and forward pass, speed and memory.
+
+    Each is checked against the reference before it is timed, logits and all gradients. The data is random:
+    loading it is not measured. The linear probe is the price of doing nothing.
+    """
+    import torch
+
+    from ..benchmark import MODES, Comparison, Setting, describe
+    from ..training import UserError
+    from ..training.files import write_atomically
+    from .train import pick_device
+
+    with failures(), status.status("start") as bar:
+        device = pick_device(device)
+        on_gpu = torch.device(device).type == "cuda"
+        setting = Setting(
+            model=backbone,
+            batch=(64 if on_gpu else 8) if batch_size is None else batch_size,
+            device=device,
+            threads=torch.get_num_threads() if threads is None else threads,
+            image_size=image_size,
+        )
+        variants, unavailable = _variants(
+            setting,
+            KINDS[method],
+            prompts if prompts else [10],
+            ("bfloat16-autocast" if on_gpu else "float32") if precision is None else precision,
+        )
+        comparison = Comparison(setting, variants, memory=memory, progress=bar.update)
+        rows = {mode: comparison.measure(mode, rounds=rounds) for mode in MODES}
+        first = rows[MODES[0]][0]
+        if first.error is not None:  # of the reference, which can run everywhere
+            raise UserError(f"{backbone} can't be measured: {first.error}")
+        report = _report(setting, describe(device), rows)
+        if output is not None:
+            write_atomically(output, (json.dumps(report, indent=2) + "\n").encode())
+    for mode, measured in rows.items():
+        title = f"{mode}, {backbone}, batch {setting.batch}, {variants[0].precision}, {device}"
+        out.print(_table(title, measured, setting.batch))
+    failed = {f"{row.variant.backend}: {row.error}" for of in rows.values() for row in of if row.error}
+    for line in (*unavailable, *sorted(failed)):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    if output is not None:
+        out.print(f"wrote {output}", soft_wrap=True)
+    if any(row.wrong for measured in rows.values() for row in measured):
+        raise typer.Exit(1)
+
+
+def _variants(
+    setting: Setting, kind: str, numbers: list[int], precision: str
+) -> tuple[list[Variant], list[str]]:
+    """What is compared, and a line for each backend that can't be."""
+    from ..backends import _dispatch
+    from ..benchmark import LINEAR_PROBE, Variant
+
+    names, unavailable = [], []
+    for name in ("reference", "torch", "triton", "cuda", "auto"):
+        reasons = _dispatch.unavailable_because(name)
+        if reasons:
+            unavailable.append(f"{name}: {'; '.join(reasons)}")
+        elif name != "auto" or setting.on_gpu:  # without a GPU, auto is torch
+            names.append(name)
+    variants = [Variant(name, kind, number, precision) for number in numbers for name in names]
+    return [*variants, Variant(LINEAR_PROBE, precision=precision)], unavailable
+
+
+def _report(setting: Setting, environment: dict[str, Any], rows: dict[str, list[Row]]) -> dict[str, Any]:
+    measured = [row.as_dict() for of_mode in rows.values() for row in of_mode]
+    return {"environment": environment, "comparisons": [{"setting": asdict(setting), "rows": measured}]}
+
+
+def _table(title: str, rows: list[Row], batch: int) -> Table:
+    from ..benchmark import as_table
+
+    header, cells = as_table(rows, batch, lambda variant: variant.backend)
+    table = Table(title=title)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right")
+    for row in cells:
+        table.add_row(*row)
+    return table
