@@ -299,7 +299,7 @@ def results(op, tensors, options, seed=1):
     outputs = op(*leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     generator = torch.Generator().manual_seed(seed)
-    incoming = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
+    incoming = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o) for o in outputs]
     grads = torch.autograd.grad(outputs, leaves, incoming, materialize_grads=True)
     return [o.detach() for o in outputs], list(grads)
 
