@@ -60,16 +60,16 @@ class BuildNative(build_ext):
 def build() -> Path:
     """Build the module, only what changed, and say where it is."""
     nvcc = find_nvcc()
+    targets, jobs = architectures(nvcc), number_of_jobs()
     try:
         import pybind11
     except ImportError as error:
         raise CannotBuildError("pybind11 is missing; install it, or build with isolation") from error
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
-    jobs = number_of_jobs()
     folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
     options = {
         "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_CUDA_ARCHITECTURES": architectures(nvcc),
+        "CMAKE_CUDA_ARCHITECTURES": targets,
         "CMAKE_CUDA_COMPILER": nvcc,
         "CMAKE_MAKE_PROGRAM": ninja,
         "Python_EXECUTABLE": sys.executable,
