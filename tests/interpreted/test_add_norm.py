@@ -135,6 +135,15 @@ def test_under_autocast_the_sum_stays_wide_and_the_norm_is_rounded_once(dtype):
         torch.testing.assert_close(normed, wide[1].to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_what_is_normalised_is_the_sum_as_it_is_returned(backend):
+    """Where float16 has steps of 2, in which delta alone would be much finer."""
+    op, _, (_, delta), options = case(2, 3, 64, gain=False, affine=False)
+    total, normed = op(torch.full_like(delta, 2500).half(), delta.half(), **options, backend=backend)
+    expected = torch.nn.functional.layer_norm(total.double(), (64,), eps=options["eps"])
+    torch.testing.assert_close(normed.double(), expected, rtol=1e-3, atol=1e-3)
+
+
 def test_dtypes_are_those_of_the_torch_backend():
     _, _, tensors, options = case(2, 3, 8)
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
