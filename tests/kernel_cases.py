@@ -11,6 +11,7 @@ import torch
 from ops import (
     add_norm_case,
     attention_case,
+    cls_case,
     layouts,
     mlp_case,
     packed_case,
@@ -34,6 +35,7 @@ class Kernels:
         huge: sizes of an image of which there are so many that offsets take more than 32 bits, positions of
             the tensors that are then float16, and of those that require a gradient (none that is summed over
             the images: its programs would take forever).
+        scales: of the inputs in low precision.
     """
 
     make: Callable[..., tuple]
@@ -42,6 +44,7 @@ class Kernels:
     quick: list[dict[str, Any]]
     far: dict[str, Any]
     huge: list[tuple[dict[str, Any], Sequence[int], Sequence[int]]]
+    scales: tuple[float, ...] = (1.0, 5.0)
 
 
 YES_OR_NO = [False, True]
@@ -133,7 +136,7 @@ KERNELS = {
             {"batch": 2, "queries": 3, "tokens": 3, "heads": 3, "groups": 1, "dim": 16, "shared": True}
             | {"bias": True},
         ],
-        {"batch": 3, "queries": 3, "tokens": 3, "heads": 3, "groups": 3, "dim": 2, "prompts": 3},
+        {"batch": 3, "queries": 3, "tokens": 3, "heads": 1, "groups": 1, "dim": 2, "prompts": 3},
         [({"queries": 4, "tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(5), range(5))],
     ),
     "prompt_attention_packed": Kernels(
@@ -153,8 +156,31 @@ KERNELS = {
             {"batch": 2, "tokens": 7, "heads": 2, "groups": 1, "dim": 3},
             {"batch": 1, "tokens": 18, "heads": 2, "groups": 2, "dim": 3, "prompts": 17, "shared": True},
         ],
-        {"batch": 3, "tokens": 3, "heads": 3, "groups": 3, "dim": 2, "prompts": 3},
+        {"batch": 3, "tokens": 3, "heads": 1, "groups": 1, "dim": 2, "prompts": 3},
         [({"tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(2), range(2))],
+    ),
+    "cls_attention": Kernels(
+        cls_case,
+        {
+            "batch": [1, 1, 2, 0],
+            "rows": [1, 2],
+            "tokens": [1, 7, 17, 33],
+            "heads": [1, 3, 9],
+            "dim": [2],
+            "channels": [1, 6, 63, 65],
+            "prompts": [0, 1, 10, 17],
+            "shared": YES_OR_NO,
+            "bias": [False, False, True],
+        },
+        {"batch": 1, "tokens": 28, "heads": 2, "dim": 8, "channels": 32, "prompts": 5},
+        [
+            {"batch": 2, "rows": 1, "tokens": 7, "heads": 3, "channels": 6, "prompts": 2},
+            {"batch": 1, "rows": 2, "tokens": 65, "heads": 9, "channels": 65, "prompts": 17, "bias": True},
+            {"batch": 2, "rows": 1, "tokens": 3, "heads": 1, "channels": 5, "prompts": 3, "shared": True},
+        ],
+        {"batch": 3, "rows": 1, "tokens": 3, "heads": 3, "channels": 3, "prompts": 3},
+        [],
+        scales=(1.0,),  # larger ones multiply with the weights' and leave each query one key
     ),
     "mlp": Kernels(
         mlp_case,
