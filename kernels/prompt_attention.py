@@ -29,12 +29,18 @@ MINUS_INF = tl.constexpr(float("-inf"))
 
 
 @triton.jit
+def wide(index):
+    """A number of rows, heads or images in 64 bits, since a stride is about to multiply it."""
+    return tl.cast(index, tl.int64)
+
+
+@triton.jit
 def block_of(num_rows, num_heads, BLOCK: tl.constexpr):
-    """Image, head and first row of this program, 64 bits wide since strides multiply them.
+    """Image, head and first row of this program.
 
     Programs are (image, head, block of rows), all on the grid's first axis: the others end at 65,535.
     """
-    program = tl.program_id(0).to(tl.int64)
+    program = tl.program_id(0)
     num_blocks = tl.cdiv(num_rows, BLOCK)
     image_head = program // num_blocks
     return image_head // num_heads, image_head % num_heads, program % num_blocks * BLOCK
@@ -43,24 +49,24 @@ def block_of(num_rows, num_heads, BLOCK: tl.constexpr):
 @triton.jit
 def head_of(tensor, image, head):
     """One head of one image of (B, T, h, d), as (pointer, stride of T)."""
-    return tensor[0] + image * tensor[1] + head * tensor[3], tensor[2]
+    return tensor[0] + wide(image) * tensor[1] + wide(head) * tensor[3], tensor[2]
 
 
 @triton.jit
 def bias_of(bias, image, head):
     """One head of one image of (B, h, Tq, T), as (pointer, stride of Tq, stride of T)."""
-    return bias[0] + image * bias[1] + head * bias[2], bias[3], bias[4]
+    return bias[0] + wide(image) * bias[1] + wide(head) * bias[2], bias[3], bias[4]
 
 
 @triton.jit
 def load_rows(head, first, num_rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
     """(BLOCK, BLOCK_DIM): the rows of a head from ``first`` on, zero past ``num_rows`` and HEAD_DIM."""
     rows, columns = tl.arange(0, BLOCK), tl.arange(0, BLOCK_DIM)
-    mask = rows[:, None] < (num_rows - first).to(tl.int32)
+    mask = rows[:, None] < num_rows - first
     if HEAD_DIM < BLOCK_DIM:
         mask &= columns[None, :] < HEAD_DIM
     # Only the start is 64 bits wide: as many 64-bit offsets as elements would take too many registers.
-    start = head[0] + first * head[1]
+    start = head[0] + wide(first) * head[1]
     return tl.load(start + rows[:, None] * head[1] + columns[None, :], mask=mask, other=0.0)
 
 
@@ -68,8 +74,8 @@ def load_rows(head, first, num_rows, BLOCK: tl.constexpr, HEAD_DIM: tl.constexpr
 def store_rows(values, head, first, num_rows, HEAD_DIM: tl.constexpr):
     """``values`` (BLOCK, BLOCK_DIM) to the rows of a head from ``first`` on, none past ``num_rows``."""
     rows, columns = tl.arange(0, values.shape[0]), tl.arange(0, values.shape[1])
-    mask = (rows[:, None] < (num_rows - first).to(tl.int32)) & (columns[None, :] < HEAD_DIM)
-    start = head[0] + first * head[1]
+    mask = (rows[:, None] < num_rows - first) & (columns[None, :] < HEAD_DIM)
+    start = head[0] + wide(first) * head[1]
     pointers = start + rows[:, None] * head[1] + columns[None, :]
     tl.store(pointers, values.to(head[0].dtype.element_ty), mask=mask)
 
@@ -78,16 +84,16 @@ def store_rows(values, head, first, num_rows, HEAD_DIM: tl.constexpr):
 def load_statistic(tensor, image, head, first, num_queries, num_heads, BLOCK: tl.constexpr):
     """(BLOCK,) of lse or delta (B, h, Tq) from query ``first`` on, zero past the last one."""
     rows = tl.arange(0, BLOCK)
-    start = tensor + (image * num_heads + head) * num_queries + first
-    return tl.load(start + rows, mask=rows < (num_queries - first).to(tl.int32), other=0.0)
+    start = tensor + (wide(image) * num_heads + head) * num_queries + first
+    return tl.load(start + rows, mask=rows < num_queries - first, other=0.0)
 
 
 @triton.jit
 def store_statistic(values, tensor, image, head, first, num_queries, num_heads):
     """``values`` (BLOCK,) to lse or delta (B, h, Tq) from query ``first`` on."""
     rows = tl.arange(0, values.shape[0])
-    start = tensor + (image * num_heads + head) * num_queries + first
-    tl.store(start + rows, values, mask=rows < (num_queries - first).to(tl.int32))
+    start = tensor + (wide(image) * num_heads + head) * num_queries + first
+    tl.store(start + rows, values, mask=rows < num_queries - first)
 
 
 @triton.jit
@@ -103,11 +109,11 @@ def scores_of(a, b, bias, first_a, first_b, num_a, num_b, SCALE: tl.constexpr, d
     ``bias`` is None or (pointer, stride of a's rows, stride of b's rows).
     """
     rows, columns = tl.arange(0, a.shape[0])[:, None], tl.arange(0, b.shape[0])[None, :]
-    inside = columns < (num_b - first_b).to(tl.int32)
+    inside = columns < num_b - first_b
     scores = product(a, tl.trans(b), dtype) * (SCALE * LOG2E)
     if bias is not None:
-        start = bias[0] + first_a * bias[1] + first_b * bias[2]
-        mask = inside & (rows < (num_a - first_a).to(tl.int32))
+        start = bias[0] + wide(first_a) * bias[1] + wide(first_b) * bias[2]
+        mask = inside & (rows < num_a - first_a)
         added = tl.load(start + rows * bias[1] + columns * bias[2], mask=mask, other=0.0)
         scores += added.to(dtype) * LOG2E
     return tl.where(inside, scores, MINUS_INF)
@@ -137,7 +143,7 @@ def attend(
     peak = max s, total = sum of exp2(s - peak) and acc = sum of exp2(s - peak) v over the keys so far.
     """
     for block in range(tl.cdiv(num_keys, BLOCK)):
-        first = tl.cast(block, tl.int64) * BLOCK
+        first = block * BLOCK
         k = load_rows(k_head, first, num_keys, BLOCK, HEAD_DIM, q.shape[1])
         v = load_rows(v_head, first, num_keys, BLOCK, HEAD_DIM, q.shape[1])
         s = scores_of(q, k, bias_head, first_query, first, num_queries, num_keys, SCALE, acc.dtype)
@@ -249,7 +255,7 @@ def add_grad_of_queries(
 ):
     """acc + ds k over one source of keys."""
     for block in range(tl.cdiv(num_keys, BLOCK)):
-        first = tl.cast(block, tl.int64) * BLOCK
+        first = block * BLOCK
         k = load_rows(k_head, first, num_keys, BLOCK, HEAD_DIM, q.shape[1])
         v = load_rows(v_head, first, num_keys, BLOCK, HEAD_DIM, q.shape[1])
         s = scores_of(q, k, bias_head, first_query, first, num_queries, num_keys, SCALE, acc.dtype)
@@ -343,7 +349,7 @@ def grad_keys(
             pointer, query_stride, key_stride = bias_of(bias, image, head)
             bias_head = pointer, key_stride, query_stride
         for block in range(tl.cdiv(num_queries, BLOCK_QUERIES)):
-            first_query = tl.cast(block, tl.int64) * BLOCK_QUERIES
+            first_query = block * BLOCK_QUERIES
             q_block = load_rows(q_head, first_query, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
             do = load_rows(do_head, first_query, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
             lse_rows = load_statistic(lse, image, head, first_query, num_queries, num_heads, BLOCK_QUERIES)
