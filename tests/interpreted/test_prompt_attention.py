@@ -9,9 +9,19 @@ from unittest import mock
 
 import pytest
 import torch
-from ops import assert_policy, assert_same_results, attention_case, layouts, rand, results
+from ops import (
+    assert_policy,
+    assert_same_results,
+    attention_case,
+    layouts,
+    packed_case,
+    packed_formula,
+    rand,
+    results,
+)
 
 from vapt_fast import BackendUnavailable, kernels
+from vapt_fast.backends._packed import unpack
 
 # By its full name: the package has a function of this name.
 LAUNCHER = importlib.import_module("vapt_fast.backends.triton.prompt_attention")
@@ -79,6 +89,147 @@ def test_gradcheck(prompts, batch, shared, groups, bias):
     leaves = [t.requires_grad_() for t in tensors]
     # fast_mode compares products with random vectors instead of every element, which would take minutes here.
     assert torch.autograd.gradcheck(lambda *a: op(*a, **options), leaves, fast_mode=True)
+
+
+# ---- the packed form: the same kernels, other strides
+
+
+PACKED = [
+    {"batch": b, "tokens": t, "heads": h, "groups": g, "dim": d, "prompts": p, "shared": s, "bias": m}
+    for (b, t, h, g, d, p), (s, m) in zip(
+        [
+            *itertools.product((1, 2), (1, 17), (2,), (1, 2), (3, 8), (0, 5)),
+            *((1, 33, 1, 1, 8, 17), (2, 16, 3, 1, 1, 16), (1, 5, 4, 2, 24, 1), (0, 5, 2, 2, 4, 3)),
+        ],
+        itertools.cycle(itertools.product((False, True), repeat=2)),
+        strict=False,
+    )
+]
+
+
+def packed(**sizes):
+    torch.manual_seed(0)
+    return packed_case(**sizes)
+
+
+@pytest.mark.parametrize("sizes", PACKED, ids=str)
+@pytest.mark.usefixtures("poisoned")
+def test_packed_equals_the_torch_backend(sizes):
+    op, _, tensors, options = packed(**sizes)
+    assert_same_results(results(op, tensors, options), on_torch(op, tensors, options), 1e-10)
+
+
+def test_packed_equals_the_formula():
+    op, formula, tensors, options = packed(heads=2, groups=1)
+    assert formula is packed_formula
+    assert_same_results(results(op, tensors, options), results(formula, tensors, options), 1e-10)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(("prompts", "batch", "shared"), [(0, 1, False), (2, 1, False), (2, 2, True)])
+def test_gradcheck_of_the_packed_form(prompts, batch, shared, groups, bias):
+    sizes = {"batch": batch, "tokens": 4, "heads": 2, "groups": groups, "dim": 3, "prompts": prompts}
+    op, _, tensors, options = packed(**sizes, shared=shared, bias=bias)
+    leaves = [t.requires_grad_() for t in tensors]
+    assert torch.autograd.gradcheck(lambda *a: op(*a, **options), leaves, fast_mode=True)
+
+
+def test_packed_is_the_separate_form_bit_by_bit():
+    op, _, (qkv, prompt_kv), options = packed(heads=4, groups=2, tokens=17, shared=True, bias=True)
+    (out,), (grad_qkv, grad_prompt_kv) = results(op, [qkv, prompt_kv], options)
+    heads = options.pop("num_heads"), options.pop("num_kv_heads")
+    separate, *_ = attention_case()
+    (expected,), grads = results(separate, unpack(qkv, prompt_kv, *heads), options)
+    assert torch.equal(out, expected)
+    assert torch.equal(grad_qkv, torch.cat(grads[:3], dim=2).flatten(2))
+    assert torch.equal(grad_prompt_kv, torch.cat(grads[3:], dim=2).flatten(2))
+
+
+@pytest.mark.parametrize("position", [0, 1])
+def test_layouts_of_joint_tensors_make_no_difference(position):
+    op, _, tensors, options = packed(heads=2, groups=2, dim=8)
+    expected = results(op, tensors, options)
+    for name, same in layouts(tensors[position]):
+        actual = results(op, [*tensors[:position], same, *tensors[position + 1 :]], options)
+        assert_same_results(actual, expected, 0, name)
+
+
+def test_layouts_of_the_incoming_gradient_of_the_packed_form_make_no_difference():
+    op, _, tensors, options = packed(heads=2, groups=1, dim=8)
+    leaves = [t.requires_grad_() for t in tensors]
+    out = op(*leaves, **options)
+    incoming = rand(*out.shape)
+    expected = torch.autograd.grad(out, leaves, incoming, retain_graph=True)
+    for name, same in layouts(incoming):
+        actual = torch.autograd.grad(out, leaves, same, retain_graph=True)
+        assert_same_results([actual], [expected], 0, name)
+
+
+def test_the_gradient_of_a_joint_tensor_is_written_in_one_piece():
+    op, _, (qkv, prompt_kv), options = packed(heads=2, groups=2, dim=8)
+    leaves = [qkv.requires_grad_(), prompt_kv.requires_grad_()]
+    with recorded_launches() as launches:
+        out = op(*leaves, **options)
+        nodes = [node for node, _ in out.grad_fn.next_functions if node is not None]
+        grads = torch.autograd.grad(out.sum(), leaves)
+    assert [node.variable for node in nodes] == leaves  # nothing between the op and what it was given
+    kernels_run = ["forward", "row_products", "grad_queries", "grad_keys", "grad_keys"]
+    assert [name for name, _ in launches] == kernels_run
+    assert all(grad.is_contiguous() for grad in grads)
+
+
+def test_only_prompts_that_learn_in_the_packed_form():
+    op, formula, (qkv, prompt_kv), options = packed(heads=2, groups=1, shared=True)
+    prompt_kv.requires_grad_()
+    with recorded_launches() as launches:
+        actual = torch.autograd.grad(op(qkv, prompt_kv, **options).square().sum(), prompt_kv)
+    assert [name for name, _ in launches] == ["forward", "row_products", "grad_keys"]
+    expected = torch.autograd.grad(formula(qkv, prompt_kv, **options).square().sum(), prompt_kv)
+    assert_same_results([actual], [expected], 1e-10)
+
+
+def test_opcheck_of_the_packed_form():
+    _, _, tensors, options = packed(heads=2, groups=1, shared=True, bias=True)
+    qkv, prompt_kv = (t.requires_grad_() for t in tensors)
+    rest = (options["bias"], options["num_heads"], options["num_kv_heads"], options["scale"])
+    ops = torch.ops.vapt_fast
+    torch.library.opcheck(ops.prompt_attention_packed, (qkv, prompt_kv, *rest))
+    out, lse = ops.prompt_attention_packed(qkv, prompt_kv, *rest)
+    assert [t.requires_grad for t in (out, lse)] == [True, False]
+    grad_out = torch.ones_like(out)
+    delta = ops.prompt_attention_row_products(out, grad_out)
+    arguments = [t.detach() for t in (grad_out, lse, delta, qkv, prompt_kv)]
+    torch.library.opcheck(ops.prompt_attention_grad_packed, (*arguments, *rest))
+
+
+def test_derivatives_that_the_packed_form_has_not():
+    op, _, (qkv, prompt_kv), options = packed(heads=1, groups=1)
+    qkv.requires_grad_()
+    (grad,) = torch.autograd.grad(op(qkv, prompt_kv, **options).square().sum(), qkv, create_graph=True)
+    with pytest.raises(NotImplementedError, match="prompt_attention can't be differentiated twice"):
+        grad.sum().backward()
+    tensor = prompt_kv.clone()
+    with pytest.raises(NotImplementedError, match="prompt_attention has no forward-mode derivative"):
+        torch.func.jvp(lambda t: op(qkv, t, **options), (tensor,), (torch.ones_like(tensor),))
+
+
+def test_the_packed_form_compiles_into_one_graph_for_any_batch():
+    op, _, _, options = packed(heads=1, groups=1)
+    compiled = torch.compile(
+        lambda *a: op(*a, **options, backend="triton"), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for batch in (2, 3):
+        tensors = packed(batch=batch, heads=1, groups=1)[2]
+        assert_same_results(results(lambda *a: compiled(*a), tensors, {}), results(op, tensors, options), 0)
+
+
+def test_dtypes_of_the_packed_form_under_autocast_are_those_of_the_torch_backend():
+    op, _, (qkv, prompt_kv), options = packed(heads=2, groups=1)
+    tensors = [qkv.float(), prompt_kv.half()]
+    with torch.autocast("cpu", torch.float16):
+        actual, expected = results(op, tensors, options), on_torch(op, tensors, options)
+    assert_same_results(actual, expected, 0.02)
 
 
 # ---- precision
