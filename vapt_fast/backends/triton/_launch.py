@@ -12,7 +12,10 @@ from torch import Tensor
 from ...kernels import common
 from .configs import ADD_CHUNKS, Launch
 
-__all__ = ["add_chunks", "launch", "num_blocks", "strided"]
+__all__ = ["STRIDE_LIMIT", "add_chunks", "launch", "num_blocks", "strided"]
+
+# Of strides that a kernel multiplies by row numbers within a block in 32 bits.
+STRIDE_LIMIT = 2**24
 
 
 def num_blocks(config: Launch, **sizes: int) -> int:

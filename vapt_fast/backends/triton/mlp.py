@@ -16,12 +16,10 @@ from ...kernels import mlp as kernels
 from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, refuse_forward_mode
 from . import configs
-from ._launch import launch, num_blocks
+from ._launch import STRIDE_LIMIT, launch, num_blocks
+from ._why_not import why_not_frozen, why_not_one_dtype
 
 __all__ = ["mlp", "why_not_mlp"]
-
-# The kernels multiply strides by row numbers within a block in 32 bits.
-STRIDE_LIMIT = 2**24
 
 
 def mlp(
@@ -38,26 +36,9 @@ def why_not_mlp(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor | None, fc2_weight: Tensor, fc2_bias: Tensor | None
 ) -> list[str]:
     """Every reason why the kernels can't take these arguments."""
-    frozen = {
-        "fc1_weight": fc1_weight,
-        "fc1_bias": fc1_bias,
-        "fc2_weight": fc2_weight,
-        "fc2_bias": fc2_bias,
-    }
-    reasons = []
-    dtypes = {autocast_dtype(t.dtype, t.device) for t in (x, *frozen.values()) if t is not None}
-    if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
-        given = ", ".join(sorted(map(str, dtypes)))
-        reasons.append(
-            f"all tensors must be of one dtype, float16, bfloat16, float32 or float64, got {given}"
-        )
-    if torch.is_grad_enabled():
-        reasons += [
-            f"its kernels have no gradient of {name}, which must not require one"
-            for name, tensor in frozen.items()
-            if tensor is not None and tensor.requires_grad
-        ]
-    return reasons
+    return why_not_one_dtype(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias) + why_not_frozen(
+        fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias
+    )
 
 
 # ---- what the kernels take

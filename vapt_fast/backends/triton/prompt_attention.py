@@ -16,12 +16,10 @@ from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, refuse_forward_mode
 from .._packed import unpack
 from . import configs
-from ._launch import launch, num_blocks
+from ._launch import STRIDE_LIMIT, launch, num_blocks
+from ._why_not import why_not_frozen, why_not_one_dtype
 
 __all__ = ["prompt_attention", "prompt_attention_packed", "why_not_prompt_attention"]
-
-# The kernels multiply strides by row numbers within a block in 32 bits.
-STRIDE_LIMIT = 2**24
 
 
 def prompt_attention(
@@ -47,17 +45,9 @@ def why_not_prompt_attention(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float, bias: Tensor | None
 ) -> list[str]:
     """Every reason why the kernels can't take these arguments."""
-    reasons = []
-    dtypes = {autocast_dtype(t.dtype, t.device) for t in (q, k, v, prompt_k, prompt_v)}
-    if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16, torch.float32, torch.float64}:
-        given = ", ".join(sorted(map(str, dtypes)))
-        reasons.append(
-            f"all tensors must be of one dtype, float16, bfloat16, float32 or float64, got {given}"
-        )
+    reasons = why_not_one_dtype(q, k, v, prompt_k, prompt_v) + why_not_frozen(bias=bias)
     if not 1 <= q.shape[-1] <= configs.LARGEST_HEAD:
         reasons.append(f"heads must have 1 to {configs.LARGEST_HEAD} channels, got {q.shape[-1]}")
-    if bias is not None and bias.requires_grad:
-        reasons.append("its kernels have no gradient of bias, which must not require one")
     return reasons
 
 
