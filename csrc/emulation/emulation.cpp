@@ -95,7 +95,7 @@ struct Launch {
   const std::function<void()>* kernel;
   Fiber host;
   char begin, end;  // what ThreadSanitizer orders all fibers by
-  // Kept until the end, since to free memory would order the blocks that used it.
+  // Under ThreadSanitizer kept until the end, since to free memory would order the blocks that used it.
   std::deque<Cluster> clusters;
 };
 
@@ -349,6 +349,9 @@ void run(const LaunchShape& shape, const std::function<void()>& kernel) {
     release(&launch.begin);
     current = &cluster->threads.front();
     switch_to(launch.host, current->fiber);
+    if (!__tsan_create_fiber) {
+      launch.clusters.clear();
+    }
   }
   acquire(&launch.end);
   for (Cluster& done : launch.clusters) {
