@@ -31,7 +31,7 @@ class Kernels:
         sizes: what to choose each argument of ``make`` from: around the sizes of blocks, and nothing at all.
         precise: sizes for comparisons in low precision.
         quick: few small sizes that between them go through all of the kernels' code, with several blocks.
-        far: sizes of three in the first dimensions, whose neighbours are laid far apart.
+        far: sizes, a dimension and the stride between neighbours in it, with which offsets leave 32 bits.
         huge: sizes of an image of which there are so many that offsets take more than 32 bits, positions of
             the tensors that are then float16, and of those that require a gradient (none that is summed over
             the images: its programs would take forever).
@@ -42,12 +42,13 @@ class Kernels:
     sizes: dict[str, list[Any]]
     precise: dict[str, Any]
     quick: list[dict[str, Any]]
-    far: dict[str, Any]
+    far: list[tuple[dict[str, Any], int, int]]
     huge: list[tuple[dict[str, Any], Sequence[int], Sequence[int]]]
     scales: tuple[float, ...] = (1.0, 5.0)
 
 
 YES_OR_NO = [False, True]
+ONE_HEAD = {"heads": 1, "groups": 1, "dim": 2}
 
 KERNELS = {
     "add_norm": Kernels(
@@ -66,7 +67,7 @@ KERNELS = {
             {"batch": 1, "tokens": 3, "dim": 1025, "gain": False, "affine": False},
             {"batch": 3, "tokens": 3, "dim": 5, "delta": False},
         ],
-        {"batch": 3, "tokens": 3, "dim": 4},
+        [({"batch": 3, "tokens": 3, "dim": 3}, dim, 2**30) for dim in (0, 1, 2)],
         [({"tokens": 4, "dim": 64}, [0, 1], [0, 1])],
     ),
     "prompt_pool": Kernels(
@@ -87,7 +88,7 @@ KERNELS = {
             {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2, "delta": False},
             {"batch": 1, "prefix": 1, "patches": 3, "dim": 257, "rows": 2},
         ],
-        {"batch": 3, "prefix": 1, "patches": 3, "dim": 4, "rows": 3},
+        [({"batch": 3, "prefix": 0, "patches": 3, "dim": 3, "rows": 3}, dim, 2**30) for dim in (0, 1, 2)],
         [
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0, 4], []),
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0, 4], [0, 4]),
@@ -113,7 +114,10 @@ KERNELS = {
             {"batch": 1, "prompts": 2, "dim": 5, "activation": "sigmoid"},
             {"batch": 1, "prompts": 2, "dim": 5, "width": None, "eps": 0.1},
         ],
-        {"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1},
+        [
+            ({"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1}, dim, 2**30)
+            for dim in (0, 1, 2)
+        ],
         [({"prompts": 4, "dim": 64, "eps": 1e-6}, [], [0])],
     ),
     "prompt_attention": Kernels(
@@ -136,7 +140,12 @@ KERNELS = {
             {"batch": 2, "queries": 3, "tokens": 3, "heads": 3, "groups": 1, "dim": 16, "shared": True}
             | {"bias": True},
         ],
-        {"batch": 3, "queries": 3, "tokens": 3, "heads": 1, "groups": 1, "dim": 2, "prompts": 3},
+        # Strides of tokens are below 2^24.
+        [
+            (ONE_HEAD | {"batch": 3, "queries": 3, "tokens": 3, "prompts": 3}, 0, 2**30),
+            (ONE_HEAD | {"batch": 1, "queries": 130, "tokens": 130, "prompts": 1}, 1, 2**24 - 8),
+            (ONE_HEAD | {"batch": 1, "queries": 1, "tokens": 1, "prompts": 130}, 1, 2**24 - 8),
+        ],
         [({"queries": 4, "tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(5), range(5))],
     ),
     "prompt_attention_packed": Kernels(
@@ -156,7 +165,10 @@ KERNELS = {
             {"batch": 2, "tokens": 7, "heads": 2, "groups": 1, "dim": 3},
             {"batch": 1, "tokens": 18, "heads": 2, "groups": 2, "dim": 3, "prompts": 17, "shared": True},
         ],
-        {"batch": 3, "tokens": 3, "heads": 1, "groups": 1, "dim": 2, "prompts": 3},
+        [
+            (ONE_HEAD | {"batch": 3, "tokens": 3, "prompts": 3}, 0, 2**30),
+            (ONE_HEAD | {"batch": 1, "tokens": 130, "prompts": 1}, 1, 2**24 - 8),
+        ],
         [({"tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(2), range(2))],
     ),
     "cls_attention": Kernels(
@@ -178,7 +190,10 @@ KERNELS = {
             {"batch": 1, "rows": 2, "tokens": 65, "heads": 9, "channels": 65, "prompts": 17, "bias": True},
             {"batch": 2, "rows": 1, "tokens": 3, "heads": 1, "channels": 5, "prompts": 3, "shared": True},
         ],
-        {"batch": 3, "rows": 1, "tokens": 3, "heads": 3, "channels": 3, "prompts": 3},
+        [
+            ({"batch": 3, "rows": 1, "tokens": 3, "heads": 3, "channels": 3, "prompts": 3}, dim, 2**30)
+            for dim in (0, 1, 2)
+        ],
         [],
         scales=(1.0,),  # larger ones multiply with the weights' and leave each query one key
     ),
@@ -195,9 +210,11 @@ KERNELS = {
         {"batch": 1, "tokens": 20, "dim": 32, "hidden": 64, "out": 32},
         [
             {"batch": 2, "tokens": 5, "dim": 6, "hidden": 8, "out": 5},
-            {"batch": 3, "tokens": 50, "dim": 33, "hidden": 65, "out": 35, "bias": False},
+            {"batch": 3, "tokens": 15, "dim": 33, "hidden": 65, "out": 35, "bias": False},
+            {"batch": 1, "tokens": 290, "dim": 3, "hidden": 33, "out": 3},
         ],
-        {"batch": 3, "tokens": 3, "dim": 3, "hidden": 3, "out": 3},
+        # Strides are below 2^24.
+        [({"batch": 1, "tokens": 130, "dim": 3, "hidden": 130, "out": 3}, dim, 2**24 - 8) for dim in (0, 1)],
         [],
     ),
 }

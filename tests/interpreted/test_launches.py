@@ -7,14 +7,18 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from interpreter import only_last_program
 from kernel_cases import KERNELS
 from ops import FROZEN
 from shadow import no_overflow
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
+from vapt_fast.kernels import mlp
 
 from vapt_fast import kernels
+from vapt_fast.backends.triton import configs
+from vapt_fast.backends.triton._launch import launch, num_blocks
 
 SOURCES = sorted(Path(kernels.__file__).parent.glob("*.py"))
 
@@ -122,7 +126,7 @@ def recorded(record):
 def test_grids_have_one_dimension(op):
     grids = []
     with recorded(lambda grid, args: grids.append(grid)):
-        forward_and_backward(*expanded(op, 65_536, KERNELS[op].far))
+        forward_and_backward(*expanded(op, 65_536, KERNELS[op].quick[0]))
     assert len(grids) >= 2
     assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in grids)
 
@@ -142,7 +146,7 @@ def test_launches_are_on_the_device_of_their_input(op):
         mock.patch.object(torch.cuda, "device_of", device_of),
         recorded(lambda grid, args: seen.append(list(guards))),
     ):
-        forward_and_backward(*expanded(op, 2, KERNELS[op].far))
+        forward_and_backward(*expanded(op, 2, KERNELS[op].quick[0]))
     assert len(seen) >= 2
     assert all(guarded == [torch.device("cpu")] for guarded in seen)
 
@@ -161,6 +165,25 @@ def test_results_of_more_than_2_31_elements(op, sizes, narrow, leaves):
     assert any(tensor.numel() > 2**31 for tensor in actual[0] + actual[1])
     for ours, theirs in zip(actual[0] + actual[1], expected[0] + expected[1], strict=True):
         assert torch.equal(ours[-1], theirs[-1])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(2**25 + 64, 64), (64, 2**25 + 64)])
+def test_more_than_2_31_hidden_features(rows, columns):
+    """The same for mlp, by its kernels alone: the op's other products would take all of the features."""
+    x, weight, bias, grad = torch.randn(1, 3), torch.randn(1, 3), torch.randn(1), torch.randn(1, 3)
+    activated, hidden, grad_hidden = (torch.empty(rows, columns, dtype=torch.float16) for _ in range(3))
+    config = configs.mlp(torch.float32)
+    programs = num_blocks(config, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
+    sizes = (rows, columns, 3)
+    with no_overflow(), only_last_program():
+        # Every row of a matrix, and every element of the bias, is the same one.
+        launch(mlp.activate, config, programs, activated, hidden, (x, 0), (weight, 0, 1), (bias, 0), *sizes)
+        launch(mlp.grad_hidden, config, programs, grad_hidden, hidden, (grad, 0), (weight, 1, 0), *sizes)
+    h = (x @ weight.t() + bias).squeeze()
+    assert torch.allclose(hidden[-1, -1].float(), h, rtol=1e-3)
+    assert torch.allclose(activated[-1, -1].float(), F.gelu(h), rtol=1e-3)
+    slope = torch.func.grad(F.gelu)(h)
+    assert torch.allclose(grad_hidden[-1, -1].float(), (grad @ weight.t()).squeeze() * slope, rtol=1e-2)
 
 
 # ---- as ops of PyTorch
