@@ -33,6 +33,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
@@ -172,7 +173,11 @@ def install(session: Session, seconds: float) -> None:
     if _is_installed():
         session.results["installation"] = "this checkout was installed already"
         return
-    session.environment.setdefault("VAPT_FAST_CUDA_ARCHS", "90a")
+    # Compiled for the GPU that is here alone.
+    probe = "import torch; a, b = torch.cuda.get_device_capability(); print(f'{a}{b}' + 'a' * (a == 9))"
+    code, printed = session.call(seconds / 3, sys.executable, "-c", probe)
+    if code == 0:
+        session.environment.setdefault("VAPT_FAST_CUDA_ARCHS", printed.split()[-1])
     code, printed = session.call(seconds, *pip, "--no-build-isolation", ROOT)
     session.results["installation"] = "pip install --no-build-isolation --target"
     if code != 0:  # then without what has to be built
@@ -267,16 +272,18 @@ def ops(session: Session, seconds: float) -> None:
     session.results["ops"] = []
     problems = []
     for index, group in enumerate(groups):
-        path = session.scratch / f"ops-{index}.json"
+        path, log = (session.scratch / f"ops-{index}.{kind}" for kind in ("json", "xml"))
         share = (until - time.monotonic()) / (len(groups) - index)
         command = [sys.executable, "-m", "pytest", *group, "-q", "-p", "no:cacheprovider"]
-        command += [f"--benchmark-json={path}", f"--device={session.device}", f"--seconds={0.7 * share}"]
+        command += [f"--benchmark-json={path}", f"--junitxml={log}"]
+        command += [f"--device={session.device}", f"--seconds={0.7 * share}"]
         code, printed = session.call(share, *command, *(["--tiny"] if session.dry else []))
         if path.is_file() and path.stat().st_size:
             for one in json.loads(path.read_text())["benchmarks"]:
                 session.results["ops"].append(
                     {"name": one["name"], "group": one["group"], **one["extra_info"]}
                 )
+        session.results["ops"] += _not_timed(log)
         if code != 0:
             summary = "took too long" if code is None else f"exit code {code}: {printed.strip()[-300:]}"
             problems.append(f"{Path(group[0]).stem}: {summary}")
@@ -286,6 +293,18 @@ def ops(session: Session, seconds: float) -> None:
         raise RuntimeError("; ".join(problems))
 
 
+def _not_timed(log: Path) -> list[dict[str, str]]:
+    """The benchmarks that were left out or failed, with the reason, from pytest's JUnit file."""
+    if not log.is_file():
+        return []
+    return [
+        {"name": case.get("name"), "error": problem.get("message", "").partition("\n")[0]}
+        for case in ElementTree.parse(log).iter("testcase")
+        for problem in case
+        if problem.tag in ("skipped", "failure", "error")
+    ]
+
+
 def _models(which: str) -> Callable[[Session, float], None]:
     def run(session: Session, seconds: float) -> None:
         path = session.scratch / f"{which}.json"
@@ -293,11 +312,20 @@ def _models(which: str) -> Callable[[Session, float], None]:
         command += ["--left-out", json.dumps(session.left_out), "--device", session.device]
         command += ["--seconds", 0.85 * seconds]
         if which != "all":
-            command += ["--sizes", "3x2" if session.dry else "50x64"]
-        elif session.dry:
-            command += ["--sizes", "3x2,2x2"]
+            command += ["--sizes", "50x64"]
         if session.dry:
-            command += ["--model", "test_vit", "--image-size", 32, "--compiler", "eager", "--rounds", 2]
+            command += [
+                "--sizes",
+                "3x2",
+                "--model",
+                "test_vit",
+                "--image-size",
+                32,
+                "--compiler",
+                "eager",
+                "--rounds",
+                2,
+            ]
         code, printed = session.call(seconds, *command)
         comparisons = json.loads(path.read_text())["comparisons"] if path.is_file() else []
         session.results["comparisons"] += comparisons

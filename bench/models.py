@@ -110,12 +110,14 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if time.monotonic() > end and index > 0:
             left_out, chosen = dict.fromkeys(variants, "left out: no time was left"), []
         print(f"P = {num_prompts}, batch {batch}: {len(chosen)} to compare", flush=True)
+        began = time.monotonic()
         # On a CPU each figure of memory would take a process of its own.
         comparison = Comparison(setting, chosen, memory=setting.on_gpu, progress=_print)
+        preparation = (time.monotonic() - began) * (len(options.sizes) - index - 1)  # of the next tables
         rows: dict[tuple[Variant, str, bool], Row] = {}
         for number, (mode, graph) in enumerate(parts):
             still = (len(options.sizes) - index) * len(parts) - number
-            deadline = time.monotonic() + (end - time.monotonic()) / still
+            deadline = time.monotonic() + (end - preparation - time.monotonic()) / still
             for row in comparison.measure(mode, rounds=options.rounds, graph=graph, deadline=deadline):
                 rows[row.variant, mode, graph] = row
             for variant, reason in left_out.items():

@@ -25,7 +25,7 @@ END = "<!-- end of what bench/report.py writes -->\n"
 
 WIDTH = 118  # of the README's lines
 
-OURS = ("triton", "cuda", "auto")
+OURS = ("triton", "cuda")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -49,6 +49,7 @@ def to_markdown(results: dict[str, Any]) -> str:
     phases = [
         [name, f"{record.get('seconds', '')}", f"{record.get('limit', '')}", str(record.get("error", ""))]
         for name, record in results["phases"].items()
+        if "seconds" in record or "error" in record
     ]
     parts += ["## Phases", table(["", "seconds", "limit", "not finished because"], phases)]
     if "tests" in results:
@@ -100,8 +101,11 @@ def _models(comparison: dict[str, Any], gpu: str | None) -> list[str]:
             cells.append([str(one.variant), *timed[0], *timed[1], memory, *counted, error])
         parts.append(table(header, cells))
         parts += [line for of in (plain, graph) for line in _verdict(of)]
-        reasons = {f"- {r.variant}: {r.error}": None for r in (*plain, *graph) if r.error}
-        parts.append("\n".join(reasons))
+        reasons: dict[str, dict[str, None]] = {}
+        for row in (*plain, *graph):
+            if row.error is not None:
+                reasons.setdefault(row.error, {})[str(row.variant)] = None
+        parts.append("\n".join(f"- {reason} ({'; '.join(of)})" for reason, of in reasons.items()))
     return parts
 
 
@@ -157,7 +161,7 @@ def _ops(ops: list[dict[str, Any]]) -> str:
             cell(op, "bytes_per_second", ".3g"),
             cell(op, "operations_per_second", ".3g"),
             cell(op, "times_floor", ".2f"),
-            cell(op, "largest_error", ".0e"),
+            cell(op, "largest_error", ".0e") or op.get("error", ""),
         ]
         for op in ops
     ]

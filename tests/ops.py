@@ -298,8 +298,8 @@ def results(op, tensors, options, seed=1):
     leaves = [t.detach().requires_grad_() for t in tensors]
     outputs = op(*leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(seed)
-    incoming = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o) for o in outputs]
+    random = {"dtype": torch.float64, "device": "cpu", "generator": torch.Generator().manual_seed(seed)}
+    incoming = [torch.randn(o.shape, **random).to(o) for o in outputs]
     grads = torch.autograd.grad(outputs, leaves, incoming, materialize_grads=True)
     return [o.detach() for o in outputs], list(grads)
 

@@ -1,0 +1,259 @@
+"""Every op's kernels against its formula and against themselves."""
+
+import itertools
+
+import pytest
+import torch
+from kernel_cases import KERNELS, laid_out, precision_cases, random_cases
+from ops import assert_policy, assert_same_results, results
+
+from vapt_fast import BackendUnavailable, functional, use_backend
+from vapt_fast.backends import _dispatch
+
+# One block of a ViT-B/16 at 224 x 224 pixels with 50 prompts, two images.
+REAL = {
+    "add_norm": {"tokens": 197, "dim": 768},
+    "prompt_pool": {"prefix": 1, "patches": 196, "dim": 768, "rows": 50},
+    "prompt_projector": {"prompts": 50, "dim": 768, "width": 8, "eps": 1e-6},
+    "prompt_attention": {"queries": 197, "tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
+    "prompt_attention_packed": {"tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
+    "cls_attention": {"tokens": 197, "heads": 12, "dim": 64, "channels": 768, "prompts": 50},
+    "mlp": {"tokens": 197, "dim": 768, "hidden": 3072, "out": 768},
+}
+SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+
+
+def low_positions(op):
+    """Which of the case's tensors are in the tokens' dtype; the others are float32 at least."""
+    return {"prompt_pool": (0, 4), "prompt_projector": ()}.get(op, range(9))
+
+
+def converted(op, case, dtype):
+    """The op, its tensors in the dtypes of a model in ``dtype``, and its options likewise."""
+    function, _, tensors, options = case
+    learned = torch.promote_types(dtype, torch.float32)
+    tensors = [t.to(dtype if i in low_positions(op) else learned) for i, t in enumerate(tensors)]
+    options = {
+        name: value.to(learned if "mask" in name else dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
+    return function, tensors, options
+
+
+def run(backend, function, tensors, options):
+    """Outputs and gradients; skips, with the reason, what the backend can't take."""
+    try:
+        with use_backend(backend):
+            return results(function, tensors, options)
+    except BackendUnavailable as reason:
+        pytest.skip(str(reason))
+
+
+def op_of(name):
+    return name.removesuffix("_packed")
+
+
+@pytest.fixture(params=KERNELS)
+def op(request, backend):
+    if backend not in _dispatch.IMPLEMENTATIONS[op_of(request.param)]:
+        pytest.skip(f"{request.param} has no kernels on backend {backend!r}")
+    return request.param
+
+
+def bits(outputs_and_gradients):
+    return list(itertools.chain(*outputs_and_gradients))
+
+
+def assert_same_bits(actual, expected):
+    for ours, theirs in zip(bits(actual), bits(expected), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+# ---- against the formula
+
+
+@pytest.mark.parametrize("index", range(16))
+def test_equals_the_formula_in_float64(op, backend, index):
+    cases = [*KERNELS[op].quick, *random_cases(op, 16)]
+    torch.manual_seed(index)
+    function, formula, tensors, options = KERNELS[op].make(**cases[index])
+    actual = run(backend, function, tensors, options)
+    assert_same_results(actual, results(formula, tensors, options), 1e-10)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT], ids=str)
+@pytest.mark.parametrize("sizes", ["small", "real"])
+def test_error_is_at_most_that_of_eager_pytorch(op, backend, dtype, scale, sizes):
+    def cases():
+        if sizes == "small":
+            yield from precision_cases(op, scale)
+            return
+        for seed in range(3):
+            torch.manual_seed(seed)
+            function, formula, tensors, options = KERNELS[op].make(batch=2, **REAL[op])
+            yield function, formula, [t * scale for t in tensors], options
+
+    run(backend, *converted(op, next(cases()), dtype))  # skips what can't run
+    with use_backend(backend):
+        assert_policy(KERNELS[op].make, cases(), dtype)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "padded rows", "offset by one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_layouts_change_no_bit(op, backend, dtype, layout):
+    torch.manual_seed(0)
+    function, tensors, options = converted(op, KERNELS[op].make(**KERNELS[op].quick[0]), dtype)
+    expected = run(backend, function, tensors, options)
+    assert_same_bits(run(backend, function, [laid_out(t, layout) for t in tensors], options), expected)
+
+
+# ---- against themselves
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_a_thousand_runs_give_the_same_bits(op, backend, dtype):
+    torch.manual_seed(0)
+    case = converted(op, KERNELS[op].make(batch=4, **REAL[op]), dtype)
+    expected = run(backend, *case)
+    for _ in range(1000):
+        assert_same_bits(run(backend, *case), expected)
+
+
+def test_an_image_gives_the_same_bits_in_any_batch(op, backend):
+    torch.manual_seed(0)
+    batch = 64
+    function, tensors, options = converted(op, KERNELS[op].make(batch=batch, **REAL[op]), torch.bfloat16)
+    positions = [i for i, t in enumerate(tensors) if t.shape[0] == batch]  # their gradients are the image's
+
+    def of_image(outputs_and_gradients, index):
+        outputs, grads = outputs_and_gradients
+        return [t[index] for t in (*outputs, *(grads[i] for i in positions))]
+
+    def incoming(outputs, index):
+        generator = torch.Generator().manual_seed(0)
+        return [
+            torch.randn(batch, *o.shape[1:], generator=generator, device="cpu")[index].to(o) for o in outputs
+        ]
+
+    def outputs_and_gradients(index):
+        leaves = [t[index] if i in positions else t for i, t in enumerate(tensors)]
+        leaves = [t.detach().clone().requires_grad_() for t in leaves]
+        try:
+            with use_backend(backend):
+                outputs = function(*leaves, **options)
+        except BackendUnavailable as reason:
+            pytest.skip(str(reason))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return outputs, torch.autograd.grad(outputs, leaves, incoming(outputs, index))
+
+    everything = outputs_and_gradients(slice(None))
+    for image in (0, 1, 63):
+        alone = of_image(outputs_and_gradients(slice(image, image + 1)), 0)
+        for ours, theirs in zip(alone, of_image(everything, image), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+# ---- sizes
+
+
+def test_more_images_than_a_grid_has_rows(op, backend):
+    """65,536: the second and third dimension of a grid end one before."""
+    small = {name: min(of, key=lambda v: (v in (0, None), v)) for name, of in KERNELS[op].sizes.items()}
+    small |= {"batch": 65536, "dim": 8} | ({"channels": 8} if "channels" in small else {})
+    small |= {"activation": "relu"} if "activation" in small else {}
+    torch.manual_seed(0)
+    case = KERNELS[op].make(**small)
+    function, tensors, options = converted(op, case, torch.float32)
+    actual = run(backend, function, tensors, options)
+    exact = results(case[1], case[2], case[3])
+    for ours, right in zip(bits(actual), bits(exact), strict=True):
+        assert (ours - right).norm() <= 1e-4 * right.norm()
+
+
+def test_a_million_heads(backend):
+    torch.manual_seed(0)
+    case = KERNELS["prompt_attention"].make(
+        batch=65536, queries=1, tokens=2, heads=17, groups=17, dim=16, prompts=1
+    )
+    function, tensors, options = converted("prompt_attention", case, torch.bfloat16)
+    (actual, *_), _ = run(backend, function, tensors, options)
+    exact = case[1](*(t.float() for t in tensors), **options)
+    assert (actual.float() - exact).norm() <= 1e-2 * exact.norm()
+
+
+def test_offsets_beyond_32_bits_equal_chunks(backend):
+    """Queries, keys and values of (1600, 16, 729, 72) in one tensor: 4e9 elements."""
+    batch, heads, tokens, dim, prompts, chunk = 1600, 16, 729, 72, 10, 400
+    if torch.cuda.mem_get_info()[0] < 60e9:
+        pytest.skip("needs 60 GB of free memory on the GPU")
+    qkv = torch.empty(batch, tokens, 3 * heads * dim, dtype=torch.bfloat16).normal_()
+    prompt_kv = torch.randn(batch, prompts, 2 * heads * dim, dtype=torch.bfloat16)
+    grad = torch.randn(batch, tokens, heads, dim, dtype=torch.bfloat16)
+
+    def attention(part):
+        leaves = [t[part].requires_grad_() for t in (qkv, prompt_kv)]
+        out = functional.prompt_attention_packed(
+            *leaves, num_heads=heads, num_kv_heads=heads, scale=dim**-0.5, backend=backend
+        )
+        return out.detach(), *torch.autograd.grad(out, leaves, grad[part])
+
+    try:
+        everything = attention(slice(None))
+    except BackendUnavailable as reason:
+        pytest.skip(str(reason))
+    for start in range(0, batch, chunk):
+        part = slice(start, start + chunk)
+        for ours, whole in zip(attention(part), everything, strict=True):
+            assert torch.equal(ours, whole[part])
+
+
+# ---- streams and graphs
+
+
+def test_a_cuda_graph_on_new_data(op, backend):
+    """Forward and backward, captured once: a hundred replays give the bits of ordinary calls."""
+    torch.manual_seed(0)
+    function, tensors, options = converted(op, KERNELS[op].make(batch=2, **REAL[op]), torch.bfloat16)
+    run(backend, function, tensors, options)  # compiles
+    static = [t.clone().requires_grad_() for t in tensors]
+
+    def call():
+        outputs = function(*static, **options)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        grads = torch.autograd.grad(outputs, static, [torch.ones_like(o) for o in outputs])
+        return [*(o.detach() for o in outputs), *grads]
+
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with use_backend(backend):
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            call()
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.cuda.graph(graph):
+            captured = call()
+        for _ in range(100):
+            for t in static:
+                t.data.normal_()
+            graph.replay()
+            for ours, theirs in zip(captured, call(), strict=True):
+                assert torch.equal(ours, theirs)
+
+
+def test_side_streams(op, backend):
+    """Work on two streams at once gives the bits of one after the other."""
+    cases = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        cases.append(converted(op, KERNELS[op].make(batch=4, **REAL[op]), torch.bfloat16))
+    expected = [run(backend, *case) for case in cases]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(20):
+        found = []
+        for stream, case in zip(streams, cases, strict=True):
+            with torch.cuda.stream(stream):
+                found.append(run(backend, *case))
+        torch.cuda.synchronize()
+        for ours, theirs in zip(found, expected, strict=True):
+            assert_same_bits(ours, theirs)
