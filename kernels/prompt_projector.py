@@ -292,9 +292,8 @@ def project_backward(
     features = None
     if up is not None:
         values = load_hidden(hidden, rows, feature, is_feature, width)
-        active = activate(values, is_feature, ACTIVATION)
         factor = load_factor(feature_mask, rows, feature, is_feature, values, SCALE)
-        features = times(factor * active, scale)
+        features = times(factor * activate(values, is_feature, ACTIVATION), scale)
 
     norm = None
     if means is not None:
@@ -322,6 +321,10 @@ def project_backward(
             grad = grad_of_raw(grad_prompts, raw, norm, rows, channel, is_channel)
             weight = load_matrix(up, channel, is_channel, feature, is_feature)
             grad_features = tl.dot(grad, weight, grad_features, input_precision=PRECISION, out_dtype=dtype)
+        # Loaded again: kept since above they would take registers from both loops.
+        values = load_hidden(hidden, rows, feature, is_feature, width)
+        factor = load_factor(feature_mask, rows, feature, is_feature, values, SCALE)
+        active = activate(values, is_feature, ACTIVATION)
         if scale is not None:
             tl.store(products + row, tl.sum(grad_features * factor * active, axis=1), is_row)
         grad_active = times(grad_features * factor, scale)

@@ -109,14 +109,28 @@ def cls_attention(dtype: torch.dtype, num_queries: int) -> Launch:
     return Launch({"BLOCK_M": _block(num_queries, 64), "BLOCK_K": size, "BLOCK_C": size})
 
 
-def prompt_projector(dtype: torch.dtype, width: int) -> Launch:
-    """For prompts of ``dtype`` and ``width`` features, at most LARGEST_PROJECTOR, 0 without a projector."""
+# By bytes of an element and features at most: channels and warps of a program of each kernel.
+_PROMPT_PROJECTOR = {
+    (2, 16): {"project": (64, 4), "project_backward": (64, 4), "weights_backward": (64, 4)},
+    (2, 64): {"project": (32, 8), "project_backward": (32, 8), "weights_backward": (32, 8)},
+    (4, 16): {"project": (64, 4), "project_backward": (32, 4), "weights_backward": (32, 4)},
+    (4, 64): {"project": (32, 8), "project_backward": (32, 8), "weights_backward": (32, 4)},
+    (8, 16): {"project": (32, 4), "project_backward": (16, 4), "weights_backward": (32, 4)},
+    (8, 64): {"project": (16, 8), "project_backward": (16, 8), "weights_backward": (16, 8)},
+}
+
+
+def prompt_projector(kernel: str, dtype: torch.dtype, width: int) -> Launch:
+    """For prompts of ``dtype`` and ``width`` features, at most LARGEST_PROJECTOR, 0 without a projector.
+
+    Args:
+        kernel: its name in kernels.prompt_projector.
+        dtype: of the prompts, float64 where they are computed in that.
+        width: r.
+    """
     features = _block(width, LARGEST_PROJECTOR)
-    few = features == 16
-    channels = {2: 64 if few else 32, 4: 32, 8: 32 if few else 16}[dtype.itemsize]
-    return Launch(
-        {"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps=4 if few else 8
-    )
+    channels, num_warps = _PROMPT_PROJECTOR[dtype.itemsize, 16 if features == 16 else 64][kernel]
+    return Launch({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps)
 
 
 def product_precision(dtype: torch.dtype) -> str:

@@ -107,7 +107,7 @@ def _forward(
     prompts, hidden, statistics = _empty_outputs(pooled, down, eps, dtype)
     num_rows, *sizes, width = _sizes(pooled, down)
     arithmetic = _arithmetic(pooled, dtype)
-    config = configs.prompt_projector(arithmetic, width)
+    config = configs.prompt_projector("project", arithmetic, width)
     learned = (pooled, bias, down, up)
     masks = (_by_prompt(channel_mask, pooled), feature_mask)
     launch(
@@ -170,7 +170,7 @@ def _backward_rows(
     """
     num_rows, *sizes, width = _sizes(pooled, down)
     arithmetic = _arithmetic(pooled, grad_prompts.dtype)
-    config = configs.prompt_projector(arithmetic, width)
+    config = configs.prompt_projector("project_backward", arithmetic, width)
     grad_pooled, grad_hidden, means, _, _ = _empty_gradients(pooled, scale, hidden, statistics)
     sums = torch.empty(pooled.shape[:2], dtype=pooled.dtype, device=pooled.device)
     products = None if scale is None else torch.empty_like(sums)
@@ -242,7 +242,7 @@ def _backward_weights(
     batch, num_prompts, dim = pooled.shape
     width = up.shape[1]
     arithmetic = _arithmetic(pooled, grad_prompts.dtype)
-    config = configs.prompt_projector(arithmetic, width)
+    config = configs.prompt_projector("weights_backward", arithmetic, width)
     images = configs.images_per_program(batch)
     chunks = triton.cdiv(batch, images)
     partial = torch.empty((chunks, 2, width, dim), dtype=pooled.dtype, device=pooled.device)
