@@ -45,7 +45,8 @@ def prompt_pool(
     Returns:
         total (B, S + N, C), in the dtype of x + delta (``x`` itself without delta); normed (B, S + N, C), in
         total's dtype or in that of autocast where it is on, as in add_norm; pooled (B, R, C) in ``matrix``'s
-        dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast.
+        dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast; the Triton kernels round
+        the factors of products to tf32 where normed is of 16 bits.
         Differentiable in all tensors, once: the backward is written by hand. The Triton kernels have no
         gradient of gain: where gradients are on, it must not require one there.
 
