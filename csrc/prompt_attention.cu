@@ -2,23 +2,23 @@
 // vapt_fast/prompt_attention.h for the formula and the arguments.
 //
 // One block of threads computes one head of one image; in the backward one head of the keys and values, which
-// with grouped queries serves several heads. Keys are numbered prompts first, and padded to tiles of 16 only. All
-// products are 16 x 8 x 16 on the tensor cores, summed in float32. Softmax is in base 2: with s the scores times
-// log2(e), p = exp2(s - lse).
+// with grouped queries serves several heads. Keys are numbered prompts first, and padded to tiles of 16 only.
+// All products are 16 x 8 x 16 on the tensor cores, summed in float32. Softmax is in base 2: with s the
+// scores times log2(e), p = exp2(s - lse).
 //
-// Forward: keys and values lie in shared memory, a warp holds some tiles of 16 queries in registers and goes over
-// the keys in chunks (online softmax).
+// Forward: keys and values lie in shared memory, a warp holds some tiles of 16 queries in registers and goes
+// over the keys in chunks (online softmax).
 //
-// Backward: keys and values lie in shared memory, a warp holds the gradients of some tiles of 16 keys in registers,
-// and all warps go together over the queries, in steps of 32:
+// Backward: keys and values lie in shared memory, a warp holds the gradients of some tiles of 16 keys in
+// registers, and all warps go together over the queries, in steps of 32:
 //
 //     s, dp    = k q^T, v do^T     (keys, queries)
 //     ds       = p (dp - delta)    delta = sum over d of out * do
 //     dv, dk  += p do, ds q
 //     dq       = ds^T k            one step later, from all warps' ds in shared memory
 //
-// Nothing is added to memory, so each sum is in a fixed order. More keys than the warps hold at once take several
-// passes over the queries, and dq is kept in shared memory in between.
+// Nothing is added to memory, so each sum is in a fixed order. More keys than the warps hold at once take
+// several passes over the queries, and dq is kept in shared memory in between.
 
 #include "vapt_fast/prompt_attention.h"
 
@@ -31,13 +31,13 @@
 namespace vapt_fast {
 namespace {
 
-constexpr int kTile = 16;     // rows and depth of a product
-constexpr int kPiece = 8;     // elements in 16 bytes
+constexpr int kTile = 16;  // rows and depth of a product
+constexpr int kPiece = 8;  // elements in 16 bytes
 constexpr float kLog2E = 1.4426950408889634f;
 constexpr float kInfinity = INFINITY;
 
-// Elements from row to row in shared memory, for rows of DIM: an odd number of 16 bytes, so that the eight rows of a
-// matrix lie in different banks.
+// Elements from row to row in shared memory, for rows of DIM: an odd number of 16 bytes, so that the eight
+// rows of a matrix lie in different banks.
 template <int DIM>
 constexpr int kStride = (DIM / kPiece | 1) * kPiece;
 
@@ -91,8 +91,8 @@ __device__ __forceinline__ void load_left(std::uint32_t (&a)[4], Rows rows, int 
   }
 }
 
-// Begins to copy ``count`` rows to shared memory; where there are none, and past ``dim``, puts 0. ``row`` gives
-// the address of a row or null.
+// Begins to copy ``count`` rows to shared memory; where there are none, and past ``dim``, puts 0. ``row``
+// gives the address of a row or null.
 template <int DIM, int THREADS, typename Element, typename Row>
 __device__ __forceinline__ void copy_rows(Element* to, int count, int dim, Row row) {
   constexpr int PIECES = DIM / kPiece;
@@ -122,8 +122,8 @@ __device__ __forceinline__ float max_of_row(float x) {
 
 // Stores this lane's part of one of its two rows of a product, times ``factor``, as float32 or as elements.
 template <typename Element, int COLUMNS>
-__device__ __forceinline__ void store_row(char* to, const float (&x)[COLUMNS][4], int row, float factor, int dim,
-                                          bool as_float) {
+__device__ __forceinline__ void store_row(char* to, const float (&x)[COLUMNS][4], int row, float factor,
+                                          int dim, bool as_float) {
 #pragma unroll
   for (int column = 0; column < COLUMNS; ++column) {
     const int at = column * 8 + lane() % 4 * 2;
@@ -147,8 +147,8 @@ template <int DIM>
 struct ForwardTiles {
   static constexpr int WARPS = 4;
   static constexpr int THREADS = WARPS * kLanes;
-  static constexpr int QUERIES = DIM <= 80 ? 2 : 1;  // tiles that a warp holds
-  static constexpr int KEYS = 2;                     // tiles in a chunk
+  static constexpr int QUERIES = DIM <= 80 ? 2 : 1;                 // tiles that a warp holds
+  static constexpr int KEYS = 2;                                    // tiles in a chunk
   static constexpr int BLOCKS = DIM <= 32 ? 4 : DIM == 96 ? 3 : 2;  // a multiprocessor has registers for
   static constexpr int CHUNK = KEYS * kTile;
 
@@ -283,7 +283,7 @@ __global__ void __launch_bounds__(ForwardTiles<DIM>::THREADS, ForwardTiles<DIM>:
           total[i][row] *= decay;
 #pragma unroll
           for (int column = 0; column < 2 * Tiles::KEYS; ++column) {
-            float(&x)[4] = s[i][column];
+            float (&x)[4] = s[i][column];
             x[2 * row] = exp2_fast(x[2 * row] - shift);
             x[2 * row + 1] = exp2_fast(x[2 * row + 1] - shift);
             total[i][row] += x[2 * row] + x[2 * row + 1];
@@ -344,7 +344,7 @@ struct BackwardTiles {
   static constexpr int WARPS = PROMPTS_ONLY ? 4 : 8;
   static constexpr int THREADS = WARPS * kLanes;
   static constexpr int KEYS = DIM <= (PROMPTS_ONLY ? 64 : 80) ? 2 : 1;  // tiles whose gradients a warp holds
-  static constexpr int QUERIES = 2;               // tiles in a step
+  static constexpr int QUERIES = 2;                                     // tiles in a step
   static constexpr int STEP = QUERIES * kTile;
 };
 
@@ -389,7 +389,8 @@ __host__ __device__ __forceinline__ BackwardPlan backward_plan(const PromptAtten
   return plan;
 }
 
-// Puts lse and delta of 16 queries of a head into shared memory, lse = inf past the last one so that its p is 0.
+// Puts lse and delta of 16 queries of a head into shared memory, lse = inf past the last one so that its p is
+// 0.
 template <typename Element, int DIM>
 __device__ __forceinline__ void load_statistics(float* statistics, const float* lse, Rows out, Rows grad_out,
                                                 int first, int num_queries, int dim) {
@@ -419,19 +420,19 @@ __device__ __forceinline__ void load_statistics(float* statistics, const float* 
   }
 }
 
-// Adds to the gradients of a warp's COUNT tiles of keys what 16 queries contribute, and leaves their ds in shared
-// memory. Pointers are to the first tile and the first query, the next tile is WARPS tiles further.
+// Adds to the gradients of a warp's COUNT tiles of keys what 16 queries contribute, and leaves their ds in
+// shared memory. Pointers are to the first tile and the first query, the next tile is WARPS tiles further.
 template <int COUNT, typename Element, int DIM, bool PROMPTS_ONLY, int KEYS>
-__device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4], float (&dv)[KEYS][DIM / 8][4],
-                                                  const Element* keys, const Element* values,
-                                                  const Element* queries, const Element* grad_outs,
-                                                  Element* scores, const float* statistics, int num_keys,
-                                                  float scale) {
+__device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4],
+                                                  float (&dv)[KEYS][DIM / 8][4], const Element* keys,
+                                                  const Element* values, const Element* queries,
+                                                  const Element* grad_outs, Element* scores,
+                                                  const float* statistics, int num_keys, float scale) {
   constexpr int STRIDE = kStride<DIM>;
   constexpr int NEXT = BackwardTiles<DIM, PROMPTS_ONLY>::WARPS * kTile;
   float s[COUNT][2][4] = {};
   float dp[COUNT][2][4] = {};
-  const auto multiply = [&](float(&c)[COUNT][2][4], const Element* left, const Element* right) {
+  const auto multiply = [&](float (&c)[COUNT][2][4], const Element* left, const Element* right) {
     left = left_rows<STRIDE>(left);
     right = right_rows<STRIDE>(right);
 #pragma unroll 2  // more loads in flight would take too many registers
@@ -487,7 +488,8 @@ __device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4],
     }
   }
 
-  const auto add = [&](float(&c)[KEYS][DIM / 8][4], const std::uint32_t(&a)[COUNT][4], const Element* right) {
+  const auto add = [&](float (&c)[KEYS][DIM / 8][4], const std::uint32_t (&a)[COUNT][4],
+                       const Element* right) {
     right = left_rows<STRIDE>(right);
 #pragma unroll
     for (int column = 0; column < DIM / 8; column += 2) {
@@ -506,8 +508,8 @@ __device__ __forceinline__ void add_grads_of_keys(float (&dk)[KEYS][DIM / 8][4],
 
 // Adds ds^T k of 16 queries, 16 columns and all keys of a pass.
 template <typename Element, int DIM>
-__device__ __forceinline__ void add_grads_of_queries(float (&dq)[2][4], const Element* scores, const Element* keys,
-                                                     int pass_keys) {
+__device__ __forceinline__ void add_grads_of_queries(float (&dq)[2][4], const Element* scores,
+                                                     const Element* keys, int pass_keys) {
   scores = right_rows<kStrideOfScores>(scores);
   keys = left_rows<kStride<DIM>>(keys);
 #pragma unroll 2
@@ -588,10 +590,10 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
 #pragma unroll 1
       for (int tile = warp(); tile < heads * head_tiles; tile += Tiles::WARPS) {
         const int head = group * heads + tile / head_tiles;
-        load_statistics<Element, DIM>(statistics + tile * kTile * 2,
-                                      arguments.lse + (image * sizes.heads + head) * num_queries,
-                                      rows_of(arguments.out, image, head), rows_of(arguments.grad_out, image, head),
-                                      tile % head_tiles * kTile, num_queries, dim);
+        load_statistics<Element, DIM>(
+            statistics + tile * kTile * 2, arguments.lse + (image * sizes.heads + head) * num_queries,
+            rows_of(arguments.out, image, head), rows_of(arguments.grad_out, image, head),
+            tile % head_tiles * kTile, num_queries, dim);
       }
     }
 
@@ -665,7 +667,8 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
               dk, dv, keys + my_first * STRIDE, values + my_first * STRIDE, queries + row * STRIDE,
               grad_outs + row * STRIDE,
               scores + (step % 2 * plan.pass_keys + my_first) * kStrideOfScores + tile * kTile,
-              statistics + (step * Tiles::STEP + tile * kTile) * 2, num_keys - first_key - my_first, arguments.scale * kLog2E);
+              statistics + (step * Tiles::STEP + tile * kTile) * 2, num_keys - first_key - my_first,
+              arguments.scale * kLog2E);
         };
         if (my_tiles == 1) {
           add(Constant<1>{});
@@ -689,14 +692,15 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
         const bool of_prompts = key < num_prompts;
         const bool as_float = of_prompts && arguments.float32_prompt_grads;
         const auto address = [&](const Tensor4& tensor, int of) {
-          const std::int64_t at = image_now * tensor.batch_stride + of * tensor.token_stride + group_now * tensor.head_stride;
+          const std::int64_t at =
+              image_now * tensor.batch_stride + of * tensor.token_stride + group_now * tensor.head_stride;
           return static_cast<char*>(tensor.data) + at * (as_float ? 4 : 2);
         };
-        char* const to_k = of_prompts ? address(arguments.grad_prompt_k, key)
-                                      : address(arguments.grad_k, key - num_prompts);
+        char* const to_k =
+            of_prompts ? address(arguments.grad_prompt_k, key) : address(arguments.grad_k, key - num_prompts);
         store_row<Element>(to_k, dk[i], row, arguments.scale, dim, as_float);
-        char* const to_v = of_prompts ? address(arguments.grad_prompt_v, key)
-                                      : address(arguments.grad_v, key - num_prompts);
+        char* const to_v =
+            of_prompts ? address(arguments.grad_prompt_v, key) : address(arguments.grad_v, key - num_prompts);
         store_row<Element>(to_v, dv[i], row, 1.0f, dim, as_float);
       }
     }
@@ -715,17 +719,20 @@ struct Check {
     // Rows are counted in 32 bits, a grid's blocks in 31.
     constexpr std::int64_t kMost = 0x7fffffff - 1024;
     if (sizes.dtype != Dtype::float16 && sizes.dtype != Dtype::bfloat16) {
-      refuse(Code::invalid, "dtype must be float16 or bfloat16, got number %lld", static_cast<int>(sizes.dtype));
+      refuse(Code::invalid, "dtype must be float16 or bfloat16, got number %lld",
+             static_cast<int>(sizes.dtype));
     } else if (sizes.batch < 0 || sizes.queries < 0 || sizes.tokens < 0 || sizes.prompts < 0) {
-      refuse(Code::invalid, "batch, queries, tokens and prompts must not be negative, got %lld, %lld, %lld, %lld",
+      refuse(Code::invalid,
+             "batch, queries, tokens and prompts must not be negative, got %lld, %lld, %lld, %lld",
              sizes.batch, sizes.queries, sizes.tokens, sizes.prompts);
     } else if (sizes.groups < 1 || sizes.heads < 1 || sizes.heads % sizes.groups) {
-      refuse(Code::invalid, "groups must divide heads, got %lld groups and %lld heads", sizes.groups, sizes.heads);
+      refuse(Code::invalid, "groups must divide heads, got %lld groups and %lld heads", sizes.groups,
+             sizes.heads);
     } else if (sizes.head_dim < kPiece || sizes.head_dim > 128 || sizes.head_dim % kPiece) {
       refuse(Code::unsupported, "heads must have 8, 16, 24, ... or 128 channels, got %lld", sizes.head_dim);
     } else if (sizes.queries > kMost || sizes.tokens > kMost || sizes.prompts > kMost - sizes.tokens) {
-      refuse(Code::unsupported, "queries, or prompts and tokens, are too many: %lld, %lld and %lld", sizes.queries,
-             sizes.prompts, sizes.tokens);
+      refuse(Code::unsupported, "queries, or prompts and tokens, are too many: %lld, %lld and %lld",
+             sizes.queries, sizes.prompts, sizes.tokens);
     } else if (sizes.batch > kMost / sizes.heads) {
       refuse(Code::unsupported, "heads of all images are too many: %lld of %lld", sizes.heads, sizes.batch);
     }
@@ -757,13 +764,15 @@ struct Check {
     if (reinterpret_cast<std::uintptr_t>(tensor.data) % static_cast<unsigned>(bytes) != 0 ||
         !aligned(sizes.batch, tensor.batch_stride) || !aligned(rows, tensor.token_stride) ||
         !aligned(heads, tensor.head_stride)) {
-      refuse(Code::invalid, (std::string("every row of ") + name + " must begin at a multiple of %lld bytes").c_str(),
+      refuse(Code::invalid,
+             (std::string("every row of ") + name + " must begin at a multiple of %lld bytes").c_str(),
              bytes);
     }
   }
 };
 
-// Calls ``function`` with a value of the elements' type and the smallest head size, as a type, that holds dim.
+// Calls ``function`` with a value of the elements' type and the smallest head size, as a type, that holds
+// dim.
 template <typename Function>
 auto with_head_dim(std::int64_t dim, Function function) {
   if (dim <= 32) {

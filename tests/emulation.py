@@ -1,14 +1,17 @@
-"""The CUDA kernels compiled for a CPU: see csrc/emulation. Built by the tests, with the compiler that is there."""
+"""The CUDA kernels compiled for a CPU, see csrc/emulation, with the compiler that the tests find."""
 
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
 import shutil
 import subprocess
 from ctypes import c_bool, c_char, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -22,13 +25,27 @@ def build(output: Path, sources: list[Path], *flags: str) -> Path:
     """Compile ``sources`` with ``flags``, the emulation's runtime without sanitizers, and link them."""
     includes = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'emulation'}"]
     runtime = output.with_suffix(".runtime.o")
-    common = [COMPILER, "-std=c++17", "-O1", "-g", "-fPIC", "-Wall", "-Wextra", "-Werror", *includes]
-    for sanitize, arguments in [
-        (False, ["-c", str(CSRC / "emulation" / "emulation.cpp"), "-o", str(runtime)]),
-        (True, ["-x", "c++", *map(str, sources), "-x", "none", str(runtime), "-o", str(output)]),
+    common = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", *includes]
+    for more, arguments in [
+        ((), ["-c", str(CSRC / "emulation" / "emulation.cpp"), "-o", str(runtime)]),
+        (flags, ["-x", "c++", *map(str, sources), "-x", "none", str(runtime), "-o", str(output)]),
     ]:
-        command = [*common, "-Wno-unknown-pragmas", *(flags if sanitize else ()), *arguments]
-        subprocess.run(command, check=True, capture_output=True, text=True)
+        subprocess.run([*common, "-Wno-unknown-pragmas", *more, *arguments], check=True)
+    return output
+
+
+def built(factory: pytest.TempPathFactory, name: str, sources: list[Path], *flags: str) -> Path:
+    """``build``, once for all processes of the tests; without a compiler the test is skipped."""
+    if COMPILER is None:
+        pytest.skip("there is no g++ for the kernels")
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # it has a folder of its own beside the others'
+        folder = folder.parent
+    with open(folder / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = folder / name
+        if not output.exists():
+            build(output, sources, *flags)
     return output
 
 
@@ -49,13 +66,13 @@ class Tensor4(ctypes.Structure):
         return cls(tensor.data_ptr(), image, token, head)
 
 
+SIZES = ("batch", "queries", "tokens", "prompts", "heads", "groups", "head_dim")
+
+
 class Sizes(ctypes.Structure):
     _fields_ = (
         ("dtype", c_int32),
-        *(
-            (name, c_int64)
-            for name in ("batch", "queries", "tokens", "prompts", "heads", "groups", "head_dim")
-        ),
+        *((name, c_int64) for name in SIZES),
     )
 
 
@@ -108,7 +125,9 @@ class Kernels:
         lse = unwritten(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
         batch = q.shape[0]
         inputs = [Tensor4.of(t, batch) for t in (*tensors, out)]
-        return Forward(sizes_of(q, k, prompt_k), scale, *inputs, lse.data_ptr()), out, lse
+        arguments = Forward(sizes_of(q, k, prompt_k), scale, *inputs, lse.data_ptr())
+        arguments.keeps = (*tensors, out, lse)  # alive as long as their addresses are in use
+        return arguments, out, lse
 
     def forward(self, tensors: tuple[Tensor, ...], scale: float) -> tuple[Tensor, Tensor]:
         """out and lse."""
@@ -146,6 +165,7 @@ class Kernels:
             *outputs,
             shared,
         )
+        arguments.keeps = (*tensors, out, lse, grad_out, *grads)
         return arguments, grads
 
     def backward(self, tensors: tuple[Tensor, ...], *arguments: Any, **options: Any) -> list[Tensor | None]:

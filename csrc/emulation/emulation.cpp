@@ -1,5 +1,5 @@
-// The runtime of the emulation: fibers, barriers, exchanges. Compiled without sanitizers; it tells them, where
-// they are linked in, which fiber runs and what a barrier orders.
+// The runtime of the emulation: fibers, barriers, exchanges. Compiled without sanitizers; it tells them,
+// where they are linked in, which fiber runs and what a barrier orders.
 
 #include "vapt_fast/device.cuh"
 
@@ -105,7 +105,8 @@ Thread* current = nullptr;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "emulation: block %lld, thread %d: %s\n",
-               current ? static_cast<long long>(current->block->index) : -1, current ? current->index : -1, what);
+               current ? static_cast<long long>(current->block->index) : -1, current ? current->index : -1,
+               what);
   std::abort();
 }
 

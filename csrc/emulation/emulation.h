@@ -1,16 +1,16 @@
-// The primitives of vapt_fast/device.cuh for a CPU, so that a CUDA kernel compiled with any C++17 compiler runs
-// there, is debugged there, and is watched by AddressSanitizer and ThreadSanitizer.
+// The primitives of vapt_fast/device.cuh for a CPU, so that a CUDA kernel compiled with any C++17 compiler
+// runs there, is debugged there, and is watched by AddressSanitizer and ThreadSanitizer.
 //
-// Each CUDA thread is a fiber. What a warp does together is an exchange among its 32 fibers. To ThreadSanitizer
-// fibers are threads that only barriers order, not the turns they take: one run finds a missing barrier,
-// whatever the turns were. Shared memory is a heap buffer of exactly the size asked for, filled with NaN. An
-// asynchronous copy leaves NaN at its destination when it is issued and copies as late as it may: when it is
-// waited for.
+// Each CUDA thread is a fiber. What a warp does together is an exchange among its 32 fibers. To
+// ThreadSanitizer fibers are threads that only barriers order, not the turns they take: one run finds a
+// missing barrier, whatever the turns were. Shared memory is a heap buffer of exactly the size asked for,
+// filled with NaN. An asynchronous copy leaves NaN at its destination when it is issued and copies as late as
+// it may: when it is waited for.
 //
 // A kernel that would hang or whose lanes part ways at a common operation ends the process with a message.
 //
-// The functions here belong to the kernel and are instrumented with it. Those of ``runtime``, which fibers call
-// in turns without any order, are in emulation.cpp, which must be compiled without sanitizers.
+// The functions here belong to the kernel and are instrumented with it. Those of ``runtime``, which fibers
+// call in turns without any order, are in emulation.cpp, which must be compiled without sanitizers.
 
 #pragma once
 

@@ -15,6 +15,14 @@ void prompt_attention_backward(const PromptAttentionBackward* arguments, Status*
   *status = launch_prompt_attention_backward(*arguments, nullptr);
 }
 
+std::int64_t prompt_attention_forward_shared_memory(const PromptAttentionSizes* sizes) {
+  return vapt_fast::prompt_attention_forward_shared_memory(*sizes);
+}
+
+std::int64_t prompt_attention_backward_shared_memory(const PromptAttentionSizes* sizes, bool prompts_only) {
+  return vapt_fast::prompt_attention_backward_shared_memory(*sizes, prompts_only);
+}
+
 void set_shared_memory_limit(std::int64_t bytes) { runtime::set_shared_memory_limit(bytes); }
 
 // The emulation's conversions, to compare with PyTorch's: elements are 16-bit words.

@@ -1,7 +1,8 @@
 // Every primitive of the device that the kernels use.
 //
-// nvcc compiles them to PTX (sm_80 or later; clusters sm_90). Any other compiler takes the emulation, where the
-// same kernels run on a CPU and every missing barrier, missing wait and stray address shows: see csrc/emulation.
+// nvcc compiles them to PTX (sm_80 or later; clusters sm_90). Any other compiler takes the emulation, where
+// the same kernels run on a CPU and every missing barrier, missing wait and stray address shows: see
+// csrc/emulation.
 //
 // "All lanes": the 32 lanes of a warp call the function together, as they do after a branch on warp() alone.
 
@@ -59,8 +60,8 @@ __device__ __forceinline__ char* shared_memory() {
   return memory;
 }
 
-// The value, about which the compiler knows nothing before this line: what follows from it is computed here, and
-// is not held in registers through everything that comes before.
+// The value, about which the compiler knows nothing before this line: what follows from it is computed here,
+// and is not held in registers through everything that comes before.
 __device__ __forceinline__ int computed_here(int value) {
   asm volatile("" : "+r"(value));
   return value;
@@ -148,8 +149,8 @@ __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements, of all lanes. Lanes 8 m to 8 m + 7 give the rows of matrix m, 16 bytes
-// each in shared memory. Lane l gets elements 2 (l % 4) and the next of row l / 4 of matrix m in r[m].
+// Four 8 x 8 matrices of 16-bit elements, of all lanes. Lanes 8 m to 8 m + 7 give the rows of matrix m, 16
+// bytes each in shared memory. Lane l gets elements 2 (l % 4) and the next of row l / 4 of matrix m in r[m].
 __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -220,9 +221,9 @@ __device__ __forceinline__ std::uint32_t to_tf32(float value) {
 
 // c += a b, of all lanes: a (16, 16) and b (16, 8) of Element, c (16, 8) of float32.
 //
-// With g = lane / 4 and t = 2 (lane % 4), a lane has, two columns in a word, a[0] = a(g, t), a[1] = a(g + 8, t),
-// a[2] = a(g, t + 8), a[3] = a(g + 8, t + 8); two rows in a word, b0 = b(t, g), b1 = b(t + 8, g); and
-// c = c(g, t), c(g, t + 1), c(g + 8, t), c(g + 8, t + 1).
+// With g = lane / 4 and t = 2 (lane % 4), a lane has, two columns in a word, a[0] = a(g, t), a[1] = a(g + 8,
+// t), a[2] = a(g, t + 8), a[3] = a(g + 8, t + 8); two rows in a word, b0 = b(t, g), b1 = b(t + 8, g); and c =
+// c(g, t), c(g, t + 1), c(g + 8, t), c(g + 8, t + 1).
 template <typename Element>
 __device__ __forceinline__ void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                     std::uint32_t b1);

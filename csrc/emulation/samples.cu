@@ -1,0 +1,136 @@
+// Small kernels that use every primitive in the way it is meant, and the same with one mistake: to test that
+// the emulation runs the first and finds the second. ``samples KERNEL MISTAKE`` prints "right" or "wrong".
+
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#include "vapt_fast/device.cuh"
+
+using namespace vapt_fast;
+
+namespace {
+
+enum class Mistake {
+  none,
+  beyond_the_end,    // of shared memory
+  no_barrier,        // between writing and reading shared memory
+  no_wait,           // for asynchronous copies
+  no_commit,         // of asynchronous copies
+  copied_too_early,  // into what others still read
+  no_end,            // a barrier that half of the threads never reach
+  parted_lanes,      // a shuffle that half of the lanes never reach
+  wrong_count,       // of threads at a barrier
+  one_place,         // where two blocks write
+};
+
+constexpr int kThreads = 64;
+constexpr int kWords = 4;  // that a thread copies
+
+// out[i] = in[i] with the threads' parts, of this block, in opposite order; twice.
+__global__ void reverse(const std::uint32_t* in, std::uint32_t* out, Mistake mistake) {
+  auto* const shared = reinterpret_cast<std::uint32_t*>(shared_memory());
+  for (int round = 0; round < 2; ++round) {
+    const std::int64_t part = (2 * block() + round) * kThreads;
+    if (round > 0 && mistake != Mistake::copied_too_early) {
+      sync_threads();  // the last round's words have been read
+    }
+    const int at = mistake == Mistake::beyond_the_end ? thread() + 1 : thread();
+    copy_async(shared + at * kWords, in + (part + thread()) * kWords);
+    if (mistake != Mistake::no_commit) {
+      commit_copies();
+    }
+    if (mistake != Mistake::no_wait) {
+      wait_for_copies<0>();
+    }
+    if (mistake != Mistake::no_barrier) {
+      sync_threads();
+    }
+    const Bytes16 words = load16(shared + (kThreads - 1 - thread()) * kWords);
+    const bool elsewhere = mistake == Mistake::one_place;
+    store16(out + ((elsewhere ? round * kThreads : part) + thread()) * kWords, words);
+  }
+  wait_for_copies<0>();
+}
+
+// out[t] = the sum of all in, for each of the threads, by way of warps, barriers for some threads and a
+// cluster.
+__global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake) {
+  auto* const shared = reinterpret_cast<std::uint32_t*>(shared_memory());
+  std::uint32_t value = in[block() * kThreads + thread()];
+  if (mistake != Mistake::parted_lanes || lane() < 16) {
+    for (int mask = 1; mask < kLanes; mask *= 2) {
+      value += shuffle_xor(value, mask);
+    }
+  }
+  // The first warp gets the second one's by barrier 1, which nobody else may use with another count.
+  if (lane() == 0) {
+    shared[warp()] = value;
+  }
+  if (mistake != Mistake::no_barrier) {
+    sync_some(1, mistake == Mistake::wrong_count && warp() > 0 ? kLanes : kThreads);
+  }
+  if (mistake == Mistake::no_end && warp() == 0) {
+    sync_threads();
+  }
+  if (thread() == 0) {
+    shared[2] = shared[0] + shared[1];
+  }
+  sync_cluster();
+  std::uint32_t total = 0;
+  for (int rank = 0; rank < 2; ++rank) {
+    total += cluster_peer(shared, rank)[2];
+  }
+  out[block() * kThreads + thread()] = shuffle(total, cluster_rank());
+  sync_cluster();  // until the other block has read this one's memory
+}
+
+// In the order of Mistake.
+constexpr const char* kNames[] = {
+    "none",   "beyond_the_end", "no_barrier",  "no_wait",   "no_commit", "copied_too_early",
+    "no_end", "parted_lanes",   "wrong_count", "one_place",
+};
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  if (count != 3) {
+    return EXIT_FAILURE;
+  }
+  Mistake mistake = Mistake::none;
+  for (std::size_t i = 0; i < std::size(kNames); ++i) {
+    if (arguments[2] == std::string(kNames[i])) {
+      mistake = static_cast<Mistake>(i);
+    }
+  }
+  LaunchShape shape;
+  shape.blocks = 2;
+  shape.threads = kThreads;
+  bool right = true;
+  if (arguments[1] == std::string("reverse")) {
+    const std::size_t words = 2 * 2 * kThreads * kWords;
+    std::vector<std::uint32_t> in(words);
+    std::vector<std::uint32_t> out(words);
+    for (std::size_t i = 0; i < words; ++i) {
+      in[i] = static_cast<std::uint32_t>(i);
+    }
+    shape.shared_memory = kThreads * kWords * 4;
+    launch(reverse, shape, nullptr, static_cast<const std::uint32_t*>(in.data()), out.data(), mistake);
+    for (std::size_t i = 0; i < words; ++i) {
+      const std::size_t part = i / kWords / kThreads;
+      const std::size_t from = kThreads - 1 - i / kWords % kThreads;
+      right = right && out[i] == (part * kThreads + from) * kWords + i % kWords;
+    }
+  } else {
+    std::vector<std::uint32_t> in(2 * kThreads, 1);
+    std::vector<std::uint32_t> out(2 * kThreads);
+    shape.shared_memory = 3 * 4;
+    shape.cluster = 2;
+    launch(sum, shape, nullptr, static_cast<const std::uint32_t*>(in.data()), out.data(), mistake);
+    for (const std::uint32_t total : out) {
+      right = right && total == 2 * kThreads;
+    }
+  }
+  std::puts(right ? "right" : "wrong");
+  return EXIT_SUCCESS;
+}
