@@ -544,6 +544,7 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
   auto& stage = *reinterpret_cast<Stage*>(shared_memory());
   const PromptPoolSizes& sizes = arguments.sizes;
   const auto num_tokens = static_cast<int>(sizes.prefix + sizes.patches);
+  const auto num_patches = static_cast<int>(sizes.patches);
   const auto prefix = static_cast<int>(sizes.prefix);
   const auto num_rows = static_cast<int>(sizes.rows);
   const auto channels = static_cast<int>(sizes.channels);
@@ -553,26 +554,21 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
   const std::int64_t first_image = chunk * workspace.images;
 
   for (std::int64_t image = first_image; image < min(first_image + workspace.images, sizes.batch); ++image) {
-    // Eight lanes take a token's channels of a step.
-    constexpr int TURNS = Stage::TOKENS / (kThreads / 8);
-    float sum_a[TURNS] = {};
-    float sum_a_normed[TURNS] = {};
-    // Of the four tokens in this lane's columns, over its rows.
-    float sum_b[4] = {};
-    float sum_b_normed[4] = {};
+    // Four lanes take a token.
+    const int token = first_token + thread() / 4;
+    float sum_a = 0.0f;
+    float sum_a_normed = 0.0f;
 
     int first_row = 0;
     do {  // once also without rows, for the sums of a
       float y[TILES][2][4] = {};
-      float of_weight[Stage::ROWS / 16] = {};
-      float of_bias[Stage::ROWS / 16] = {};
+      float of_weight[Stage::ROWS / (kThreads / 8)] = {};
+      float of_bias[Stage::ROWS / (kThreads / 8)] = {};
 #pragma unroll 1
       for (int first = 0; first < channels; first += Stage::STEP) {
 #pragma unroll
-        for (int j = 0; j < TURNS; ++j) {
-          const int place = thread() / 8 + j * (kThreads / 8);
-          const int token = first_token + place;
-          const int channel = first + thread() % 8 * kEight;
+        for (int place = thread() % 4 * kEight; place < Stage::STEP; place += 4 * kEight) {
+          const int channel = first + place;
           float values[kEight] = {};
           if (token < num_tokens && channel < channels) {
             load_floats(row_of<Token>(arguments.total, image, token) + channel, values);
@@ -587,8 +583,8 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
               load_floats(row_of<Element>(arguments.grad_normed, image, token) + channel, a);
 #pragma unroll
               for (int i = 0; i < kEight; ++i) {
-                sum_a[j] += a[i];
-                sum_a_normed[j] += a[i] * values[i];
+                sum_a += a[i];
+                sum_a_normed += a[i] * values[i];
               }
             }
             float weight[kEight];
@@ -598,31 +594,34 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
               values[i] *= weight[i];
             }
           }
-          std::uint32_t* const to = stage.normed + place * Stage::STRIDE + thread() % 8 * kEight;
+          std::uint32_t* const to = stage.normed + thread() / 4 * Stage::STRIDE + place;
 #pragma unroll
           for (int i = 0; i < kEight; i += 4) {
             store16(to + i, {{to_tf32(values[i]), to_tf32(values[i + 1]), to_tf32(values[i + 2]),
                               to_tf32(values[i + 3])}});
           }
         }
+#pragma unroll 1
+        for (int place = thread() % 8 * 4; place < Stage::STEP; place += 32) {
+          const int channel = first + place;
 #pragma unroll
-        for (int j = 0; j < Stage::ROWS / 16; ++j) {
-          const int row = thread() / 16 + j * 16;
-          const int channel = first + thread() % 16 * 4;
-          Bytes16 g{};
-          if (first_row + row < num_rows && channel < channels) {
-            g = load16(row_of<float>(arguments.grad_pooled, image, first_row + row) + channel);
-            const Bytes16 weight = load16(arguments.weight + channel);
-            const Bytes16 bias = load16(arguments.bias + channel);
+          for (int j = 0; j < Stage::ROWS / (kThreads / 8); ++j) {
+            const int row = thread() / 8 + j * (kThreads / 8);
+            Bytes16 g{};
+            if (first_row + row < num_rows && channel < channels) {
+              g = load16(row_of<float>(arguments.grad_pooled, image, first_row + row) + channel);
+              const Bytes16 weight = load16(arguments.weight + channel);
+              const Bytes16 bias = load16(arguments.bias + channel);
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-              const float value = float_of(g.words[i]);
-              of_weight[j] += value * float_of(weight.words[i]);
-              of_bias[j] += value * float_of(bias.words[i]);
-              g.words[i] = to_tf32(value);
+              for (int i = 0; i < 4; ++i) {
+                const float value = float_of(g.words[i]);
+                of_weight[j] += value * float_of(weight.words[i]);
+                of_bias[j] += value * float_of(bias.words[i]);
+                g.words[i] = to_tf32(value);
+              }
             }
+            store16(stage.g + row * Stage::STRIDE + place, g);
           }
-          store16(stage.g + row * Stage::STRIDE + thread() % 16 * 4, g);
         }
         sync_threads();
 
@@ -648,73 +647,84 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
       }
 
 #pragma unroll
-      for (int j = 0; j < Stage::ROWS / 16; ++j) {
-        const float weighted = sum_of_lanes<1, 16>(of_weight[j]);
-        const float biased = sum_of_lanes<1, 16>(of_bias[j]);
-        if (lane() % 16 == 0) {
-          stage.of_weight[thread() / 16 + j * 16] = weighted;
-          stage.of_bias[thread() / 16 + j * 16] = biased;
+      for (int j = 0; j < Stage::ROWS / (kThreads / 8); ++j) {
+        const float weighted = sum_of_lanes<1, 8>(of_weight[j]);
+        const float biased = sum_of_lanes<1, 8>(of_bias[j]);
+        if (lane() % 8 == 0) {
+          stage.of_weight[thread() / 8 + j * (kThreads / 8)] = weighted;
+          stage.of_bias[thread() / 8 + j * (kThreads / 8)] = biased;
         }
       }
       sync_threads();
 
+      // Of the four tokens in this lane's columns.
+      const int first_place = warp() % 4 * 16 + lane() % 4 * 2;
+      const auto patch_of = [&](int column) {
+        return first_token - prefix + first_place + column / 2 * 8 + column % 2;
+      };
+      float s[4];
+      float sum_b[4] = {};
+      float sum_b_normed[4] = {};
 #pragma unroll
       for (int column = 0; column < 4; ++column) {
-        const int token = first_token + warp() % 4 * 16 + column / 2 * 8 + lane() % 4 * 2 + column % 2;
-        if (token < prefix || token >= num_tokens) {
-          continue;
-        }
-        const float s =
-            prompt_factor(arguments.rstd[image * num_tokens + token], arguments.eps, arguments.prompt_eps);
+        const int patch = patch_of(column);
+        const bool is_patch = patch >= 0 && patch < num_patches;
+        const float rstd = is_patch ? arguments.rstd[image * num_tokens + prefix + patch] : 0.0f;
+        s[column] = prompt_factor(rstd, arguments.eps, arguments.prompt_eps);
+      }
 #pragma unroll
-        for (int tile = 0; tile < TILES; ++tile) {
+      for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int row = (2 * tile + warp() / 4) * kTile + half * 8 + lane() / 4;
-            if (first_row + row < num_rows) {
-              const float value = y[tile][column / 2][2 * half + column % 2];
-              const float m = row_of(arguments.matrix, first_row + row)[token - prefix];
-              sum_b[column] += m * stage.of_weight[row];
-              sum_b_normed[column] += m * value;
-              const std::int64_t matrix_row = chunk * num_rows + first_row + row;
-              float* const to = workspace.matrix + matrix_row * sizes.patches + token - prefix;
-              const float of_image = s * value + stage.of_bias[row];
-              *to = image == first_image ? of_image : *to + of_image;
+        for (int half = 0; half < 2; ++half) {
+          const int row = (2 * tile + warp() / 4) * kTile + half * 8 + lane() / 4;
+          if (first_row + row >= num_rows) {
+            continue;
+          }
+          const float* const matrix = row_of(arguments.matrix, first_row + row);
+          float* const grad_matrix = workspace.matrix + (chunk * num_rows + first_row + row) * num_patches;
+#pragma unroll
+          for (int column = 0; column < 4; ++column) {
+            const int patch = patch_of(column);
+            if (patch >= 0 && patch < num_patches) {
+              const float product = y[tile][column / 2][2 * half + column % 2];
+              sum_b[column] += matrix[patch] * stage.of_weight[row];
+              sum_b_normed[column] += matrix[patch] * product;
+              const float of_image = s[column] * product + stage.of_bias[row];
+              grad_matrix[patch] = image == first_image ? of_image : grad_matrix[patch] + of_image;
             }
           }
+        }
+      }
+#pragma unroll
+      for (int column = 0; column < 4; ++column) {
+        const float b = sum_of_lanes<4, kLanes>(sum_b[column]);
+        const float b_normed = sum_of_lanes<4, kLanes>(sum_b_normed[column]);
+        if (lane() < 4) {
+          const int place = first_place + column / 2 * 8 + column % 2;
+          float& all_b = stage.of_b[warp() / 4][place];
+          float& all_b_normed = stage.of_b_normed[warp() / 4][place];
+          all_b = first_row == 0 ? b : all_b + b;
+          all_b_normed = first_row == 0 ? b_normed : all_b_normed + b_normed;
         }
       }
       first_row += Stage::ROWS;
     } while (first_row < num_rows);
 
-#pragma unroll
-    for (int j = 0; j < TURNS; ++j) {
-      const float a = sum_of_lanes<1, 8>(sum_a[j]);
-      const float a_normed = sum_of_lanes<1, 8>(sum_a_normed[j]);
-      if (lane() % 8 == 0) {
-        stage.of_a[thread() / 8 + j * (kThreads / 8)] = a;
-        stage.of_a_normed[thread() / 8 + j * (kThreads / 8)] = a_normed;
-      }
-    }
-#pragma unroll
-    for (int column = 0; column < 4; ++column) {
-      const float b = sum_of_lanes<4, kLanes>(sum_b[column]);
-      const float b_normed = sum_of_lanes<4, kLanes>(sum_b_normed[column]);
-      if (lane() < 4) {
-        const int place = warp() % 4 * 16 + column / 2 * 8 + lane() * 2 + column % 2;
-        stage.of_b[warp() / 4][place] = b;
-        stage.of_b_normed[warp() / 4][place] = b_normed;
-      }
+    sum_a = sum_of_lanes<1, 4>(sum_a);
+    sum_a_normed = sum_of_lanes<1, 4>(sum_a_normed);
+    if (lane() % 4 == 0) {
+      stage.of_a[thread() / 4] = sum_a;
+      stage.of_a_normed[thread() / 4] = sum_a_normed;
     }
     sync_threads();
     if (thread() < Stage::TOKENS && first_token + thread() < num_tokens) {
-      const std::int64_t token = image * num_tokens + first_token + thread();
-      const float s = prompt_factor(arguments.rstd[token], arguments.eps, arguments.prompt_eps);
-      const float b = s * (stage.of_b[0][thread()] + stage.of_b[1][thread()]);
-      const float b_normed = s * (stage.of_b_normed[0][thread()] + stage.of_b_normed[1][thread()]);
-      workspace.means[2 * token] = (stage.of_a[thread()] + b) / static_cast<float>(channels);
-      workspace.means[2 * token + 1] =
-          (stage.of_a_normed[thread()] + s * s * b_normed) / static_cast<float>(channels);
+      const int place = thread();
+      const std::int64_t at = image * num_tokens + first_token + place;
+      const float s = prompt_factor(arguments.rstd[at], arguments.eps, arguments.prompt_eps);
+      const float b = s * (stage.of_b[0][place] + stage.of_b[1][place]);
+      const float b_normed = s * (stage.of_b_normed[0][place] + stage.of_b_normed[1][place]);
+      workspace.means[2 * at] = (stage.of_a[place] + b) / static_cast<float>(channels);
+      workspace.means[2 * at + 1] = (stage.of_a_normed[place] + s * s * b_normed) / static_cast<float>(channels);
     }
   }
 }

@@ -87,16 +87,16 @@ def sizes_of(x: Tensor, normed: Tensor, matrix: Tensor) -> Sizes:
 class PoolKernels:
     """The launchers of a library that ``emulation.build`` made, on CPU tensors.
 
-    Args:
+    Attributes:
         one_pass: whether the forward may use clusters.
         half: dtype of normed where the tokens are float32.
     """
 
-    def __init__(self, library: ctypes.CDLL, one_pass: bool = True, half: torch.dtype = torch.bfloat16) -> None:
+    def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.library.prompt_pool_workspace.restype = c_int64
-        self.one_pass = one_pass
-        self.half = half
+        self.one_pass = True
+        self.half = torch.bfloat16
 
     def launch(self, name: str, arguments: ctypes.Structure) -> Status:
         status = Status()

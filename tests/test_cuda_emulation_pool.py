@@ -1,0 +1,414 @@
+"""prompt_pool in CUDA, compiled for a CPU (csrc/emulation): values, gradients, layouts, bounds, races."""
+
+import ctypes
+import itertools
+import subprocess
+
+import emulation
+import pytest
+import torch
+from emulation import CSRC, INVALID, OK, UNSUPPORTED
+from emulation_pool import PoolKernels
+from ops import assert_policy, assert_same_results, by_name, pool_case, results
+from test_cuda_emulation import SANITIZERS
+
+HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+EPS = (1e-6, 1e-5)
+
+# (B, S, N, C, R): every size of a block +- 1 and what lies between.
+SHAPES = [
+    *itertools.product((1, 2), (0, 5), (1, 17), (8, 72), (1, 10)),
+    *((1, 1, n, 16, 3) for n in (15, 16, 31, 32, 33, 49, 62, 63, 64, 65, 127, 196)),
+    *((1, s, 16, 16, 3) for s in (4, 10, 47, 48, 49)),
+    *(
+        (1, 1, 4, c, 3)
+        for c in (24, 32, 56, 64, 120, 128, 136, 192, 248, 256, 264, 384, 768, 1024, 1032, 1280)
+    ),
+    *((1, 0, 4, 8, r) for r in (15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 127, 128, 129, 200)),
+    *((b, 1, 4, 8, 3) for b in (3, 4)),
+    (2, 1, 33, 136, 35),
+    (1, 1, 65, 72, 129),
+]
+
+
+@pytest.fixture(scope="session")
+def library(tmp_path_factory):
+    sources = [CSRC / "prompt_pool.cu", CSRC / "emulation" / "exports_pool.cpp"]
+    return ctypes.CDLL(str(emulation.built(tmp_path_factory, "pool.so", sources, "-shared")))
+
+
+@pytest.fixture
+def kernels(library):
+    return PoolKernels(library)
+
+
+def case(kernels, batch=2, prefix=1, patches=9, dim=24, rows=3, delta=True, gain=True, seed=0):
+    torch.manual_seed(seed)
+    _, formula, tensors, options = pool_case(batch, prefix, patches, dim, rows, delta, gain)
+    names = ("x", "matrix", "weight", "bias", *(["delta"] if delta else []))
+    return by_name(kernels.prompt_pool, names), formula, tensors, options
+
+
+def low(dtype, tensors, tokens=None):
+    """Tokens in ``tokens`` or ``dtype``, delta in ``dtype``, what is learned in float32."""
+    dtypes = {0: dtype if tokens is None else tokens, 4: dtype}
+    return [t.to(dtypes.get(i, torch.float32)) for i, t in enumerate(tensors)]
+
+
+def arguments(dtype=torch.bfloat16, batch=2, prefix=1, patches=9, dim=24, rows=3, delta=True, gain=True):
+    """The arguments of PoolKernels.forward."""
+    torch.manual_seed(0)
+    x, added = (torch.randn(batch, prefix + patches, dim).to(dtype) for _ in range(2))
+    learned = [torch.randn(rows, patches), torch.randn(dim), torch.randn(dim)]
+    return [x, *learned, added if delta else None, torch.randn(dim) if gain else None, *EPS]
+
+
+def backward_arguments(kernels, given):
+    """Those of PoolKernels.backward, after a forward pass."""
+    x, *learned, delta, gain, eps, prompt_eps = given
+    total, normed, pooled, mean, rstd = kernels.forward(*given)
+    grad_total, grad_normed, grad_pooled = (torch.randn(t.shape).to(t.dtype) for t in (x, normed, pooled))
+    total = x if delta is None else total
+    return [total, grad_total, grad_normed, grad_pooled, *learned, gain, mean, rstd, eps, prompt_eps]
+
+
+# ---- values and gradients
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("number", range(len(SHAPES)), ids=lambda i: str(SHAPES[i]))
+def test_error_is_at_most_that_of_eager_pytorch(kernels, number, one_pass):
+    kernels.one_pass = one_pass
+    variant = number + one_pass  # dtypes and arguments take turns
+    options = {"delta": number % 3 > 0, "gain": number % 3 > 1}
+
+    def cases():
+        for seed in range(3):
+            yield case(kernels, *SHAPES[number], **options, seed=seed)
+
+    assert_policy(pool_case, cases(), (torch.float16, torch.bfloat16)[variant % 2])
+
+
+@HALF
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+def test_error_over_twenty_seeds(kernels, dtype, scale):
+    def cases():
+        for seed in range(20):
+            op, formula, tensors, options = case(kernels, dim=32, seed=seed)
+            yield op, formula, [t * scale for t in tensors], options
+
+    assert_policy(pool_case, cases(), dtype)
+
+
+@HALF
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_float32_tokens_as_under_autocast(kernels, dtype, one_pass, offset):
+    """Their sum is exact, their statistics are float32, and the rest is at least as good as in 16 bits."""
+    kernels.one_pass, kernels.half = one_pass, dtype
+    for delta, gain in ((True, True), (True, False), (False, False)):
+        op, formula, tensors, options = case(kernels, 2, 1, 33, 136, 35, delta, gain)
+        tensors = low(dtype, tensors, tokens=torch.float32)
+        tensors[0] = tensors[0] + offset
+        ours = results(op, tensors, options)
+        exact = results(formula, [t.double() for t in tensors], options)
+        eps = [torch.finfo(t.dtype).eps for t in itertools.chain(*ours)]
+        # What passes through a product with the matrix is rounded to tf32: normed, sums and all gradients.
+        eps[1:] = [max(e, 2**-10) for e in eps[1:]]
+        for actual, expected, e in zip(itertools.chain(*ours), itertools.chain(*exact), eps, strict=True):
+            assert (actual - expected).abs().max() <= 2 * e * expected.abs().max()
+
+
+def test_the_sum_is_rounded_once(kernels):
+    for dtype, tokens in itertools.product((torch.float16, torch.bfloat16), (None, torch.float32)):
+        given = arguments(dtype)
+        given[0] = given[0].to(dtype if tokens is None else tokens)
+        kernels.half = dtype
+        for one_pass in (True, False):
+            kernels.one_pass = one_pass
+            total = kernels.forward(*given)[0]
+            x, delta, gain = given[0], given[4], given[5]
+            assert torch.equal(total, (x.float() + gain * delta.float()).to(x.dtype))
+
+
+def test_constant_rows(kernels):
+    """Variance 0: rstd is 1000, nothing is NaN."""
+    for one_pass in (True, False):
+        kernels.one_pass = one_pass
+        given = arguments(delta=False, gain=False)
+        given[0][:, 3] = 7.0
+        _, normed, pooled, mean, rstd = kernels.forward(*given)
+        assert torch.all(mean[:, 3] == 7)
+        assert not normed[:, 3].any()
+        torch.testing.assert_close(rstd[:, 3], torch.full((2,), 1e3))
+        assert torch.isfinite(pooled).all()
+
+
+def test_many_images_share_a_chunk(kernels):
+    """More blocks than are needed: then ``products`` adds up the images of a chunk itself."""
+
+    def cases():
+        yield case(kernels, 520, 0, 1, 8, 1)
+
+    assert_policy(pool_case, cases(), torch.float16)
+
+
+# ---- nothing there
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_no_rows(kernels, one_pass):
+    kernels.one_pass = one_pass
+    op, formula, tensors, options = case(kernels, rows=0)
+    tensors = low(torch.bfloat16, tensors)
+    (_, normed, pooled), (grad_x, *learned, grad_delta) = results(op, tensors, options)
+    assert pooled.shape == (2, 0, 24)
+    assert not any(grad.any() for grad in learned)
+    exact = results(formula, [t.double() for t in tensors], options)
+    for actual, expected in ((normed, exact[0][1]), (grad_x, exact[1][0]), (grad_delta, exact[1][4])):
+        torch.testing.assert_close(actual.double(), expected, rtol=0.02, atol=0.05)
+
+
+def test_no_images(kernels):
+    op, _, tensors, options = case(kernels, batch=0)
+    outputs, grads = results(op, low(torch.bfloat16, tensors), options)
+    assert [t.shape for t in grads] == [t.shape for t in tensors]
+    assert not any(t.any() for t in (*outputs, *grads))
+
+
+# ---- only what is wanted
+
+
+def test_which_gradients_are_wanted_changes_none(kernels):
+    given = backward_arguments(kernels, arguments())
+    expected = kernels.backward(*given, wanted=(True, True))
+    for wanted in itertools.product((True, False), repeat=2):
+        grads = kernels.backward(*given, wanted=wanted)
+        assert [grad is not None for grad in grads] == [*wanted, True, True, True]
+        assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True) if a is not None)
+
+
+def test_absent_gradients_and_gain(kernels):
+    for position, like in ((1, torch.zeros_like), (2, torch.zeros_like), (7, torch.ones_like)):
+        given = backward_arguments(kernels, arguments())
+        expected = list(given)
+        given[position], expected[position] = None, like(given[position])
+        grads = (kernels.backward(*a, wanted=(True, True)) for a in (given, expected))
+        assert_same_results([next(grads)], [next(grads)], 0)
+
+
+def test_without_gain_the_gradients_of_x_and_delta_are_the_same(kernels):
+    grads = kernels.backward(*backward_arguments(kernels, arguments(gain=False)), wanted=(True, True))
+    assert torch.equal(grads[0], grads[1])
+
+
+# ---- the same bits
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_an_image_does_not_depend_on_the_others(kernels, one_pass):
+    kernels.one_pass = one_pass
+    given = arguments(batch=3, dim=136)
+    outputs = kernels.forward(*given)
+    alone = kernels.forward(given[0][2:], *given[1:4], given[4][2:], *given[5:])
+    assert all(torch.equal(a, b[2:]) for a, b in zip(alone, outputs, strict=True))
+    given = backward_arguments(kernels, given)
+    grads = kernels.backward(*given, wanted=(True, True))
+    for position in (0, 1, 2, 3, 8, 9):
+        given[position] = given[position][2:].clone()
+    alone = kernels.backward(*given, wanted=(True, True))
+    assert all(torch.equal(a, b[2:]) for a, b in zip(alone[:2], grads[:2], strict=True))
+
+
+def rows_apart(tensor):
+    """The same values in other memory layouts, each row at a multiple of 16 bytes."""
+    padded = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 8), float("nan"), dtype=tensor.dtype)
+    padded[..., 8:] = tensor
+    yield padded[..., 8:]
+    if tensor.ndim == 3:
+        yield tensor.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_layouts_make_no_difference(kernels, one_pass):
+    kernels.one_pass = one_pass
+    given = arguments()
+    expected = kernels.forward(*given)
+    for position in (0, 1, 4):
+        for same in rows_apart(given[position]):
+            outputs = kernels.forward(*given[:position], same, *given[position + 1 :])
+            assert_same_results([outputs], [expected], 0)
+    given = backward_arguments(kernels, given)
+    expected = kernels.backward(*given, wanted=(True, True))
+    for position in (0, 1, 2, 3, 4):
+        for same in rows_apart(given[position]):
+            grads = kernels.backward(*given[:position], same, *given[position + 1 :], wanted=(True, True))
+            assert_same_results([grads], [expected], 0)
+
+
+def test_repeated_images_and_rows(kernels):
+    """Strides of 0, as an expanded tensor or the gradient of a sum has them."""
+    given = arguments()
+    repeated = given[0][:1, :1].expand_as(given[0])
+    outputs = (kernels.forward(x, *given[1:]) for x in (repeated, repeated.contiguous()))
+    assert_same_results([next(outputs)], [next(outputs)], 0)
+    given = backward_arguments(kernels, given)
+    for position in (1, 2, 3):
+        both = []
+        for change in (lambda t: t, torch.Tensor.contiguous):
+            one = given[position][:1, :1].expand_as(given[position])
+            both.append(kernels.backward(*given[:position], change(one), *given[position + 1 :]))
+        assert_same_results([both[0][:1] + both[0][2:]], [both[1][:1] + both[1][2:]], 0)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+@pytest.mark.parametrize("strides", [(2**31 + 64, 8, 1), (64, 2**31 + 64, 1)], ids=str)
+def test_offsets_beyond_32_bits(kernels, strides, one_pass):
+    kernels.one_pass = one_pass
+    given = arguments(batch=2, prefix=1, patches=1, dim=8, rows=2)
+    memory = torch.empty(2**31 + 2**24, dtype=torch.float32)  # only the pages that are written take any
+
+    def apart(tensors, positions):
+        tensors = list(tensors)
+        for i in positions:
+            like = memory.view(tensors[i].dtype)[2**14 * i :]
+            tensors[i] = like.as_strided(tensors[i].shape, strides[-tensors[i].ndim :]).copy_(tensors[i])
+        return tensors
+
+    expected = kernels.forward(*given)
+    assert_same_results([kernels.forward(*apart(given, (0, 1, 4)))], [expected], 0)
+    given = backward_arguments(kernels, given)
+    expected = kernels.backward(*given, wanted=(True, True))
+    assert_same_results([kernels.backward(*apart(given, range(5)), wanted=(True, True))], [expected], 0)
+
+
+def test_clusters_only_where_they_fit(kernels):
+    """Too little shared memory or too many channels for a cluster: in two passes, with the same result."""
+    given = arguments(patches=40, dim=264)
+    given[0] += 3
+    in_one = kernels.forward(*given)
+    kernels.one_pass = False
+    in_two = kernels.forward(*given)
+    kernels.one_pass = True
+    assert not torch.equal(in_one[4], in_two[4])  # sums in another order: one can tell which way was taken
+    try:
+        kernels.library.set_shared_memory_limit(ctypes.c_int64(30 * 1024))
+        assert_same_results([kernels.forward(*given)], [in_two], 0)
+    finally:
+        kernels.library.set_shared_memory_limit(ctypes.c_int64(227 * 1024))
+    for actual, expected in zip(in_one, in_two, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-5)
+
+
+# ---- NaN
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled(kernels, one_pass):
+    kernels.one_pass = one_pass
+    given = arguments(delta=False, gain=False)
+    clean = kernels.forward(*given)
+    given[0][0, 0, 0] = float("nan")  # a prefix token
+    _, normed, pooled, _, rstd = kernels.forward(*given)
+    assert normed[0, 0].isnan().all()
+    assert rstd[0, 0].isnan()
+    assert torch.equal(normed[0, 1:], clean[1][0, 1:])
+    assert torch.equal(pooled, clean[2])
+    given = backward_arguments(kernels, given)
+    grad_x, _, *learned = kernels.backward(*given)
+    assert grad_x[0, 0].isnan().all()
+    assert all(torch.isfinite(t).all() for t in (grad_x[0, 1:], grad_x[1], *learned))
+
+    given = arguments(delta=False, gain=False)
+    given[0][0, 4, 0] = float("nan")  # a patch
+    _, normed, pooled, _, _ = kernels.forward(*given)
+    assert pooled[0].isnan().all()
+    assert torch.isfinite(pooled[1]).all()
+    grad_x, _, grad_matrix, *_ = kernels.backward(*backward_arguments(kernels, given))
+    assert torch.isfinite(grad_x[1]).all()
+    assert torch.isfinite(grad_x[0, :4]).all()
+    assert grad_matrix[:, 3].isnan().all()
+    assert torch.isfinite(grad_matrix[:, :3]).all()
+
+
+# ---- what is refused
+
+
+def test_what_contradicts_the_header_is_refused(kernels):
+    good, _ = forward = kernels.forward_arguments(*arguments())
+
+    def refused(code, message, change):
+        arguments_, _ = kernels.forward_arguments(*arguments())
+        change(arguments_)
+        status = kernels.launch("prompt_pool_forward", arguments_)
+        assert (status.code, message in status.message.decode()) == (code, True), status.message
+
+    def set_size(name, value):
+        return lambda a: setattr(a.sizes, name, value)
+
+    refused(INVALID, "dtype must be float16 or bfloat16, got number 7", set_size("dtype", 7))
+    refused(INVALID, "sizes must not be negative, got -1 images", set_size("batch", -1))
+    refused(INVALID, "there must be a patch, got 0", set_size("patches", 0))
+    refused(UNSUPPORTED, "tokens must have 8, 16, 24, ... channels, got 12", set_size("channels", 12))
+    refused(UNSUPPORTED, "too large: 1099511627776 images", set_size("batch", 2**40))
+    refused(UNSUPPORTED, "too large: 2 images, 1 + 1099511627776 tokens", set_size("patches", 2**40))
+    for name in ("weight", "bias", "normed", "pooled", "mean", "rstd", "total"):
+        refused(INVALID, f"{name} must not be null", lambda a, name=name: setattr(a, name, None))
+    refused(INVALID, "matrix must not be null", lambda a: setattr(a.matrix, "data", None))
+    refused(INVALID, "x must not be null", lambda a: setattr(a.x, "data", None))
+    refused(INVALID, "total must be null where delta is", lambda a: setattr(a.delta, "data", None))
+    for name in ("x", "delta"):
+        for field in ("batch", "row"):
+            message = f"every row of {name} must begin at a multiple of 16 bytes"
+            refused(INVALID, message, lambda a, n=name, f=field: setattr(getattr(a, n), f, 12))
+    for name in ("gain", "weight", "bias", "normed", "pooled"):
+        message = f"{name} must begin at a multiple of 16 bytes"
+        refused(INVALID, message, lambda a, n=name: setattr(a, n, getattr(a, n) + 8))
+    refused(INVALID, "x must begin at a multiple of 16", lambda a: setattr(a.x, "data", a.x.data + 2))
+    assert kernels.launch("prompt_pool_forward", good).code == OK
+    assert forward[1][1].isfinite().all()
+
+
+def test_what_contradicts_the_header_is_refused_in_the_backward(kernels):
+    given = backward_arguments(kernels, arguments())
+
+    def refused(message, change):
+        arguments_, grads = kernels.backward_arguments(*given, wanted=(True, True))
+        change(arguments_)
+        status = kernels.launch("prompt_pool_backward", arguments_)
+        assert (status.code, message in status.message.decode()) == (INVALID, True), status.message
+        assert all(grad.isnan().all() for grad in grads)
+
+    for name in ("weight", "bias", "mean", "rstd", "workspace", "grad_matrix", "grad_weight", "grad_bias"):
+        refused(f"{name} must not be null", lambda a, n=name: setattr(a, n, None))
+    for name in ("total", "grad_pooled"):
+        refused(f"{name} must not be null", lambda a, n=name: setattr(getattr(a, n), "data", None))
+    refused("matrix must not be null", lambda a: setattr(a.matrix, "data", None))
+    for name in ("total", "grad_total", "grad_normed", "grad_pooled"):
+        message = f"every row of {name} must begin at a multiple of 16 bytes"
+        refused(message, lambda a, n=name: setattr(getattr(a, n), "row", 13))
+    for name in ("gain", "weight", "bias", "workspace", "grad_x", "grad_delta"):
+        message = f"{name} must begin at a multiple of 16 bytes"
+        refused(message, lambda a, n=name: setattr(a, n, getattr(a, n) + 4))
+
+
+# ---- bounds and races
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        (0, 1, 1, 1, 1, 1, 9, 136, 3),
+        (1, 1, 0, 0, 2, 0, 1, 8, 35),
+        (1, 0, 1, 0, 2, 2, 33, 24, 3),
+        (0, 0, 1, 1, 1, 60, 6, 8, 129),
+    ],
+    ids=lambda words: "-".join(map(str, words)),
+)
+def test_no_stray_address_and_no_race(tmp_path_factory, sanitizer, words):
+    sources = [CSRC / "prompt_pool.cu", CSRC / "emulation" / "pool.cpp"]
+    program = emulation.built(tmp_path_factory, f"pool-{sanitizer}", sources, *SANITIZERS[sanitizer])
+    command = [program, *map(str, words)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "finite\n", "")
