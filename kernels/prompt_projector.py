@@ -394,10 +394,12 @@ def weights_backward(
     for start in range(first, end, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         rows = rows_of(row, row < end, num_prompts)
+        t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
+        inner = load_hidden(grad_hidden, rows, feature, is_feature, width)
+        grad_down = tl.dot(tl.trans(inner), t, grad_down, input_precision=PRECISION, out_dtype=dtype)
         values = load_hidden(hidden, rows, feature, is_feature, width)
         factor = load_factor(feature_mask, rows, feature, is_feature, values, SCALE)
         features = times(factor * activate(values, is_feature, ACTIVATION), scale)
-        t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
         norm = None
         raw = t
         if means is not None:
@@ -409,8 +411,6 @@ def weights_backward(
             )
             raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
         grad = grad_of_raw(grad_prompts, raw, norm, rows, channel, is_channel)
-        inner = load_hidden(grad_hidden, rows, feature, is_feature, width)
-        grad_down = tl.dot(tl.trans(inner), t, grad_down, input_precision=PRECISION, out_dtype=dtype)
         grad_up = tl.dot(tl.trans(features), grad, grad_up, input_precision=PRECISION, out_dtype=dtype)
 
     at = partial + chunk * 2 * width * num_channels + (feature * num_channels)[:, None] + channel[None, :]
