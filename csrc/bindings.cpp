@@ -5,30 +5,66 @@
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <tuple>
 
 #include "vapt_fast/prompt_attention.h"
+#include "vapt_fast/prompt_pool.h"
 
 namespace py = pybind11;
 namespace vf = vapt_fast;
 
 namespace pybind11::detail {
 
-// (address, stride of B, of T, of h) in Python, or None.
+// Views: (address, stride, ...) in Python, or None.
+template <std::size_t STRIDES>
+bool load_view(handle source, std::uintptr_t& address, std::array<std::int64_t, STRIDES>& strides) {
+  if (source.is_none()) return true;
+  if (!isinstance<tuple>(source) || py::len(source) != 1 + STRIDES) return false;
+  const auto items = reinterpret_borrow<tuple>(source);
+  address = items[0].cast<std::uintptr_t>();
+  for (std::size_t i = 0; i < STRIDES; ++i) strides[i] = items[i + 1].cast<std::int64_t>();
+  return true;
+}
+
 template <>
 struct type_caster<vf::Tensor4> {
   PYBIND11_TYPE_CASTER(vf::Tensor4, const_name("tuple[int, int, int, int] | None"));
 
   bool load(handle source, bool) {
-    value = {};
-    if (source.is_none()) return true;
-    if (!isinstance<tuple>(source) || py::len(source) != 4) return false;
-    const auto [data, batch, token, head] =
-        source.cast<std::tuple<std::uintptr_t, std::int64_t, std::int64_t, std::int64_t>>();
-    value = {reinterpret_cast<void*>(data), batch, token, head};
+    std::uintptr_t address = 0;
+    std::array<std::int64_t, 3> strides{};
+    if (!load_view(source, address, strides)) return false;
+    value = {reinterpret_cast<void*>(address), strides[0], strides[1], strides[2]};
+    return true;
+  }
+};
+
+template <>
+struct type_caster<vf::Tensor3> {
+  PYBIND11_TYPE_CASTER(vf::Tensor3, const_name("tuple[int, int, int] | None"));
+
+  bool load(handle source, bool) {
+    std::uintptr_t address = 0;
+    std::array<std::int64_t, 2> strides{};
+    if (!load_view(source, address, strides)) return false;
+    value = {reinterpret_cast<const void*>(address), strides[0], strides[1]};
+    return true;
+  }
+};
+
+template <>
+struct type_caster<vf::PoolingMatrix> {
+  PYBIND11_TYPE_CASTER(vf::PoolingMatrix, const_name("tuple[int, int] | None"));
+
+  bool load(handle source, bool) {
+    std::uintptr_t address = 0;
+    std::array<std::int64_t, 1> strides{};
+    if (!load_view(source, address, strides)) return false;
+    value = {reinterpret_cast<const float*>(address), strides[0]};
     return true;
   }
 };
@@ -43,12 +79,21 @@ vf::Dtype dtype(const std::string& name) {
   throw py::value_error("dtype must be float16 or bfloat16, got " + name);
 }
 
+std::string name(vf::Dtype dtype) { return dtype == vf::Dtype::float16 ? "float16" : "bfloat16"; }
+
 std::string describe(const vf::PromptAttentionSizes& sizes) {
-  return std::string("dtype=") + (sizes.dtype == vf::Dtype::float16 ? "float16" : "bfloat16") +
-         ", batch=" + std::to_string(sizes.batch) + ", queries=" + std::to_string(sizes.queries) +
+  return "dtype=" + name(sizes.dtype) + ", batch=" + std::to_string(sizes.batch) +
+         ", queries=" + std::to_string(sizes.queries) +
          ", tokens=" + std::to_string(sizes.tokens) + ", prompts=" + std::to_string(sizes.prompts) +
          ", heads=" + std::to_string(sizes.heads) + ", groups=" + std::to_string(sizes.groups) +
          ", head_dim=" + std::to_string(sizes.head_dim);
+}
+
+std::string describe(const vf::PromptPoolSizes& sizes) {
+  return "dtype=" + name(sizes.dtype) + ", float32_tokens=" + (sizes.float32_tokens ? "True" : "False") +
+         ", batch=" + std::to_string(sizes.batch) + ", prefix=" + std::to_string(sizes.prefix) +
+         ", patches=" + std::to_string(sizes.patches) + ", channels=" + std::to_string(sizes.channels) +
+         ", rows=" + std::to_string(sizes.rows);
 }
 
 // Runs a launcher on ``stream``, a cudaStream_t as an integer, and raises unless its status is ok.
@@ -134,6 +179,80 @@ void bind_prompt_attention(py::module_& module) {
              py::kw_only(), arg("prompts_only"));
 }
 
+void bind_prompt_pool(py::module_& module) {
+  using Sizes = vf::PromptPoolSizes;
+  using Address = std::uintptr_t;  // 0 for null
+  using py::arg;
+
+  py::class_<Sizes>(module, "PromptPoolSizes", "Sizes of prompt_pool; see csrc/include.")
+      .def(py::init([](const std::string& dtype_name, bool float32_tokens, std::int64_t batch, std::int64_t prefix,
+                       std::int64_t patches, std::int64_t channels, std::int64_t rows) {
+             return Sizes{dtype(dtype_name), float32_tokens, batch, prefix, patches, channels, rows};
+           }),
+           py::kw_only(), arg("dtype"), arg("float32_tokens"), arg("batch"), arg("prefix"), arg("patches"),
+           arg("channels"), arg("rows"))
+      .def("__repr__", [](const Sizes& sizes) { return "PromptPoolSizes(" + describe(sizes) + ")"; });
+
+  module.def(
+      "prompt_pool_forward",
+      [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 x, vf::Tensor3 delta, Address gain,
+         vf::PoolingMatrix matrix, Address weight, Address bias, Address total, Address normed, Address pooled,
+         Address mean, Address rstd, std::uintptr_t stream) {
+        const vf::PromptPoolForward arguments{.sizes = sizes,
+                                              .eps = eps,
+                                              .prompt_eps = prompt_eps,
+                                              .x = x,
+                                              .delta = delta,
+                                              .gain = reinterpret_cast<const float*>(gain),
+                                              .matrix = matrix,
+                                              .weight = reinterpret_cast<const float*>(weight),
+                                              .bias = reinterpret_cast<const float*>(bias),
+                                              .total = reinterpret_cast<void*>(total),
+                                              .normed = reinterpret_cast<void*>(normed),
+                                              .pooled = reinterpret_cast<float*>(pooled),
+                                              .mean = reinterpret_cast<float*>(mean),
+                                              .rstd = reinterpret_cast<float*>(rstd)};
+        launch("prompt_pool_forward", vf::launch_prompt_pool_forward, arguments, stream);
+      },
+      py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("x"), arg("delta"), arg("gain"), arg("matrix"),
+      arg("weight"), arg("bias"), arg("total"), arg("normed"), arg("pooled"), arg("mean"), arg("rstd"),
+      arg("stream"));
+
+  module.def(
+      "prompt_pool_backward",
+      [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 total, vf::Tensor3 grad_total,
+         vf::Tensor3 grad_normed, vf::Tensor3 grad_pooled, Address gain, vf::PoolingMatrix matrix, Address weight,
+         Address bias, Address mean, Address rstd, Address workspace, Address grad_x, Address grad_delta,
+         Address grad_matrix, Address grad_weight, Address grad_bias, std::uintptr_t stream) {
+        const vf::PromptPoolBackward arguments{.sizes = sizes,
+                                               .eps = eps,
+                                               .prompt_eps = prompt_eps,
+                                               .total = total,
+                                               .grad_total = grad_total,
+                                               .grad_normed = grad_normed,
+                                               .grad_pooled = grad_pooled,
+                                               .gain = reinterpret_cast<const float*>(gain),
+                                               .matrix = matrix,
+                                               .weight = reinterpret_cast<const float*>(weight),
+                                               .bias = reinterpret_cast<const float*>(bias),
+                                               .mean = reinterpret_cast<const float*>(mean),
+                                               .rstd = reinterpret_cast<const float*>(rstd),
+                                               .workspace = reinterpret_cast<float*>(workspace),
+                                               .grad_x = reinterpret_cast<void*>(grad_x),
+                                               .grad_delta = reinterpret_cast<void*>(grad_delta),
+                                               .grad_matrix = reinterpret_cast<float*>(grad_matrix),
+                                               .grad_weight = reinterpret_cast<float*>(grad_weight),
+                                               .grad_bias = reinterpret_cast<float*>(grad_bias)};
+        launch("prompt_pool_backward", vf::launch_prompt_pool_backward, arguments, stream);
+      },
+      py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("total"), arg("grad_total"),
+      arg("grad_normed"), arg("grad_pooled"), arg("gain"), arg("matrix"), arg("weight"), arg("bias"), arg("mean"),
+      arg("rstd"), arg("workspace"), arg("grad_x"), arg("grad_delta"), arg("grad_matrix"), arg("grad_weight"),
+      arg("grad_bias"), arg("stream"));
+
+  module.def("prompt_pool_backward_workspace", vf::prompt_pool_backward_workspace, arg("sizes"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, module) {
@@ -147,4 +266,5 @@ PYBIND11_MODULE(_C, module) {
     return version;
   }, "The newest CUDA that the driver serves, 13000 for 13.0; 0 without a driver.");
   bind_prompt_attention(module);
+  bind_prompt_pool(module);
 }

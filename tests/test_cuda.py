@@ -1,13 +1,11 @@
 """The launchers of the CUDA kernels, on a CPU: vapt_fast._C is compiled against the kernels' emulation here.
 
-What the kernels compute is tested in test_cuda_emulation.py, and here what comes before and after them: what
+What the kernels compute is tested in test_cuda_emulation*.py, and here what comes before and after them: what
 they are given of tensors, autograd, ops of PyTorch, and what is refused.
 """
 
-import fcntl
 import importlib.util
 import itertools
-import os
 import sys
 import sysconfig
 from contextlib import contextmanager
@@ -18,13 +16,11 @@ from unittest import mock
 import emulation
 import pytest
 import torch
-from ops import assert_policy, assert_same_results, attention_case, layouts, results
+from ops import assert_policy, assert_same_results, attention_case, layouts, pool_case, results
 
-from vapt_fast import BackendUnavailable, functional
+from vapt_fast import AdaptiveViT, BackendUnavailable, PromptConfig, functional
 from vapt_fast.backends import _dispatch
 from vapt_fast.backends.cuda import _launch
-
-pytestmark = pytest.mark.skipif(emulation.COMPILER is None, reason="there is no g++ for the kernels")
 
 TENSORS = ("q", "k", "v", "prompt_k", "prompt_v")
 SMALL = {"batch": 2, "queries": 7, "tokens": 7, "heads": 2, "groups": 2, "dim": 8, "prompts": 2}
@@ -42,23 +38,18 @@ inline const char* cudaGetErrorString(cudaError_t) { return ""; }
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    """vapt_fast._C for the CPU, compiled once for all processes of the tests."""
+    """vapt_fast._C for the CPU."""
     pybind11 = pytest.importorskip("pybind11")
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # it has a folder of its own beside the others'
-        folder = folder.parent
-    module = folder / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
-    with open(folder / "_C.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not module.exists():
-            (folder / "cuda_runtime_api.h").write_text(CUDA_RUNTIME)
-            includes = [folder, pybind11.get_include(), sysconfig.get_path("include")]
-            emulation.build(
-                module,
-                [*emulation.CSRC.glob("*.cu"), emulation.CSRC / "bindings.cpp"],
-                *("-std=c++20", "-shared", "-fvisibility=hidden", '-DVAPT_FAST_ARCHITECTURES="80-virtual"'),
-                *itertools.chain.from_iterable(("-isystem", str(path)) for path in includes),
-            )
+    runtime = tmp_path_factory.mktemp("runtime")
+    (runtime / "cuda_runtime_api.h").write_text(CUDA_RUNTIME)
+    includes = [runtime, pybind11.get_include(), sysconfig.get_path("include")]
+    module = emulation.built(
+        tmp_path_factory,
+        f"_C{sysconfig.get_config_var('EXT_SUFFIX')}",
+        [*emulation.CSRC.glob("*.cu"), emulation.CSRC / "bindings.cpp"],
+        *("-std=c++20", "-shared", "-fvisibility=hidden", '-DVAPT_FAST_ARCHITECTURES="80-virtual"'),
+        *itertools.chain.from_iterable(("-isystem", str(path)) for path in includes),
+    )
     spec = importlib.util.spec_from_file_location("_C", module)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
@@ -394,3 +385,182 @@ def test_a_status_becomes_an_exception_that_names_the_op_and_its_sizes(compiled)
     forward(TypeError, "incompatible function arguments", q=16)
     with pytest.raises(ValueError, match="dtype must be float16 or bfloat16, got float32"):
         forward(ValueError, "", sizes={"dtype": "float32"})
+
+
+# ---- prompt_pool
+
+POOL = {"batch": 2, "prefix": 1, "patches": 9, "dim": 24, "rows": 3}
+LOW = ("x", "delta", "gain")
+
+
+def pool(dtype=torch.bfloat16, seed=0, tokens=None, **sizes):
+    """A case in ``dtype``, with tokens x in another one if that is given."""
+    torch.manual_seed(seed)
+    op, formula, (x, *learned), options = pool_case(**POOL | sizes)
+    learned, delta = learned[:3], learned[3:]
+    tensors = [x.to(dtype if tokens is None else tokens), *(t.float() for t in learned)]
+    tensors += [t.to(dtype) for t in delta]
+    options = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return op, formula, tensors, options
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [{}, {"delta": False}, {"gain": False}, {"prefix": 0, "patches": 20, "dim": 40, "rows": 17}],
+    ids=str,
+)
+def test_pool_errs_at_most_as_eager_pytorch(dtype, sizes):
+    def cases():
+        for seed in range(5):
+            torch.manual_seed(seed)
+            yield pool_case(**POOL | sizes)
+
+    assert_policy(pool_case, cases(), dtype)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("delta", [False, True])
+def test_pool_under_autocast(delta, gain):
+    """The stream of tokens is float32, and what is added to it is not."""
+    op, _, tensors, options = pool(tokens=torch.float32, delta=delta, gain=gain)
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = results(op, tensors, options)
+        expected = results(op, tensors, options | {"backend": "torch"})
+    for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("gain", [False, True])
+@pytest.mark.parametrize("leaves", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)], ids=str)
+def test_pool_gives_the_gradients_that_are_needed(leaves, gain):
+    """Of the tokens, of what is added to them, of what is learned: one without the others is the same."""
+    x, delta, learned = map(bool, leaves)
+    op, _, tensors, options = pool(gain=gain)
+    expected = results(op, tensors, options)[1]
+    wanted = [x, learned, learned, learned, delta]
+    given = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
+    outputs = op(*given, **options)
+    generator = torch.Generator().manual_seed(1)
+    incoming = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
+    pairs = [(o, i) for o, i in zip(outputs, incoming, strict=True) if o.requires_grad]
+    torch.autograd.backward(*zip(*pairs, strict=True))
+    for tensor, want, grad in zip(given, wanted, expected, strict=True):
+        assert (tensor.grad is not None) == want
+        if want:
+            assert torch.equal(tensor.grad, grad)
+
+
+@pytest.mark.parametrize("sizes", [{"batch": 0}, {"rows": 0}], ids=str)
+def test_pool_of_nothing(sizes):
+    op, _, tensors, options = pool(**sizes)
+    outputs, grads = results(op, tensors, options)
+    expected = results(op, tensors, options | {"backend": "torch"})
+    assert_same_results([outputs, grads], expected, 0.02)
+
+
+@pytest.mark.parametrize("position", range(5))
+def test_layouts_make_no_difference_to_pool(position):
+    op, _, tensors, options = pool()
+    expected = results(op, tensors, options)
+    for name, same in layouts(tensors[position]):
+        actual = results(op, [*tensors[:position], same, *tensors[position + 1 :]], options)
+        assert_same_results(actual, expected, 0, name)
+
+
+@pytest.mark.parametrize("position", range(3))
+def test_layouts_of_incoming_gradients_make_no_difference_to_pool(position):
+    op, _, tensors, options = pool()
+    leaves = [t.requires_grad_() for t in tensors]
+    outputs = op(*leaves, **options)
+    incoming = [torch.randn(o.shape).to(o.dtype) for o in outputs]
+
+    def grads(same):
+        given = [*incoming[:position], same, *incoming[position + 1 :]]
+        return torch.autograd.grad(outputs, leaves, given, retain_graph=True)
+
+    expected = grads(incoming[position])
+    for name, same in layouts(incoming[position]):
+        assert_same_results([grads(same)], [expected], 0, name)
+
+
+def test_pool_reads_no_memory_that_nobody_has_written(monkeypatch):
+    op, _, tensors, options = pool()
+    expected = results(op, tensors, options)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
+    assert_same_results(results(op, tensors, options), expected, 0)
+
+
+@pytest.mark.parametrize("delta", [False, True])
+def test_opcheck_of_pool(delta):
+    _, _, (x, *learned), options = pool(delta=delta)
+    learned, added = learned[:3], learned[3] if delta else None
+    ops, gain = torch.ops.vapt_fast, options["gain"]
+    rest = (torch.bfloat16, options["num_prefix"], options["eps"], options["prompt_eps"])
+    leaves = [t.detach().requires_grad_() for t in (x, *learned)]
+    torch.library.opcheck(ops.cuda_prompt_pool, (leaves[0], added, gain, *leaves[1:], *rest))
+    total, normed, pooled, mean, rstd = ops.cuda_prompt_pool(x, added, gain, *learned, *rest)
+    incoming = (torch.ones_like(total) if delta else None, torch.ones_like(normed), torch.ones_like(pooled))
+    saved = (total if delta else x, gain, *learned, mean, rstd)
+    wanted = (x.dtype, torch.bfloat16 if delta else None)
+    torch.library.opcheck(ops.cuda_prompt_pool_backward, (*incoming, *saved, *rest, *wanted))
+
+
+def test_derivatives_that_pool_has_not():
+    op, _, (x, *rest), options = pool()
+    (grad,) = torch.autograd.grad(
+        op(x.requires_grad_(), *rest, **options)[2].square().sum(), x, create_graph=True
+    )
+    with pytest.raises(NotImplementedError, match="prompt_pool can't be differentiated twice"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="prompt_pool has no forward-mode derivative"):
+        torch.func.jvp(lambda x: op(x, *rest, **options), (x.detach(),), (torch.ones_like(x),))
+
+
+def test_what_pool_has_no_part_for_is_refused():
+    def refused(match, change=lambda tensors: tensors, **case):
+        op, _, tensors, options = pool(**case)
+        with pytest.raises(BackendUnavailable, match=rf"prompt_pool can't run on backend 'cuda': {match}"):
+            op(*change(tensors), **options)
+
+    refused("normed must be float16 or bfloat16, got torch.float32", dtype=torch.float32)
+    refused(
+        "normed must be .*; delta must be normed's torch.float32, got torch.bfloat16", tokens=torch.float32
+    )
+    refused("tokens must have 8, 16, 24, ... channels, got 20", dim=20)
+    refused("matrix must be float32, got torch.float64", lambda t: [t[0], t[1].double(), *t[2:]])
+    op, _, tensors, options = pool()
+    options["gain"].requires_grad_()
+    with pytest.raises(BackendUnavailable, match="no gradient of gain"):
+        op(*tensors, **options)
+
+
+def test_a_status_of_pool_becomes_an_exception(compiled):
+    counts = {"batch": 1, "prefix": 0, "patches": 1, "channels": 8, "rows": 0}
+    sizes = compiled.PromptPoolSizes(dtype="bfloat16", float32_tokens=True, **counts)
+    addresses = dict.fromkeys(("gain", "weight", "bias", "total", "normed", "pooled", "mean", "rstd"), 0)
+    message = r"prompt_pool_forward\(dtype=bfloat16, float32_tokens=True, .*rows=0\): x must not be null"
+    with pytest.raises(ValueError, match=message):
+        compiled.prompt_pool_forward(
+            sizes=sizes, eps=0, prompt_eps=0, x=None, delta=None, matrix=None, **addresses, stream=0
+        )
+
+
+# ---- the whole model
+
+
+def test_the_model():
+    torch.manual_seed(0)
+    model = AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=2, prompt_dropout=0.0), num_classes=3)
+    for parameter in model.trainable_parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model = model.bfloat16().eval()
+    images = torch.randn(2, 3, *model._image_size).bfloat16()
+    with recorded_launches() as launches, torch.no_grad():
+        ours = model(images)
+    assert launches
+    with torch.no_grad(), _dispatch.use_backend("torch"):
+        theirs = model(images)
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)

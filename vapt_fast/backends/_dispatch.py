@@ -39,7 +39,7 @@ ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 # "cudnn" and "flash" are PyTorch's attention by that library alone, names that only this op knows.
 IMPLEMENTATIONS = {
     "add_norm": ("torch", "triton"),
-    "prompt_pool": ("torch", "triton"),
+    "prompt_pool": ("torch", "triton", "cuda"),
     "prompt_projector": ("torch", "triton"),
     "prompt_attention": ("torch", "triton", "cuda", "cudnn", "flash"),
     "mlp": ("torch", "triton"),

@@ -11,9 +11,9 @@ from torch import Tensor
 from ...kernels import add_norm as kernels
 from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, refuse_forward_mode
+from .._residual import empty_gradients, empty_total, residual_gradients, total_dtype
 from . import configs
 from ._launch import launch, num_blocks, strided
-from ._residual import empty_gradients, empty_total, residual_gradients, total_dtype
 from ._why_not import why_not_dtypes, why_not_frozen
 
 __all__ = ["add_norm", "launch_forward", "why_not_add_norm"]

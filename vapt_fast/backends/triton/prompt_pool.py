@@ -12,9 +12,9 @@ from torch import Tensor
 from ...kernels import prompt_pool as kernels
 from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, refuse_forward_mode
+from .._residual import empty_gradients, empty_total, residual_gradients, total_dtype
 from . import configs
 from ._launch import add_chunks, launch, num_blocks, strided
-from ._residual import empty_gradients, empty_total, residual_gradients, total_dtype
 from ._why_not import why_not_dtypes, why_not_frozen
 from .add_norm import launch_forward
 

@@ -1,0 +1,285 @@
+"""prompt_pool on CUDA: the launches, as ops that autograd, torch.compile and torch.export know."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._autocast import autocast_dtype
+from .._autograd import differentiable_once, refuse_forward_mode
+from .._native import native
+from .._residual import empty_gradients, empty_total, total_dtype
+from ._launch import address, aligned, launch, rows
+
+__all__ = ["prompt_pool", "why_not_prompt_pool"]
+
+
+def prompt_pool(
+    x: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    delta: Tensor | None,
+    gain: Tensor | None,
+    num_prefix: int,
+    eps: float,
+    prompt_eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See vapt_fast.functional.prompt_pool."""
+    refuse_forward_mode("prompt_pool", *(t for t in (x, matrix, weight, bias, delta, gain) if t is not None))
+    weight, bias = weight.to(matrix.dtype), bias.to(matrix.dtype)
+    dtype = autocast_dtype(total_dtype(x, delta), x.device)
+    total, normed, pooled, *_ = _forward(
+        x, delta, gain, matrix, weight, bias, dtype, num_prefix, eps, prompt_eps
+    )
+    return x if delta is None else total, normed, pooled
+
+
+def why_not_prompt_pool(
+    x: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    delta: Tensor | None,
+    gain: Tensor | None,
+    num_prefix: int,
+    eps: float,
+    prompt_eps: float,
+) -> list[str]:
+    """Every reason why the kernels can't take these arguments."""
+    reasons = []
+    dtype = autocast_dtype(total_dtype(x, delta), x.device)
+    if dtype not in (torch.float16, torch.bfloat16):
+        reasons.append(f"normed must be float16 or bfloat16, got {dtype}")
+    if x.dtype not in (dtype, torch.float32):
+        reasons.append(f"x must be float32 or normed's {dtype}, got {x.dtype}")
+    if delta is not None and delta.dtype != dtype:
+        reasons.append(f"delta must be normed's {dtype}, got {delta.dtype}")
+    if matrix.dtype != torch.float32:
+        reasons.append(f"matrix must be float32, got {matrix.dtype}")
+    if x.shape[-1] % 8 or not x.shape[-1]:
+        reasons.append(f"tokens must have 8, 16, 24, ... channels, got {x.shape[-1]}")
+    if gain is not None and gain.requires_grad and torch.is_grad_enabled():
+        reasons.append("its kernels have no gradient of gain, which must not require one")
+    return reasons
+
+
+# ---- what the kernels take
+
+
+def _sizes(tokens: Tensor, matrix: Tensor, dtype: torch.dtype) -> Any:
+    """The op's sizes for vapt_fast._C; ``dtype`` is normed's."""
+    (batch, num_tokens, channels), (num_rows, num_patches) = tokens.shape, matrix.shape
+    return native().PromptPoolSizes(
+        dtype=str(dtype).removeprefix("torch."),
+        float32_tokens=tokens.dtype == torch.float32,
+        batch=batch,
+        prefix=num_tokens - num_patches,
+        patches=num_patches,
+        channels=channels,
+        rows=num_rows,
+    )
+
+
+def _vector(tensor: Tensor | None) -> Tensor | None:
+    """A (C,) as the kernels take it."""
+    return None if tensor is None else aligned(tensor.to(torch.float32))
+
+
+def _readable(matrix: Tensor) -> Tensor:
+    """The matrix with contiguous columns."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+# ---- forward
+
+
+@torch.library.custom_op("vapt_fast::cuda_prompt_pool", mutates_args=())
+def _forward(
+    x: Tensor,
+    delta: Tensor | None,
+    gain: Tensor | None,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    num_prefix: int,
+    eps: float,
+    prompt_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See csrc/include.
+
+    total (see empty_total) and normed (B, T, C), this one in ``dtype``, pooled (B, R, C), mean and rstd
+    (B, T).
+    """
+    total, normed, pooled, mean, rstd = outputs = _empty_outputs(x, delta, matrix, dtype)
+    x, delta = aligned(x), None if delta is None else aligned(delta)
+    gain, weight, bias, matrix = _vector(gain), _vector(weight), _vector(bias), _readable(matrix)
+    launch(
+        "prompt_pool_forward",
+        x,
+        sizes=_sizes(x, matrix, dtype),
+        eps=eps,
+        prompt_eps=prompt_eps,
+        x=rows(x),
+        delta=rows(delta),
+        gain=address(gain),
+        matrix=rows(matrix),
+        weight=address(weight),
+        bias=address(bias),
+        total=address(None if delta is None else total),
+        normed=address(normed),
+        pooled=address(pooled),
+        mean=address(mean),
+        rstd=address(rstd),
+    )
+    return outputs
+
+
+def _empty_outputs(
+    x: Tensor, delta: Tensor | None, matrix: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, num_tokens, dim = x.shape
+    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    pooled = torch.empty((batch, matrix.shape[0], dim), dtype=matrix.dtype, device=x.device)
+    mean, rstd = (torch.empty((batch, num_tokens), dtype=matrix.dtype, device=x.device) for _ in range(2))
+    return empty_total(x, delta), normed, pooled, mean, rstd
+
+
+@_forward.register_fake
+def _(
+    x: Tensor,
+    delta: Tensor | None,
+    gain: Tensor | None,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    num_prefix: int,
+    eps: float,
+    prompt_eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _empty_outputs(x, delta, matrix, dtype)
+
+
+# ---- backward
+
+
+@torch.library.custom_op("vapt_fast::cuda_prompt_pool_backward", mutates_args=())
+def _gradients(
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    grad_pooled: Tensor,
+    total: Tensor,
+    gain: Tensor | None,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dtype: torch.dtype,
+    num_prefix: int,
+    eps: float,
+    prompt_eps: float,
+    x_dtype: torch.dtype | None,
+    delta_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of x and delta (see empty_gradients), of the matrix, of weight and bias as (2, C)."""
+    grad_x, grad_delta, grad_matrix, grad_affine = outputs = _empty_gradients(
+        total, matrix, x_dtype, delta_dtype
+    )
+    sizes = _sizes(total, matrix, dtype)
+    workspace = torch.empty(
+        native().prompt_pool_backward_workspace(sizes), dtype=torch.float32, device=total.device
+    )
+    total, grad_normed, grad_pooled = aligned(total), aligned(grad_normed), aligned(grad_pooled)
+    grad_total = None if grad_total is None else aligned(grad_total)
+    gain, weight, bias, matrix = _vector(gain), _vector(weight), _vector(bias), _readable(matrix)
+    grad_weight, grad_bias = grad_affine.unbind()
+    launch(
+        "prompt_pool_backward",
+        total,
+        sizes=sizes,
+        eps=eps,
+        prompt_eps=prompt_eps,
+        total=rows(total),
+        grad_total=rows(grad_total),
+        grad_normed=rows(grad_normed),
+        grad_pooled=rows(grad_pooled),
+        gain=address(gain),
+        matrix=rows(matrix),
+        weight=address(weight),
+        bias=address(bias),
+        mean=address(mean),
+        rstd=address(rstd),
+        workspace=address(workspace),
+        grad_x=address(None if x_dtype is None else grad_x),
+        grad_delta=address(None if delta_dtype is None else grad_delta),
+        grad_matrix=address(grad_matrix),
+        grad_weight=address(grad_weight),
+        grad_bias=address(grad_bias),
+    )
+    return outputs
+
+
+def _empty_gradients(
+    total: Tensor, matrix: Tensor, x_dtype: torch.dtype | None, delta_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    grad_matrix = torch.empty(matrix.shape, dtype=matrix.dtype, device=total.device)
+    grad_affine = torch.empty((2, total.shape[-1]), dtype=matrix.dtype, device=total.device)
+    return *empty_gradients(total, x_dtype, delta_dtype), grad_matrix, grad_affine
+
+
+@_gradients.register_fake
+def _(
+    grad_total: Tensor | None,
+    grad_normed: Tensor,
+    grad_pooled: Tensor,
+    total: Tensor,
+    gain: Tensor | None,
+    matrix: Tensor,
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, x_dtype, delta_dtype = args
+    return _empty_gradients(total, matrix, x_dtype, delta_dtype)
+
+
+# ---- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+    x, delta, gain, matrix, weight, bias, *ctx.options = inputs
+    total, _, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.dtypes = x.dtype, None if delta is None else delta.dtype
+    ctx.save_for_backward(x if delta is None else total, gain, matrix, weight, bias, mean, rstd)
+
+
+def _backward(
+    ctx: Any, grad_total: Tensor, grad_normed: Tensor, grad_pooled: Tensor, *_: Any
+) -> tuple[Tensor | None, ...]:
+    total, gain, *rest = ctx.saved_tensors
+    if ctx.dtypes[1] is None:  # then there is no total but x
+        grad_total = None
+    x_dtype, delta_dtype = (
+        dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+    )
+    same = gain is None and x_dtype == delta_dtype
+    grad_x, grad_delta, grad_matrix, grad_affine = _gradients(
+        *(grad_total, grad_normed, grad_pooled, total, gain, *rest, *ctx.options),
+        *(x_dtype, None if same else delta_dtype),
+    )
+    if same:
+        grad_delta = grad_x
+    grad_x, grad_delta, *learned = differentiable_once(
+        "prompt_pool",
+        None if x_dtype is None else grad_x,
+        None if delta_dtype is None else grad_delta,
+        *(grad_matrix, *grad_affine.unbind()),
+    )
+    return grad_x, grad_delta, None, *learned, None, None, None, None
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)
