@@ -115,7 +115,7 @@ _PROMPT_PROJECTOR = {
     (2, 64): {"project": (32, 8), "project_backward": (32, 8), "weights_backward": (32, 8)},
     (4, 16): {"project": (64, 4), "project_backward": (32, 4), "weights_backward": (32, 4)},
     (4, 64): {"project": (32, 8), "project_backward": (32, 8), "weights_backward": (32, 4)},
-    (8, 16): {"project": (32, 4), "project_backward": (16, 4), "weights_backward": (32, 4)},
+    (8, 16): {"project": (32, 4), "project_backward": (16, 4), "weights_backward": (16, 4)},
     (8, 64): {"project": (16, 8), "project_backward": (16, 8), "weights_backward": (16, 8)},
 }
 
