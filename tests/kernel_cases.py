@@ -189,6 +189,7 @@ KERNELS = {
             {"batch": 2, "rows": 1, "tokens": 7, "heads": 3, "channels": 6, "prompts": 2},
             {"batch": 1, "rows": 2, "tokens": 65, "heads": 9, "channels": 65, "prompts": 17, "bias": True},
             {"batch": 2, "rows": 1, "tokens": 3, "heads": 1, "channels": 5, "prompts": 3, "shared": True},
+            {"batch": 2, "rows": 2, "tokens": 33, "heads": 33, "dim": 1, "channels": 3, "prompts": 1},
         ],
         [
             ({"batch": 3, "rows": 1, "tokens": 3, "heads": 3, "channels": 3, "prompts": 3}, dim, 2**30)
