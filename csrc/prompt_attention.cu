@@ -153,7 +153,7 @@ struct ForwardTiles {
   static constexpr int CHUNK = KEYS * kTile;
 
   static std::int64_t shared_memory(std::int64_t keys) {
-    return 2 * (keys + kTile - 1) / kTile * kTile * kStride<DIM> * 2;
+    return (keys + kTile - 1) / kTile * kTile * kStride<DIM> * 2 * 2;
   }
 };
 
@@ -325,7 +325,7 @@ __global__ void __launch_bounds__(ForwardTiles<DIM>::THREADS, ForwardTiles<DIM>:
         if (query >= num_queries) {
           continue;
         }
-        // Without any key the output is 0, and lse one that makes p 0 or 1 and not NaN in the backward.
+        // Without any key the output is 0, and lse a number that makes no NaN in the backward.
         const bool empty = peak[i][row] == -kInfinity;
         const float factor = empty ? 1.0f : 1.0f / sum;
         store_row<Element>(const_cast<char*>(out.data) + query * out.stride, acc[i], row, factor, dim, false);
@@ -389,8 +389,7 @@ __host__ __device__ __forceinline__ BackwardPlan backward_plan(const PromptAtten
   return plan;
 }
 
-// Puts lse and delta of 16 queries of a head into shared memory, lse = inf past the last one so that its p is
-// 0.
+// Puts lse and delta of 16 queries of a head into shared memory; past the last one lse = inf makes p 0.
 template <typename Element, int DIM>
 __device__ __forceinline__ void load_statistics(float* statistics, const float* lse, Rows out, Rows grad_out,
                                                 int first, int num_queries, int dim) {
@@ -771,8 +770,7 @@ struct Check {
   }
 };
 
-// Calls ``function`` with a value of the elements' type and the smallest head size, as a type, that holds
-// dim.
+// Calls ``function`` with the smallest head size, as a type, that holds ``dim``.
 template <typename Function>
 auto with_head_dim(std::int64_t dim, Function function) {
   if (dim <= 32) {
@@ -790,6 +788,7 @@ auto with_head_dim(std::int64_t dim, Function function) {
   return function(Constant<128>{});
 }
 
+// The same, with an element before it.
 template <typename Function>
 auto with_types(const PromptAttentionSizes& sizes, Function function) {
   return with_head_dim(sizes.head_dim, [&](auto dim) {
