@@ -35,12 +35,13 @@ def prompt_attention(
         prompt_k, prompt_v: (B, P, g, d), or (1, P, g, d) where they are the same for every image.
         scale: factor of the scores.
         bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
-        backend: "auto", "torch" or "triton"; "cudnn" or "flash" for PyTorch's attention by that library
+        backend: "auto", "torch", "triton" or "cuda"; "cudnn" or "flash" for PyTorch's attention by that library
             alone, over concatenated keys; None for the current one, see vapt_fast.use_backend.
 
     Returns:
-        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; the Triton kernels, whose backward is
-        written by hand, only once and not in ``bias``, which must not require a gradient there.
+        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; the kernels, whose backward is written
+        by hand, only once. Those of "triton" not in ``bias``, which must not require a gradient there; those
+        of "cuda" are for float16 and bfloat16, heads of 8, 16, ... 128 channels and no bias.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.

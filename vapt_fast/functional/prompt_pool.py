@@ -40,15 +40,15 @@ def prompt_pool(
         gain: (C,), the branch's LayerScale; None for 1.
         eps: of the block's LayerNorm.
         prompt_eps: of the prompts' LayerNorm.
-        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
+        backend: "auto", "torch", "triton" or "cuda"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
         total (B, S + N, C), in the dtype of x + delta (``x`` itself without delta); normed (B, S + N, C), in
         total's dtype or in that of autocast where it is on, as in add_norm; pooled (B, R, C) in ``matrix``'s
-        dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast; the Triton kernels round
-        the factors of products to tf32 where normed is of 16 bits.
-        Differentiable in all tensors, once: the backward is written by hand. The Triton kernels have no
-        gradient of gain: where gradients are on, it must not require one there.
+        dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast; the kernels round the
+        factors of products to tf32 where normed is of 16 bits, and those of "cuda" are for nothing else.
+        Differentiable in all tensors, once: the backward is written by hand. The kernels have no gradient of
+        gain: where gradients are on, it must not require one there.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device; no patch token.
