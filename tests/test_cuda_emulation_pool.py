@@ -7,7 +7,7 @@ import subprocess
 import emulation
 import pytest
 import torch
-from emulation import CSRC, INVALID, OK, UNSUPPORTED
+from emulation import CSRC, INVALID, UNSUPPORTED
 from emulation_pool import PoolKernels
 from ops import assert_policy, assert_same_results, by_name, pool_case, results
 from test_cuda_emulation import SANITIZERS
@@ -17,7 +17,8 @@ EPS = (1e-6, 1e-5)
 
 # (B, S, N, C, R): every size of a block +- 1 and what lies between.
 SHAPES = [
-    *itertools.product((1, 2), (0, 5), (1, 17), (8, 72), (1, 10)),
+    *itertools.product((1, 2), (0, 5), (1, 17), (8, 72), (4, 10)),
+    *((b, 1, 17, 24, 1) for b in (1, 2)),
     *((1, 1, n, 16, 3) for n in (15, 16, 31, 32, 33, 49, 62, 63, 64, 65, 127, 196)),
     *((1, s, 16, 16, 3) for s in (4, 10, 47, 48, 49)),
     *(
@@ -79,14 +80,16 @@ def backward_arguments(kernels, given):
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=lambda i: str(SHAPES[i]))
 def test_error_is_at_most_that_of_eager_pytorch(kernels, number, one_pass):
     kernels.one_pass = one_pass
-    variant = number + one_pass  # dtypes and arguments take turns
+    *_, patches, _, rows = SHAPES[number]
+    # Dtypes and arguments take turns.
+    dtype = (torch.float16, torch.bfloat16)[(number + one_pass) % 2]
     options = {"delta": number % 3 > 0, "gain": number % 3 > 1}
 
     def cases():
-        for seed in range(3):
+        for seed in range(3 if rows * patches > 16 else 12):  # the error of few numbers is a matter of luck
             yield case(kernels, *SHAPES[number], **options, seed=seed)
 
-    assert_policy(pool_case, cases(), (torch.float16, torch.bfloat16)[variant % 2])
+    assert_policy(pool_case, cases(), dtype)
 
 
 @HALF
@@ -335,13 +338,14 @@ def test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled(kernels
 
 
 def test_what_contradicts_the_header_is_refused(kernels):
-    good, _ = forward = kernels.forward_arguments(*arguments())
+    given = arguments()
 
     def refused(code, message, change):
-        arguments_, _ = kernels.forward_arguments(*arguments())
+        arguments_, outputs = kernels.forward_arguments(*given)
         change(arguments_)
         status = kernels.launch("prompt_pool_forward", arguments_)
         assert (status.code, message in status.message.decode()) == (code, True), status.message
+        assert all(output.isnan().all() for output in outputs)
 
     def set_size(name, value):
         return lambda a: setattr(a.sizes, name, value)
@@ -365,8 +369,6 @@ def test_what_contradicts_the_header_is_refused(kernels):
         message = f"{name} must begin at a multiple of 16 bytes"
         refused(INVALID, message, lambda a, n=name: setattr(a, n, getattr(a, n) + 8))
     refused(INVALID, "x must begin at a multiple of 16", lambda a: setattr(a.x, "data", a.x.data + 2))
-    assert kernels.launch("prompt_pool_forward", good).code == OK
-    assert forward[1][1].isfinite().all()
 
 
 def test_what_contradicts_the_header_is_refused_in_the_backward(kernels):
