@@ -18,7 +18,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", help="cpu or cuda (cuda where there is one)")
     group.addoption("--dtype", help="of tokens (CPU: float32, GPU: bfloat16)")
     group.addoption("--batch", type=int, help="images (CPU: 2, GPU: 64)")
-    group.addoption("--prompts", default="10,50,100", help="numbers of prompts to measure (%(default)s)")
+    group.addoption(
+        "--prompts",
+        default="50,10,100",
+        help="numbers of prompts, compiled rivals with the first (%(default)s)",
+    )
     group.addoption("--tiny", action="store_true", help="tiny sizes, to see that everything runs")
     group.addoption("--rounds", type=int, default=20, help="timed rounds of each (%(default)s)")
     group.addoption("--seconds", type=float, help="after which nothing new begins")
@@ -26,9 +30,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "num_prompts" in metafunc.fixturenames:
-        tiny = metafunc.config.getoption("--tiny")
-        numbers = "3" if tiny else metafunc.config.getoption("--prompts")
-        metafunc.parametrize("num_prompts", [int(number) for number in numbers.split(",")], ids="P{}".format)
+        metafunc.parametrize("num_prompts", _numbers(metafunc.config), ids="P{}".format)
+
+
+def _numbers(config: pytest.Config) -> list[int]:
+    numbers = "3" if config.getoption("--tiny") else config.getoption("--prompts")
+    return [int(number) for number in numbers.split(",")]
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
@@ -57,4 +64,8 @@ def bench(request: pytest.FixtureRequest, benchmark, sizes: Sizes) -> Bench:
     seconds = request.config.getoption("--seconds")
     if seconds is not None and time.monotonic() - STARTED > seconds:
         pytest.skip("left out: no time was left")
+    parameters = request.node.callspec.params
+    first = _numbers(request.config)[0]
+    if "compiled" in parameters["rival"] and parameters.get("num_prompts", first) != first:
+        pytest.skip(f"compiled with {first} prompts only, because it takes long")
     return Bench(benchmark, sizes, request.config.getoption("--rounds"))

@@ -125,7 +125,10 @@ class Session:
 
 
 class Process:
-    """A process with children, in a group of its own; what it prints is in a file."""
+    """A process with children, in a group of its own; what it prints is in a file.
+
+    It does not run in this checkout: there ``python -m`` would import the sources, not what was installed.
+    """
 
     def __init__(self, command: list[str], environment: dict[str, str], scratch: Path) -> None:
         self.command = command
@@ -133,7 +136,7 @@ class Process:
         self._path = Path(path)
         with os.fdopen(descriptor, "w") as file:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env=environment, stdout=file, stderr=file, start_new_session=True
+                command, cwd=scratch, env=environment, stdout=file, stderr=file, start_new_session=True
             )
 
     def wait(self, seconds: float) -> int | None:
@@ -207,19 +210,42 @@ def environment(session: Session, seconds: float) -> None:
 
 
 def tests(session: Session, seconds: float) -> None:
-    """The tests that need a GPU; beside them what takes long to compile, or might crash, is prepared."""
+    """The tests that need a GPU. Beside them, since nothing is timed: compute-sanitizer watches every op, and
+    what takes long to compile, or might crash, is prepared."""
+    until = time.monotonic() + seconds
+    watched = _start_sanitizer(session)
     prepared = {} if session.dry else _start_preparing(session)
-    command = [sys.executable, "-m", "pytest", "tests/gpu", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", ROOT / "tests" / "gpu", "-q", "-p", "no:cacheprovider"]
     command += [f"--junitxml={session.out / 'tests.xml'}", "-m", "gpu"]
     if not session.dry and importlib.util.find_spec("xdist") is not None:
         command += ["--numprocesses", "8", "--dist", "worksteal"]
-    started = time.monotonic()
     code, printed = session.call(seconds, *command)
     session.results["tests"] = {"exit_code": code, "summary": printed.strip().splitlines()[-1:]}
     if code != 0:
         session.wrong.append("tests: " + ("they took too long" if code is None else f"exit code {code}"))
     for name, process in prepared.items():
-        _judge(session, name, session.finish(process, seconds - (time.monotonic() - started)))
+        _judge(session, name, session.finish(process, until - time.monotonic()))
+    for name, process in watched.items():
+        code = session.finish(process, until - time.monotonic())
+        last = "".join(process.output().strip().splitlines()[-1:])
+        found = "it took too long" if code is None else f"exit code {code}: {last}"
+        session.results["sanitizer"][name] = found
+        if code == FOUND_ERRORS:
+            session.wrong.append(f"compute-sanitizer {name}: {last}")
+
+
+def _start_sanitizer(session: Session) -> dict[str, Process]:
+    """compute-sanitizer's tools, each over every op, forward and backward."""
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        session.results["sanitizer"] = dict.fromkeys(SANITIZERS, "compute-sanitizer is not installed")
+        return {}
+    session.results["sanitizer"] = {}
+    script = ROOT / "tests" / "gpu" / "sanitized.py"
+    options = ("--error-exitcode", FOUND_ERRORS)
+    return {
+        name: session.start(tool, "--tool", name, *options, sys.executable, script) for name in SANITIZERS
+    }
 
 
 def _start_preparing(session: Session) -> dict[str, Process]:
@@ -243,27 +269,6 @@ def _judge(session: Session, name: str, code: int | None) -> None:
         session.wrong.append(f"{name}: its process ended with exit code {code}")
 
 
-def sanitizer(session: Session, seconds: float) -> None:
-    """compute-sanitizer over every op, forward and backward, its four tools side by side."""
-    tool = shutil.which("compute-sanitizer")
-    session.results["sanitizer"] = found = {}
-    if tool is None:
-        found.update(dict.fromkeys(SANITIZERS, "compute-sanitizer is not installed"))
-        return
-    script = ROOT / "tests" / "gpu" / "sanitized.py"
-    processes = {
-        name: session.start(*(tool, "--tool", name, "--error-exitcode", FOUND_ERRORS, sys.executable, script))
-        for name in SANITIZERS
-    }
-    until = time.monotonic() + seconds
-    for name, process in processes.items():
-        code = session.finish(process, until - time.monotonic())
-        last = "".join(process.output().strip().splitlines()[-1:])
-        found[name] = "it took too long" if code is None else f"exit code {code}: {last}"
-        if code == FOUND_ERRORS:
-            session.wrong.append(f"compute-sanitizer {name}: {last}")
-
-
 def ops(session: Session, seconds: float) -> None:
     """The benchmarks of the ops, a file after the other, each in a process: a crash takes no other along."""
     files = [str(file) for file in sorted(BENCH.glob("test_bench_*.py"))]
@@ -277,7 +282,7 @@ def ops(session: Session, seconds: float) -> None:
         command = [sys.executable, "-m", "pytest", *group, "-q", "-p", "no:cacheprovider"]
         command += [f"--benchmark-json={path}", f"--junitxml={log}"]
         command += [f"--device={session.device}", f"--seconds={0.7 * share}"]
-        code, printed = session.call(share, *command, *(["--tiny"] if session.dry else []))
+        code, printed = session.call(share, *command, *(["--tiny", "--rounds=2"] if session.dry else []))
         if path.is_file() and path.stat().st_size:
             for one in json.loads(path.read_text())["benchmarks"]:
                 session.results["ops"].append(
@@ -349,15 +354,14 @@ def report(session: Session, seconds: float) -> None:
 
 # In this order; the benchmarks get the GPU for themselves.
 PHASES = (
-    Phase("install", 90, install),
-    Phase("environment", 40, environment),
-    Phase("tests", 150, tests),
-    Phase("sanitizer", 60, sanitizer),
-    Phase("models", 170, _models("all")),
-    Phase("compiled", 80, _models("compiled")),
-    Phase("ops", 90, ops),
+    Phase("install", 80, install),
+    Phase("environment", 30, environment),
+    Phase("tests", 170, tests),
+    Phase("models", 150, _models("all")),
+    Phase("compiled", 70, _models("compiled")),
+    Phase("ops", 110, ops),
     Phase("autotuned", 480, _models("autotuned")),
-    Phase("report", 25, report),
+    Phase("report", 20, report),
 )
 ESSENTIAL = ("install", "environment")  # nothing runs without them
 ALWAYS = (*ESSENTIAL, "report")

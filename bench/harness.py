@@ -58,7 +58,7 @@ class Sizes:
         return self.batch * self.tokens
 
     def compile(self, op: Op) -> Op:
-        return torch.compile(op, backend=self.compiler, fullgraph=True)
+        return torch.compile(op, backend=self.compiler, fullgraph=True, dynamic=False)
 
     def randn(self, *shape: int, dtype: torch.dtype | None = None, grad: bool = True) -> Tensor:
         tensor = torch.randn(shape, device=self.device).to(dtype or self.dtype)
@@ -141,8 +141,8 @@ class Bench:
         assert worst <= tolerance, f"an output or gradient is off by {worst:.1e}, more than {tolerance:.0e}"
         return worst
 
-    def _prepare(self, job: Job, op: Op, mode: str) -> tuple[int, Callable[[], None]]:
-        """Calls in a round, and the round: on a GPU one CUDA graph over many sets of inputs."""
+    def _prepare(self, job: Job, op: Op, mode: str) -> tuple[int, Callable[[], Any]]:
+        """Calls in a round, and the round: on a GPU one CUDA graph over many sets of inputs and results."""
         if self.sizes.device.type != "cuda":
             call = _caller(op, job.make(), mode)
             return 1, call
@@ -158,12 +158,12 @@ class Bench:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
-            for call in callers:
-                call()
+            results = [call() for call in callers]
 
-        def run() -> None:
+        def run() -> list[tuple[Tensor, ...]]:
             graph.replay()
             torch.cuda.synchronize()
+            return results  # held, so that each call writes to memory of its own
 
         return len(sets), run
 
@@ -173,15 +173,16 @@ def kernels(op: str) -> list[str]:
     return [name for name in ("torch", "triton", "cuda") if name in _dispatch.IMPLEMENTATIONS[op]]
 
 
-def _caller(op: Op, inputs: list[Tensor], mode: str) -> Callable[[], None]:
+def _caller(op: Op, inputs: list[Tensor], mode: str) -> Callable[[], tuple[Tensor, ...]]:
     if mode == "forward":
-        return torch.no_grad()(lambda: op(*inputs))
+        return torch.no_grad()(lambda: _tuple(op(*inputs)))
     leaves = [tensor for tensor in inputs if tensor.requires_grad]
     with torch.no_grad():
         incoming = [torch.randn_like(output) for output in _tuple(op(*inputs))]
 
-    def call() -> None:
-        torch.autograd.grad(_tuple(op(*inputs)), leaves, incoming)
+    def call() -> tuple[Tensor, ...]:
+        outputs = _tuple(op(*inputs))
+        return *(output.detach() for output in outputs), *torch.autograd.grad(outputs, leaves, incoming)
 
     return call
 

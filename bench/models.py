@@ -19,7 +19,16 @@ from typing import Any
 import torch
 from operations import per_image
 
-from vapt_fast.benchmark import LINEAR_PROBE, MODES, Comparison, Row, Setting, Variant, describe
+from vapt_fast.benchmark import (
+    LINEAR_PROBE,
+    MODES,
+    Comparison,
+    Row,
+    Setting,
+    Variant,
+    describe,
+    gpu_state,
+)
 from vapt_fast.training.files import write_atomically
 
 OURS = ("triton", "cuda", "auto")
@@ -125,6 +134,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {
             "set": options.set,
             "setting": asdict(setting),
+            "gpu_state": gpu_state(),  # clocks and temperature under load
             "operations_per_image": _operations(setting, num_prompts) if chosen else None,
             "rows": [
                 rows[variant, mode, graph].as_dict() | {"name": str(variant)}

@@ -62,7 +62,8 @@ def to_markdown(results: dict[str, Any]) -> str:
         parts.append(NOTES)
     if results.get("ops"):
         parts += ["## Ops", _ops(results["ops"])]
-    parts += ["## Environment", "\n".join(f"- {name}: {value}" for name, value in environment.items())]
+    facts = environment | {"installation": results.get("installation")}
+    parts += ["## Environment", "\n".join(f"- {name}: {value}" for name, value in facts.items())]
     parts.append(f"```\n{results.get('info', '').strip()}\n```")
     return "\n\n".join(parts) + "\n"
 

@@ -7,7 +7,7 @@ measures all rivals with it.
 
 from .agreement import Disagreement
 from .comparison import Comparison, Row, as_table
-from .environment import describe
+from .environment import describe, gpu_state
 from .timing import Spread, in_turns
 from .workload import LINEAR_PROBE, MODES, PRECISIONS, Setting, Variant, Workload
 
@@ -24,5 +24,6 @@ __all__ = [
     "Workload",
     "as_table",
     "describe",
+    "gpu_state",
     "in_turns",
 ]

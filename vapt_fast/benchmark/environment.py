@@ -15,7 +15,7 @@ import torch
 
 from .._version import __version__
 
-__all__ = ["describe"]
+__all__ = ["describe", "gpu_state"]
 
 # What nvidia-smi says about the state of a GPU.
 GPU_STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.limit")
@@ -44,7 +44,7 @@ def describe(device: str) -> dict[str, Any]:
             "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            ", ".join(GPU_STATE): _gpu_state(),
+            ", ".join(GPU_STATE): gpu_state(),
         }
     return facts
 
@@ -66,7 +66,7 @@ def _cpu_name() -> str:
     )
 
 
-def _gpu_state() -> str | None:
+def gpu_state() -> str | None:
     """Of every GPU, GPU_STATE in this order; None where nvidia-smi can't say."""
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader"]
     try:
