@@ -218,7 +218,7 @@ def tests(session: Session, seconds: float) -> None:
     command = [sys.executable, "-m", "pytest", ROOT / "tests" / "gpu", "-q", "-p", "no:cacheprovider"]
     command += [f"--junitxml={session.out / 'tests.xml'}", "-m", "gpu"]
     if not session.dry and importlib.util.find_spec("xdist") is not None:
-        command += ["--numprocesses", "8", "--dist", "worksteal"]
+        command += ["--numprocesses", "10", "--dist", "worksteal"]
     code, printed = session.call(seconds, *command)
     session.results["tests"] = {"exit_code": code, "summary": printed.strip().splitlines()[-1:]}
     if code != 0:
@@ -356,7 +356,7 @@ def report(session: Session, seconds: float) -> None:
 PHASES = (
     Phase("install", 80, install),
     Phase("environment", 30, environment),
-    Phase("tests", 170, tests),
+    Phase("tests", 180, tests),
     Phase("models", 150, _models("all")),
     Phase("compiled", 70, _models("compiled")),
     Phase("ops", 110, ops),

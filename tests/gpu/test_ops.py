@@ -72,9 +72,9 @@ def assert_same_bits(actual, expected):
 # ---- against the formula
 
 
-@pytest.mark.parametrize("index", range(16))
+@pytest.mark.parametrize("index", range(10))
 def test_equals_the_formula_in_float64(op, backend, index):
-    cases = [*KERNELS[op].quick, *random_cases(op, 16)]
+    cases = [*KERNELS[op].quick, *random_cases(op, 10)]
     torch.manual_seed(index)
     function, formula, tensors, options = KERNELS[op].make(**cases[index])
     actual = run(backend, function, tensors, options)
