@@ -257,7 +257,7 @@ void bind_prompt_pool(py::module_& module) {
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "CUDA kernels of vapt_fast: their launchers, by addresses.";
-  module.attr("architectures") = VAPT_FAST_ARCHITECTURES;  // as in CMAKE_CUDA_ARCHITECTURES
+  module.attr("architectures") = VAPT_FAST_ARCHITECTURES;  // those of CMAKE_CUDA_ARCHITECTURES, by commas
   module.attr("runtime_version") = CUDART_VERSION;         // of CUDA, 13000 for 13.0; also of the compiler
   module.def("driver_version", [] {
     int version = 0;  // without a driver it stays 0

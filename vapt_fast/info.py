@@ -49,7 +49,7 @@ def _compiled_kernels() -> str:
     if _native.missing_because():
         return "none, see backend cuda"
     version, architectures = _native.native().runtime_version, _native.native().architectures
-    return f"by CUDA {_native.readable(version)} for {architectures.replace(';', ', ')}"
+    return f"by CUDA {_native.readable(version)} for {architectures.replace(',', ', ')}"
 
 
 def _capabilities(entry: _preferences.Preference) -> str:

@@ -46,7 +46,7 @@ def driver_lacks() -> list[str]:
 
 def device_lacks(capability: tuple[int, int]) -> list[str]:
     """What a GPU of compute ``capability`` lacks to run the compiled kernels; empty if nothing."""
-    architectures = native().architectures.split(";")
+    architectures = native().architectures.split(",")
     if any(_runs_on(name, capability) for name in architectures):
         return []
     given = ".".join(map(str, capability))

@@ -1,0 +1,97 @@
+"""The compiled CUDA kernels in vapt_fast._C: what they need of a GPU, and their machine code.
+
+It takes no GPU. ``python tests/native.py`` writes csrc/resources.json, for the architectures that this _C was
+compiled for: by default all.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+TABLE = Path(__file__).parent.parent / "csrc" / "resources.json"
+
+
+def find_tool(name: str) -> str | None:
+    """Where a tool for binaries is: on the PATH, in the CUDA toolkit, or in Triton, which brings some."""
+    folders = [os.environ["PATH"], "/usr/local/cuda/bin"]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None:
+        folders.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    return shutil.which(name, path=os.pathsep.join(folders))
+
+
+MISSING = [name for name in ("cuobjdump", "nvdisasm", "c++filt") if find_tool(name) is None]
+
+
+def resources(native: ModuleType) -> dict[str, dict[str, dict[str, int]]]:
+    """Kernel -> architecture -> registers and stack (where spilled registers go) of a thread.
+
+    Shared memory is asked for at launch, see prompt_attention_forward_shared_memory.
+    """
+    needed: dict[str, dict[str, dict[str, int]]] = {}
+    for architecture, dump in _by("arch = ", _dump(native, "--dump-resource-usage")):
+        for kernel, usage in _by("Function ", dump):
+            registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+            numbers = {"registers": registers, "stack": stack}
+            needed.setdefault(kernel.rstrip(":"), {})[architecture] = numbers
+    names = _readable(list(needed))
+    return {names[kernel]: needed[kernel] for kernel in sorted(needed, key=names.get)}
+
+
+def instructions(native: ModuleType, architecture: str) -> dict[str, Counter[str]]:
+    """Kernel -> how often which instruction of the machine code of one architecture occurs in it."""
+    dump = _dump(native, "-sass", "-arch", architecture)
+    code = {
+        kernel: Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", body, re.MULTILINE))
+        for kernel, body in _by("Function : ", dump)
+    }
+    names = _readable(list(code))
+    return {names[kernel]: counts for kernel, counts in code.items()}
+
+
+def _dump(native: ModuleType, *options: str) -> str:
+    path = os.pathsep.join((str(Path(find_tool("nvdisasm")).parent), os.environ["PATH"]))
+    command = [find_tool("cuobjdump"), *options, native.__file__]
+    result = subprocess.run(
+        command, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=True
+    )
+    return result.stdout
+
+
+def _by(heading: str, dump: str) -> list[tuple[str, str]]:
+    """The parts of a dump that begin with ``heading``: the rest of its line, what follows."""
+    parts = dump.split(heading)[1:]
+    return [(line.strip(), body) for line, _, body in (part.partition("\n") for part in parts)]
+
+
+def _readable(symbols: list[str]) -> dict[str, str]:
+    """Symbol -> "prompt_attention forward<BFloat16, 64>": its file, its function."""
+    command = [find_tool("c++filt"), "--no-params"]
+    demangled = subprocess.run(
+        command, input="\n".join(symbols), capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    # nvcc names the unnamed namespace of a file by the file.
+    files = [re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+)_cu_[0-9a-f]{8}", symbol)[1] for symbol in symbols]
+    clean = (re.sub(r"vapt_fast::(\(anonymous namespace\)::)?", "", name) for name in demangled)
+    return {s: f"{file} {name}" for s, file, name in zip(symbols, files, clean, strict=True)}
+
+
+def main() -> None:
+    from vapt_fast import _C
+
+    kernels = ",\n".join(
+        f"  {json.dumps(name)}: {json.dumps(needs)}" for name, needs in resources(_C).items()
+    )
+    TABLE.write_text(f'{{\n "cuda": {_C.runtime_version},\n "kernels": {{\n{kernels}\n }}\n}}\n')
+
+
+if __name__ == "__main__":
+    main()
