@@ -39,13 +39,14 @@ BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 NEEDED = ("torch", "timm", "safetensors", "typer", "rich", "pytest", "pytest_benchmark")
 SANITIZERS = ("memcheck", "initcheck", "racecheck", "synccheck")
+LONGEST_LOG = 200_000  # characters of one process, the last ones
 FOUND_ERRORS = 86  # exit code of compute-sanitizer, so that it is told from a crash
 
 # What is prepared beside the tests, each in a process: it compiles, and a crash shows before it can take
 # the other figures along.
 PREPARED = {
     "all": ("triton, bfloat16", "triton, bfloat16-autocast", "cuda, bfloat16", "auto, bfloat16"),
-    "compiled": ("reference, bfloat16, compiled", "torch, bfloat16, compiled"),
+    "compiled": tuple(f"{name}, bfloat16, compiled" for name in ("reference", "torch", "triton")),
 }
 
 
@@ -98,14 +99,15 @@ class Session:
     def finish(self, process: Process, seconds: float) -> int | None:
         """Wait at most ``seconds``; its exit code, or None if it had to be stopped."""
         code = process.wait(seconds)
-        self.log.write(f"\n==== {' '.join(process.command)}\n==== exit code {code}\n{process.output()}")
+        printed = process.output()[-LONGEST_LOG:]
+        self.log.write(f"\n==== {' '.join(process.command)}\n==== exit code {code}\n{printed}")
         self.log.flush()
         return code
 
     def call(self, seconds: float, *command: object) -> tuple[int | None, str]:
-        """Exit code, None if it had to be stopped, and the end of what it printed."""
+        """Exit code, None if it had to be stopped, and what it printed."""
         process = self.start(*command)
-        return self.finish(process, seconds), process.output()[-2000:]
+        return self.finish(process, seconds), process.output()
 
     def add_to_path(self, folder: Path) -> None:
         paths = [str(folder), self.environment.get("PYTHONPATH", "")]
@@ -357,8 +359,8 @@ PHASES = (
     Phase("install", 80, install),
     Phase("environment", 30, environment),
     Phase("tests", 180, tests),
-    Phase("models", 150, _models("all")),
-    Phase("compiled", 70, _models("compiled")),
+    Phase("models", 145, _models("all")),
+    Phase("compiled", 90, _models("compiled")),
     Phase("ops", 110, ops),
     Phase("autotuned", 480, _models("autotuned")),
     Phase("report", 20, report),

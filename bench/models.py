@@ -46,13 +46,9 @@ REWRITTEN = (
     Variant("torch", precision="bfloat16", attention="cudnn"),
     Variant("torch", precision="bfloat16", attention="flash"),
 )
-COMPILED = (
-    Variant("reference", precision="bfloat16", compile="default"),
-    Variant("torch", precision="bfloat16", compile="default"),
-)
-AUTOTUNED = (
-    Variant("reference", precision="bfloat16", compile="max-autotune-no-cudagraphs"),
-    Variant("torch", precision="bfloat16", compile="max-autotune-no-cudagraphs"),
+COMPILED, AUTOTUNED = (
+    tuple(Variant(name, precision="bfloat16", compile=mode) for name in ("reference", "torch", "triton"))
+    for mode in ("default", "max-autotune-no-cudagraphs")
 )
 KERNELS = tuple(
     Variant(backend, precision=precision)

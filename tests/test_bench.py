@@ -294,6 +294,12 @@ def test_gpu_run_without_a_gpu(tmp_path, load):
     assert "a CUDA graph needs a CUDA GPU" in markdown
 
 
+def test_what_is_prepared_is_in_its_table(load):
+    sets = load("models").SETS
+    for table, names in load("gpu").PREPARED.items():
+        assert {str(variant) for variant in sets[table]} >= set(names)
+
+
 def test_a_phase_that_fails_or_overruns_is_recorded_and_the_next_one_runs(load, tmp_path):
     gpu = load("gpu")
     session = gpu.Session(gpu.parse_options(["--out", str(tmp_path), "--dry"]))

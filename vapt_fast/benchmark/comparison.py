@@ -13,7 +13,7 @@ from torch import Tensor
 from .agreement import Disagreement, check, relative_errors
 from .memory import peak_allocated, peak_resident
 from .timing import Spread, in_turns
-from .workload import LINEAR_PROBE, MODES, WARM_UP, Setting, Variant, Workload
+from .workload import LINEAR_PROBE, MODES, WARM_UP, Setting, Variant, Workload, backbone_of
 
 __all__ = ["Comparison", "Row", "as_table"]
 
@@ -133,10 +133,15 @@ class Comparison:
         ]
 
     def _prepare(self, variant: Variant, modes: Sequence[str], memory: bool) -> None:
+        backbone_of(self.setting)
+        is_probe = variant.backend == LINEAR_PROBE
+        expected, literal = ({}, {}) if is_probe else self._yardstick(variant)
+        gc.collect()
         before = torch.cuda.memory_allocated(self.setting.device) if self.setting.on_gpu else 0
         workload = Workload(self.setting, variant)
-        if variant.backend != LINEAR_PROBE:
-            self._errors[variant] = self._check(workload)
+        if not is_probe:
+            errors = relative_errors(workload.outputs(), expected)
+            self._errors[variant] = check(errors, literal, workload.precision)
         for mode in modes:
             run = workload.runner(mode)
             for _ in range(WARM_UP):
@@ -150,17 +155,12 @@ class Comparison:
         self.setting.synchronize()
         self._workloads[variant] = workload
 
-    def _check(self, workload: Workload) -> float:
-        """The largest error against the literal method, uncompiled and in full precision."""
-        variant = workload.variant
+    def _yardstick(self, variant: Variant) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """The outputs of the literal method, in full precision, and its errors in that of ``variant``."""
         literal = Variant("reference", variant.kind, variant.num_prompts, variant.precision)
         exact = replace(literal, precision="float64" if variant.precision == "float64" else "float32")
         expected = self._outputs(exact)
-        return check(
-            relative_errors(workload.outputs(), expected),
-            relative_errors(self._outputs(literal), expected),
-            workload.precision,
-        )
+        return expected, relative_errors(self._outputs(literal), expected)
 
     def _outputs(self, variant: Variant) -> dict[str, Tensor]:
         if variant not in self._expected:

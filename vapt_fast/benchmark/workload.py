@@ -21,7 +21,17 @@ from ..config import PromptConfig
 from ..prompts import AdaptivePrompts, Prompts
 from ..vit import AdaptiveViT
 
-__all__ = ["ATTENTION", "LINEAR_PROBE", "MODES", "PRECISIONS", "Precision", "Setting", "Variant", "Workload"]
+__all__ = [
+    "ATTENTION",
+    "LINEAR_PROBE",
+    "MODES",
+    "PRECISIONS",
+    "Precision",
+    "Setting",
+    "Variant",
+    "Workload",
+    "backbone_of",
+]
 
 NUM_CLASSES = 100
 MODES = ("training step", "forward")
@@ -242,16 +252,23 @@ class Workload:
         return F.cross_entropy(logits.float(), self.labels)
 
 
+def backbone_of(setting: Setting) -> nn.Module:
+    """The timm model with random weights in float32, to copy from.
+
+    It is made once: initialising a ViT-B takes a second, copying it does not.
+    """
+    return _make_backbone(setting.model, setting.image_size, setting.device)
+
+
 @cache
-def _backbone(model: str, image_size: int | None, device: str) -> nn.Module:
-    """Made once: initialising a ViT-B takes a second, copying it does not."""
+def _make_backbone(model: str, image_size: int | None, device: str) -> nn.Module:
     torch.manual_seed(SEED)
     options = {} if image_size is None else {"img_size": image_size}
     return timm.create_model(model, num_classes=NUM_CLASSES, **options).to(device)
 
 
 def _make_model(setting: Setting, variant: Variant) -> nn.Module:
-    model = copy.deepcopy(_backbone(setting.model, setting.image_size, setting.device))
+    model = copy.deepcopy(backbone_of(setting))
     model = model.to(PRECISIONS[variant.precision].weights)
     if variant.attention == "explicit":
         for module in model.modules():
