@@ -88,7 +88,8 @@ __device__ __forceinline__ int cluster_rank() {
 
 // Of all threads of all blocks of the cluster. A block must not end while another reads its shared memory.
 __device__ __forceinline__ void sync_cluster() {
-  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  // Not ".aligned": the lanes of a warp may come one after the other, from a loop that ends at different turns.
+  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 
 // Where block ``rank`` of the cluster has what this block has at ``shared``.
