@@ -10,7 +10,10 @@ OUT ?= demo-out
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
 
-$(BIN)/.installed: pyproject.toml setup.py
+# Compiled by the installation, where there is nvcc.
+CUDA_SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.cu csrc/include/*/*)
+
+$(BIN)/.installed: pyproject.toml setup.py $(CUDA_SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
