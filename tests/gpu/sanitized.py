@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 from kernel_cases import KERNELS
 from ops import results
+from test_ops import converted
 
 from vapt_fast import BackendUnavailable, use_backend
 from vapt_fast.backends import _dispatch
@@ -21,21 +23,14 @@ def main() -> None:
         for backend in ("triton", "cuda"):
             if _dispatch.unavailable_because(backend):
                 continue
-            for kernels in KERNELS.values():
-                for dtype in (torch.float32, torch.bfloat16):
-                    for sizes in kernels.quick:
-                        function, _, tensors, options = kernels.make(**sizes)
-                        tensors = [tensor.to(dtype) for tensor in tensors]
-                        options = {
-                            name: value.to(dtype) if isinstance(value, torch.Tensor) else value
-                            for name, value in options.items()
-                        }
-                        try:
-                            with use_backend(backend):
-                                results(function, tensors, options)
-                        except (BackendUnavailable, TypeError):
-                            continue  # dtypes that these kernels, or the op, do not take
-                        count += 1
+            for (op, kernels), dtype in itertools.product(KERNELS.items(), (torch.float32, torch.bfloat16)):
+                for sizes in kernels.quick:
+                    try:
+                        with use_backend(backend):
+                            results(*converted(op, kernels.make(**sizes), dtype))
+                    except BackendUnavailable:
+                        continue  # a dtype or a size that these kernels do not take
+                    count += 1
     torch.cuda.synchronize()
     print(f"{count} cases ran")
     if not count:
