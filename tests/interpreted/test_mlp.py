@@ -2,15 +2,13 @@
 
 import importlib
 import itertools
-from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 from ops import FROZEN, assert_policy, assert_same_results, layouts, mlp_case, rand, results
 
-from vapt_fast import BackendUnavailable, functional, kernels
+from vapt_fast import BackendUnavailable, functional
 
 # By its full name: the package has a function of this name.
 LAUNCHER = importlib.import_module("vapt_fast.backends.triton.mlp")
@@ -174,31 +172,6 @@ def test_offsets_beyond_32_bits():
 # ---- launches
 
 
-@contextmanager
-def recorded_launches(run=True):
-    """(kernel's name, number of programs) of each launch in the ``with`` block, run or not."""
-    launches = []
-    launch = LAUNCHER.launch
-
-    def record(kernel, config, programs, *args, **constants):
-        launches.append((kernel.__name__, programs))
-        if run:
-            launch(kernel, config, programs, *args, **constants)
-
-    with mock.patch.object(LAUNCHER, "launch", record):
-        yield launches
-
-
-def test_grids():
-    """One dimension, of a size that a GPU allows."""
-    op, _, (x,), options = case(1, 33, 1, 65, 1)
-    x = x[:, :1].expand(65_536, 33, 1).requires_grad_()
-    with recorded_launches(run=False) as launches:
-        op(x, **options).sum().backward()
-    programs = 65_536 * 33 // 32 * 3
-    assert launches == [("activate", programs), ("grad_hidden", programs)]
-
-
 def test_each_tile_is_computed_once():
     """Whatever the numbers of tiles, also where the last group is less high than the others."""
     for rows, hidden in itertools.product((1, 8 * 32, 9 * 32, 17 * 32), (1, 33, 129)):
@@ -214,10 +187,6 @@ def test_nothing_is_kept_that_no_gradient_needs():
     again, hidden = torch.ops.vapt_fast.mlp(*operands, True)
     assert hidden.shape == (2, 5, 8)
     assert torch.equal(y, again)
-
-
-def test_kernels_use_no_atomics():
-    assert "atomic" not in Path(kernels.__file__).with_name("mlp.py").read_text()
 
 
 def test_results_repeat_bit_by_bit_and_image_by_image():

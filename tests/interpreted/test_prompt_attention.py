@@ -3,12 +3,11 @@
 import importlib
 import itertools
 import random
-from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from interpreter import recorded_launches
 from ops import (
     assert_policy,
     assert_same_results,
@@ -20,7 +19,7 @@ from ops import (
     results,
 )
 
-from vapt_fast import BackendUnavailable, kernels
+from vapt_fast import BackendUnavailable
 from vapt_fast.backends._packed import unpack
 
 # By its full name: the package has a function of this name.
@@ -376,37 +375,6 @@ def test_a_bias_may_hide_keys(prompts):
 # ---- launches
 
 
-@contextmanager
-def recorded_launches(run=True):
-    """(kernel's name, number of programs) of each launch in the ``with`` block, run or not."""
-    launches = []
-    launch = LAUNCHER.launch
-
-    def record(kernel, config, programs, *args, **constants):
-        launches.append((kernel.__name__, programs))
-        if run:
-            launch(kernel, config, programs, *args, **constants)
-
-    with mock.patch.object(LAUNCHER, "launch", record):
-        yield launches
-
-
-def test_grids():
-    """One dimension, of a size that a GPU allows, also for a million heads."""
-    op, _, tensors, options = case(batch=1, queries=17, tokens=33, heads=16, groups=8, dim=1, prompts=5)
-    leaves = [t.expand(65_536, *t.shape[1:]).requires_grad_() for t in tensors]
-    with recorded_launches(run=False) as launches:
-        out = op(*leaves, **options)
-        torch.autograd.grad(out, leaves, out.new_ones(()).expand(out.shape))
-    assert launches == [
-        ("forward", 65_536 * 16 * 2),
-        ("row_products", 65_536 * 16 * 2),
-        ("grad_queries", 65_536 * 16 * 2),
-        ("grad_keys", 65_536 * 8 * 3),
-        ("grad_keys", 65_536 * 8),
-    ]
-
-
 def test_only_prompts_that_learn():
     """As in the first block: nothing is computed for the tokens."""
     op, formula, (*frozen, prompt_k, prompt_v), options = case(**SMALL, shared=True)
@@ -416,10 +384,6 @@ def test_only_prompts_that_learn():
     assert [name for name, _ in launches] == ["forward", "row_products", "grad_keys"]
     expected = torch.autograd.grad(formula(*frozen, *leaves, **options).square().sum(), leaves)
     assert_same_results([actual], [expected], 1e-10)
-
-
-def test_kernels_use_no_atomics():
-    assert "atomic" not in Path(kernels.__file__).with_name("prompt_attention.py").read_text()
 
 
 def test_results_repeat_bit_by_bit_and_image_by_image():

@@ -2,21 +2,15 @@
 
 import importlib
 import itertools
-from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
+from interpreter import recorded_launches
 from ops import assert_policy, assert_same_results, far_from_zero, layouts, pool_case, rand, results
-from test_official import OPTIONS, Golden, official_grads
-from tiny import assert_same, run, tiny_images, tiny_model
 from torch.autograd import forward_ad
 
-from vapt_fast import BackendUnavailable, kernels, use_backend
-from vapt_fast.backends import _dispatch
-from vapt_fast.backends._dispatch import IMPLEMENTATIONS
+from vapt_fast import BackendUnavailable
 
 # By their full names: the package has functions of these names.
 LAUNCHERS = [
@@ -199,57 +193,6 @@ def test_offsets_beyond_32_bits(dim):
 # ---- launches
 
 
-@contextmanager
-def recorded_launches(run=True):
-    """(kernel's name, number of programs) of each launch in the ``with`` block, run or not."""
-    launches = []
-    launch = LAUNCHERS[0].launch
-
-    def record(kernel, config, programs, *args, **constants):
-        launches.append((kernel.__name__, programs))
-        if run:
-            launch(kernel, config, programs, *args, **constants)
-
-    with ExitStack() as patches:
-        for launcher in LAUNCHERS:
-            patches.enter_context(mock.patch.object(launcher, "launch", record))
-        yield launches
-
-
-def grids(batch, prefix, patches, dim, rows):
-    """Kernel -> number of programs, of a forward and backward pass that is not run."""
-    op, _, (x, *rest), options = case(1, prefix, patches, dim, rows, delta=False)
-    leaves = [t.requires_grad_() for t in (x[:, :1, :1].expand(batch, *x.shape[1:]), *rest)]
-    with recorded_launches(run=False) as launches:
-        outputs = op(*leaves, **options)
-        torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
-    return dict(launches)
-
-
-def test_grids():
-    """One dimension, of a size that a GPU allows."""
-    assert grids(2, 1, 49, 70, 20) == {
-        "forward": 2 * 50 // 2,
-        "pool": 2 * 2 * 2,
-        "tokens_backward": 2 * 4,
-        "matrix_backward": 1 * 2 * 2,
-        "affine_backward": 1 * 2,
-        "add_chunks": 1,
-    }
-    many = grids(65_536, 1, 1, 1, 1)
-    assert many["pool"] == many["tokens_backward"] == 65_536
-    assert many["matrix_backward"] == many["affine_backward"] == 64
-
-
-def test_launches_are_on_the_device_of_their_input():
-    op, _, tensors, options = case(1, 1, 2, 4, 2)
-    guarded = []
-    with mock.patch.object(torch.cuda, "device_of") as guard:
-        guard.side_effect = lambda tensor: (guarded.append(tensor.device), mock.MagicMock())[1]
-        results(op, tensors, options)
-    assert guarded == [tensors[0].device] * 7
-
-
 def test_nothing_is_launched_for_what_needs_no_gradient():
     op, _, (x, matrix, weight, bias, delta), options = case(1, 1, 2, 4, 2)
     with recorded_launches() as launches:
@@ -261,10 +204,6 @@ def test_nothing_is_launched_for_what_needs_no_gradient():
             op(x, matrix.detach(), weight, bias, delta, **options)[-1].sum().backward()
         assert list(dict(launches)) == ["forward", "pool", "tokens_backward"]
         leaf.requires_grad_(False)
-
-
-def test_kernels_use_no_atomics():
-    assert "atomic" not in Path(kernels.__file__).with_name("prompt_pool.py").read_text()
 
 
 def test_results_repeat_bit_by_bit():
@@ -349,57 +288,3 @@ def test_a_gain_that_learns_is_refused():
         op(*tensors, **options)
     with torch.no_grad():
         assert_same_results([op(*tensors, **options)], [op(*tensors, **options, backend="torch")], 1e-10)
-
-
-# ---- the whole model
-
-
-@pytest.fixture
-def alone(monkeypatch):
-    """The other ops run on the torch backend, which takes less time."""
-    names = {op: ("torch", "triton") if op == "prompt_pool" else ("torch",) for op in IMPLEMENTATIONS}
-    monkeypatch.setattr(_dispatch, "IMPLEMENTATIONS", names)
-
-
-@pytest.mark.usefixtures("alone")
-@pytest.mark.parametrize("name", OPTIONS)
-def test_golden(name):
-    """The public implementation's logits and gradients."""
-    golden = Golden(name)
-    model = golden.model().double().eval()
-    with recorded_launches() as launches:
-        logits = model(golden.image)
-        F.cross_entropy(logits, golden.target).backward()
-    assert "tokens_backward" in dict(launches)
-    torch.testing.assert_close(logits, golden.logits, rtol=0, atol=1e-9)
-    grads = official_grads(model)
-    for key, expected in golden.grads.items():
-        assert (grads[key] - expected).abs().max() <= 1e-9 * max(1.0, expected.abs().max()), key
-
-
-@pytest.mark.usefixtures("alone")
-def test_checkpointing_recomputes_on_the_backend_of_the_forward_pass():
-    model = tiny_model("vit_tiny_patch16_224")
-    images = tiny_images(model)
-    expected = run(model, images, "triton")
-    model.set_grad_checkpointing()
-    model.zero_grad()
-    logits = model(images)
-    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits)
-    with use_backend("torch"), recorded_launches() as launches:
-        (logits * weights.cos()).sum().backward()
-    assert "forward" in dict(launches)
-    grads = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    assert_same({"logits": logits.detach()} | grads, expected, 0)
-
-
-@pytest.mark.usefixtures("alone")
-def test_model_compiles_and_exports():
-    model = tiny_model("vit_tiny_patch16_224")
-    images = tiny_images(model)
-    expected = model(images)
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(images), expected, rtol=1e-12, atol=1e-12)
-    exported = torch.export.export(model, (images,))
-    assert any("vapt_fast.prompt_pool" in str(node.target) for node in exported.graph.nodes)
-    torch.testing.assert_close(exported.module()(images), expected, rtol=1e-12, atol=1e-12)
