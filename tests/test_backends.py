@@ -81,9 +81,7 @@ def test_an_explicit_backend_never_falls_back(name, monkeypatch):
     with pytest.raises(BackendUnavailable, match=name):
         make(name)
     with pytest.raises(BackendUnavailable, match=name):
-        vapt_fast.functional.prompt_projector(
-            torch.zeros(1, 1, 2), torch.zeros(1, 2), torch.zeros(2, 1), backend=name
-        )
+        vapt_fast.functional.prompt_projector(torch.zeros(1, 1, 2), torch.zeros(1), backend=name)
     monkeypatch.setenv(_dispatch.ENVIRONMENT_VARIABLE, name)
     with pytest.raises(BackendUnavailable, match=f"VAPT_FAST_BACKEND '{name}' can't run"):
         run(make())
@@ -144,7 +142,8 @@ def test_an_implementation_is_looked_for_by_its_backend(op, name, monkeypatch):
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(_implementation, "_why_not", lambda *args: [])
-    monkeypatch.setattr(_dispatch, "device_lacks", lambda *args: [])
+    for lack in ("device_lacks", "unavailable_because"):
+        monkeypatch.setattr(_dispatch, lack, lambda *args: [])
     assert choose(op, name, torch.zeros(1)) == name
     for other in ("auto", "reference", "torch"):
         assert choose(op, other, torch.zeros(1)) == "torch"

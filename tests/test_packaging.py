@@ -100,6 +100,7 @@ def test_an_install_with_nvcc_has_the_kernels(project, environment):
     options = {"VAPT_FAST_CUDA": "1", "VAPT_FAST_CUDA_ARCHS": "90a-real;90-virtual"}
     output, succeeded = environment.install(project, **options)
     assert succeeded, output
+    assert "Building CUDA object" in output
     (module,) = (environment.site_packages / "vapt_fast").glob("_C*")
     assert module.suffix == ".so"
     libraries = subprocess.run(["ldd", module], capture_output=True, text=True, check=True).stdout
@@ -108,6 +109,9 @@ def test_an_install_with_nvcc_has_the_kernels(project, environment):
     code = "import torch; from vapt_fast import _C; print(_C.__file__, _C.architectures)"
     assert environment.run("-c", code).split() == [str(module), "90a-real,90-virtual"]
     assert "for 90a-real, 90-virtual" in environment.info()
+    output, succeeded = environment.install(project, **options)
+    assert succeeded, output
+    assert "Building CUDA object" not in output  # none has changed
 
 
 def assert_installs_without_kernels(environment, project, reason, **options):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import re
 from pathlib import Path
@@ -56,6 +57,7 @@ def device_lacks(capability: tuple[int, int]) -> list[str]:
     ]
 
 
+@functools.cache
 def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     """Whether code for one of CMAKE_CUDA_ARCHITECTURES runs on a GPU of compute ``capability``."""
     number, feature, form = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", architecture).groups()
