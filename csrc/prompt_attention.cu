@@ -147,9 +147,9 @@ template <int DIM>
 struct ForwardTiles {
   static constexpr int WARPS = 4;
   static constexpr int THREADS = WARPS * kLanes;
-  static constexpr int QUERIES = DIM <= 80 ? 2 : 1;                 // tiles that a warp holds
-  static constexpr int KEYS = 2;                                    // tiles in a chunk
-  static constexpr int BLOCKS = DIM <= 32 ? 4 : DIM == 96 ? 3 : 2;  // a multiprocessor has registers for
+  static constexpr int QUERIES = DIM <= 80 ? 2 : 1;                               // tiles that a warp holds
+  static constexpr int KEYS = 2;                                                  // tiles in a chunk
+  static constexpr int BLOCKS = DIM <= 32 ? 4 : DIM == 80 || DIM == 128 ? 2 : 3;  // at once
   static constexpr int CHUNK = KEYS * kTile;
 
   static std::int64_t shared_memory(std::int64_t keys) {
@@ -196,11 +196,11 @@ __global__ void __launch_bounds__(ForwardTiles<DIM>::THREADS, ForwardTiles<DIM>:
     commit_copies();
   }
 
-  const Rows queries = rows_of(arguments.q, image, head);
   const float scale = arguments.scale * kLog2E;
   constexpr int STEP = Tiles::WARPS * Tiles::QUERIES * kTile;
   for (int step = 0; step < num_queries; step += STEP) {
     const int first_query = step + warp() * Tiles::QUERIES * kTile;
+    const Rows queries = rows_of(arguments.q, computed_here(image), computed_here(head));
     std::uint32_t q[Tiles::QUERIES][DEPTH][4];
     float acc[Tiles::QUERIES][COLUMNS][4] = {};
     // Of the rows lane / 4 and lane / 4 + 8 of each tile; total is of this lane's columns only.
@@ -315,7 +315,7 @@ __global__ void __launch_bounds__(ForwardTiles<DIM>::THREADS, ForwardTiles<DIM>:
       }
     }
 
-    const Rows out = rows_of(arguments.out, image, head);
+    const Rows out = rows_of(arguments.out, computed_here(image), computed_here(head));
 #pragma unroll
     for (int i = 0; i < Tiles::QUERIES; ++i) {
 #pragma unroll
