@@ -9,6 +9,7 @@ is in the results with its reason. Example:
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import time
 from collections.abc import Iterator
@@ -99,6 +100,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A table after the other: its setting and rows, as JSON takes them."""
     end = time.monotonic() + options.seconds
     parts = [(mode, graph) for graph in (False, True) for mode in MODES]
+    preparation = 0.0  # seconds that the last table took before anything was timed
     for index, (num_prompts, batch) in enumerate(options.sizes):
         setting = Setting(
             model=options.model,
@@ -112,21 +114,26 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         variants = [_with_prompts(EVERY_VARIANT[name], num_prompts) for name in names]
         left_out = {v: options.left_out[str(v)] for v in variants if str(v) in options.left_out}
         chosen = [variant for variant in variants if variant not in left_out]
-        if time.monotonic() > end and index > 0:
+        if index > 0 and time.monotonic() + preparation > end:
             left_out, chosen = dict.fromkeys(variants, "left out: no time was left"), []
         print(f"P = {num_prompts}, batch {batch}: {len(chosen)} to compare", flush=True)
         began = time.monotonic()
         # On a CPU each figure of memory would take a process of its own.
         comparison = Comparison(setting, chosen, memory=setting.on_gpu, progress=_print)
-        preparation = (time.monotonic() - began) * (len(options.sizes) - index - 1)  # of the next tables
+        preparation = time.monotonic() - began
+        reserved = preparation * (len(options.sizes) - index - 1)
         rows: dict[tuple[Variant, str, bool], Row] = {}
         for number, (mode, graph) in enumerate(parts):
             still = (len(options.sizes) - index) * len(parts) - number
-            deadline = time.monotonic() + (end - preparation - time.monotonic()) / still
+            deadline = time.monotonic() + (end - reserved - time.monotonic()) / still
             for row in comparison.measure(mode, rounds=options.rounds, graph=graph, deadline=deadline):
                 rows[row.variant, mode, graph] = row
             for variant, reason in left_out.items():
                 rows[variant, mode, graph] = Row(variant, mode, graph, error=reason)
+        del comparison  # its models and graphs, before the next ones are made
+        gc.collect()
+        if setting.on_gpu:
+            torch.cuda.empty_cache()
         yield {
             "set": options.set,
             "setting": asdict(setting),
