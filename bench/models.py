@@ -100,7 +100,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """A table after the other: its setting and rows, as JSON takes them."""
     end = time.monotonic() + options.seconds
     parts = [(mode, graph) for graph in (False, True) for mode in MODES]
-    preparation = 0.0  # seconds that the last table took before anything was timed
+    preparation = 0.0  # seconds that a table took before anything was timed
     for index, (num_prompts, batch) in enumerate(options.sizes):
         setting = Setting(
             model=options.model,
@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         began = time.monotonic()
         # On a CPU each figure of memory would take a process of its own.
         comparison = Comparison(setting, chosen, memory=setting.on_gpu, progress=_print)
-        preparation = time.monotonic() - began
+        preparation = max(preparation, time.monotonic() - began)
         reserved = preparation * (len(options.sizes) - index - 1)
         rows: dict[tuple[Variant, str, bool], Row] = {}
         for number, (mode, graph) in enumerate(parts):
