@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: help demo test lint bench gpu gpu-dry clean
+.PHONY: help demo test mutants lint bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,6 +24,9 @@ demo: $(BIN)/.installed ## adapt a ViT to digits it has never seen; writes a tab
 
 test: $(BIN)/.installed ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+mutants: $(BIN)/.installed ## mutation tests of the Triton kernels, after they have changed; writes tests/mutants.json
+	$(BIN)/python tests/kill_mutants.py
 
 lint: $(BIN)/.installed ## style
 	$(BIN)/ruff check .

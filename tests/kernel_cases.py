@@ -49,6 +49,7 @@ class Kernels:
 
 YES_OR_NO = [False, True]
 ONE_HEAD = {"heads": 1, "groups": 1, "dim": 2}
+THREE_HEADS = {"batch": 1, "queries": 3, "tokens": 3, "heads": 3, "groups": 3, "dim": 2, "prompts": 3}
 
 KERNELS = {
     "add_norm": Kernels(
@@ -88,7 +89,10 @@ KERNELS = {
             {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2, "delta": False},
             {"batch": 1, "prefix": 1, "patches": 3, "dim": 257, "rows": 2},
         ],
-        [({"batch": 3, "prefix": 0, "patches": 3, "dim": 3, "rows": 3}, dim, 2**30) for dim in (0, 1, 2)],
+        [
+            ({"batch": 3, "prefix": 0, "patches": 3, "dim": 3, "rows": 3, "delta": delta}, dim, 2**30)
+            for dim, delta in ((0, False), (1, False), (2, False), (0, True))
+        ],
         [
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0, 4], []),
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0, 4], [0, 4]),
@@ -133,18 +137,24 @@ KERNELS = {
             "shared": YES_OR_NO,
             "bias": [False, False, True],
         },
-        {"batch": 1, "heads": 1, "groups": 1, "queries": 30, "tokens": 28, "dim": 32, "prompts": 5},
+        {"batch": 1, "heads": 1, "groups": 1, "queries": 33, "tokens": 28, "dim": 32, "prompts": 5},
         [
             {"batch": 2, "queries": 5, "tokens": 7, "heads": 2, "groups": 1, "dim": 3},
-            {"batch": 1, "queries": 17, "tokens": 18, "heads": 2, "groups": 2, "prompts": 17, "bias": True},
+            {"batch": 1, "queries": 17, "tokens": 18, "heads": 2, "groups": 2, "dim": 17, "prompts": 17}
+            | {"bias": True},
             {"batch": 2, "queries": 3, "tokens": 3, "heads": 3, "groups": 1, "dim": 16, "shared": True}
             | {"bias": True},
         ],
         # Strides of tokens are below 2^24.
         [
             (ONE_HEAD | {"batch": 3, "queries": 3, "tokens": 3, "prompts": 3}, 0, 2**30),
-            (ONE_HEAD | {"batch": 1, "queries": 130, "tokens": 130, "prompts": 1}, 1, 2**24 - 8),
-            (ONE_HEAD | {"batch": 1, "queries": 1, "tokens": 1, "prompts": 130}, 1, 2**24 - 8),
+            (ONE_HEAD | {"batch": 1, "queries": 162, "tokens": 162, "prompts": 1}, 1, 2**24 - 8),
+            (ONE_HEAD | {"batch": 1, "queries": 1, "tokens": 1, "prompts": 162}, 1, 2**24 - 8),
+            (THREE_HEADS, 2, 2**30),
+            # Of these the launcher copies all but the bias.
+            (THREE_HEADS | {"bias": True}, 1, 2**30),
+            (ONE_HEAD | {"batch": 1, "queries": 162, "tokens": 1, "bias": True}, 2, 2**24 - 8),
+            (ONE_HEAD | {"batch": 1, "queries": 1, "tokens": 162, "bias": True}, 3, 2**24 - 8),
         ],
         [({"queries": 4, "tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(5), range(5))],
     ),
@@ -167,7 +177,7 @@ KERNELS = {
         ],
         [
             (ONE_HEAD | {"batch": 3, "tokens": 3, "prompts": 3}, 0, 2**30),
-            (ONE_HEAD | {"batch": 1, "tokens": 130, "prompts": 1}, 1, 2**24 - 8),
+            (ONE_HEAD | {"batch": 1, "tokens": 162, "prompts": 1}, 1, 2**24 - 8),
         ],
         [({"tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(2), range(2))],
     ),
@@ -215,7 +225,7 @@ KERNELS = {
             {"batch": 1, "tokens": 290, "dim": 3, "hidden": 33, "out": 3},
         ],
         # Strides are below 2^24.
-        [({"batch": 1, "tokens": 130, "dim": 3, "hidden": 130, "out": 3}, dim, 2**24 - 8) for dim in (0, 1)],
+        [({"batch": 1, "tokens": 194, "dim": 3, "hidden": 194, "out": 3}, dim, 2**24 - 8) for dim in (0, 1)],
         [],
     ),
 }
