@@ -137,7 +137,7 @@ KERNELS = {
             "shared": YES_OR_NO,
             "bias": [False, False, True],
         },
-        {"batch": 1, "heads": 1, "groups": 1, "queries": 33, "tokens": 28, "dim": 32, "prompts": 5},
+        {"batch": 1, "heads": 1, "groups": 1, "queries": 30, "tokens": 28, "dim": 32, "prompts": 5},
         [
             {"batch": 2, "queries": 5, "tokens": 7, "heads": 2, "groups": 1, "dim": 3},
             {"batch": 1, "queries": 17, "tokens": 18, "heads": 2, "groups": 2, "dim": 17, "prompts": 17}
