@@ -253,8 +253,17 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
 
 
 def source_hash(source: str) -> str:
-    """Of what a source computes: the same for other comments, docstrings and line breaks."""
-    return hashlib.sha256(ast.unparse(_without_docstrings(ast.parse(source))).encode()).hexdigest()[:16]
+    """Of what a source computes: the same for other comments, docstrings and line breaks, on every Python."""
+    structure = _structure(_without_docstrings(ast.parse(source)))
+    return hashlib.sha256(repr(structure).encode()).hexdigest()[:16]
+
+
+def _structure(value: Any) -> Any:
+    """A syntax tree as lists, without what is absent, which not every Python has a name for."""
+    if isinstance(value, ast.AST):
+        fields = [(name, _structure(field)) for name, field in ast.iter_fields(value)]
+        return [type(value).__name__, *(field for field in fields if field[1] not in (None, []))]
+    return [_structure(item) for item in value] if isinstance(value, list) else value
 
 
 def chosen(file: str, count: int = PER_FILE) -> list[Mutant]:
