@@ -97,7 +97,8 @@ def project(sdist, tmp_path):
 
 @needs_nvcc
 def test_an_install_with_nvcc_has_the_kernels(project, environment):
-    options = {"VAPT_FAST_CUDA": "1", "VAPT_FAST_CUDA_ARCHS": "90a-real;90-virtual"}
+    # PTX alone takes the least time.
+    options = {"VAPT_FAST_CUDA": "1", "VAPT_FAST_CUDA_ARCHS": "80-virtual;90-virtual"}
     output, succeeded = environment.install(project, **options)
     assert succeeded, output
     assert "Building CUDA object" in output
@@ -107,8 +108,8 @@ def test_an_install_with_nvcc_has_the_kernels(project, environment):
     assert "torch" not in libraries
     assert "cuda" not in libraries
     code = "import torch; from vapt_fast import _C; print(_C.__file__, _C.architectures)"
-    assert environment.run("-c", code).split() == [str(module), "90a-real,90-virtual"]
-    assert "for 90a-real, 90-virtual" in environment.info()
+    assert environment.run("-c", code).split() == [str(module), "80-virtual,90-virtual"]
+    assert "for 80-virtual, 90-virtual" in environment.info()
     output, succeeded = environment.install(project, **options)
     assert succeeded, output
     assert "Building CUDA object" not in output  # none has changed
