@@ -1,9 +1,11 @@
 """prompt_attention's CUDA kernels on a CPU: values, bounds and races; and the emulation itself."""
 
+import json
 import random
 import subprocess
 from ctypes import byref, c_bool, c_int64, c_void_p
 
+import cuda_mutants
 import emulation
 import pytest
 import torch
@@ -262,8 +264,9 @@ def test_one_key_has_no_say(kernels):
 
 @pytest.mark.parametrize("sign", [-1, 1])
 @pytest.mark.parametrize("size", [100.0, 3e4])
-def test_extreme_scores_stay_finite(kernels, size, sign):
-    tensors = low(queries=20, tokens=20)
+@pytest.mark.parametrize(("tokens", "dim"), [(20, 32), (150, 128)])
+def test_extreme_scores_stay_finite(kernels, tokens, dim, size, sign):
+    tensors = low(queries=20, tokens=tokens, dim=dim)
     tensors[0] = sign * tensors[0].abs() * size
     tensors[1], tensors[3] = tensors[1].abs() + 1, tensors[3].abs() + 1
     results = run(kernels, tensors)
@@ -280,6 +283,17 @@ def test_nan_and_inf_propagate_as_in_eager(kernels, position, value):
     expected = attention_formula(*(t.float() for t in tensors), scale=0.7)
     torch.testing.assert_close(out.float(), expected, equal_nan=True, rtol=0.02, atol=0.02)
     assert torch.isfinite(out[1]).all()
+
+
+def test_scores_of_minus_infinity_hide_their_keys(kernels):
+    q, k = torch.full((1, 1, 1, 8), 1e20), torch.zeros(1, 70, 1, 8)
+    k[:, :40] = -1e20  # all of the first chunk of keys
+    v = torch.randn(1, 70, 1, 8)
+    none = torch.zeros(1, 0, 1, 8)
+    tensors = [t.bfloat16() for t in (q, k, v, none, none)]
+    out, _ = kernels.forward(tensors, 1.0)
+    expected = attention_formula(*(t.float() for t in tensors), scale=1.0)
+    torch.testing.assert_close(out.float(), expected, rtol=0.01, atol=0.01)
 
 
 # ---- repeating
@@ -330,7 +344,7 @@ def forward_refused(kernels, **changes):
         ({"lse": None}, INVALID, "lse must not be null"),
         ({"q": Tensor4()}, INVALID, "q must not be null"),
     ],
-    ids=lambda value: str(value) if isinstance(value, dict) else "",
+    ids=lambda value: value.partition(",")[0] if isinstance(value, str) else "",
 )
 def test_what_is_refused(kernels, changes, code, message):
     kernels.library.set_shared_memory_limit(c_int64(100 * 1024))
@@ -488,3 +502,19 @@ def test_conversions_are_those_of_pytorch(kernels, dtype, number):
     pointers = (c_void_p(t.data_ptr()) for t in (given, rounded))
     kernels.library.from_float(number, c_int64(len(given)), *pointers)
     assert_equal([rounded.view(dtype)], [given.to(dtype)])
+
+
+# ---- mutants
+
+
+def test_mutants_are_noticed():
+    """python tests/cuda_mutants.py writes the table, and has to do so again when the kernels have changed."""
+    table = json.loads(cuda_mutants.TABLE.read_text())
+    assert table["source"] == cuda_mutants.source_hash()
+    mutants, noticed = cuda_mutants.mutants(), table["noticed"]
+    assert [mutant.name for mutant in mutants] == list(noticed)
+    source = cuda_mutants.SOURCE.read_text()
+    assert all(source.count(mutant.before) == 1 for mutant in mutants)
+    survivors = {name for name, how in noticed.items() if how is None}
+    assert survivors == {mutant.name for mutant in mutants if mutant.excuse}
+    assert len(survivors) <= 0.1 * len(mutants)
