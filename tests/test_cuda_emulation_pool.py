@@ -2,11 +2,14 @@
 
 import ctypes
 import itertools
+import json
 import subprocess
+from pathlib import Path
 
 import emulation
 import pytest
 import torch
+from cuda_mutants import mutants, source_hash
 from emulation import CSRC, INVALID, UNSUPPORTED
 from emulation_pool import PoolKernels
 from ops import assert_policy, assert_same_results, by_name, pool_case, results
@@ -101,6 +104,18 @@ def test_error_over_twenty_seeds(kernels, dtype, scale):
             yield op, formula, [t * scale for t in tensors], options
 
     assert_policy(pool_case, cases(), dtype)
+
+
+@pytest.mark.parametrize("one_pass", [True, False])
+def test_both_eps_where_the_variance_is_small(kernels, one_pass):
+    kernels.one_pass = one_pass
+
+    def cases():
+        for seed in range(5):
+            op, formula, (x, *learned, delta), options = case(kernels, patches=33, gain=False, seed=seed)
+            yield op, formula, [x * 2e-3, *learned, delta * 2e-3], options
+
+    assert_policy(pool_case, cases(), torch.float16)
 
 
 @HALF
@@ -414,3 +429,19 @@ def test_no_stray_address_and_no_race(tmp_path_factory, sanitizer, words):
     command = [program, *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "finite\n", "")
+
+
+# ---- mutants
+
+
+def test_mutants_are_noticed():
+    """python tests/cuda_mutants_pool.py writes the table, and has to do so again when the kernels change."""
+    table = json.loads(Path(__file__).with_name("cuda_mutants_pool.json").read_text())
+    listed, noticed = mutants(Path(__file__).with_name("cuda_mutants_pool.txt")), table["noticed"]
+    assert table["source"] == source_hash(CSRC / "prompt_pool.cu")
+    assert [mutant.name for mutant in listed] == list(noticed)
+    source = (CSRC / "prompt_pool.cu").read_text()
+    assert all(source.count(mutant.before) == 1 for mutant in listed)
+    survivors = {name for name, how in noticed.items() if how is None}
+    assert survivors == {mutant.name for mutant in listed if mutant.excuse}
+    assert len(survivors) <= 0.1 * len(listed)
