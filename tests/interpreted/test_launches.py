@@ -213,3 +213,20 @@ def test_opcheck_at_two_sizes(op):
         assert len({func for func, _ in recorder.calls}) >= 2
         for func, args in recorder.calls:
             torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("op", KERNELS)
+def test_a_backward_is_given_no_zeros(op):
+    """Autograd would write some in every step, for the statistics and hidden features that an op keeps."""
+    aten, made = torch.ops.aten, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function in (aten.zeros_like.default, aten.zeros.default, aten.new_zeros.default):
+                made.append(function)
+            return function(*args, **({} if kwargs is None else kwargs))
+
+    function, tensors, options = expanded(op, 2, KERNELS[op].quick[0])
+    with recorded(lambda grid, args: None), Watch():
+        forward_and_backward(function, tensors, options)
+    assert not made

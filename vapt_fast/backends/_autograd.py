@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["differentiable_once", "refuse_forward_mode"]
+__all__ = ["differentiable_once", "no_zeros", "or_zeros", "refuse_forward_mode"]
 
 
 def differentiable_once(op: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -18,6 +20,20 @@ def differentiable_once(op: str, *grads: Tensor | None) -> tuple[Tensor | None, 
     if not torch.is_grad_enabled():  # nobody asked for a graph of the backward
         return grads
     return tuple(None if grad is None else _Once.apply(op, grad) for grad in grads)
+
+
+def no_zeros(ctx: Any, *not_differentiable: Tensor) -> None:
+    """Mark those outputs, and have no zeros made for them: autograd would write as many in each backward.
+
+    Then the gradient of an output that nobody used is None as well.
+    """
+    ctx.mark_non_differentiable(*not_differentiable)
+    ctx.set_materialize_grads(False)
+
+
+def or_zeros(grad: Tensor | None, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad``, or zeros in the shape of ``like`` where there is none."""
+    return torch.zeros(like.shape, dtype=dtype, device=like.device) if grad is None else grad
 
 
 def refuse_forward_mode(op: str, *tensors: Tensor) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
-from .._autograd import differentiable_once, refuse_forward_mode
+from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
 from .._native import native
 from .._packed import unpack
 from ._launch import aligned, launch, rows
@@ -315,11 +315,13 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.scale = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
+    no_zeros(ctx, lse)
     ctx.save_for_backward(out, lse, *tensors)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 6
     grad_q = grad_k = grad_v = grad_prompt_k = grad_prompt_v = None
     if any(ctx.needs_input_grad[:3]):
         grad_q, grad_kv, grad_prompt_kv = _gradients(grad_out, *ctx.saved_tensors, ctx.scale)
@@ -338,11 +340,13 @@ def _packed_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, num_heads, num_kv_heads, ctx.scale = inputs
     ctx.heads = num_heads, num_kv_heads
     out, lse = output
-    ctx.mark_non_differentiable(lse)
+    no_zeros(ctx, lse)
     ctx.save_for_backward(out, lse, *tensors)
 
 
-def _packed_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _packed_backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 5
     out, lse, qkv, prompt_kv = ctx.saved_tensors
     grad_qkv = None
     if ctx.needs_input_grad[0]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
-from .._autograd import differentiable_once, refuse_forward_mode
+from .._autograd import differentiable_once, no_zeros, or_zeros, refuse_forward_mode
 from .._native import native
 from .._residual import empty_gradients, empty_total, total_dtype
 from ._launch import address, aligned, launch, rows
@@ -252,23 +252,26 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, delta, gain, matrix, weight, bias, *ctx.options = inputs
     total, _, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    no_zeros(ctx, mean, rstd)
     ctx.dtypes = x.dtype, None if delta is None else delta.dtype
     ctx.save_for_backward(x if delta is None else total, gain, matrix, weight, bias, mean, rstd)
 
 
 def _backward(
-    ctx: Any, grad_total: Tensor, grad_normed: Tensor, grad_pooled: Tensor, *_: Any
+    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    total, gain, *rest = ctx.saved_tensors
+    total, gain, matrix, *rest = ctx.saved_tensors
     if ctx.dtypes[1] is None:  # then there is no total but x
         grad_total = None
+    grad_normed = or_zeros(grad_normed, total, ctx.options[0])
+    each_row = total[:, :1].expand(-1, matrix.shape[0], -1)
+    grad_pooled = or_zeros(grad_pooled, each_row, matrix.dtype)
     x_dtype, delta_dtype = (
         dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
     )
     same = gain is None and x_dtype == delta_dtype
     grad_x, grad_delta, grad_matrix, grad_affine = _gradients(
-        *(grad_total, grad_normed, grad_pooled, total, gain, *rest, *ctx.options),
+        *(grad_total, grad_normed, grad_pooled, total, gain, matrix, *rest, *ctx.options),
         *(x_dtype, None if same else delta_dtype),
     )
     if same:

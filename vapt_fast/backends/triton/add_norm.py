@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...kernels import add_norm as kernels
 from .._autocast import autocast_dtype
-from .._autograd import differentiable_once, refuse_forward_mode
+from .._autograd import differentiable_once, no_zeros, or_zeros, refuse_forward_mode
 from .._residual import empty_gradients, empty_total, residual_gradients, total_dtype
 from . import configs
 from ._launch import launch, num_blocks, strided
@@ -174,16 +174,20 @@ def _(
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, delta, gain, weight, _, _, _ = inputs
-    total, _, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
+    total, normed, mean, rstd = output
+    no_zeros(ctx, mean, rstd)
+    ctx.normed_dtype = normed.dtype
     ctx.dtypes = x.dtype, None if delta is None else delta.dtype
     ctx.save_for_backward(x if delta is None else total, gain, weight, mean, rstd)
 
 
-def _backward(ctx: Any, grad_total: Tensor, grad_normed: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
     total, gain, weight, mean, rstd = ctx.saved_tensors
     if ctx.dtypes[1] is None:
         grad_total = None
+    grad_normed = or_zeros(grad_normed, total, ctx.normed_dtype)
     write = partial(_backward_residual, grad_total, grad_normed, total, gain, weight, mean, rstd)
     grads = residual_gradients(write, ctx.dtypes, ctx.needs_input_grad[:2], gain)
     return *differentiable_once("add_norm", *grads), None, None, None, None, None

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ...kernels import cls_attention as kernels
-from .._autograd import differentiable_once, refuse_forward_mode
+from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
 from . import configs
 from ._launch import add_chunks, launch, num_blocks
 from ._why_not import why_not_dtypes
@@ -176,12 +176,14 @@ def _(rows: Tensor, *args: Any) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     queries, x, prompts, bias = inputs
     _, p = output
-    ctx.mark_non_differentiable(p)
+    no_zeros(ctx, p)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(queries, x, prompts, p)
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 4
     queries, x, prompts, p = ctx.saved_tensors
     needed, num_prompts = ctx.needs_input_grad, prompts.shape[1]
     grad_queries = grad_x = grad_prompts = grad_bias = None

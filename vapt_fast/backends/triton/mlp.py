@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...kernels import mlp as kernels
 from .._autocast import autocast_dtype
-from .._autograd import differentiable_once, refuse_forward_mode
+from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
 from . import configs
 from ._launch import STRIDE_LIMIT, launch, num_blocks
 from ._why_not import why_not_frozen, why_not_one_dtype
@@ -133,11 +133,13 @@ def _(grad_y: Tensor, hidden: Tensor, fc1_weight: Tensor, fc2_weight: Tensor) ->
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     _, fc1_weight, _, fc2_weight, _, _ = inputs
     _, hidden = output
-    ctx.mark_non_differentiable(hidden)
+    no_zeros(ctx, hidden)
     ctx.save_for_backward(hidden, fc1_weight, fc2_weight)
 
 
-def _backward(ctx: Any, grad_y: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_y: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_y is None:
+        return (None,) * 6
     (grad_x,) = differentiable_once("mlp", _grad_x(grad_y, *ctx.saved_tensors))
     return grad_x, None, None, None, None, None
 

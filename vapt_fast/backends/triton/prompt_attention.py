@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...kernels import prompt_attention as kernels
 from .._autocast import autocast_dtype
-from .._autograd import differentiable_once, refuse_forward_mode
+from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
 from .._packed import unpack
 from . import configs
 from ._launch import STRIDE_LIMIT, launch, num_blocks
@@ -330,11 +330,13 @@ def _(grad_out: Tensor, lse: Tensor, delta: Tensor, qkv: Tensor, *args: Any) -> 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.scale = inputs
     out, lse = output
-    ctx.mark_non_differentiable(lse)
+    no_zeros(ctx, lse)
     ctx.save_for_backward(out, lse, *tensors)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 7
     out, lse, q, k, v, prompt_k, prompt_v, bias = ctx.saved_tensors
     needed = ctx.needs_input_grad
     grad_q = grad_k = grad_v = grad_prompt_k = grad_prompt_v = None
@@ -357,11 +359,13 @@ def _packed_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, num_heads, num_kv_heads, ctx.scale = inputs
     ctx.heads = num_heads, num_kv_heads
     out, lse = output
-    ctx.mark_non_differentiable(lse)
+    no_zeros(ctx, lse)
     ctx.save_for_backward(out, lse, *tensors)
 
 
-def _packed_backward(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+def _packed_backward(ctx: Any, grad_out: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 6
     out, lse, qkv, prompt_kv, bias = ctx.saved_tensors
     grad_qkv = grad_prompt_kv = None
     common = grad_out, lse, _row_products(out, grad_out)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...kernels import prompt_pool as kernels
 from .._autocast import autocast_dtype
-from .._autograd import differentiable_once, refuse_forward_mode
+from .._autograd import differentiable_once, no_zeros, or_zeros, refuse_forward_mode
 from .._residual import empty_gradients, empty_total, residual_gradients, total_dtype
 from . import configs
 from ._launch import add_chunks, launch, num_blocks, strided
@@ -242,18 +242,21 @@ def _(grad_pooled: Tensor, total: Tensor, matrix: Tensor, *args: Any) -> tuple[T
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     x, delta, gain, matrix, weight, bias, *ctx.options = inputs
-    total, _, _, raw, mean, rstd = output
-    ctx.mark_non_differentiable(raw, mean, rstd)
+    total, normed, _, raw, mean, rstd = output
+    no_zeros(ctx, raw, mean, rstd)
+    ctx.normed_dtype = normed.dtype
     ctx.dtypes = x.dtype, None if delta is None else delta.dtype
     ctx.save_for_backward(x if delta is None else total, gain, matrix, weight, bias, raw, mean, rstd)
 
 
 def _backward(
-    ctx: Any, grad_total: Tensor, grad_normed: Tensor, grad_pooled: Tensor, *_: Any
+    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     total, gain, matrix, weight, bias, raw, mean, rstd = ctx.saved_tensors
     if ctx.dtypes[1] is None:
         grad_total = None
+    grad_normed = or_zeros(grad_normed, total, ctx.normed_dtype)
+    grad_pooled = or_zeros(grad_pooled, raw, raw.dtype)
     write = partial(
         _backward_tokens,
         *(grad_total, grad_normed, grad_pooled, total, gain, matrix, weight, mean, rstd, *ctx.options),

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ...kernels import prompt_projector as kernels
-from .._autograd import differentiable_once, refuse_forward_mode
+from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
 from . import configs
 from ._launch import add_chunks, launch, num_blocks
 
@@ -272,11 +272,13 @@ def _(grad_prompts: Tensor, pooled: Tensor, bias: Tensor, up: Tensor, *args: Any
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     *tensors, ctx.factor, ctx.activation, _, _ = inputs
     _, hidden, statistics = output
-    ctx.mark_non_differentiable(hidden, statistics)
+    no_zeros(ctx, hidden, statistics)
     ctx.save_for_backward(*tensors, hidden, statistics)
 
 
-def _backward(ctx: Any, grad_prompts: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad_prompts: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if grad_prompts is None:
+        return (None,) * 11
     pooled, bias, down, up, scale, channel_mask, feature_mask, hidden, statistics = ctx.saved_tensors
     needed, options = ctx.needs_input_grad, (ctx.factor, ctx.activation)
     factors = (scale, channel_mask, feature_mask, hidden)
