@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 KERNELS = {f"vapt_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
-SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
+SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("[!.]*") if path.is_file()}
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "vapt_fast").rglob("*.py")}
 NVCC = shutil.which("nvcc", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
 

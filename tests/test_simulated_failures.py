@@ -1,5 +1,6 @@
 """What happens where the kernels can't run: "auto" gives PyTorch's result and says so once, a name raises."""
 
+import os
 import sys
 import types
 import warnings
@@ -57,13 +58,25 @@ def old_gpu(monkeypatch):
     return r"compute capability 7\.5"
 
 
+def no_compiler(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    return "Triton finds no C compiler: install gcc or clang, or set CC"
+
+
+def read_only_cache(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/proc/sys/vapt_fast")  # nobody can make a folder there
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != "/proc/sys")  # root may, it is told
+    return "Triton can't write to its cache /proc/sys/vapt_fast: set TRITON_CACHE_DIR"
+
+
 def new_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (13, 0))
     return r"nothing has been measured on GPUs of compute capability 13\.0"
 
 
 @pytest.mark.parametrize("op", CASES)
-@pytest.mark.parametrize("failure", [no_triton, old_triton, old_gpu, new_gpu])
+@pytest.mark.parametrize("failure", [no_triton, old_triton, old_gpu, no_compiler, read_only_cache, new_gpu])
 @pytest.mark.usefixtures("h100")
 def test_auto_gives_the_result_of_torch_and_one_warning(failure, op, monkeypatch):
     message = failure(monkeypatch)
@@ -76,7 +89,7 @@ def test_auto_gives_the_result_of_torch_and_one_warning(failure, op, monkeypatch
 
 
 @pytest.mark.parametrize("op", CASES)
-@pytest.mark.parametrize("failure", [no_triton, old_triton, old_gpu])
+@pytest.mark.parametrize("failure", [no_triton, old_triton, old_gpu, no_compiler, read_only_cache])
 @pytest.mark.usefixtures("h100")
 def test_a_backend_by_name_raises(failure, op, monkeypatch):
     message = failure(monkeypatch)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -78,11 +81,27 @@ def _triton_unavailable_because() -> list[str]:
         if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MINIMUM_TRITON:
             needed = ".".join(map(str, MINIMUM_TRITON))
             reasons.append(f"triton {triton.__version__} is too old, its kernels need {needed}")
+        elif not interpreting():
+            compiler = os.environ.get("CC")
+            reasons += _tools_missing(compiler, os.environ.get("PATH"), triton.knobs.cache.dir)
     if not interpreting():
         if torch.version.cuda is None or not torch.cuda.is_available():
             reasons.append("its kernels need a CUDA GPU (or TRITON_INTERPRET=1, to run them slowly on CPU)")
         else:
             reasons += device_lacks("triton", torch.device("cuda", torch.cuda.current_device()))
+    return reasons
+
+
+@cache  # this is asked for each op of each block
+def _tools_missing(compiler: str | None, path: str | None, cache_dir: str) -> list[str]:
+    """What Triton needs beside itself to launch a kernel: a C compiler and a folder that it may write to."""
+    reasons = []
+    if not compiler and not any(shutil.which(name, path=path) for name in ("gcc", "clang")):
+        reasons.append("Triton finds no C compiler: install gcc or clang, or set CC")
+    folder = Path(cache_dir)
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        reasons.append(f"Triton can't write to its cache {folder}: set TRITON_CACHE_DIR")
     return reasons
 
 
