@@ -1,5 +1,6 @@
 """Which backend runs: the context manager, the model's own choice, the environment variable, the report."""
 
+import importlib
 import sys
 import threading
 import types
@@ -113,9 +114,16 @@ def test_triton_needs_a_compute_capability(monkeypatch):
     assert not _dispatch.unavailable_because("triton")
 
 
-def test_the_interpreter_makes_triton_available(monkeypatch):
+@pytest.fixture
+def interpreting(monkeypatch):
+    """The interpreter is asked for, but the kernels are made before: other tests compile them."""
     pytest.importorskip("triton")
+    importlib.import_module("vapt_fast.backends.triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+@pytest.mark.usefixtures("interpreting")
+def test_the_interpreter_makes_triton_available():
     assert not _dispatch.unavailable_because("triton")
 
 
@@ -138,9 +146,8 @@ def h100(monkeypatch):
 @pytest.mark.parametrize(
     ("op", "name"), [(op, name) for op, names in _dispatch.IMPLEMENTATIONS.items() for name in names]
 )
+@pytest.mark.usefixtures("interpreting")
 def test_an_implementation_is_looked_for_by_its_backend(op, name, monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(_implementation, "_why_not", lambda *args: [])
     for lack in ("device_lacks", "unavailable_because"):
         monkeypatch.setattr(_dispatch, lack, lambda *args: [])
@@ -152,9 +159,8 @@ def test_an_implementation_is_looked_for_by_its_backend(op, name, monkeypatch):
         assert callable(_implementation.function(f"why_not_{op}", name))
 
 
-def test_the_device_and_the_arguments_have_a_say(monkeypatch):
-    pytest.importorskip("triton")
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.mark.usefixtures("interpreting")
+def test_the_device_and_the_arguments_have_a_say():
     with use_backend("triton"):
         assert choose("prompt_pool", None, *POOL) == "triton"
         with pytest.raises(
