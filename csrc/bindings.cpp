@@ -119,7 +119,7 @@ void bind_prompt_attention(py::module_& module) {
   using Sizes = vf::PromptAttentionSizes;
   using py::arg;
 
-  py::class_<Sizes>(module, "PromptAttentionSizes", "Sizes of prompt_attention; see csrc/include.")
+  py::class_<Sizes>(module, "PromptAttentionSizes", py::module_local(), "Sizes of prompt_attention; see csrc/include.")
       .def(py::init([](const std::string& dtype_name, std::int64_t batch, std::int64_t queries, std::int64_t tokens,
                        std::int64_t prompts, std::int64_t heads, std::int64_t groups, std::int64_t head_dim) {
              return Sizes{dtype(dtype_name), batch, queries, tokens, prompts, heads, groups, head_dim};
@@ -184,7 +184,7 @@ void bind_prompt_pool(py::module_& module) {
   using Address = std::uintptr_t;  // 0 for null
   using py::arg;
 
-  py::class_<Sizes>(module, "PromptPoolSizes", "Sizes of prompt_pool; see csrc/include.")
+  py::class_<Sizes>(module, "PromptPoolSizes", py::module_local(), "Sizes of prompt_pool; see csrc/include.")
       .def(py::init([](const std::string& dtype_name, bool float32_tokens, std::int64_t batch, std::int64_t prefix,
                        std::int64_t patches, std::int64_t channels, std::int64_t rows) {
              return Sizes{dtype(dtype_name), float32_tokens, batch, prefix, patches, channels, rows};
