@@ -151,7 +151,7 @@ void bind_prompt_attention(py::module_& module) {
       [](const Sizes& sizes, float scale, vf::Tensor4 q, vf::Tensor4 k, vf::Tensor4 v, vf::Tensor4 prompt_k,
          vf::Tensor4 prompt_v, vf::Tensor4 out, std::uintptr_t lse, vf::Tensor4 grad_out, vf::Tensor4 grad_q,
          vf::Tensor4 grad_k, vf::Tensor4 grad_v, vf::Tensor4 grad_prompt_k, vf::Tensor4 grad_prompt_v,
-         bool float32_prompt_grads, std::uintptr_t stream) {
+         bool float32_prompt_grads, std::int64_t shared_memory, std::uintptr_t workspace, std::uintptr_t stream) {
         const vf::PromptAttentionBackward arguments{.sizes = sizes,
                                                     .scale = scale,
                                                     .q = q,
@@ -167,16 +167,20 @@ void bind_prompt_attention(py::module_& module) {
                                                     .grad_v = grad_v,
                                                     .grad_prompt_k = grad_prompt_k,
                                                     .grad_prompt_v = grad_prompt_v,
-                                                    .float32_prompt_grads = float32_prompt_grads};
+                                                    .float32_prompt_grads = float32_prompt_grads,
+                                                    .shared_memory = shared_memory,
+                                                    .workspace = reinterpret_cast<float*>(workspace)};
         launch("prompt_attention_backward", vf::launch_prompt_attention_backward, arguments, stream);
       },
       py::kw_only(), arg("sizes"), arg("scale"), arg("q"), arg("k"), arg("v"), arg("prompt_k"), arg("prompt_v"),
       arg("out"), arg("lse"), arg("grad_out"), arg("grad_q"), arg("grad_k"), arg("grad_v"), arg("grad_prompt_k"),
-      arg("grad_prompt_v"), arg("float32_prompt_grads"), arg("stream"));
+      arg("grad_prompt_v"), arg("float32_prompt_grads"), arg("shared_memory"), arg("workspace"), arg("stream"));
 
   module.def("prompt_attention_forward_shared_memory", vf::prompt_attention_forward_shared_memory, arg("sizes"));
   module.def("prompt_attention_backward_shared_memory", vf::prompt_attention_backward_shared_memory, arg("sizes"),
              py::kw_only(), arg("prompts_only"));
+  module.def("prompt_attention_backward_workspace", vf::prompt_attention_backward_workspace, arg("sizes"),
+             py::kw_only(), arg("prompts_only"), arg("shared_memory"));
 }
 
 void bind_prompt_pool(py::module_& module) {

@@ -17,8 +17,9 @@
 //     dv, dk  += p do, ds q
 //     dq       = ds^T k            one step later, from all warps' ds in shared memory
 //
-// Nothing is added to memory, so each sum is in a fixed order. More keys than the warps hold at once take
-// several passes over the queries, and dq is kept in shared memory in between.
+// Nothing is added to memory, so each sum is in a fixed order. More keys than the warps or the shared memory hold at
+// once take several passes over the queries; in between dq waits in the workspace, in float32, so that the number
+// of passes changes no bit.
 
 #include "vapt_fast/prompt_attention.h"
 
@@ -360,32 +361,43 @@ struct BackwardPlan {
   std::int64_t keys, values;        // (pass_keys, DIM)
   std::int64_t scores;              // (2, pass_keys, STEP): ds of this step and the last one
   std::int64_t statistics;          // (heads of the group, padded_queries, 2): lse and delta, float32
-  std::int64_t grad_queries;        // (heads of the group, padded_queries, DIM), float32, with several passes
   std::int64_t size;
+  std::int64_t kept;  // floats of dq in the workspace, for each block of threads
 };
 
+// Bytes of shared memory for passes of ``tiles`` tiles of keys, and where they begin.
 template <int DIM, bool PROMPTS_ONLY>
-__host__ __device__ __forceinline__ BackwardPlan backward_plan(const PromptAttentionSizes& sizes) {
+void lay_out(BackwardPlan& plan, const PromptAttentionSizes& sizes, int tiles) {
   using Tiles = BackwardTiles<DIM, PROMPTS_ONLY>;
-  const int num_keys = static_cast<int>(sizes.prompts + (PROMPTS_ONLY ? 0 : sizes.tokens));
-  const int tiles = max(ceil_div(num_keys, kTile), 1);
-  const int heads = static_cast<int>(sizes.heads) / static_cast<int>(sizes.groups);
-  BackwardPlan plan;
-  plan.passes = ceil_div(tiles, Tiles::WARPS * Tiles::KEYS);
-  plan.pass_keys = ceil_div(tiles, plan.passes) * kTile;
+  const std::int64_t heads = sizes.heads / sizes.groups;
+  plan.pass_keys = tiles * kTile;
   plan.padded_queries = ceil_div(static_cast<int>(sizes.queries), Tiles::STEP) * Tiles::STEP;
   const std::int64_t of_keys = std::int64_t{plan.pass_keys} * kStride<DIM> * 2;
   const std::int64_t of_queries = 2 * Tiles::STEP * kStride<DIM> * 2;
-  const std::int64_t of_scores = PROMPTS_ONLY ? 0 : std::int64_t{2} * plan.pass_keys * kStrideOfScores * 2;
-  const std::int64_t floats = std::int64_t{4} * heads * plan.padded_queries;
   plan.queries = 0;
   plan.grad_outs = plan.queries + of_queries;
   plan.keys = plan.grad_outs + of_queries;
   plan.values = plan.keys + of_keys;
   plan.scores = plan.values + of_keys;
-  plan.statistics = plan.scores + of_scores;
-  plan.grad_queries = plan.statistics + 2 * floats;
-  plan.size = plan.grad_queries + (PROMPTS_ONLY || plan.passes == 1 ? 0 : DIM * floats);
+  plan.statistics = plan.scores + (PROMPTS_ONLY ? 0 : std::int64_t{2} * plan.pass_keys * kStrideOfScores * 2);
+  plan.size = plan.statistics + heads * plan.padded_queries * 8;
+}
+
+// As few passes as the warps and ``shared_memory`` bytes allow; if not even one tile fits, plan.size says so.
+template <int DIM, bool PROMPTS_ONLY>
+BackwardPlan backward_plan(const PromptAttentionSizes& sizes, std::int64_t shared_memory) {
+  using Tiles = BackwardTiles<DIM, PROMPTS_ONLY>;
+  const auto num_keys = static_cast<int>(sizes.prompts + (PROMPTS_ONLY ? 0 : sizes.tokens));
+  const int tiles = max(ceil_div(num_keys, kTile), 1);
+  BackwardPlan plan;
+  int pass_tiles = min(tiles, Tiles::WARPS * Tiles::KEYS);
+  lay_out<DIM, PROMPTS_ONLY>(plan, sizes, pass_tiles);
+  while (plan.size > shared_memory && pass_tiles > 1) {
+    lay_out<DIM, PROMPTS_ONLY>(plan, sizes, --pass_tiles);
+  }
+  plan.passes = ceil_div(tiles, pass_tiles);
+  lay_out<DIM, PROMPTS_ONLY>(plan, sizes, ceil_div(tiles, plan.passes));  // all of about the same length
+  plan.kept = PROMPTS_ONLY || plan.passes == 1 ? 0 : sizes.heads / sizes.groups * plan.padded_queries * DIM;
   return plan;
 }
 
@@ -524,12 +536,11 @@ __device__ __forceinline__ void add_grads_of_queries(float (&dq)[2][4], const El
 
 template <typename Element, int DIM, bool PROMPTS_ONLY>
 __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
-    backward(const PromptAttentionBackward arguments) {
+    backward(const PromptAttentionBackward arguments, const BackwardPlan plan) {
   using Tiles = BackwardTiles<DIM, PROMPTS_ONLY>;
   constexpr int STRIDE = kStride<DIM>;
   constexpr int COLUMNS = DIM / 8;
   const PromptAttentionSizes& sizes = arguments.sizes;
-  const BackwardPlan plan = backward_plan<DIM, PROMPTS_ONLY>(sizes);
   const auto dim = static_cast<int>(sizes.head_dim);
   const auto num_queries = static_cast<int>(sizes.queries);
   const auto num_prompts = static_cast<int>(sizes.prompts);
@@ -546,7 +557,6 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
   auto* const grad_outs = reinterpret_cast<Element*>(memory + plan.grad_outs);
   auto* const scores = reinterpret_cast<Element*>(memory + plan.scores);
   auto* const statistics = reinterpret_cast<float*>(memory + plan.statistics);
-  auto* const grad_queries = reinterpret_cast<float*>(memory + plan.grad_queries);
 
   const int head_steps = plan.padded_queries / Tiles::STEP;
   const int steps = heads * head_steps;
@@ -623,8 +633,8 @@ __global__ void __launch_bounds__(BackwardTiles<DIM, PROMPTS_ONLY>::THREADS)
             continue;
           }
           float dq[2][4] = {};
-          float* const kept =
-              grad_queries + ((last * Tiles::QUERIES + tile) * (DIM / kTile) + column / kTile) * 256 + lane();
+          float* const kept = arguments.workspace + block() * plan.kept +
+                              ((last * Tiles::QUERIES + tile) * (DIM / kTile) + column / kTile) * 256 + lane();
           if (pass > 0) {
             for (int i = 0; i < 8; ++i) {
               dq[i / 4][i % 4] = kept[i * kLanes];
@@ -804,11 +814,25 @@ std::int64_t prompt_attention_forward_shared_memory(const PromptAttentionSizes& 
   });
 }
 
-std::int64_t prompt_attention_backward_shared_memory(const PromptAttentionSizes& sizes, bool prompts_only) {
+namespace {
+
+BackwardPlan backward_plan(const PromptAttentionSizes& sizes, bool prompts_only, std::int64_t shared_memory) {
   return with_head_dim(sizes.head_dim, [&](auto dim) {
     constexpr int DIM = decltype(dim)::value;
-    return prompts_only ? backward_plan<DIM, true>(sizes).size : backward_plan<DIM, false>(sizes).size;
+    return prompts_only ? backward_plan<DIM, true>(sizes, shared_memory)
+                        : backward_plan<DIM, false>(sizes, shared_memory);
   });
+}
+
+}  // namespace
+
+std::int64_t prompt_attention_backward_shared_memory(const PromptAttentionSizes& sizes, bool prompts_only) {
+  return backward_plan(sizes, prompts_only, 0).size;
+}
+
+std::int64_t prompt_attention_backward_workspace(const PromptAttentionSizes& sizes, bool prompts_only,
+                                                 std::int64_t shared_memory) {
+  return sizes.batch * sizes.groups * backward_plan(sizes, prompts_only, shared_memory).kept;
 }
 
 Status launch_prompt_attention_forward(const PromptAttentionForward& arguments, Stream stream) {
@@ -856,18 +880,23 @@ Status launch_prompt_attention_backward(const PromptAttentionBackward& arguments
   if (check.status.code != Code::ok || sizes.batch == 0 || (prompts_only && sizes.prompts == 0)) {
     return check.status;
   }
+  const BackwardPlan plan = backward_plan(sizes, prompts_only, arguments.shared_memory);
+  check.present("workspace", arguments.workspace, plan.kept);
+  if (check.status.code != Code::ok) {
+    return check.status;
+  }
   return with_types(sizes, [&](auto element, auto dim) {
     constexpr int DIM = decltype(dim)::value;
     using Element = decltype(element);
     LaunchShape shape;
     shape.blocks = sizes.batch * sizes.groups;
-    shape.shared_memory = prompt_attention_backward_shared_memory(sizes, prompts_only);
+    shape.shared_memory = plan.size;
     if (prompts_only) {
       shape.threads = BackwardTiles<DIM, true>::THREADS;
-      return launch(backward<Element, DIM, true>, shape, stream, arguments);
+      return launch(backward<Element, DIM, true>, shape, stream, arguments, plan);
     }
     shape.threads = BackwardTiles<DIM, false>::THREADS;
-    return launch(backward<Element, DIM, false>, shape, stream, arguments);
+    return launch(backward<Element, DIM, false>, shape, stream, arguments, plan);
   });
 }
 

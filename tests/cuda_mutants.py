@@ -191,7 +191,11 @@ def noticed_by_values(library: Path, checks: list) -> str | None:
     return None if said == "nothing" else said or "it crashes or hangs"
 
 
-SANITIZED = [(1, 37, 20, 5, 2, 1, 72, 0), (2, 17, 47, 16, 1, 1, 64, 1), (1, 3, 150, 3, 1, 1, 128, 0)]
+SANITIZED = [
+    (1, 37, 20, 5, 2, 1, 72, 0, 227),
+    (2, 17, 47, 16, 1, 1, 64, 1, 40),
+    (1, 3, 150, 3, 1, 1, 128, 0, 227),
+]
 SANITIZERS = {
     "AddressSanitizer": ("-O0", "-w", "-fsanitize=address"),
     "ThreadSanitizer": ("-O0", "-w", "-fsanitize=thread"),

@@ -95,6 +95,8 @@ class Backward(ctypes.Structure):
         ("grad_out", Tensor4),
         *((name, Tensor4) for name in GRADS),
         ("float32_prompt_grads", c_bool),
+        ("shared_memory", c_int64),
+        ("workspace", c_void_p),
     )
 
 
@@ -109,10 +111,17 @@ def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 class Kernels:
-    """The launchers of a library that ``build`` made, on CPU tensors."""
+    """The launchers of a library that ``build`` made, on CPU tensors.
+
+    Attributes:
+        shared_memory: bytes that a block has in the backward.
+    """
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
+        self.library.prompt_attention_backward_shared_memory.restype = c_int64
+        self.library.prompt_attention_backward_workspace.restype = c_int64
+        self.shared_memory = 227 * 1024
 
     def launch(self, name: str, arguments: ctypes.Structure) -> Status:
         status = Status()
@@ -136,6 +145,11 @@ class Kernels:
         assert status.code == OK, status.message
         return out, lse
 
+    def backward_shared_memory(self, tensors: tuple[Tensor, ...], prompts_only: bool) -> int:
+        """Bytes that the backward needs at the least."""
+        sizes = sizes_of(tensors[0], tensors[1], tensors[3])
+        return self.library.prompt_attention_backward_shared_memory(ctypes.byref(sizes), c_bool(prompts_only))
+
     def backward_arguments(
         self,
         tensors: tuple[Tensor, ...],
@@ -156,16 +170,23 @@ class Kernels:
             grads.append(unwritten(*shape, dtype=dtype) if of_prompts or not prompts_only else None)
         inputs = [Tensor4.of(t, batch) for t in (*tensors, out)]
         outputs = [Tensor4() if grad is None else Tensor4.of(grad, batch) for grad in grads]
+        sizes = sizes_of(q, k, prompt_k)
+        needed = self.library.prompt_attention_backward_workspace(
+            ctypes.byref(sizes), c_bool(prompts_only), c_int64(self.shared_memory)
+        )
+        workspace = unwritten(needed, dtype=torch.float32)
         arguments = Backward(
-            sizes_of(q, k, prompt_k),
+            sizes,
             scale,
             *inputs,
             lse.data_ptr(),
             Tensor4.of(grad_out, batch),
             *outputs,
             shared,
+            self.shared_memory,
+            workspace.data_ptr(),
         )
-        arguments.keeps = (*tensors, out, lse, grad_out, *grads)
+        arguments.keeps = (*tensors, out, lse, grad_out, *grads, workspace)
         return arguments, grads
 
     def backward(self, tensors: tuple[Tensor, ...], *arguments: Any, **options: Any) -> list[Tensor | None]:

@@ -3,7 +3,7 @@
 import json
 import random
 import subprocess
-from ctypes import byref, c_bool, c_int64, c_void_p
+from ctypes import byref, c_int64, c_void_p
 
 import cuda_mutants
 import emulation
@@ -23,9 +23,14 @@ SANITIZERS = {
 
 
 @pytest.fixture(scope="session")
-def kernels(tmp_path_factory):
+def library(tmp_path_factory):
     sources = [CSRC / "prompt_attention.cu", EMULATION / "exports.cpp"]
-    return Kernels(emulation.built(tmp_path_factory, "attention.so", sources, "-shared"))
+    return emulation.built(tmp_path_factory, "attention.so", sources, "-shared")
+
+
+@pytest.fixture
+def kernels(library):
+    return Kernels(library)
 
 
 # ---- values
@@ -137,6 +142,28 @@ def test_prompts_alone_get_the_same_gradients(kernels, prompts):
     *frozen, only_k, only_v = run(kernels, tensors, prompts_only=True)
     assert frozen[2:] == [None] * 3
     assert_equal([only_k, only_v], [grad_k, grad_v])
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"queries": 37, "tokens": 60, "heads": 2, "groups": 1, "dim": 64, "prompts": 10},
+        {"queries": 33, "tokens": 197, "heads": 1, "groups": 1, "dim": 64, "prompts": 50},
+        {"queries": 17, "tokens": 100, "heads": 1, "groups": 1, "dim": 72, "prompts": 0},
+        {"queries": 20, "tokens": 30, "heads": 2, "groups": 2, "dim": 128, "prompts": 70, "batch": 2},
+    ],
+    ids=str,
+)
+def test_less_shared_memory_changes_no_bit(kernels, sizes):
+    """Fewer keys at a time, in more passes; down to 16."""
+    tensors = low(**sizes)
+    for prompts_only in (False, True):
+        kernels.shared_memory = 227 * 1024
+        expected = run(kernels, tensors, prompts_only=prompts_only)
+        smallest = kernels.backward_shared_memory(tensors, prompts_only)
+        for kernels.shared_memory in {smallest, (smallest + 60 * 1024) // 2, 99 * 1024}:
+            actual = run(kernels, tensors, prompts_only=prompts_only)
+            assert_equal([t for t in actual if t is not None], [t for t in expected if t is not None])
 
 
 def test_shared_prompts_get_float32_gradients_of_each_image(kernels):
@@ -396,35 +423,47 @@ def test_shared_memory_is_what_is_said(kernels, sizes):
     tensors = low(queries=33, prompts=10, **sizes)
     out, lse = kernels.forward(tensors, 0.7)
     forward, _, _ = kernels.forward_arguments(tensors, 0.7)
-    backward, _ = kernels.backward_arguments(tensors, 0.7, out, lse, out)
-    prompts_only, _ = kernels.backward_arguments(tensors, 0.7, out, lse, out, prompts_only=True)
-    for name, arguments, *options in [
-        ("prompt_attention_forward", forward),
-        ("prompt_attention_backward", backward, c_bool(False)),
-        ("prompt_attention_backward", prompts_only, c_bool(True)),
-    ]:
-        needed = getattr(library, f"{name}_shared_memory")
-        needed.restype = c_int64
-        size = needed(byref(arguments.sizes), *options)
+    needed = library.prompt_attention_forward_shared_memory
+    needed.restype = c_int64
+    size = needed(byref(forward.sizes))
+    for limit, code in ((size - 1, UNSUPPORTED), (size, OK)):
+        library.set_shared_memory_limit(c_int64(limit))
+        assert kernels.launch("prompt_attention_forward", forward).code == code
+    for prompts_only in (False, True):
+        size = kernels.backward_shared_memory(tensors, prompts_only)
         for limit, code in ((size - 1, UNSUPPORTED), (size, OK)):
             library.set_shared_memory_limit(c_int64(limit))
-            assert kernels.launch(name, arguments).code == code
+            kernels.shared_memory = limit
+            backward, _ = kernels.backward_arguments(tensors, 0.7, out, lse, out, prompts_only)
+            assert kernels.launch("prompt_attention_backward", backward).code == code
     library.set_shared_memory_limit(c_int64(227 * 1024))
+
+
+def test_a_workspace_is_needed_for_several_passes_alone(kernels):
+    tensors = low(queries=5, tokens=40, dim=16)
+    out, lse = kernels.forward(tensors, 0.7)
+    arguments, _ = kernels.backward_arguments(tensors, 0.7, out, lse, out)
+    arguments.workspace = None
+    assert kernels.launch("prompt_attention_backward", arguments).code == OK
+    arguments.shared_memory = 0
+    status = kernels.launch("prompt_attention_backward", arguments)
+    assert (status.code, status.message) == (INVALID, b"workspace must not be null")
 
 
 # ---- bounds and races
 
 SANITIZED = [
-    # B, queries, tokens, prompts, heads, groups, d, shared
-    (2, 5, 7, 2, 2, 2, 64, 0),
-    (1, 33, 35, 6, 2, 1, 72, 0),
-    (2, 17, 16, 16, 1, 1, 32, 1),
-    (1, 2, 260, 30, 1, 1, 64, 0),
-    (1, 130, 3, 1, 1, 1, 96, 0),
-    (1, 20, 140, 70, 1, 1, 128, 0),
-    (1, 3, 5, 0, 1, 1, 80, 0),
-    (1, 3, 0, 0, 1, 1, 8, 0),
-    (1, 0, 5, 3, 1, 1, 64, 0),
+    # B, queries, tokens, prompts, heads, groups, d, shared, kilobytes of shared memory in the backward
+    (2, 5, 7, 2, 2, 2, 64, 0, 227),
+    (1, 33, 35, 6, 2, 1, 72, 0, 227),
+    (2, 17, 16, 16, 1, 1, 32, 1, 227),
+    (1, 2, 260, 30, 1, 1, 64, 0, 227),
+    (2, 33, 35, 6, 2, 1, 64, 0, 32),
+    (1, 130, 3, 1, 1, 1, 96, 0, 227),
+    (1, 20, 140, 70, 1, 1, 128, 0, 227),
+    (1, 3, 5, 0, 1, 1, 80, 0, 227),
+    (1, 3, 0, 0, 1, 1, 8, 0, 227),
+    (1, 0, 5, 3, 1, 1, 64, 0, 227),
 ]
 
 

@@ -1,6 +1,6 @@
 // Runs prompt_attention forward and backward on tensors that end where their memory ends, for
-// AddressSanitizer and ThreadSanitizer. ``attention B QUERIES TOKENS PROMPTS HEADS GROUPS DIM SHARED`` prints
-// "finite" or "not finite".
+// AddressSanitizer and ThreadSanitizer. ``attention B QUERIES TOKENS PROMPTS HEADS GROUPS DIM SHARED KILOBYTES``, the
+// last one of shared memory, prints "finite" or "not finite".
 
 #include <cmath>
 #include <cstdio>
@@ -76,7 +76,7 @@ bool launched(const Status& status) {
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 9) {
+  if (count != 10) {
     return EXIT_FAILURE;
   }
   PromptAttentionSizes sizes;
@@ -87,6 +87,7 @@ int main(int count, char** arguments) {
     *given[i] = std::atoll(arguments[i + 1]);
   }
   const bool shared = std::atoi(arguments[8]) != 0;
+  const std::int64_t shared_memory = std::atoll(arguments[9]) * 1024;
   const auto of_queries = [&] { return Tensor(sizes.batch, sizes.queries, sizes.heads, sizes.head_dim); };
   const auto of_tokens = [&] { return Tensor(sizes.batch, sizes.tokens, sizes.groups, sizes.head_dim); };
   const auto of_prompts = [&](bool repeated) {
@@ -123,10 +124,14 @@ int main(int count, char** arguments) {
                                      grad_v.view,
                                      grad_prompt_k.view,
                                      grad_prompt_v.view,
-                                     false};
+                                     false,
+                                     shared_memory};
     if (prompts_only) {
       backward.grad_q.data = backward.grad_k.data = backward.grad_v.data = nullptr;
     }
+    std::vector<float> workspace(static_cast<std::size_t>(
+        prompt_attention_backward_workspace(sizes, prompts_only, shared_memory)), NAN);
+    backward.workspace = workspace.data();
     right = launched(launch_prompt_attention_backward(backward, nullptr)) && right;
     for (Tensor* grad : {&grad_q, &grad_k, &grad_v, &grad_prompt_k, &grad_prompt_v}) {
       right = grad->finite() && right;

@@ -23,6 +23,11 @@ std::int64_t prompt_attention_backward_shared_memory(const PromptAttentionSizes*
   return vapt_fast::prompt_attention_backward_shared_memory(*sizes, prompts_only);
 }
 
+std::int64_t prompt_attention_backward_workspace(const PromptAttentionSizes* sizes, bool prompts_only,
+                                                 std::int64_t shared_memory) {
+  return vapt_fast::prompt_attention_backward_workspace(*sizes, prompts_only, shared_memory);
+}
+
 void set_shared_memory_limit(std::int64_t bytes) { runtime::set_shared_memory_limit(bytes); }
 
 // The emulation's conversions, to compare with PyTorch's: elements are 16-bit words.

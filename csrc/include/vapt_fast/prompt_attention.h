@@ -54,20 +54,28 @@ struct PromptAttentionBackward {
   Tensor4 grad_q;  // (B, Tq, h, d)
   Tensor4 grad_k;  // (B, T, g, d); null as well if T is 0
   Tensor4 grad_v;  // as grad_k
-  Tensor4
-      grad_prompt_k;  // (B, P, g, d), one for each image also where the prompts are shared; null if P is 0
+  Tensor4 grad_prompt_k;  // (B, P, g, d), one for each image also where the prompts are shared; null if P is 0
   Tensor4 grad_prompt_v;  // as grad_prompt_k
   // Whether the prompts' gradients are float32 instead of sizes.dtype: for shared prompts, whose gradients
   // the caller then sums over the images.
   bool float32_prompt_grads = false;
+  // Bytes of shared memory that a block may have (cudaDevAttrMaxSharedMemoryPerBlockOptin): with fewer the keys
+  // take more passes, which changes no bit. In between, dq is in the workspace, null where none is needed.
+  std::int64_t shared_memory = 0;
+  float* workspace = nullptr;  // prompt_attention_backward_workspace() elements
 };
 
 Status launch_prompt_attention_forward(const PromptAttentionForward& arguments, Stream stream);
 Status launch_prompt_attention_backward(const PromptAttentionBackward& arguments, Stream stream);
 
-// Bytes of shared memory that a launch needs of the device (cudaDevAttrMaxSharedMemoryPerBlockOptin), to
+// Bytes of shared memory that a launch needs of the device (cudaDevAttrMaxSharedMemoryPerBlockOptin) at the least, to
 // choose another implementation beforehand. ``prompts_only``: without the tokens' gradients.
 std::int64_t prompt_attention_forward_shared_memory(const PromptAttentionSizes& sizes);
 std::int64_t prompt_attention_backward_shared_memory(const PromptAttentionSizes& sizes, bool prompts_only);
+
+// float32 elements of PromptAttentionBackward::workspace, which need not be initialised, for the same
+// ``shared_memory``; 0 if all keys take one pass.
+std::int64_t prompt_attention_backward_workspace(const PromptAttentionSizes& sizes, bool prompts_only,
+                                                 std::int64_t shared_memory);
 
 }  // namespace vapt_fast

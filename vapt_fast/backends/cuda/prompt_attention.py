@@ -61,8 +61,13 @@ def why_not_prompt_attention(
     return reasons
 
 
+def _shared_memory(device: torch.device) -> int:
+    """Bytes that a block of threads may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def _shared_memory_lacks(*tensors: Tensor) -> list[str]:
-    """What the device lacks of shared memory, which holds all keys and values of a head."""
+    """What the device lacks of shared memory, which in the forward holds all keys and values of a head."""
     q, k, _, prompt_k, _ = tensors
     sizes = _sizes(torch.float16, q, k, prompt_k)  # bfloat16 is as large
     needed = native().prompt_attention_forward_shared_memory(sizes)
@@ -70,7 +75,7 @@ def _shared_memory_lacks(*tensors: Tensor) -> list[str]:
     if torch.is_grad_enabled() and (of_tokens or of_prompts):
         backward = native().prompt_attention_backward_shared_memory(sizes, prompts_only=not of_tokens)
         needed = max(needed, backward)
-    available = torch.cuda.get_device_properties(q.device).shared_memory_per_block_optin
+    available = _shared_memory(q.device)
     if needed <= available:
         return []
     keys = f"{k.shape[1]} + {prompt_k.shape[1]} keys of {q.shape[3]} channels"
@@ -153,13 +158,18 @@ def _write_gradients(
     of_prompts = _empty_joint(prompt_k, batch, torch.float32 if shared else q.dtype)
     grad_prompt_k, grad_prompt_v = of_prompts.chunk(2, dim=2)
     grad_q, grad_k, grad_v = (None, None, None) if of_tokens is None else map(rows, of_tokens)
+    sizes, available = _sizes(q.dtype, q, k, prompt_k), _shared_memory(q.device)
+    needed = native().prompt_attention_backward_workspace(
+        sizes, prompts_only=of_tokens is None, shared_memory=available
+    )
+    workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
     grad_out, out, q, k, v, prompt_k, prompt_v = (
         aligned(t) for t in (grad_out, out, q, k, v, prompt_k, prompt_v)
     )
     launch(
         "prompt_attention_backward",
         q,
-        sizes=_sizes(q.dtype, q, k, prompt_k),
+        sizes=sizes,
         scale=scale,
         q=rows(q),
         k=rows(k),
@@ -175,6 +185,8 @@ def _write_gradients(
         grad_prompt_k=rows(grad_prompt_k),
         grad_prompt_v=rows(grad_prompt_v),
         float32_prompt_grads=shared,
+        shared_memory=available,
+        workspace=workspace.data_ptr(),
     )
     return of_prompts.sum(dim=0, keepdim=True).to(prompt_k.dtype) if shared else of_prompts
 
