@@ -25,6 +25,9 @@ def prompt_pool(
     prompt_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
+    if torch.compiler.is_compiling():
+        # PyTorch 2.14 can't compile for any size where a number is first met within _PromptPool, then outside it.
+        x.new_full((), eps + prompt_eps)
     total, dtype = add_residual(x, delta, gain), matrix.dtype
     with torch.autocast(x.device.type, enabled=False):
         normed, pooled = _PromptPool.apply(
