@@ -14,6 +14,7 @@ Environment:
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -66,7 +67,9 @@ def build() -> Path:
     except ImportError as error:
         raise CannotBuildError("pybind11 is missing; install it, or build with isolation") from error
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
-    folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
+    # With another compiler CMake forgets its options, and Ninja compiles nothing again for a new version.
+    compiler = hashlib.sha256(f"{nvcc} {run(nvcc, '--version')}".encode()).hexdigest()[:8]
+    folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{compiler}"
     options = {
         "CMAKE_BUILD_TYPE": "Release",
         "CMAKE_CUDA_ARCHITECTURES": targets,

@@ -263,12 +263,6 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CUDA kernels of vapt_fast: their launchers, by addresses.";
   module.attr("architectures") = VAPT_FAST_ARCHITECTURES;  // those of CMAKE_CUDA_ARCHITECTURES, by commas
   module.attr("runtime_version") = CUDART_VERSION;         // of CUDA, 13000 for 13.0; also of the compiler
-  module.def("driver_version", [] {
-    int version = 0;  // without a driver it stays 0
-    const cudaError_t error = cudaDriverGetVersion(&version);
-    if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
-    return version;
-  }, "The newest CUDA that the driver serves, 13000 for 13.0; 0 without a driver.");
   bind_prompt_attention(module);
   bind_prompt_pool(module);
 }

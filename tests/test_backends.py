@@ -173,13 +173,21 @@ def test_the_device_and_the_arguments_have_a_say():
         choose("prompt_pool", "flash", *POOL)
 
 
+def preference(**changes):
+    """An entry for prompt_pool on Triton that was measured."""
+    entry = _preferences.Preference(
+        "prompt_pool", "triton", ((9, 0),), (torch.bfloat16,), "a model", measured="a measurement"
+    )
+    return replace(entry, **changes)
+
+
 def prefer(monkeypatch, *entries):
     monkeypatch.setattr(_preferences, "PREFERENCES", entries)
 
 
 def test_auto_takes_the_first_entry_that_holds(h100, monkeypatch):
     pytest.importorskip("triton")
-    entry = _preferences.Preference("prompt_pool", "triton", ((9, 0),), (torch.bfloat16,), "a measurement")
+    entry = preference()
     assert choose("prompt_pool", "auto", *h100) == "torch"
     prefer(monkeypatch, entry)
     assert choose("prompt_pool", "auto", *h100) == "triton"
@@ -199,10 +207,7 @@ def test_auto_takes_the_first_entry_that_holds(h100, monkeypatch):
 
 def test_auto_passes_over_what_can_not_take_the_arguments(h100, monkeypatch):
     pytest.importorskip("triton")
-    prefer(
-        monkeypatch,
-        _preferences.Preference("prompt_pool", "triton", ((9, 0),), (torch.bfloat16,), "a measurement"),
-    )
+    prefer(monkeypatch, preference())
     assert choose("prompt_pool", "auto", h100[0], h100[1].half(), *h100[2:]) == "torch"
     assert not _dispatch._said
 
@@ -210,13 +215,10 @@ def test_auto_passes_over_what_can_not_take_the_arguments(h100, monkeypatch):
 @pytest.mark.parametrize("what", ["no triton", "old triton", "another GPU"])
 def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
     pytest.importorskip("triton")
-    entry = _preferences.Preference(
-        "prompt_pool", "triton", ((9, 0), (10, 0)), (torch.bfloat16,), "a measurement"
-    )
-    prefer(monkeypatch, entry)
+    prefer(monkeypatch, preference(capabilities=((9, 0), (10, 0))))
     if what == "another GPU":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (13, 0))
-        message = "nothing has been measured on GPUs of compute capability 13.0"
+        message = "nothing is known of GPUs of compute capability 13.0"
     elif what == "no triton":
         monkeypatch.setitem(sys.modules, "triton", None)
         message = "'triton', the fastest on this GPU, can't run: triton is not installed"
@@ -229,10 +231,41 @@ def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
     assert len(said) == 1
 
 
+def test_auto_goes_by_measurements_alone_and_kernels_by_models_too(h100, monkeypatch):
+    pytest.importorskip("triton")
+    prefer(monkeypatch, preference(measured=None))
+    assert choose("prompt_pool", "auto", *h100) == "torch"
+    assert choose("prompt_pool", "kernels", *h100) == "triton"
+    prefer(monkeypatch, preference(measured=None), preference(implementation="torch"))
+    assert choose("prompt_pool", "auto", *h100) == "torch"
+    assert choose("prompt_pool", "kernels", *h100) == "triton"
+    assert choose("mlp", "kernels", h100[0]) == "torch"  # no entry
+    assert not _dispatch._said
+
+
+@pytest.mark.usefixtures("h100")
+def test_kernels_by_name_do_not_run_on_a_cpu():
+    with pytest.raises(BackendUnavailable, match="'kernels': its kernels run on CUDA tensors; got cpu"):
+        choose("prompt_pool", "kernels", *POOL)
+
+
+@pytest.mark.usefixtures("no_gpu")
+def test_kernels_can_run_where_either_backend_can(monkeypatch):
+    with pytest.raises(
+        BackendUnavailable, match=r"'kernels' can't run: .*TRITON_INTERPRET.*; its kernels need"
+    ):
+        vapt_fast.functional.prompt_projector(torch.zeros(1, 1, 2), torch.zeros(1), backend="kernels")
+    for name in ("triton", "cuda"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_dispatch, f"_{name}_unavailable_because", lambda: [])
+            assert not _dispatch.unavailable_because("kernels")
+
+
 def test_every_preference_names_an_implementation_and_says_why():
     for entry in _preferences.PREFERENCES:
         assert entry.implementation in _dispatch.IMPLEMENTATIONS[entry.op]
-        assert len(entry.why) > 20
+        assert len(entry.model) > 20
+        assert entry.measured is None  # until bench/results/ has a GPU's
 
 
 def test_bad_names(monkeypatch):

@@ -33,7 +33,10 @@ def h100(monkeypatch):
     monkeypatch.setattr(
         _preferences,
         "PREFERENCES",
-        tuple(_preferences.Preference(op, "triton", ((9, 0),), dtypes, "a measurement") for op in CASES),
+        tuple(
+            _preferences.Preference(op, "triton", ((9, 0),), dtypes, "a model", measured="a measurement")
+            for op in CASES
+        ),
     )
 
 
@@ -72,7 +75,7 @@ def read_only_cache(monkeypatch):
 
 def new_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (13, 0))
-    return r"nothing has been measured on GPUs of compute capability 13\.0"
+    return r"nothing is known of GPUs of compute capability 13\.0"
 
 
 @pytest.mark.parametrize("op", CASES)

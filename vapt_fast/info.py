@@ -18,7 +18,7 @@ def report() -> str:
     """What would run here.
 
     Versions, devices and backends, each backend with what it is or every reason why it can't run; and the
-    implementations of each op with what "auto" prefers and why.
+    implementations of each op with what "auto" and "kernels" prefer and why.
     """
     chosen = os.environ.get(_dispatch.ENVIRONMENT_VARIABLE)
     lines = [
@@ -35,14 +35,20 @@ def report() -> str:
         lines.append(f"  {name:<10} {'no:  ' + '; '.join(reasons) if reasons else 'yes: ' + meaning}")
     lines.append("ops")
     for op, implementations in _dispatch.IMPLEMENTATIONS.items():
-        preferred = [
-            f"{entry.implementation} on {_capabilities(entry)} ({entry.why})"
-            for entry in _preferences.PREFERENCES
-            if entry.op == op
-        ]
-        chosen = ", ".join(preferred) if preferred else "torch (nothing was measured to be faster)"
-        lines.append(f"  {op:<16} {', '.join(implementations)}; auto: {chosen}")
+        lines.append(f"  {op:<16} {', '.join(implementations)}")
+        entries = [entry for entry in _preferences.PREFERENCES if entry.op == op]
+        modelled = [(entry, f"by a model: {entry.model}") for entry in entries]
+        measured = [(entry, entry.measured) for entry in entries if entry.measured is not None]
+        lines.append(f"    auto: {_preferred(measured, 'nothing was measured to be faster')}")
+        lines.append(f"    kernels: {_preferred(modelled, 'nothing should be faster')}")
     return "\n".join(lines)
+
+
+def _preferred(entries: list[tuple[_preferences.Preference, str]], otherwise: str) -> str:
+    """Implementations with the GPUs that they are preferred on and why."""
+    if not entries:
+        return f"torch ({otherwise})"
+    return "; ".join(f"{entry.implementation} on {_capabilities(entry)} ({why})" for entry, why in entries)
 
 
 def _compiled_kernels() -> str:

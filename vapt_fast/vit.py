@@ -48,8 +48,8 @@ class AdaptiveViT(nn.Module):
         backbone: the name of a timm model, as ``"vit_base_patch16_224.augreg_in21k"``, or a timm model, which
             is used as it is and whose parameters are frozen.
         prompts: the options of the prompts; VAPT's defaults if None.
-        backend: "auto", "reference", "torch", "triton" or "cuda"; see vapt_fast.use_backend. None leaves the
-            choice to the environment variable VAPT_FAST_BACKEND, then "auto".
+        backend: "auto", "reference", "torch", "triton", "cuda" or "kernels"; see vapt_fast.use_backend. None
+            leaves the choice to the environment variable VAPT_FAST_BACKEND, then "auto".
         pretrained: load the backbone's pre-trained weights; only with a name.
         timm_options: with a name, anything ``timm.create_model`` takes (``num_classes``, ``img_size``,
             ``in_chans``, ``global_pool``, ``drop_rate``, ...); with a timm model, only ``num_classes`` and

@@ -35,6 +35,7 @@ BACKENDS = {
     "torch": "the exact rewrites in ordinary PyTorch operations, on every device",
     "triton": "Triton kernels",
     "cuda": "CUDA C++ kernels",
+    "kernels": "of Triton's and CUDA's kernels those that should be the fastest, op by op, measured or not",
 }
 ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 
@@ -67,6 +68,9 @@ def unavailable_because(name: str) -> list[str]:
         return _triton_unavailable_because()
     if name == "cuda":
         return _cuda_unavailable_because()
+    if name == "kernels":
+        triton, cuda = _triton_unavailable_because(), _cuda_unavailable_because()
+        return [*triton, *(reason for reason in cuda if reason not in triton)] if triton and cuda else []
     return []
 
 
@@ -174,7 +178,7 @@ def use_backend(name: str) -> Iterator[None]:
     It overrides a model's own ``backend`` and the environment variable VAPT_FAST_BACKEND.
 
     Args:
-        name: "reference", "torch", "triton", "cuda" or "auto"; see ``python -m vapt_fast.info``.
+        name: "auto", "reference", "torch", "triton", "cuda" or "kernels"; see ``python -m vapt_fast.info``.
 
     Raises:
         TypeError, ValueError: not the name of a backend.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
 import re
@@ -11,6 +13,7 @@ from types import ModuleType
 __all__ = ["device_lacks", "driver_lacks", "missing_because", "native", "readable"]
 
 NOTE = Path(__file__).parent.parent / "_C_missing.txt"  # setup.py leaves it where there is no _C
+EMBEDDED = ((8, 7),)  # Jetson, where machine code for other GPUs of the same generation does not run
 INSTALL_AGAIN = "install it again with pip install --force-reinstall --no-deps --no-cache-dir"
 
 
@@ -35,9 +38,20 @@ def missing_because() -> list[str]:
     return []
 
 
+def driver_version() -> int:
+    """The newest CUDA that the NVIDIA driver serves, 13000 for 13.0; 0 without a driver.
+
+    Asked of the driver itself: the CUDA runtime would initialise it, and then this process can't be forked.
+    """
+    version = ctypes.c_int(0)
+    with contextlib.suppress(OSError):
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    return version.value
+
+
 def driver_lacks() -> list[str]:
     """What the NVIDIA driver lacks to run the compiled kernels; empty if nothing."""
-    driver, runtime = native().driver_version(), native().runtime_version
+    driver, runtime = driver_version(), native().runtime_version
     if driver == 0:
         return ["there is no NVIDIA driver"]
     if driver // 1000 < runtime // 1000:  # within a major version an older driver runs newer kernels
@@ -65,7 +79,7 @@ def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
     if feature == "a":  # instructions of one GPU
         return capability == compiled
     if feature == "f" or form == "-real":  # machine code holds for later minor versions
-        return capability[0] == compiled[0] and capability >= compiled
+        return capability[0] == compiled[0] and capability >= compiled and capability not in EMBEDDED
     return capability >= compiled  # there is PTX, which the driver compiles
 
 

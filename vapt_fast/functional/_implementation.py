@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,24 +35,31 @@ def choose(op: str, backend: str | None, *args: Any) -> str:
     name = _dispatch.resolve() if backend is None else _dispatch.check_backend(backend, also=known)
     device = args[0].device
     if name == "auto":
-        return _preferred(op, device, args)
-    if name == "torch" or name not in known:
+        return _preferred(op, device, args, [e for e in _preferences.PREFERENCES if e.measured is not None])
+    if name == "kernels":
+        reasons = _dispatch.device_lacks(name, device)
+        if not reasons:
+            return _preferred(op, device, args, _preferences.PREFERENCES)
+    elif name == "torch" or name not in known:
         return "torch"
-    reasons = _dispatch.device_lacks(name, device) or _why_not(op, name, args)
+    else:
+        reasons = _dispatch.device_lacks(name, device) or _why_not(op, name, args)
     if reasons:
         raise _dispatch.BackendUnavailable(f"{op} can't run on backend {name!r}: " + "; ".join(reasons))
     return name
 
 
-def _preferred(op: str, device: torch.device, args: tuple) -> str:
-    """What "auto" runs: the first of the preferences that holds here and can run."""
-    preferences = [entry for entry in _preferences.PREFERENCES if entry.op == op]
+def _preferred(
+    op: str, device: torch.device, args: tuple, preferences: Sequence[_preferences.Preference]
+) -> str:
+    """The first of the preferences that holds here and can run, else "torch"."""
+    preferences = [entry for entry in preferences if entry.op == op]
     if device.type != "cuda" or not preferences:
         return "torch"
     capability = _dispatch.capability(device)
     if all(capability not in entry.capabilities for entry in preferences):
         _dispatch.warn_once(
-            f"{op} runs on PyTorch's operations: nothing has been measured on GPUs of compute capability "
+            f"{op} runs on PyTorch's operations: nothing is known of GPUs of compute capability "
             f"{capability[0]}.{capability[1]}. backend='triton' or 'cuda' tries the kernels"
         )
         return "torch"

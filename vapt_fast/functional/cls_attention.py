@@ -33,7 +33,7 @@ def cls_attention(
         key_weight, value_weight: (h, d, C). Biases of keys change nothing, those of values are the caller's.
         scale: factor of the scores.
         bias: broadcastable to (1, h, R, T), added to the tokens' scores; the prompts' is zero.
-        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
+        backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
         (B, R, h, d) in ``q``'s dtype, computed in float32 at least. Differentiable in all tensors.

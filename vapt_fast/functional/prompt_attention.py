@@ -35,8 +35,8 @@ def prompt_attention(
         prompt_k, prompt_v: (B, P, g, d), or (1, P, g, d) where they are the same for every image.
         scale: factor of the scores.
         bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
-        backend: "auto", "torch", "triton" or "cuda"; "cudnn" or "flash" for PyTorch's attention by that
-            library alone, over concatenated keys; None for the current one, see vapt_fast.use_backend.
+        backend: "auto", "kernels", "torch", "triton" or "cuda"; "cudnn" or "flash" for PyTorch's attention by
+            that library alone, over concatenated keys; None for the current one, see vapt_fast.use_backend.
 
     Returns:
         (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; the kernels, whose backward is written

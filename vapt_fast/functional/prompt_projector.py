@@ -42,7 +42,7 @@ def prompt_projector(
         activation: "relu", "gelu" (exact), "sigmoid", "softmax" (over the r features) or "identity".
         eps: of a LayerNorm over C, without affine, which the prompts pass at last; None for no norm.
         dtype: of the result; None for that of ``pooled``.
-        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
+        backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
         prompts (B, P, C). Everything is computed in ``pooled``'s dtype, also under autocast, and rounded to

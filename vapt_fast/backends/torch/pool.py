@@ -26,7 +26,7 @@ def prompt_pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
     if torch.compiler.is_compiling():
-        # With dynamic=True PyTorch 2.14 fails on a number that it meets first within _PromptPool, then outside.
+        # With dynamic=True PyTorch 2.14 fails on a number that it meets first in _PromptPool, then outside.
         x.new_full((), eps + prompt_eps)
     total, dtype = add_residual(x, delta, gain), matrix.dtype
     with torch.autocast(x.device.type, enabled=False):
