@@ -19,7 +19,7 @@ import torch
 from ops import assert_policy, assert_same_results, attention_case, layouts, pool_case, results
 
 from vapt_fast import AdaptiveViT, BackendUnavailable, PromptConfig, functional
-from vapt_fast.backends import _dispatch
+from vapt_fast.backends import _dispatch, _preferences
 from vapt_fast.backends.cuda import _launch
 
 TENSORS = ("q", "k", "v", "prompt_k", "prompt_v")
@@ -355,6 +355,27 @@ def test_keys_that_do_not_fit_into_shared_memory_are_refused(compiled, monkeypat
         with_memory(forward - 1)
         with pytest.raises(BackendUnavailable, match=f"need {forward} bytes"):
             op(*tensors, **options)
+
+
+@pytest.mark.parametrize("dim", [8, 32, 40, 64, 80, 96, 128])
+def test_preferred_attention_fits_into_shared_memory(compiled, dim):
+    """The largest number of keys that the table says to fit does, as it must be known before a launch."""
+    available = {(8, 0): 163, (9, 0): 227, (8, 6): 99, (8, 9): 99, (12, 0): 99}
+    entries = [entry for entry in _preferences.PREFERENCES if entry.op == "prompt_attention"]
+    assert {capability for entry in entries for capability in entry.capabilities} == available.keys()
+    for entry in entries:
+        smallest = 1024 * min(available[capability] for capability in entry.capabilities)
+        for tokens in range(1, 420):
+            q, k, prompt_k = (torch.empty(2, rows, 2, dim, device="meta") for rows in (tokens, tokens, 10))
+            if not entry.fits(q, k, k, prompt_k, prompt_k, 1.0, None):
+                break
+            sizes = compiled.PromptAttentionSizes(
+                **{"dtype": "float16", "batch": 2, "queries": tokens, "tokens": tokens, "prompts": 10},
+                **{"heads": 2, "groups": 2, "head_dim": dim},
+            )
+            assert compiled.prompt_attention_forward_shared_memory(sizes) <= smallest
+            assert compiled.prompt_attention_backward_shared_memory(sizes, prompts_only=False) <= smallest
+        assert 160 < tokens < 419
 
 
 def test_a_status_becomes_an_exception_that_names_the_op_and_its_sizes(compiled):
