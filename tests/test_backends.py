@@ -90,6 +90,7 @@ def test_an_explicit_backend_never_falls_back(name, monkeypatch):
 
 @pytest.mark.usefixtures("no_gpu")
 def test_triton_gives_every_reason(monkeypatch):
+    pytest.importorskip("triton", minversion="3.6")
     assert _dispatch.unavailable_because("triton") == [
         "its kernels need a CUDA GPU (or TRITON_INTERPRET=1, to run them slowly on CPU)"
     ]
@@ -102,7 +103,7 @@ def test_triton_gives_every_reason(monkeypatch):
 
 
 def test_triton_needs_a_compute_capability(monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -117,7 +118,7 @@ def test_triton_needs_a_compute_capability(monkeypatch):
 @pytest.fixture
 def interpreting(monkeypatch):
     """The interpreter is asked for, but the kernels are made before: other tests compile them."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     importlib.import_module("vapt_fast.backends.triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
 
@@ -186,7 +187,7 @@ def prefer(monkeypatch, *entries):
 
 
 def test_auto_takes_the_first_entry_that_holds(h100, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     entry = preference()
     assert choose("prompt_pool", "auto", *h100) == "torch"
     prefer(monkeypatch, entry)
@@ -206,7 +207,7 @@ def test_auto_takes_the_first_entry_that_holds(h100, monkeypatch):
 
 
 def test_auto_passes_over_what_can_not_take_the_arguments(h100, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     prefer(monkeypatch, preference())
     assert choose("prompt_pool", "auto", h100[0], h100[1].half(), *h100[2:]) == "torch"
     assert not _dispatch._said
@@ -214,7 +215,7 @@ def test_auto_passes_over_what_can_not_take_the_arguments(h100, monkeypatch):
 
 @pytest.mark.parametrize("what", ["no triton", "old triton", "another GPU"])
 def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     prefer(monkeypatch, preference(capabilities=((9, 0), (10, 0))))
     if what == "another GPU":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (13, 0))
@@ -232,7 +233,7 @@ def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
 
 
 def test_auto_goes_by_measurements_alone_and_kernels_by_models_too(h100, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     prefer(monkeypatch, preference(measured=None))
     assert choose("prompt_pool", "auto", *h100) == "torch"
     assert choose("prompt_pool", "kernels", *h100) == "triton"
@@ -245,6 +246,7 @@ def test_auto_goes_by_measurements_alone_and_kernels_by_models_too(h100, monkeyp
 
 @pytest.mark.usefixtures("h100")
 def test_kernels_by_name_do_not_run_on_a_cpu():
+    pytest.importorskip("triton", minversion="3.6")
     with pytest.raises(BackendUnavailable, match="'kernels': its kernels run on CUDA tensors; got cpu"):
         choose("prompt_pool", "kernels", *POOL)
 

@@ -48,7 +48,7 @@ def test_nothing_else_is_recorded():
 
 
 def test_a_sample_is_still_noticed():
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     command = [sys.executable, str(Path(__file__).with_name("kill_mutants.py")), "--sample", "10"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

@@ -74,6 +74,8 @@ def mutating(x):
     ids=["stride", "dtype of the fake", "dtype", "shape", "mutation", "the input", "a view of the input"],
 )
 def test_opcheck_notices(wrong, message):
+    if message == "[Ss]tride" and torch.__version__ < (2, 14):
+        pytest.skip("opcheck doesn't compare strides yet")
     with pytest.raises(Exception, match=message):
         opcheck(make(**wrong), (matrix(),))
 

@@ -21,7 +21,7 @@ def h100(monkeypatch):
 
     Tensors are on the CPU and say that they are on its GPU.
     """
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -12,7 +12,7 @@ FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_in_the_interpreter(path):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(path)],
         env=os.environ | {"TRITON_INTERPRET": "1"},

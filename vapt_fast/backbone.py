@@ -405,7 +405,7 @@ def _is_altered(module: nn.Module) -> bool:
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    return any(hooks) or "forward" in vars(module)
+    return any(hooks) or "forward" in module.__dict__  # PyTorch 2.8 doesn't compile vars(module)
 
 
 def _beit_qkv_bias(attn: nn.Module) -> Tensor | None:

@@ -29,27 +29,35 @@ def prompt_pool(
         # With dynamic=True PyTorch 2.14 fails on a number that it meets first in _PromptPool, then outside.
         x.new_full((), eps + prompt_eps)
     total, dtype = add_residual(x, delta, gain), matrix.dtype
+    arguments = (matrix, weight.to(dtype), bias.to(dtype), num_prefix, eps, prompt_eps)
     with torch.autocast(x.device.type, enabled=False):
-        normed, pooled = _PromptPool.apply(
-            total.to(dtype), matrix, weight.to(dtype), bias.to(dtype), num_prefix, eps, prompt_eps
-        )
+        if torch.compiler.is_exporting():  # PyTorch 2.8 exports no autograd.Function of any size
+            normed, pooled, *_ = _pool(total.to(dtype), *arguments)
+        else:
+            normed, pooled = _PromptPool.apply(total.to(dtype), *arguments)
     return total, normed.to(autocast_dtype(total.dtype, total.device)), pooled
 
 
-class _PromptPool(torch.autograd.Function):
-    """normed = (x - mu) * r, pooled = weight * ((M * s) normed) + bias * rowsum(M), all of one dtype.
+def _pool(
+    x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor, num_prefix: int, eps: float, prompt_eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """normed = (x - mu) * r, pooled = weight * raw + bias * rowsum(M); r, s and raw = (M * s) normed.
 
-    r = rstd(eps) and s = rstd(prompt_eps) / r. Only the normalised rows are kept for the backward.
+    r = rstd(eps) and s = rstd(prompt_eps) / r. All tensors are of one dtype.
     """
+    normed, _, r = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    # s from r itself: r is a small number where the variance is large, so nothing cancels.
+    s = torch.rsqrt(1 + (prompt_eps - eps) * r[:, num_prefix:].square()).squeeze(-1)
+    raw = (matrix * s.unsqueeze(1)) @ normed[:, num_prefix:]
+    return normed, weight * raw + bias * matrix.sum(dim=1, keepdim=True), r, s, raw
+
+
+class _PromptPool(torch.autograd.Function):
+    """``_pool``, of which only the normalised rows are kept for the backward."""
 
     @staticmethod
     def forward(ctx, x, matrix, weight, bias, num_prefix, eps, prompt_eps):
-        normed, _, r = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-        # s from r itself: r is a small number where the variance is large, so nothing cancels.
-        s = torch.rsqrt(1 + (prompt_eps - eps) * r[:, num_prefix:].square()).squeeze(-1)
-        weighted = matrix * s.unsqueeze(1)
-        raw = weighted @ normed[:, num_prefix:]
-        pooled = weight * raw + bias * matrix.sum(dim=1, keepdim=True)
+        normed, pooled, r, s, raw = _pool(x, matrix, weight, bias, num_prefix, eps, prompt_eps)
         ctx.save_for_backward(normed, r, s, matrix, weight, bias, raw)
         ctx.num_prefix = num_prefix
         return normed, pooled
