@@ -190,6 +190,7 @@ def test_not_loadable(machine, monkeypatch):
     def fail(name):
         raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.99' not found")
 
+    monkeypatch.delitem(sys.modules, "vapt_fast._C")
     monkeypatch.setattr(_native.importlib, "import_module", fail)
     (reason,) = _dispatch.unavailable_because("cuda")
     assert reason.startswith("vapt_fast._C can't be imported: libstdc++.so.6")

@@ -7,6 +7,7 @@ import ctypes
 import functools
 import importlib
 import re
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -23,7 +24,8 @@ def native() -> ModuleType:
     Raises:
         ImportError: this installation has none, see ``missing_because``.
     """
-    return importlib.import_module("vapt_fast._C")
+    module = sys.modules.get("vapt_fast._C")  # importing it again takes longer, and each launch asks for it
+    return importlib.import_module("vapt_fast._C") if module is None else module
 
 
 def missing_because() -> list[str]:

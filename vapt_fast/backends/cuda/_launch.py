@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .._native import native
 
-__all__ = ["address", "aligned", "launch", "rows"]
+__all__ = ["address", "aligned", "launch", "rows", "side_by_side"]
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -18,10 +19,16 @@ def aligned(tensor: Tensor) -> Tensor:
     They load 16 bytes at a time, so the channels of a row must be contiguous and begin at a multiple of 16
     bytes.
     """
-    elements = 16 // tensor.element_size()
-    *strides, last = zip(tensor.stride(), tensor.shape, strict=True)
-    strides = [stride for stride, size in strides if size > 1]
-    if last[0] == 1 and tensor.data_ptr() % 16 == 0 and not any(s % elements for s in strides):
+    *strides, last = tensor.stride()
+    begins = 0
+    for stride in strides:
+        begins |= stride
+    if last == 1 and tensor.data_ptr() % 16 == 0 and begins * tensor.element_size() % 16 == 0:
+        return tensor
+    # The strides of axes of length 1 do not matter.
+    matter = [stride for stride, size in zip(strides, tensor.shape, strict=False) if size > 1]
+    readable = tensor.data_ptr() % 16 == 0 and not any(s * tensor.element_size() % 16 for s in matter)
+    if readable and (last == 1 or tensor.shape[-1] == 1):
         return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -33,11 +40,29 @@ def rows(tensor: Tensor | None, batch: int | None = None) -> tuple[int, ...] | N
         tensor: aligned if it is read; it must live until the kernels were launched.
         batch: B of the op, if the tensor may have a batch of 1 that stands for all.
     """
-    if tensor is None or tensor.numel() == 0:
+    if tensor is None or tensor.numel() == 0 or batch == 0:
         return None
-    if batch is not None:
-        tensor = tensor.expand(batch, *tensor.shape[1:])
-    return (tensor.data_ptr(), *tensor.stride()[:-1])
+    image, *strides, _ = tensor.stride()
+    repeated = batch is not None and tensor.shape[0] != batch
+    return (tensor.data_ptr(), 0 if repeated else image, *strides)
+
+
+def side_by_side(
+    tensor: Tensor, dim: int, *counts: int, batch: int | None = None
+) -> list[tuple[int, ...] | None]:
+    """``rows`` (B, T, heads, channels) of parts of a ``tensor`` (B, T, all channels), without making views.
+
+    Args:
+        tensor, batch: see ``rows``.
+        dim: channels of a head.
+        counts: how many heads each part has, one part after the other.
+    """
+    whole = rows(tensor, batch)
+    if whole is None:
+        return [None] * len(counts)
+    address, image, token = whole
+    size = dim * tensor.element_size()
+    return [(address + first * size, image, token, dim) for first in accumulate((0, *counts[:-1]))]
 
 
 def address(tensor: Tensor | None) -> int:

@@ -6,6 +6,9 @@ autograd would concatenate three.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import lru_cache
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
 from .._native import native
 from .._packed import unpack
-from ._launch import aligned, launch, rows
+from ._launch import address, aligned, launch, rows, side_by_side
 
 __all__ = ["prompt_attention", "prompt_attention_packed", "why_not_prompt_attention"]
 
@@ -69,12 +72,12 @@ def _shared_memory(device: torch.device) -> int:
 def _shared_memory_lacks(*tensors: Tensor) -> list[str]:
     """What the device lacks of shared memory, which in the forward holds all keys and values of a head."""
     q, k, _, prompt_k, _ = tensors
-    sizes = _sizes(torch.float16, q, k, prompt_k)  # bfloat16 is as large
-    needed = native().prompt_attention_forward_shared_memory(sizes)
+    sizes = _sizes(
+        native(), torch.float16, *q.shape, *k.shape[1:3], prompt_k.shape[1]
+    )  # bfloat16 is as large
     of_tokens, of_prompts = (any(t.requires_grad for t in group) for group in (tensors[:3], tensors[3:]))
-    if torch.is_grad_enabled() and (of_tokens or of_prompts):
-        backward = native().prompt_attention_backward_shared_memory(sizes, prompts_only=not of_tokens)
-        needed = max(needed, backward)
+    learns = torch.is_grad_enabled() and (of_tokens or of_prompts)
+    needed = _needed(native(), sizes, learns, of_tokens)
     available = _shared_memory(q.device)
     if needed <= available:
         return []
@@ -82,22 +85,78 @@ def _shared_memory_lacks(*tensors: Tensor) -> list[str]:
     return [f"{keys} need {needed} bytes of shared memory, {q.device} has {available}"]
 
 
-# ---- launches
+@lru_cache(maxsize=256)  # it is asked for each block of each step
+def _needed(module: ModuleType, sizes: Any, learns: bool, of_tokens: bool) -> int:
+    """Bytes of shared memory for the forward, and for the backward if something ``learns``."""
+    forward = module.prompt_attention_forward_shared_memory(sizes)
+    if not learns:
+        return forward
+    return max(forward, module.prompt_attention_backward_shared_memory(sizes, prompts_only=not of_tokens))
 
 
-def _sizes(dtype: torch.dtype, q: Tensor, k: Tensor, prompt_k: Tensor) -> Any:
-    """The op's sizes for vapt_fast._C."""
-    batch, num_queries, heads, dim = q.shape
-    return native().PromptAttentionSizes(
+# ---- what the kernels take
+
+
+@lru_cache(maxsize=256)
+def _sizes(
+    module: ModuleType,
+    dtype: torch.dtype,
+    batch: int,
+    queries: int,
+    heads: int,
+    dim: int,
+    tokens: int,
+    groups: int,
+    prompts: int,
+) -> Any:
+    """The op's sizes for ``module``, vapt_fast._C."""
+    return module.PromptAttentionSizes(
         dtype=str(dtype).removeprefix("torch."),
         batch=batch,
-        queries=num_queries,
-        tokens=k.shape[1],
-        prompts=prompt_k.shape[1],
+        queries=queries,
+        tokens=tokens,
+        prompts=prompts,
         heads=heads,
-        groups=k.shape[2],
+        groups=groups,
         head_dim=dim,
     )
+
+
+class _Inputs:
+    """Sizes and addresses of q, k, v, prompt_k and prompt_v, with the tensors that must live until a launch.
+
+    Args:
+        tensors: the five, or two that hold them side by side, qkv (B, T, (h + 2g) * d) and prompt_kv
+            (B or 1, P, 2g * d), with ``heads`` = (h, g). Read is what is ``aligned``.
+    """
+
+    def __init__(self, tensors: tuple[Tensor, ...], heads: tuple[int, int] | None = None) -> None:
+        tensors = self.tensors = [aligned(tensor) for tensor in tensors]
+        batch, of_prompts = tensors[0].shape[0], tensors[-1]
+        self.shared = of_prompts.shape[0] != batch
+        if heads is None:
+            q, k = tensors[:2]
+            self.shape, num_tokens, self.groups = q.shape, *k.shape[1:3]
+            parts = [rows(tensor, batch) for tensor in tensors]
+        else:
+            (_, num_tokens, width), (num_heads, self.groups) = tensors[0].shape, heads
+            dim = width // (num_heads + 2 * self.groups)
+            self.shape = (batch, num_tokens, num_heads, dim)
+            parts = [
+                *side_by_side(tensors[0], dim, num_heads, self.groups, self.groups),
+                *side_by_side(of_prompts, dim, self.groups, self.groups, batch=batch),
+            ]
+        self.sizes = _sizes(
+            native(), tensors[0].dtype, *self.shape, num_tokens, self.groups, of_prompts.shape[1]
+        )
+        self.rows = dict(zip(("q", "k", "v", "prompt_k", "prompt_v"), parts, strict=True))
+
+
+def _empty_outputs(like: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, h, d) and lse (B, h, Tq), float32."""
+    batch, queries, heads, _ = shape
+    out = torch.empty(shape, dtype=like.dtype, device=like.device)
+    return out, torch.empty((batch, heads, queries), dtype=torch.float32, device=like.device)
 
 
 def _empty_like(tensor: Tensor) -> Tensor:
@@ -105,90 +164,72 @@ def _empty_like(tensor: Tensor) -> Tensor:
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
 
-def _empty_lse(q: Tensor) -> Tensor:
-    batch, num_queries, heads, _ = q.shape
-    return torch.empty((batch, heads, num_queries), dtype=torch.float32, device=q.device)
+def _empty_joint(keys: Tensor, groups: int, dim: int) -> Tensor:
+    """(B or 1, T, 2g, d) for the gradients of keys and values as one, ``keys`` being (B or 1, T, ...)."""
+    shape = (keys.shape[0], keys.shape[1], 2 * groups, dim)
+    return torch.empty(shape, dtype=keys.dtype, device=keys.device)
 
 
-def _empty_joint(k: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
-    """(B, T, 2g, d) for the gradients of k and v as one."""
-    _, num_keys, groups, dim = k.shape
-    return torch.empty((batch, num_keys, 2 * groups, dim), dtype=dtype, device=k.device)
+# ---- launches
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _attend(inputs: _Inputs, scale: float) -> tuple[Tensor, Tensor]:
     """out (B, Tq, h, d) and lse (B, h, Tq), float32 and to the base of 2; see csrc/include."""
-    batch = q.shape[0]
-    out, lse = _empty_like(q), _empty_lse(q)
-    q, k, v, prompt_k, prompt_v = (aligned(t) for t in (q, k, v, prompt_k, prompt_v))
+    out, lse = _empty_outputs(inputs.tensors[0], inputs.shape)
     launch(
         "prompt_attention_forward",
-        q,
-        sizes=_sizes(q.dtype, q, k, prompt_k),
+        out,
+        sizes=inputs.sizes,
         scale=scale,
-        q=rows(q),
-        k=rows(k),
-        v=rows(v),
-        prompt_k=rows(prompt_k, batch),
-        prompt_v=rows(prompt_v, batch),
+        **inputs.rows,
         out=rows(out),
-        lse=lse.data_ptr(),
+        lse=address(lse),
     )
     return out, lse
 
 
 def _write_gradients(
-    of_tokens: tuple[Tensor, Tensor, Tensor] | None,
+    of_tokens: Sequence[tuple[int, ...] | None] | None,
     grad_out: Tensor,
     out: Tensor,
     lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    prompt_k: Tensor,
-    prompt_v: Tensor,
+    inputs: _Inputs,
     scale: float,
 ) -> Tensor:
-    """Write the gradients of q, k and v to ``of_tokens``; those of the prompts as one, (B or 1, P, 2g, d)."""
-    batch = q.shape[0]
-    # Those of prompts that all images share are summed over the images, in float32.
-    shared = prompt_k.shape[0] != batch
-    of_prompts = _empty_joint(prompt_k, batch, torch.float32 if shared else q.dtype)
-    grad_prompt_k, grad_prompt_v = of_prompts.chunk(2, dim=2)
-    grad_q, grad_k, grad_v = (None, None, None) if of_tokens is None else map(rows, of_tokens)
-    sizes, available = _sizes(q.dtype, q, k, prompt_k), _shared_memory(q.device)
+    """Write the gradients of q, k and v to these rows; those of the prompts as one, (B or 1, P, 2g, d)."""
+    prompts, batch, dim = inputs.tensors[-1], inputs.shape[0], inputs.shape[3]
+    if inputs.shared:  # they are summed over the images, in float32
+        each = torch.empty((), dtype=torch.float32, device=out.device).expand(batch, prompts.shape[1])
+    else:
+        each = prompts
+    of_prompts = _empty_joint(each, inputs.groups, dim)
+    grad_prompt_k, grad_prompt_v = side_by_side(of_prompts.flatten(2), dim, inputs.groups, inputs.groups)
+    grad_q, grad_k, grad_v = (None, None, None) if of_tokens is None else of_tokens
+    available = _shared_memory(out.device)
     needed = native().prompt_attention_backward_workspace(
-        sizes, prompts_only=of_tokens is None, shared_memory=available
+        inputs.sizes, prompts_only=of_tokens is None, shared_memory=available
     )
-    workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
-    grad_out, out, q, k, v, prompt_k, prompt_v = (
-        aligned(t) for t in (grad_out, out, q, k, v, prompt_k, prompt_v)
-    )
+    workspace = torch.empty(needed, dtype=torch.float32, device=out.device) if needed else None
+    grad_out, out = aligned(grad_out), aligned(out)
     launch(
         "prompt_attention_backward",
-        q,
-        sizes=sizes,
+        out,
+        sizes=inputs.sizes,
         scale=scale,
-        q=rows(q),
-        k=rows(k),
-        v=rows(v),
-        prompt_k=rows(prompt_k, batch),
-        prompt_v=rows(prompt_v, batch),
+        **inputs.rows,
         out=rows(out),
-        lse=lse.data_ptr(),
+        lse=address(lse),
         grad_out=rows(grad_out),
         grad_q=grad_q,
         grad_k=grad_k,
         grad_v=grad_v,
-        grad_prompt_k=rows(grad_prompt_k),
-        grad_prompt_v=rows(grad_prompt_v),
-        float32_prompt_grads=shared,
+        grad_prompt_k=grad_prompt_k,
+        grad_prompt_v=grad_prompt_v,
+        float32_prompt_grads=inputs.shared,
         shared_memory=available,
-        workspace=workspace.data_ptr(),
+        workspace=address(workspace),
     )
-    return of_prompts.sum(dim=0, keepdim=True).to(prompt_k.dtype) if shared else of_prompts
+    return of_prompts.sum(dim=0, keepdim=True).to(prompts.dtype) if inputs.shared else of_prompts
 
 
 # ---- forward
@@ -198,27 +239,27 @@ def _write_gradients(
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _attend(q, k, v, prompt_k, prompt_v, scale)
+    return _attend(_Inputs((q, k, v, prompt_k, prompt_v)), scale)
 
 
 @_forward.register_fake
 def _(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return _empty_like(q), _empty_lse(q)
+    return _empty_outputs(q, q.shape)
 
 
 @torch.library.custom_op("vapt_fast::cuda_prompt_attention_packed", mutates_args=())
 def _packed_forward(
     qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    return _attend(*unpack(qkv, prompt_kv, num_heads, num_kv_heads), scale)
+    return _attend(_Inputs((qkv, prompt_kv), (num_heads, num_kv_heads)), scale)
 
 
 @_packed_forward.register_fake
 def _(
     qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    q = unpack(qkv, prompt_kv, num_heads, num_kv_heads)[0]
-    return _empty_like(q), _empty_lse(q)
+    batch, num_tokens, width = qkv.shape
+    return _empty_outputs(qkv, (batch, num_tokens, num_heads, width // (num_heads + 2 * num_kv_heads)))
 
 
 # ---- backward: an op for all gradients, and one for the prompts' alone, which is cheaper
@@ -237,10 +278,11 @@ def _gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q (B, Tq, h, d), k and v as one (B, T, 2g, d), the prompts' (B or 1, P, 2g, d)."""
-    grad_q, grad_kv = _empty_like(q), _empty_joint(k, q.shape[0], k.dtype)
-    of_tokens = (grad_q, *grad_kv.chunk(2, dim=2))
-    grad_prompt_kv = _write_gradients(of_tokens, grad_out, out, lse, q, k, v, prompt_k, prompt_v, scale)
-    return grad_q, grad_kv, grad_prompt_kv
+    inputs = _Inputs((q, k, v, prompt_k, prompt_v))
+    groups, dim = k.shape[2:]
+    grad_q, grad_kv = _empty_like(q), _empty_joint(k, groups, dim)
+    of_tokens = (rows(grad_q), *side_by_side(grad_kv.flatten(2), dim, groups, groups))
+    return grad_q, grad_kv, _write_gradients(of_tokens, grad_out, out, lse, inputs, scale)
 
 
 @_gradients.register_fake
@@ -254,8 +296,7 @@ def _(
     prompt_k: Tensor,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    joint = (_empty_joint(keys, keys.shape[0], keys.dtype) for keys in (k, prompt_k))
-    return _empty_like(q), *joint
+    return _empty_like(q), *(_empty_joint(keys, *k.shape[2:]) for keys in (k, prompt_k))
 
 
 @torch.library.custom_op("vapt_fast::cuda_prompt_attention_packed_backward", mutates_args=())
@@ -270,10 +311,10 @@ def _packed_gradients(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """The gradients of qkv (B, T, (h + 2g) * d) and of the prompts (B or 1, P, 2g, d)."""
+    inputs = _Inputs((qkv, prompt_kv), (num_heads, num_kv_heads))
     grad_qkv = _empty_like(qkv)
-    of_tokens = unpack(grad_qkv, prompt_kv, num_heads, num_kv_heads)[:3]
-    separate = unpack(qkv, prompt_kv, num_heads, num_kv_heads)
-    return grad_qkv, _write_gradients(of_tokens, grad_out, out, lse, *separate, scale)
+    of_tokens = side_by_side(grad_qkv, inputs.shape[3], num_heads, num_kv_heads, num_kv_heads)
+    return grad_qkv, _write_gradients(of_tokens, grad_out, out, lse, inputs, scale)
 
 
 @_packed_gradients.register_fake
@@ -287,8 +328,7 @@ def _(
     num_kv_heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    prompt_k = unpack(qkv, prompt_kv, num_heads, num_kv_heads)[3]
-    return _empty_like(qkv), _empty_joint(prompt_k, prompt_k.shape[0], prompt_k.dtype)
+    return _empty_like(qkv), _empty_joint(prompt_kv, num_kv_heads, out.shape[3])
 
 
 @torch.library.custom_op("vapt_fast::cuda_prompt_attention_backward_prompts", mutates_args=())
@@ -304,7 +344,7 @@ def _prompt_gradients(
     scale: float,
 ) -> Tensor:
     """The gradients of prompt_k and prompt_v as one, (B or 1, P, 2g, d)."""
-    return _write_gradients(None, grad_out, out, lse, q, k, v, prompt_k, prompt_v, scale)
+    return _write_gradients(None, grad_out, out, lse, _Inputs((q, k, v, prompt_k, prompt_v)), scale)
 
 
 @_prompt_gradients.register_fake
@@ -318,7 +358,7 @@ def _(
     prompt_k: Tensor,
     *args: Any,
 ) -> Tensor:
-    return _empty_joint(prompt_k, prompt_k.shape[0], prompt_k.dtype)
+    return _empty_joint(prompt_k, *k.shape[2:])
 
 
 # ---- autograd
