@@ -337,6 +337,15 @@ def test_results_repeat_bit_by_bit_and_image_by_image(kernels):
     assert_equal(alone, [t[2:3] for t in results])
 
 
+@pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
+def test_rows_of_a_matrix_lie_in_different_banks(kernels, dim):
+    count = kernels.library.bank_conflicts
+    count.restype = c_int64
+    count()
+    run(kernels, low(queries=33, tokens=50, prompts=10, dim=dim))
+    assert count() == 0
+
+
 def test_kernels_use_no_atomics():
     for file in (*CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh")):
         text = file.read_text()
@@ -558,4 +567,4 @@ def test_mutants_are_noticed():
     assert all(source.count(mutant.before) == 1 for mutant in mutants)
     survivors = {name for name, how in noticed.items() if how is None}
     assert survivors == {mutant.name for mutant in mutants if mutant.excuse}
-    assert len(survivors) <= 0.1 * len(mutants)
+    assert len(survivors) <= 0.05 * len(mutants)

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <deque>
 #include <memory>
+#include <utility>
 #include <vector>
 
 extern "C" {
@@ -32,6 +33,7 @@ constexpr int kBarriers = 16;
 constexpr unsigned kSwitchOrdersNothing = 1;
 
 std::int64_t limit = 227 * 1024;
+std::int64_t conflicts = 0;
 
 // A stack, and where it was left.
 struct Fiber {
@@ -309,6 +311,24 @@ const char* exchange(const char* operation, const void* data, std::size_t size) 
   wait(warp.exchange, kLanes, false);
   return slots;
 }
+
+void watch_banks(const char* addresses) {
+  if (current->index % kLanes != 0) {
+    return;
+  }
+  for (int matrix = 0; matrix < 4; ++matrix) {
+    const void* in_group[8] = {};  // of four banks
+    for (int row = 0; row < 8; ++row) {
+      const void* address;
+      std::memcpy(&address, addresses + (8 * matrix + row) * kSlot, sizeof address);
+      const void*& other = in_group[reinterpret_cast<std::uintptr_t>(address) / 16 % 8];
+      conflicts += other && other != address;
+      other = address;
+    }
+  }
+}
+
+std::int64_t bank_conflicts() { return std::exchange(conflicts, 0); }
 
 void begin_copy(Copy copy) { current->open.copies.push_back(copy); }
 

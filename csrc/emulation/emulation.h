@@ -58,6 +58,11 @@ void sync_cluster();
 // All lanes must name the same operation.
 const char* exchange(const char* operation, const void* data, std::size_t size);
 
+// Given the addresses of the rows of four matrices, kSlot bytes apart: counts those rows that lie in the banks of
+// another row of their matrix, once for a warp.
+void watch_banks(const char* addresses);
+std::int64_t bank_conflicts();  // counted since the last call
+
 void begin_copy(Copy copy);
 void commit_copies();
 // The next copy of a group that is not among the last ``pending``; null when there is none.
@@ -123,9 +128,16 @@ void wait_for_copies() {
   }
 }
 
+// What a lane gives to load_matrices.
+struct MatrixRow {
+  Bytes16 elements;
+  const void* address;
+};
+
 inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
-  const Bytes16 mine = load16(row);
+  const MatrixRow mine{load16(row), row};
   const char* rows = runtime::exchange("load_matrices", &mine, sizeof mine);
+  runtime::watch_banks(rows + offsetof(MatrixRow, address));
   for (int m = 0; m < 4; ++m) {
     const char* from = rows + (8 * m + lane() / 4) * runtime::kSlot;
     std::memcpy(&r[m], from + lane() % 4 * sizeof r[m], sizeof r[m]);
@@ -133,8 +145,9 @@ inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
 }
 
 inline void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
-  const Bytes16 mine = load16(row);
+  const MatrixRow mine{load16(row), row};
   const char* rows = runtime::exchange("load_matrices_transposed", &mine, sizeof mine);
+  runtime::watch_banks(rows + offsetof(MatrixRow, address));
   for (int m = 0; m < 4; ++m) {
     std::uint16_t pair[2];
     for (int i = 0; i < 2; ++i) {

@@ -28,6 +28,8 @@ std::int64_t prompt_attention_backward_workspace(const PromptAttentionSizes* siz
   return vapt_fast::prompt_attention_backward_workspace(*sizes, prompts_only, shared_memory);
 }
 
+std::int64_t bank_conflicts() { return runtime::bank_conflicts(); }
+
 void set_shared_memory_limit(std::int64_t bytes) { runtime::set_shared_memory_limit(bytes); }
 
 // The emulation's conversions, to compare with PyTorch's: elements are 16-bit words.
