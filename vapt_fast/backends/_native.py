@@ -40,6 +40,7 @@ def missing_because() -> list[str]:
     return []
 
 
+@functools.cache
 def driver_version() -> int:
     """The newest CUDA that the NVIDIA driver serves, 13000 for 13.0; 0 without a driver.
 
@@ -63,26 +64,43 @@ def driver_lacks() -> list[str]:
 
 def device_lacks(capability: tuple[int, int]) -> list[str]:
     """What a GPU of compute ``capability`` lacks to run the compiled kernels; empty if nothing."""
-    architectures = native().architectures.split(",")
-    if any(_runs_on(name, capability) for name in architectures):
+    architectures, needed = native().architectures, native().runtime_version
+    machine_code, ptx = _code_for(architectures, capability)
+    if machine_code or (ptx and driver_version() >= needed):
         return []
     given = ".".join(map(str, capability))
-    return [
-        f"its kernels were compiled for {', '.join(architectures)}, not for compute capability {given}; "
-        f"set VAPT_FAST_CUDA_ARCHS and {INSTALL_AGAIN}"
-    ]
+    if ptx:  # which only a driver as new as the compiler takes
+        served = readable(driver_version())
+        why = (
+            f"compute capability {given} by a driver of CUDA {readable(needed)}, and this one serves {served}"
+        )
+    else:
+        why = f"{architectures.replace(',', ', ')}, not for compute capability {given}"
+    return [f"its kernels were compiled for {why}; set VAPT_FAST_CUDA_ARCHS and {INSTALL_AGAIN}"]
 
 
 @functools.cache
-def _runs_on(architecture: str, capability: tuple[int, int]) -> bool:
-    """Whether code for one of CMAKE_CUDA_ARCHITECTURES runs on a GPU of compute ``capability``."""
-    number, feature, form = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", architecture).groups()
-    compiled = divmod(int(number), 10)
-    if feature == "a":  # instructions of one GPU
-        return capability == compiled
-    if feature == "f" or form == "-real":  # machine code holds for later minor versions
-        return capability[0] == compiled[0] and capability >= compiled and capability not in EMBEDDED
-    return capability >= compiled  # there is PTX, which the driver compiles
+def _code_for(architectures: str, capability: tuple[int, int]) -> tuple[bool, bool]:
+    """Whether there is machine code for a GPU of compute ``capability``, and PTX, which the driver compiles.
+
+    Args:
+        architectures: that were compiled for, as in CMAKE_CUDA_ARCHITECTURES but with commas.
+    """
+    machine_code = ptx = False
+    for name in architectures.split(","):
+        number, feature, form = re.fullmatch(r"(\d+)([af]?)(-real|-virtual)?", name).groups()
+        compiled = divmod(int(number), 10)
+        if feature == "a":  # instructions of one GPU
+            runs = capability == compiled
+        elif feature == "f":  # of one generation
+            runs = capability[0] == compiled[0] and capability >= compiled
+        else:
+            runs = capability >= compiled
+        # Machine code holds for later minor versions.
+        same = capability[0] == compiled[0] and capability not in EMBEDDED
+        machine_code |= runs and same and form != "-virtual"
+        ptx |= runs and form != "-real"
+    return machine_code, ptx
 
 
 def readable(version: int) -> str:
