@@ -8,9 +8,9 @@
 // What the matrix gets, y[r, t] = sum over c of g[r, c] weight[c] normed[t, c], gives the means without b: those of
 // b * normed are s[t] * sum over r of M[r, n] y[r, t].
 //
-// In one pass, ``products_and_gradients``: the blocks of an image are a cluster, as in the forward, each with a slab of 128
-// channels of all tokens and of grad_normed in shared memory. A warp has 16 of the tokens: it computes their part of
-// y, passes its sums over the slab to the other blocks, and then computes b and the gradients of its tokens. The
+// In one pass, ``products_and_gradients``: the blocks of an image are a cluster, as in the forward, each with a slab of
+// 128 channels of all tokens and of grad_normed in shared memory. A warp has 16 of the tokens: it computes their part
+// of y, passes its sums over the slab to the other blocks, and then computes b and the gradients of its tokens. The
 // cluster goes over the images of a chunk, and a warp fetches its tokens of the next image as soon as it is done with
 // those of the last one.
 // In two passes: ``products`` computes y and the means, for 64 tokens, ``gradients`` b and the rest, for a slab.
@@ -56,7 +56,7 @@ struct TokenNumbers {
   float mean_product;
 };
 
-// Eight channels of a token, which is number ``at`` of all images' tokens, from ``product``, their b / (s * weight): the
+// Eight channels of a token, number ``at`` of all images' tokens, from ``product``, their b / (s * weight): the
 // gradients of x and delta, and what is added to that of weight. ``load_a`` gives those of grad_normed.
 template <typename Token, typename Element, typename Load>
 __device__ __forceinline__ void finish_eight(const PromptPoolBackward& arguments, std::int64_t image, int token,
@@ -518,10 +518,10 @@ struct ClusterStage {
   std::uint32_t g[ROWS * STRIDE];  // as tf32
   float of_weight[ROWS];           // sums over the slab of g * weight and g * bias
   float of_bias[ROWS];
-  float matrix[ROWS];              // sums over the patches
-  float grad_weight[WARPS][kSlab]; // sums over a warp's tokens and the chunk's images
-  float grad_bias[kSlab];          // over the chunk's images, in the order of g
-  float sums[2][2][TOKENS];        // over the slab: of a + b, of a * normed + s^2 b * normed; of an image and the next
+  float matrix[ROWS];               // sums over the patches
+  float grad_weight[WARPS][kSlab];  // sums over a warp's tokens and the chunk's images
+  float grad_bias[kSlab];           // sums over the chunk's images, in the order of g
+  float sums[2][2][TOKENS];  // over the slab: of a + b, of a * normed + s^2 b * normed; of an image and the next one
 };
 
 // Whether there is room to keep grad_normed too. Else it is read twice, the second time soon enough for the L2 cache.
@@ -651,7 +651,7 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
     wait_for_copies<0>();
     sync_threads();
 
-    // That of bias is the sum of b / (s * weight) over the patches, of which g is the same.
+    // The gradient of bias is the sum of b / (s * weight) over the patches, and g is the same for all of them.
     for (int place = thread(); place < kSlab; place += num_threads) {
       float sum = image == first_image ? 0.0f : stage.grad_bias[place];
       for (int row = 0; row < num_rows; ++row) {
@@ -798,7 +798,6 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
 
   const std::int64_t first_eight =
       ((chunk * blocks + cluster_rank()) * (num_threads / kLanes) + warp()) * num_eights;
-
 #pragma unroll
   for (int j = 0; j < EIGHTS; ++j) {
     if (j < num_eights) {

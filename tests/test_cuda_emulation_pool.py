@@ -332,30 +332,33 @@ def backward_in_both(kernels, given):
         yield kernels.backward(*given, wanted=(True, True))
 
 
-@pytest.mark.parametrize(
-    ("sizes", "on"),
-    [
-        ({"rows": 65}, {}),
-        ({"patches": 256, "dim": 8}, {}),
-        ({"dim": 1032}, {}),
-        ({"dim": 136, "patches": 99, "rows": 50}, {"shared_memory": 100 * 1024}),
-        ({"dim": 136}, {"clusters": 0}),
-    ],
-    ids=str,
-)
+TOO_MUCH_FOR_A_CLUSTER = [
+    ({"rows": 65}, {}),
+    ({"patches": 256, "dim": 8}, {}),
+    ({"dim": 1032}, {}),
+    ({"dim": 136, "patches": 99, "rows": 50}, {"shared_memory": 100 * 1024}),
+    ({"dim": 136}, {"clusters": 0}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "on"), TOO_MUCH_FOR_A_CLUSTER, ids=str)
 def test_clusters_only_where_they_fit_in_the_backward(both, sizes, on):
     given = backward_arguments(both, arguments(**sizes))
     with device(both, **on):
         assert_same_results([next(ways := backward_in_both(both, given))], [next(ways)], 0)
 
 
+FOR_A_CLUSTER = [
+    {"rows": 64},
+    {"patches": 220, "dim": 8},
+    {"dim": 1024},
+    {"batch": 5, "dim": 136, "rows": 10},
+]
+
+
 @HALF
 @pytest.mark.parametrize("tokens", [torch.float32, None], ids=str)
-@pytest.mark.parametrize(
-    "sizes",
-    [{"rows": 64}, {"patches": 220, "dim": 8}, {"dim": 1024}, {"batch": 5, "dim": 136, "rows": 10}],
-    ids=str,
-)
+@pytest.mark.parametrize("sizes", FOR_A_CLUSTER, ids=str)
 def test_both_ways_of_the_backward_agree(both, sizes, dtype, tokens):
     given = arguments(dtype, **sizes)
     given[0] = given[0].to(dtype if tokens is None else tokens)
@@ -363,8 +366,7 @@ def test_both_ways_of_the_backward_agree(both, sizes, dtype, tokens):
     in_one, in_two = backward_in_both(both, backward_arguments(both, given))
     assert not torch.equal(in_one[4], in_two[4])  # the sums of the matrix's rows aren't rounded to tf32
     for actual, expected in zip(in_one, in_two, strict=True):
-        # Where they round to different neighbours, one unit in the last place of the largest.
-        eps = max(torch.finfo(actual.dtype).eps, 2**-11)
+        eps = max(torch.finfo(actual.dtype).eps, 2**-10)  # tf32's
         torch.testing.assert_close(actual, expected, rtol=0, atol=eps * expected.abs().max().item())
 
 
@@ -409,6 +411,22 @@ def test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled(kernels
     assert torch.isfinite(grad_x[0, :4]).all()
     assert grad_matrix[:, 3].isnan().all()
     assert torch.isfinite(grad_matrix[:, :3]).all()
+
+
+def test_nan_in_the_gradient_leaves_prefix_tokens_alone(kernels):
+    """Also where a prefix token would only be multiplied by 0."""
+    given = backward_arguments(kernels, arguments(dim=136))
+    given[3][0, 1, 130] = float("nan")
+    grad_x, grad_delta, grad_matrix, grad_weight, grad_bias = kernels.backward(*given, wanted=(True, True))
+    for grad in (grad_x, grad_delta):
+        assert grad[0, 1:].isnan().all()
+        assert torch.isfinite(grad[0, 0]).all()
+        assert torch.isfinite(grad[1]).all()
+    assert grad_matrix[1].isnan().all()
+    assert torch.isfinite(grad_matrix[[0, 2]]).all()
+    for grad in (grad_weight, grad_bias):
+        assert grad[130].isnan()
+        assert torch.isfinite(torch.cat([grad[:130], grad[131:]])).all()
 
 
 # ---- what is refused
@@ -482,8 +500,8 @@ def test_what_contradicts_the_header_is_refused_in_the_backward(kernels):
         (1, 1, 0, 0, 2, 0, 1, 8, 35),
         (1, 0, 1, 0, 2, 2, 33, 24, 3),
         (0, 0, 1, 1, 1, 60, 6, 8, 129),
-        (0, 1, 1, 0, 3, 1, 20, 136, 35),
-        (1, 1, 1, 1, 5, 3, 35, 24, 40),
+        (0, 1, 1, 0, 3, 1, 20, 136, 17),
+        (1, 1, 1, 1, 5, 3, 13, 24, 35),
     ],
     ids=lambda words: "-".join(map(str, words)),
 )
@@ -502,10 +520,11 @@ def test_mutants_are_noticed():
     """python tests/cuda_mutants_pool.py writes the table, and has to do so again when the kernels change."""
     table = json.loads(Path(__file__).with_name("cuda_mutants_pool.json").read_text())
     listed, noticed = mutants(Path(__file__).with_name("cuda_mutants_pool.txt")), table["noticed"]
-    assert table["source"] == source_hash(CSRC / "prompt_pool.cu")
+    sources = [CSRC / "prompt_pool.cuh", *KERNELS]
+    assert table["source"] == source_hash(*sources)
     assert [mutant.name for mutant in listed] == list(noticed)
-    source = (CSRC / "prompt_pool.cu").read_text()
-    assert all(source.count(mutant.before) == 1 for mutant in listed)
+    text = "".join(source.read_text() for source in sources)
+    assert all(text.count(mutant.before) == 1 for mutant in listed)
     survivors = {name for name, how in noticed.items() if how is None}
     assert survivors == {mutant.name for mutant in listed if mutant.excuse}
     assert len(survivors) <= 0.1 * len(listed)
