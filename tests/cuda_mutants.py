@@ -262,9 +262,9 @@ def noticed(folder: Path, text: str, checks: list) -> str | None:
 # ---- the table
 
 
-def source_hash(source: Path = SOURCE) -> str:
+def source_hash(*sources: Path) -> str:
     """Of the code without its comments and spaces."""
-    text = re.sub(r"//.*", "", source.read_text())
+    text = re.sub(r"//.*", "", "".join(source.read_text() for source in sources or (SOURCE,)))
     return hashlib.sha256(re.sub(r"\s+", "", text).encode()).hexdigest()[:16]
 
 

@@ -1,8 +1,9 @@
-"""Mutation tests of prompt_pool's CUDA kernels: each small change of the source has to be noticed.
+"""Mutation tests of prompt_pool's CUDA kernels: each small change of a source has to be noticed.
 
 ``python tests/cuda_mutants_pool.py`` compiles each mutant in cuda_mutants_pool.txt for a CPU (see
 csrc/emulation), runs the quickest tests of test_cuda_emulation_pool.py on it, then AddressSanitizer and
-ThreadSanitizer, and writes to cuda_mutants_pool.json what noticed it. It takes a few seconds a mutant.
+ThreadSanitizer, and writes to cuda_mutants_pool.json what noticed it. It takes a few seconds a mutant. While
+the kernels do not change, those that the table has as noticed are not run again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import emulation
@@ -23,7 +25,7 @@ from cuda_mutants import mutants, source_hash
 from emulation import CSRC
 from emulation_pool import PoolKernels
 
-SOURCE = CSRC / "prompt_pool.cu"
+SOURCES = [CSRC / name for name in ("prompt_pool.cuh", "prompt_pool_forward.cu", "prompt_pool_backward.cu")]
 LIST = Path(__file__).with_suffix(".txt")
 TABLE = Path(__file__).with_suffix(".json")
 SECONDS = 200  # for all tests of a mutant
@@ -42,36 +44,56 @@ def policy(one_pass: bool, **sizes: int) -> Check:
     return check
 
 
-def for_both(test: Callable[[PoolKernels, bool], None]) -> Check:
+def for_both(test: Callable[[PoolKernels], None]) -> Check:
     """A test that takes turns with and without clusters."""
 
     def check(kernels: PoolKernels) -> None:
-        for one_pass in (True, False):
-            test(kernels, one_pass)
+        for kernels.one_pass in (True, False):
+            test(kernels)
 
     return check
+
+
+def fallbacks(kernels: PoolKernels) -> None:
+    for sizes, on in tests.TOO_MUCH_FOR_A_CLUSTER:
+        tests.test_clusters_only_where_they_fit_in_the_backward(kernels, sizes, on)
+
+
+def agreement(kernels: PoolKernels) -> None:
+    for sizes in tests.FOR_A_CLUSTER:
+        tests.test_both_ways_of_the_backward_agree(kernels, sizes, torch.float16, torch.float32)
 
 
 CHECKS: dict[str, Check] = {
     "2 images, 33 patches, 136 channels, 35 rows": policy(True, batch=2, patches=33, dim=136, rows=35),
     "the same in two passes": policy(False, batch=2, patches=33, dim=136, rows=35),
     "70 tokens, 24 channels, 3 rows": policy(False, batch=1, prefix=5, patches=65, dim=24, rows=3),
+    "the same, 5 images, in one pass": policy(True, batch=5, prefix=5, patches=65, dim=24, rows=3),
     "72 channels, 129 rows": policy(True, batch=1, patches=65, dim=72, rows=129),
     "129 rows in two passes": policy(False, batch=1, patches=3, dim=8, rows=129),
     "a small variance": for_both(tests.test_both_eps_where_the_variance_is_small),
     "clusters that do not fit": tests.test_clusters_only_where_they_fit,
-    "constant rows": tests.test_constant_rows,
+    "clusters that do not fit in the backward": fallbacks,
+    "one pass and two": agreement,
+    "chunks of images": tests.test_chunks_of_images_change_no_image,
+    "constant rows": for_both(tests.test_constant_rows),
     "NaN": for_both(tests.test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled),
+    "NaN in the gradient": for_both(tests.test_nan_in_the_gradient_leaves_prefix_tokens_alone),
     "an image alone": for_both(tests.test_an_image_does_not_depend_on_the_others),
     "layouts": for_both(tests.test_layouts_make_no_difference),
-    "absent gradients": tests.test_absent_gradients_and_gain,
-    "far from zero": lambda kernels: tests.test_float32_tokens_as_under_autocast(
-        kernels, torch.float16, False, 1e4
+    "absent gradients": for_both(tests.test_absent_gradients_and_gain),
+    "no rows": for_both(tests.test_no_rows),
+    "far from zero": for_both(
+        lambda kernels: tests.test_float32_tokens_as_under_autocast(kernels, torch.float16, 1e4)
     ),
-    "many images": tests.test_many_images_share_a_chunk,
+    "many images": for_both(tests.test_many_images_share_a_chunk),
 }
 
-SANITIZED = [(0, 1, 1, 1, 1, 1, 9, 136, 3), (0, 0, 1, 1, 1, 60, 6, 8, 129)]
+SANITIZED = [
+    (0, 1, 1, 1, 1, 1, 9, 136, 3),
+    (0, 0, 1, 1, 1, 60, 6, 8, 129),
+    (0, 1, 1, 0, 3, 1, 20, 136, 17),
+]
 SANITIZERS = {
     "AddressSanitizer": ("-O0", "-w", "-fsanitize=address"),
     "ThreadSanitizer": ("-O0", "-w", "-fsanitize=thread"),
@@ -108,9 +130,9 @@ def _first_failure(library: ctypes.CDLL) -> str | None:
     return None
 
 
-def noticed_by_sanitizers(folder: Path, source: Path) -> str | None:
+def noticed_by_sanitizers(folder: Path, sources: list[Path]) -> str | None:
     for name, flags in SANITIZERS.items():
-        program = emulation.build(folder / name, [source, CSRC / "emulation" / "pool.cpp"], *flags)
+        program = emulation.build(folder / name, [*sources, CSRC / "emulation" / "pool.cpp"], *flags)
         for words in SANITIZED:
             command = [program, *map(str, words)]
             ran = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -119,27 +141,37 @@ def noticed_by_sanitizers(folder: Path, source: Path) -> str | None:
     return None
 
 
-def noticed(folder: Path, text: str) -> str | None:
-    """What notices ``text`` in the source's place; None if nothing does."""
-    source = folder / SOURCE.name
-    source.write_text(text)
-    exports = CSRC / "emulation" / "exports_pool.cpp"
-    library = emulation.build(folder / "pool.so", [source, exports], "-O0", "-w", "-shared")
-    return noticed_by_tests(library) or noticed_by_sanitizers(folder, source)
+def noticed(before: str = "", after: str = "") -> str | None:
+    """What notices ``after`` in the place of ``before``, which is in one of the sources; None if nothing."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for source in SOURCES:
+            (folder / source.name).write_text(source.read_text().replace(before or "\0", after))
+        sources = [folder / source.name for source in SOURCES if source.suffix == ".cu"]
+        exports = CSRC / "emulation" / "exports_pool.cpp"
+        library = emulation.build(folder / "pool.so", [*sources, exports], "-O0", "-w", "-shared")
+        return noticed_by_tests(library) or noticed_by_sanitizers(folder, sources)
 
 
 def main() -> None:
-    text = SOURCE.read_text()
-    torch.set_num_threads(1)
+    known = json.loads(TABLE.read_text())
+    known = known["noticed"] if known["source"] == source_hash(*SOURCES) else {}
     table = {}
-    with tempfile.TemporaryDirectory() as folder:
-        found = noticed(Path(folder), text)
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        found = pool.submit(noticed).result()
         if found:
             raise SystemExit(f"the kernels themselves: {found}")
+        running = {
+            mutant.name: pool.submit(noticed, mutant.before, mutant.after)
+            for mutant in mutants(LIST)
+            if known.get(mutant.name) is None
+        }
         for mutant in mutants(LIST):
-            table[mutant.name] = noticed(Path(folder), text.replace(mutant.before, mutant.after))
-            print(mutant.name, "=>", table[mutant.name], flush=True)
-    TABLE.write_text(json.dumps({"source": source_hash(SOURCE), "noticed": table}, indent=1) + "\n")
+            table[mutant.name] = known.get(mutant.name) or running[mutant.name].result()
+            if mutant.name in running:
+                print(mutant.name, "=>", table[mutant.name], flush=True)
+    TABLE.write_text(json.dumps({"source": source_hash(*SOURCES), "noticed": table}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

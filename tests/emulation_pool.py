@@ -69,6 +69,7 @@ class Backward(ctypes.Structure):
         ("matrix", Matrix),
         *((name, c_void_p) for name in ("weight", "bias", "mean", "rstd", "workspace")),
         *((name, c_void_p) for name in ("grad_x", "grad_delta", "grad_matrix", "grad_weight", "grad_bias")),
+        ("one_pass", c_bool),
     )
 
 
@@ -88,7 +89,7 @@ class PoolKernels:
     """The launchers of a library that ``emulation.build`` made, on CPU tensors.
 
     Attributes:
-        one_pass: whether the forward may use clusters.
+        one_pass: whether forward and backward may use clusters.
         half: dtype of normed where the tokens are float32.
     """
 
@@ -175,6 +176,7 @@ class PoolKernels:
             address(gain),
             Matrix.of(matrix),
             *map(address, (weight, bias, mean, rstd, self.workspace, *grads)),
+            self.one_pass,
         )
         return arguments, tuple(grads)
 

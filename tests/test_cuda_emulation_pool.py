@@ -1,5 +1,6 @@
 """prompt_pool in CUDA, compiled for a CPU (csrc/emulation): values, gradients, layouts, bounds, races."""
 
+import contextlib
 import ctypes
 import itertools
 import json
@@ -15,6 +16,7 @@ from emulation_pool import PoolKernels
 from ops import assert_policy, assert_same_results, by_name, pool_case, results
 from test_cuda_emulation import SANITIZERS
 
+KERNELS = [CSRC / f"prompt_pool_{name}.cu" for name in ("forward", "backward")]
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 EPS = (1e-6, 1e-5)
 
@@ -30,6 +32,11 @@ SHAPES = [
     ),
     *((1, 0, 4, 8, r) for r in (15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 100, 127, 128, 129, 200)),
     *((b, 1, 4, 8, 3) for b in (3, 4)),
+    *((5, 1, 33, 24, r) for r in (3, 40)),
+    *((1, s, 256 - s, 8, 33) for s in (0, 1)),
+    (1, 1, 256, 8, 33),
+    (1, 5, 196, 8, 50),
+    (3, 3, 30, 264, 64),
     (2, 1, 33, 136, 35),
     (1, 1, 65, 72, 129),
 ]
@@ -37,13 +44,33 @@ SHAPES = [
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    sources = [CSRC / "prompt_pool.cu", CSRC / "emulation" / "exports_pool.cpp"]
+    sources = [*KERNELS, CSRC / "emulation" / "exports_pool.cpp"]
     return ctypes.CDLL(str(emulation.built(tmp_path_factory, "pool.so", sources, "-shared")))
 
 
+@pytest.fixture(params=[True, False], ids=["one pass", "two passes"])
+def kernels(library, request):
+    kernels = PoolKernels(library)
+    kernels.one_pass = request.param
+    return kernels
+
+
 @pytest.fixture
-def kernels(library):
+def both(library):
+    """For tests that choose themselves, in one pass or two."""
     return PoolKernels(library)
+
+
+@contextlib.contextmanager
+def device(kernels, shared_memory=227 * 1024, clusters=2):
+    """Emulate another device: bytes of shared memory of a block, clusters that run at once."""
+    try:
+        kernels.library.set_shared_memory_limit(ctypes.c_int64(shared_memory))
+        kernels.library.set_clusters_at_once(ctypes.c_int64(clusters))
+        yield
+    finally:
+        kernels.library.set_shared_memory_limit(ctypes.c_int64(227 * 1024))
+        kernels.library.set_clusters_at_once(ctypes.c_int64(2))
 
 
 def case(kernels, batch=2, prefix=1, patches=9, dim=24, rows=3, delta=True, gain=True, seed=0):
@@ -79,13 +106,11 @@ def backward_arguments(kernels, given):
 # ---- values and gradients
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("number", range(len(SHAPES)), ids=lambda i: str(SHAPES[i]))
-def test_error_is_at_most_that_of_eager_pytorch(kernels, number, one_pass):
-    kernels.one_pass = one_pass
+def test_error_is_at_most_that_of_eager_pytorch(kernels, number):
     *_, patches, _, rows = SHAPES[number]
     # Dtypes and arguments take turns.
-    dtype = (torch.float16, torch.bfloat16)[(number + one_pass) % 2]
+    dtype = (torch.float16, torch.bfloat16)[(number + kernels.one_pass) % 2]
     options = {"delta": number % 3 > 0, "gain": number % 3 > 1}
 
     def cases():
@@ -106,9 +131,7 @@ def test_error_over_twenty_seeds(kernels, dtype, scale):
     assert_policy(pool_case, cases(), dtype)
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
-def test_both_eps_where_the_variance_is_small(kernels, one_pass):
-    kernels.one_pass = one_pass
+def test_both_eps_where_the_variance_is_small(kernels):
 
     def cases():
         for seed in range(5):
@@ -119,11 +142,10 @@ def test_both_eps_where_the_variance_is_small(kernels, one_pass):
 
 
 @HALF
-@pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("offset", [0.0, 1e4])
-def test_float32_tokens_as_under_autocast(kernels, dtype, one_pass, offset):
+def test_float32_tokens_as_under_autocast(kernels, dtype, offset):
     """Their sum is exact, their statistics are float32, and the rest is at least as good as in 16 bits."""
-    kernels.one_pass, kernels.half = one_pass, dtype
+    kernels.half = dtype
     for delta, gain in ((True, True), (True, False), (False, False)):
         op, formula, tensors, options = case(kernels, 2, 1, 33, 136, 35, delta, gain)
         tensors = low(dtype, tensors, tokens=torch.float32)
@@ -142,28 +164,24 @@ def test_the_sum_is_rounded_once(kernels):
         given = arguments(dtype)
         given[0] = given[0].to(dtype if tokens is None else tokens)
         kernels.half = dtype
-        for one_pass in (True, False):
-            kernels.one_pass = one_pass
-            total = kernels.forward(*given)[0]
-            x, delta, gain = given[0], given[4], given[5]
-            assert torch.equal(total, (x.float() + gain * delta.float()).to(x.dtype))
+        total = kernels.forward(*given)[0]
+        x, delta, gain = given[0], given[4], given[5]
+        assert torch.equal(total, (x.float() + gain * delta.float()).to(x.dtype))
 
 
 def test_constant_rows(kernels):
     """Variance 0: rstd is 1000, nothing is NaN."""
-    for one_pass in (True, False):
-        kernels.one_pass = one_pass
-        given = arguments(delta=False, gain=False)
-        given[0][:, 3] = 7.0
-        _, normed, pooled, mean, rstd = kernels.forward(*given)
-        assert torch.all(mean[:, 3] == 7)
-        assert not normed[:, 3].any()
-        torch.testing.assert_close(rstd[:, 3], torch.full((2,), 1e3))
-        assert torch.isfinite(pooled).all()
+    given = arguments(delta=False, gain=False)
+    given[0][:, 3] = 7.0
+    _, normed, pooled, mean, rstd = kernels.forward(*given)
+    assert torch.all(mean[:, 3] == 7)
+    assert not normed[:, 3].any()
+    torch.testing.assert_close(rstd[:, 3], torch.full((2,), 1e3))
+    assert torch.isfinite(pooled).all()
 
 
 def test_many_images_share_a_chunk(kernels):
-    """More blocks than are needed: then ``products`` adds up the images of a chunk itself."""
+    """More blocks than are needed: then the images of a chunk are added before the chunks are."""
 
     def cases():
         yield case(kernels, 520, 0, 1, 8, 1)
@@ -174,9 +192,7 @@ def test_many_images_share_a_chunk(kernels):
 # ---- nothing there
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
-def test_no_rows(kernels, one_pass):
-    kernels.one_pass = one_pass
+def test_no_rows(kernels):
     op, formula, tensors, options = case(kernels, rows=0)
     tensors = low(torch.bfloat16, tensors)
     (_, normed, pooled), (grad_x, *learned, grad_delta) = results(op, tensors, options)
@@ -223,9 +239,7 @@ def test_without_gain_the_gradients_of_x_and_delta_are_the_same(kernels):
 # ---- the same bits
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
-def test_an_image_does_not_depend_on_the_others(kernels, one_pass):
-    kernels.one_pass = one_pass
+def test_an_image_does_not_depend_on_the_others(kernels):
     given = arguments(batch=3, dim=136)
     outputs = kernels.forward(*given)
     alone = kernels.forward(given[0][2:], *given[1:4], given[4][2:], *given[5:])
@@ -247,9 +261,7 @@ def rows_apart(tensor):
         yield tensor.transpose(0, 1).contiguous().transpose(0, 1)
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
-def test_layouts_make_no_difference(kernels, one_pass):
-    kernels.one_pass = one_pass
+def test_layouts_make_no_difference(kernels):
     given = arguments()
     expected = kernels.forward(*given)
     for position in (0, 1, 4):
@@ -279,10 +291,8 @@ def test_repeated_images_and_rows(kernels):
         assert_same_results([both[0][:1] + both[0][2:]], [both[1][:1] + both[1][2:]], 0)
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
 @pytest.mark.parametrize("strides", [(2**31 + 64, 8, 1), (64, 2**31 + 64, 1)], ids=str)
-def test_offsets_beyond_32_bits(kernels, strides, one_pass):
-    kernels.one_pass = one_pass
+def test_offsets_beyond_32_bits(kernels, strides):
     given = arguments(batch=2, prefix=1, patches=1, dim=8, rows=2)
     memory = torch.empty(2**31 + 2**24, dtype=torch.float32)  # only the pages that are written take any
 
@@ -300,30 +310,84 @@ def test_offsets_beyond_32_bits(kernels, strides, one_pass):
     assert_same_results([kernels.backward(*apart(given, range(5)), wanted=(True, True))], [expected], 0)
 
 
-def test_clusters_only_where_they_fit(kernels):
+def test_clusters_only_where_they_fit(both):
     """Too little shared memory or too many channels for a cluster: in two passes, with the same result."""
     given = arguments(patches=40, dim=264)
     given[0] += 3
-    in_one = kernels.forward(*given)
-    kernels.one_pass = False
-    in_two = kernels.forward(*given)
-    kernels.one_pass = True
+    both.one_pass = True
+    in_one = both.forward(*given)
+    with device(both, shared_memory=30 * 1024):
+        fallback = both.forward(*given)
+    both.one_pass = False
+    in_two = both.forward(*given)
     assert not torch.equal(in_one[4], in_two[4])  # sums in another order: one can tell which way was taken
-    try:
-        kernels.library.set_shared_memory_limit(ctypes.c_int64(30 * 1024))
-        assert_same_results([kernels.forward(*given)], [in_two], 0)
-    finally:
-        kernels.library.set_shared_memory_limit(ctypes.c_int64(227 * 1024))
+    assert_same_results([fallback], [in_two], 0)
     for actual, expected in zip(in_one, in_two, strict=True):
         torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-5)
+
+
+def backward_in_both(kernels, given):
+    """The gradients in one pass and in two."""
+    for kernels.one_pass in (True, False):
+        yield kernels.backward(*given, wanted=(True, True))
+
+
+TOO_MUCH_FOR_A_CLUSTER = [
+    ({"rows": 65}, {}),
+    ({"patches": 256, "dim": 8}, {}),
+    ({"dim": 1032}, {}),
+    ({"dim": 136, "patches": 99, "rows": 50}, {"shared_memory": 100 * 1024}),
+    ({"dim": 136}, {"clusters": 0}),
+]
+
+
+@pytest.mark.parametrize(("sizes", "on"), TOO_MUCH_FOR_A_CLUSTER, ids=str)
+def test_clusters_only_where_they_fit_in_the_backward(both, sizes, on):
+    given = backward_arguments(both, arguments(**sizes))
+    with device(both, **on):
+        assert_same_results([next(ways := backward_in_both(both, given))], [next(ways)], 0)
+
+
+FOR_A_CLUSTER = [
+    {"rows": 64},
+    {"patches": 220, "dim": 8},
+    {"dim": 1024},
+    {"batch": 5, "dim": 136, "rows": 10},
+]
+
+
+@HALF
+@pytest.mark.parametrize("tokens", [torch.float32, None], ids=str)
+@pytest.mark.parametrize("sizes", FOR_A_CLUSTER, ids=str)
+def test_both_ways_of_the_backward_agree(both, sizes, dtype, tokens):
+    given = arguments(dtype, **sizes)
+    given[0] = given[0].to(dtype if tokens is None else tokens)
+    both.half = dtype
+    in_one, in_two = backward_in_both(both, backward_arguments(both, given))
+    assert not torch.equal(in_one[4], in_two[4])  # the sums of the matrix's rows aren't rounded to tf32
+    for actual, expected in zip(in_one, in_two, strict=True):
+        eps = max(torch.finfo(actual.dtype).eps, 2**-10)  # tf32's
+        torch.testing.assert_close(actual, expected, rtol=0, atol=eps * expected.abs().max().item())
+
+
+def test_chunks_of_images_change_no_image(both):
+    both.one_pass = True
+    given = backward_arguments(both, arguments(batch=5, dim=136, patches=20, rows=35))
+    ways = []
+    for clusters in (1, 2, 3, 100):
+        with device(both, clusters=clusters):
+            ways.append(both.backward(*given, wanted=(True, True)))
+    for grads in ways[1:]:
+        assert_same_results([grads[:2]], [ways[0][:2]], 0)
+        for actual, expected in zip(grads[2:], ways[0][2:], strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(ways[0][2], ways[3][2])  # it was another order
 
 
 # ---- NaN
 
 
-@pytest.mark.parametrize("one_pass", [True, False])
-def test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled(kernels, one_pass):
-    kernels.one_pass = one_pass
+def test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled(kernels):
     given = arguments(delta=False, gain=False)
     clean = kernels.forward(*given)
     given[0][0, 0, 0] = float("nan")  # a prefix token
@@ -347,6 +411,22 @@ def test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled(kernels
     assert torch.isfinite(grad_x[0, :4]).all()
     assert grad_matrix[:, 3].isnan().all()
     assert torch.isfinite(grad_matrix[:, :3]).all()
+
+
+def test_nan_in_the_gradient_leaves_prefix_tokens_alone(kernels):
+    """Also where a prefix token would only be multiplied by 0."""
+    given = backward_arguments(kernels, arguments(dim=136))
+    given[3][0, 1, 130] = float("nan")
+    grad_x, grad_delta, grad_matrix, grad_weight, grad_bias = kernels.backward(*given, wanted=(True, True))
+    for grad in (grad_x, grad_delta):
+        assert grad[0, 1:].isnan().all()
+        assert torch.isfinite(grad[0, 0]).all()
+        assert torch.isfinite(grad[1]).all()
+    assert grad_matrix[1].isnan().all()
+    assert torch.isfinite(grad_matrix[[0, 2]]).all()
+    for grad in (grad_weight, grad_bias):
+        assert grad[130].isnan()
+        assert torch.isfinite(torch.cat([grad[:130], grad[131:]])).all()
 
 
 # ---- what is refused
@@ -420,11 +500,13 @@ def test_what_contradicts_the_header_is_refused_in_the_backward(kernels):
         (1, 1, 0, 0, 2, 0, 1, 8, 35),
         (1, 0, 1, 0, 2, 2, 33, 24, 3),
         (0, 0, 1, 1, 1, 60, 6, 8, 129),
+        (0, 1, 1, 0, 3, 1, 20, 136, 17),
+        (1, 1, 1, 1, 5, 3, 13, 24, 35),
     ],
     ids=lambda words: "-".join(map(str, words)),
 )
 def test_no_stray_address_and_no_race(tmp_path_factory, sanitizer, words):
-    sources = [CSRC / "prompt_pool.cu", CSRC / "emulation" / "pool.cpp"]
+    sources = [*KERNELS, CSRC / "emulation" / "pool.cpp"]
     program = emulation.built(tmp_path_factory, f"pool-{sanitizer}", sources, *SANITIZERS[sanitizer])
     command = [program, *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -438,10 +520,11 @@ def test_mutants_are_noticed():
     """python tests/cuda_mutants_pool.py writes the table, and has to do so again when the kernels change."""
     table = json.loads(Path(__file__).with_name("cuda_mutants_pool.json").read_text())
     listed, noticed = mutants(Path(__file__).with_name("cuda_mutants_pool.txt")), table["noticed"]
-    assert table["source"] == source_hash(CSRC / "prompt_pool.cu")
+    sources = [CSRC / "prompt_pool.cuh", *KERNELS]
+    assert table["source"] == source_hash(*sources)
     assert [mutant.name for mutant in listed] == list(noticed)
-    source = (CSRC / "prompt_pool.cu").read_text()
-    assert all(source.count(mutant.before) == 1 for mutant in listed)
+    text = "".join(source.read_text() for source in sources)
+    assert all(text.count(mutant.before) == 1 for mutant in listed)
     survivors = {name for name, how in noticed.items() if how is None}
     assert survivors == {mutant.name for mutant in listed if mutant.excuse}
     assert len(survivors) <= 0.1 * len(listed)

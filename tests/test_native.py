@@ -81,8 +81,8 @@ def test_machine_code(native, needed, architecture):
         pytest.skip(f"not compiled for {architecture}")
     for kernel, counts in instructions(native, architecture).items():
         function = kernel.split()[1].split("<")[0]
-        if architecture == "sm_80" and function == "normalise_and_pool":
-            continue  # clusters begin with sm_90: it is empty
+        if architecture == "sm_80" and function in ("normalise_and_pool", "products_and_gradients"):
+            continue  # clusters begin with sm_90: they are empty
 
         def some(*names, also="", counts=counts):
             return any(name.startswith(names) and also in name for name in counts)

@@ -34,6 +34,7 @@ constexpr unsigned kSwitchOrdersNothing = 1;
 
 std::int64_t limit = 227 * 1024;
 std::int64_t conflicts = 0;
+std::int64_t num_clusters = 2;
 
 // A stack, and where it was left.
 struct Fiber {
@@ -352,6 +353,9 @@ const Copy* next_copy(int pending) {
 
 std::int64_t shared_memory_limit() { return limit; }
 void set_shared_memory_limit(std::int64_t bytes) { limit = bytes; }
+
+std::int64_t clusters_at_once() { return num_clusters; }
+void set_clusters_at_once(std::int64_t count) { num_clusters = count; }
 
 void run(const LaunchShape& shape, const std::function<void()>& kernel) {
   if (shape.blocks < 1 || shape.blocks > 0x7fffffff || shape.blocks % shape.cluster || shape.cluster < 1 ||

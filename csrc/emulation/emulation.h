@@ -72,6 +72,10 @@ const Copy* next_copy(int pending);
 std::int64_t shared_memory_limit();
 void set_shared_memory_limit(std::int64_t bytes);
 
+// Clusters that run at once, as the device is said to do: 2 until it is set.
+std::int64_t clusters_at_once();
+void set_clusters_at_once(std::int64_t count);
+
 void run(const LaunchShape& shape, const std::function<void()>& kernel);
 
 }  // namespace runtime
@@ -111,6 +115,7 @@ T shuffle_xor(T value, int mask) {
 
 inline Bytes16 load16(const void* from) { return *static_cast<const Bytes16*>(from); }
 inline void store16(void* to, Bytes16 bytes) { *static_cast<Bytes16*>(to) = bytes; }
+inline Bytes8 load8(const void* from) { return *static_cast<const Bytes8*>(from); }
 inline std::uint32_t load4(const void* from) { return *static_cast<const std::uint32_t*>(from); }
 inline void store4(void* to, std::uint32_t word) { *static_cast<std::uint32_t*>(to) = word; }
 
@@ -280,6 +285,11 @@ struct Device {
 };
 
 inline Device current_device() { return {{}, runtime::shared_memory_limit(), true}; }
+
+template <typename... Parameters>
+std::int64_t clusters_at_once(void (*)(Parameters...), const LaunchShape&) {
+  return runtime::clusters_at_once();
+}
 
 template <typename... Parameters>
 Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream, Parameters... arguments) {

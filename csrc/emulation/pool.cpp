@@ -140,8 +140,9 @@ bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with
   backward.grad_matrix = grad_matrix.data();
   backward.grad_weight = grad_weight.data();
   backward.grad_bias = grad_bias.data();
+  backward.one_pass = one_pass;
   return launched(launch_prompt_pool_backward(backward, nullptr)) &&
-         all_finite(grad_x, grad_delta, grad_matrix, grad_weight, grad_bias, workspace);
+         all_finite(grad_x, grad_delta, grad_matrix, grad_weight, grad_bias);
 }
 
 }  // namespace

@@ -26,6 +26,10 @@ struct alignas(16) Bytes16 {
   std::uint32_t words[4];
 };
 
+struct alignas(8) Bytes8 {
+  std::uint32_t words[2];
+};
+
 constexpr int kLanes = 32;
 
 struct LaunchShape {
@@ -125,6 +129,11 @@ __device__ __forceinline__ Bytes16 load16(const void* from) {
 
 __device__ __forceinline__ void store16(void* to, Bytes16 bytes) {
   *static_cast<uint4*>(to) = make_uint4(bytes.words[0], bytes.words[1], bytes.words[2], bytes.words[3]);
+}
+
+__device__ __forceinline__ Bytes8 load8(const void* from) {
+  const uint2 words = *static_cast<const uint2*>(from);
+  return {{words.x, words.y}};
 }
 
 __device__ __forceinline__ std::uint32_t load4(const void* from) {
@@ -292,6 +301,51 @@ inline Device current_device() {
   return {cuda_status(error), bytes, major >= 9};
 }
 
+// A launch as the runtime takes it.
+class Launch {
+ public:
+  Launch(const LaunchShape& shape, Stream stream) {
+    cluster_.id = cudaLaunchAttributeClusterDimension;
+    cluster_.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
+    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config_.blockDim = dim3(static_cast<unsigned>(shape.threads));
+    config_.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_memory);
+    config_.stream = stream;
+    config_.attrs = &cluster_;
+    config_.numAttrs = shape.cluster > 1 ? 1 : 0;
+  }
+  Launch(const Launch&) = delete;
+
+  const cudaLaunchConfig_t* config() const { return &config_; }
+
+  // Lets ``kernel`` have the shared memory.
+  template <typename... Parameters>
+  cudaError_t allow(void (*kernel)(Parameters...)) const {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                static_cast<int>(config_.dynamicSmemBytes));
+  }
+
+ private:
+  cudaLaunchAttribute cluster_{};
+  cudaLaunchConfig_t config_{};
+};
+
+// How many clusters of ``kernel`` the current device runs at once; 0 if none.
+template <typename... Parameters>
+std::int64_t clusters_at_once(void (*kernel)(Parameters...), const LaunchShape& shape) {
+  const Launch one(shape, nullptr);
+  int count = 0;
+  cudaError_t error = one.allow(kernel);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, one.config());
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return 0;
+  }
+  return count;
+}
+
 // Launches ``kernel`` on the current device; can be captured in a graph.
 template <typename... Parameters>
 Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, Parameters... arguments) {
@@ -308,22 +362,12 @@ Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, P
                   static_cast<long long>(shape.shared_memory), limit);
     return status;
   }
+  const Launch launch(shape, stream);
   if (error == cudaSuccess) {
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                 static_cast<int>(shape.shared_memory));
+    error = launch.allow(kernel);
   }
   if (error == cudaSuccess) {
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(static_cast<unsigned>(shape.blocks));
-    config.blockDim = dim3(static_cast<unsigned>(shape.threads));
-    config.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_memory);
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = shape.cluster > 1 ? 1 : 0;
-    error = cudaLaunchKernelEx(&config, kernel, arguments...);
+    error = cudaLaunchKernelEx(launch.config(), kernel, arguments...);
   }
   if (error != cudaSuccess) {
     cudaGetLastError();  // or the next launch, anyone's, would report this one's error

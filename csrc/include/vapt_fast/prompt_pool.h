@@ -90,12 +90,16 @@ struct PromptPoolBackward {
   float* grad_matrix = nullptr;  // (R, N)
   float* grad_weight = nullptr;  // (C,)
   float* grad_bias = nullptr;    // (C,)
+  // Whether to read total and grad_normed only once, as in the forward, if the device and the sizes allow it: at most
+  // 256 tokens, 1024 channels and 64 rows. The images are then cut into chunks by what the device runs at once, so
+  // that the gradients of matrix, weight and bias are the same bits in every run on the same kind of device.
+  bool one_pass = true;
 };
 
 Status launch_prompt_pool_forward(const PromptPoolForward& arguments, Stream stream);
 Status launch_prompt_pool_backward(const PromptPoolBackward& arguments, Stream stream);
 
-// float32 elements of PromptPoolBackward::workspace, which need not be initialised.
+// float32 elements of PromptPoolBackward::workspace, in one pass or two, which need not be initialised.
 std::int64_t prompt_pool_backward_workspace(const PromptPoolSizes& sizes);
 
 }  // namespace vapt_fast
