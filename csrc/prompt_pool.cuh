@@ -126,6 +126,44 @@ __device__ __forceinline__ void put_in_slab(std::uint32_t* row, int eight, const
   }
 }
 
+// A slab of all tokens in shared memory. The pieces of 16 bytes of a token and the next one are in another order, so
+// that the eight lanes that read eight channels of both meet in no bank.
+template <typename Element>
+class KeptSlab {
+ public:
+  static constexpr int ELEMENTS = sizeof(Bytes16) / sizeof(Element);  // of a piece
+  static constexpr int PIECES = kSlab / ELEMENTS;                     // of a token
+
+  __device__ __forceinline__ explicit KeptSlab(void* memory) : tokens_(static_cast<Element*>(memory)) {}
+
+  // ``eight`` counts from the slab's first.
+  __device__ __forceinline__ Eight<Element> load(int token, int eight) const {
+    Eight<Element> to;
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      to.bytes[i] = load16(piece(token, eight * COUNT + i));
+    }
+    return to;
+  }
+
+  __device__ __forceinline__ void store(int token, int eight, const Eight<Element>& from) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+      store16(piece(token, eight * COUNT + i), from.bytes[i]);
+    }
+  }
+
+  __device__ __forceinline__ Element* piece(int token, int number) const {
+    constexpr int OTHER_BANKS = sizeof(Element) == 4 ? 1 : 4;
+    return tokens_ + token * kSlab + (number ^ token % 2 * OTHER_BANKS) * ELEMENTS;
+  }
+
+ private:
+  static constexpr int COUNT = kEight / ELEMENTS;
+
+  Element* tokens_;
+};
+
 // ---- sums
 
 // Over lanes that differ in the bits of ``FIRST`` to LAST / 2, powers of 2.

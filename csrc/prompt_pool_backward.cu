@@ -463,49 +463,20 @@ __global__ void __launch_bounds__(kThreads, 2) gradients(const PromptPoolBackwar
 
 // ---- one pass
 
-// A slab of all tokens in shared memory, of which each warp has 16. The pieces of 16 bytes of a token and the next one
-// are in another order, so that the eight lanes that read eight channels of both meet in no bank.
+// Begins to copy a slab of this warp's 16 tokens.
 template <typename Element>
-class KeptSlab {
- public:
-  static constexpr int PIECES = kSlab * sizeof(Element) / sizeof(Bytes16);  // of a token
-
-  __device__ __forceinline__ explicit KeptSlab(void* memory) : tokens_(static_cast<Element*>(memory)) {}
-
-  // Begins to copy those of this warp's tokens.
-  __device__ __forceinline__ void fetch(const Tensor3& tensor, std::int64_t image, int num_tokens, int first_channel,
-                                        int channels) const {
+__device__ __forceinline__ void fetch_slab(const KeptSlab<Element>& kept, const Tensor3& tensor, std::int64_t image,
+                                           int num_tokens, int first_channel, int channels) {
+  using Slab = KeptSlab<Element>;
 #pragma unroll 1
-    for (int i = computed_here(lane()); i < kTile * PIECES; i += kLanes) {
-      const int token = warp() * kTile + i / PIECES;
-      const int channel = first_channel + i % PIECES * ELEMENTS;
-      if (token < num_tokens && channel < channels) {
-        copy_async(piece(token, i % PIECES), row_of<Element>(tensor, image, token) + channel);
-      }
+  for (int i = computed_here(lane()); i < kTile * Slab::PIECES; i += kLanes) {
+    const int token = warp() * kTile + i / Slab::PIECES;
+    const int channel = first_channel + i % Slab::PIECES * Slab::ELEMENTS;
+    if (token < num_tokens && channel < channels) {
+      copy_async(kept.piece(token, i % Slab::PIECES), row_of<Element>(tensor, image, token) + channel);
     }
   }
-
-  // ``eight`` counts from the slab's first.
-  __device__ __forceinline__ Eight<Element> load(int token, int eight) const {
-    constexpr int COUNT = kEight / ELEMENTS;
-    Eight<Element> to;
-#pragma unroll
-    for (int i = 0; i < COUNT; ++i) {
-      to.bytes[i] = load16(piece(token, eight * COUNT + i));
-    }
-    return to;
-  }
-
- private:
-  static constexpr int ELEMENTS = sizeof(Bytes16) / sizeof(Element);  // of a piece
-
-  __device__ __forceinline__ Element* piece(int token, int number) const {
-    constexpr int OTHER_BANKS = sizeof(Element) == 4 ? 1 : 4;
-    return tokens_ + token * kSlab + (number ^ token % 2 * OTHER_BANKS) * ELEMENTS;
-  }
-
-  Element* tokens_;
-};
+}
 
 // What ``products_and_gradients`` has in shared memory before the tokens. TILES: half the tiles of 16 rows.
 template <int TILES>
@@ -561,9 +532,9 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
   const KeptSlab<Token> kept_total(tokens);
   const KeptSlab<Element> kept_a(tokens + num_tokens * kSlab);
   const auto fetch = [&](std::int64_t image) {
-    kept_total.fetch(arguments.total, image, num_tokens, first_channel, channels);
+    fetch_slab(kept_total, arguments.total, image, num_tokens, first_channel, channels);
     if (keeps_a<Token, TILES>() && arguments.grad_normed.data) {
-      kept_a.fetch(arguments.grad_normed, image, num_tokens, first_channel, channels);
+      fetch_slab(kept_a, arguments.grad_normed, image, num_tokens, first_channel, channels);
     }
     commit_copies();
   };

@@ -10,18 +10,32 @@
 namespace vapt_fast {
 namespace {
 
-// Eight channels of total, which they are written to if there is a delta.
+// Eight channels of what total is the sum of.
 template <typename Token, typename Element>
-__device__ __forceinline__ Eight<Token> load_total(const PromptPoolForward& arguments, std::int64_t image,
-                                                   std::int64_t token, std::int64_t channel) {
-  const PromptPoolSizes& sizes = arguments.sizes;
-  Eight<Token> eight = load_eight(row_of<Token>(arguments.x, image, token) + channel);
-  if (arguments.delta.data) {
+struct Summands {
+  Eight<Token> x{};
+  Eight<Element> delta{};
+
+  __device__ __forceinline__ void load(const PromptPoolForward& arguments, std::int64_t image, std::int64_t token,
+                                       std::int64_t channel) {
+    x = load_eight(row_of<Token>(arguments.x, image, token) + channel);
+    if (arguments.delta.data) {
+      delta = load_eight(row_of<Element>(arguments.delta, image, token) + channel);
+    }
+  }
+
+  // Writes the sum to total, if there is a delta.
+  __device__ __forceinline__ Eight<Token> sum(const PromptPoolForward& arguments, std::int64_t image,
+                                              std::int64_t token, std::int64_t channel) const {
+    if (!arguments.delta.data) {
+      return x;
+    }
+    const PromptPoolSizes& sizes = arguments.sizes;
     float total[kEight];
     float branch[kEight];
     float gain[kEight] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
-    widen(eight, total);
-    load_floats(row_of<Element>(arguments.delta, image, token) + channel, branch);
+    widen(x, total);
+    widen(delta, branch);
     if (arguments.gain) {
       load_floats(arguments.gain + channel, gain);
     }
@@ -29,12 +43,12 @@ __device__ __forceinline__ Eight<Token> load_total(const PromptPoolForward& argu
     for (int i = 0; i < kEight; ++i) {
       total[i] += gain[i] * branch[i];
     }
-    eight = narrow<Token>(total);
+    const Eight<Token> eight = narrow<Token>(total);
     const std::int64_t row = image * (sizes.prefix + sizes.patches) + token;
     store_eight(static_cast<Token*>(arguments.total) + row * sizes.channels + channel, eight);
+    return eight;
   }
-  return eight;
-}
+};
 
 template <typename Element>
 __device__ __forceinline__ void store_normed(const PromptPoolForward& arguments, std::int64_t row,
@@ -48,13 +62,14 @@ __device__ __forceinline__ void store_normed(const PromptPoolForward& arguments,
               narrow<Element>(values));
 }
 
-// total, normed, mean and rstd; a warp to a token. Its lanes read back only what they put into shared memory.
+// total, normed, mean and rstd; a warp of ``warps`` to a token. Its lanes read back only what they put into shared
+// memory.
 template <typename Token, typename Element>
-__global__ void __launch_bounds__(kThreads) normalise(const PromptPoolForward arguments) {
+__global__ void __launch_bounds__(kThreads) normalise(const PromptPoolForward arguments, int warps) {
   const PromptPoolSizes& sizes = arguments.sizes;
   const std::int64_t tokens = sizes.prefix + sizes.patches;
   const auto channels = static_cast<int>(sizes.channels);
-  const std::int64_t row = block() * kWarps + warp();
+  const std::int64_t row = block() * warps + warp();
   if (row >= sizes.batch * tokens) {
     return;
   }
@@ -63,7 +78,9 @@ __global__ void __launch_bounds__(kThreads) normalise(const PromptPoolForward ar
 
   float sum = 0.0f;
   for (int channel = lane() * kEight; channel < channels; channel += kLanes * kEight) {
-    const Eight<Token> eight = load_total<Token, Element>(arguments, row / tokens, row % tokens, channel);
+    Summands<Token, Element> summands;
+    summands.load(arguments, row / tokens, row % tokens, channel);
+    const Eight<Token> eight = summands.sum(arguments, row / tokens, row % tokens, channel);
     store_eight(kept + channel, eight);
     widen(eight, values);
     sum += sum_of(values);
@@ -101,14 +118,12 @@ struct PoolStage {
   float row_sums[ROWS];
 };
 
-// ROWS rows and a slab of pooled, from ``first_row`` and ``first_channel``. ``patches`` are the slab's channels of
-// the first patch, in memory or in shared memory, the next one ``stride`` elements further; mean and rstd its
-// statistics.
-template <typename Token, int TILES>
+// ROWS rows and a slab of pooled, from ``first_row`` and ``first_channel``. ``load`` gives eight channels of a patch,
+// counted from the slab's first; mean and rstd are the patches' statistics.
+template <int TILES, typename Load>
 __device__ __forceinline__ void pool_slab(const PromptPoolForward& arguments, PoolStage<TILES>& stage,
-                                          std::int64_t image, int first_row, int first_channel,
-                                          const Token* patches, std::int64_t stride, const float* mean,
-                                          const float* rstd) {
+                                          std::int64_t image, int first_row, int first_channel, Load load,
+                                          const float* mean, const float* rstd) {
   using Stage = PoolStage<TILES>;
   const PromptPoolSizes& sizes = arguments.sizes;
   const auto num_patches = static_cast<int>(sizes.patches);
@@ -125,7 +140,7 @@ __device__ __forceinline__ void pool_slab(const PromptPoolForward& arguments, Po
       const int eight = (thread() + j) / (4 * Stage::STEP) * 4 + thread() % 4;
       float z[kEight] = {};
       if (first + patch < num_patches && first_channel + eight * kEight < channels) {
-        load_floats(patches + (first + patch) * stride + eight * kEight, z);
+        widen(load(first + patch, eight), z);
         const float r = rstd[first + patch];
         const float factor = r * prompt_factor(r, arguments.eps, arguments.prompt_eps);
 #pragma unroll
@@ -223,16 +238,19 @@ __global__ void __launch_bounds__(kThreads, 2) pool(const PromptPoolForward argu
   const Tensor3 total{arguments.total, (sizes.prefix + sizes.patches) * sizes.channels, sizes.channels};
   const Tensor3& tokens = arguments.delta.data ? total : arguments.x;
   const std::int64_t first_patch = image * (sizes.prefix + sizes.patches) + sizes.prefix;
-  pool_slab(arguments, stage, image, first_row, first_channel,
-            row_of<Token>(tokens, image, sizes.prefix) + first_channel, tokens.row_stride,
-            arguments.mean + first_patch, arguments.rstd + first_patch);
+  const Token* const patches = row_of<Token>(tokens, image, sizes.prefix) + first_channel;
+  const auto load = [patches, stride = tokens.row_stride](int patch, int eight) {
+    return load_eight(patches + patch * stride + eight * kEight);
+  };
+  pool_slab(arguments, stage, image, first_row, first_channel, load, arguments.mean + first_patch,
+            arguments.rstd + first_patch);
 }
 
 // What a block has in shared memory after its PoolStage: its slab of all tokens, and of each token the sums over
 // the slab's channels and the statistics.
 template <typename Token>
 struct Kept {
-  Token* tokens;  // (T, kSlab)
+  KeptSlab<Token> tokens;
   float* sums;
   float* squares;
   float* mean;
@@ -243,8 +261,8 @@ struct Kept {
   }
 
   __device__ __forceinline__ Kept(void* memory, int num_tokens)
-      : tokens(static_cast<Token*>(memory)),
-        sums(reinterpret_cast<float*>(tokens + num_tokens * kSlab)),
+      : tokens(memory),
+        sums(reinterpret_cast<float*>(static_cast<Token*>(memory) + num_tokens * kSlab)),
         squares(sums + num_tokens),
         mean(squares + num_tokens),
         rstd(mean + num_tokens) {}
@@ -266,7 +284,9 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_and_pool(const PromptPo
   // Sixteen lanes take a token's channels, always the same ones: they read back only what they keep.
   constexpr int LANES = kSlab / kEight;
   constexpr int STEP = kThreads / LANES;
-  const int channel = thread() % LANES * kEight;
+  constexpr int AHEAD = 4;  // tokens that a lane loads at once: memory is far
+  const int eight = thread() % LANES;
+  const int channel = eight * kEight;
   const bool is_channel = first_channel + channel < channels;
   float values[kEight];
 
@@ -279,19 +299,30 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_and_pool(const PromptPo
     return sum;
   };
 
-#pragma unroll 4
-  for (int first = 0; first < num_tokens; first += STEP) {
-    const int token = first + thread() / LANES;
-    float sum = 0.0f;
-    if (token < num_tokens && is_channel) {
-      const Eight<Token> eight = load_total<Token, Element>(arguments, image, token, first_channel + channel);
-      store_eight(kept.tokens + token * kSlab + channel, eight);
-      widen(eight, values);
-      sum = sum_of(values);
+#pragma unroll 1
+  for (int first = thread() / LANES; first < num_tokens + thread() / LANES; first += AHEAD * STEP) {
+    Summands<Token, Element> summands[AHEAD];
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int token = first + i * STEP;
+      if (token < num_tokens && is_channel) {
+        summands[i].load(arguments, image, token, first_channel + channel);
+      }
     }
-    sum = sum_of_lanes<1, LANES>(sum);
-    if (token < num_tokens && channel == 0) {
-      kept.sums[token] = sum;
+#pragma unroll
+    for (int i = 0; i < AHEAD; ++i) {
+      const int token = first + i * STEP;
+      float sum = 0.0f;
+      if (token < num_tokens && is_channel) {
+        const Eight<Token> total = summands[i].sum(arguments, image, token, first_channel + channel);
+        kept.tokens.store(token, eight, total);
+        widen(total, values);
+        sum = sum_of(values);
+      }
+      sum = sum_of_lanes<1, LANES>(sum);
+      if (token < num_tokens && channel == 0) {
+        kept.sums[token] = sum;
+      }
     }
   }
   sync_cluster();
@@ -304,7 +335,7 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_and_pool(const PromptPo
     const int token = first + thread() / LANES;
     float squares = 0.0f;
     if (token < num_tokens && is_channel) {
-      load_floats(kept.tokens + token * kSlab + channel, values);
+      widen(kept.tokens.load(token, eight), values);
       squares = squares_of(values, kept.mean[token]);
     }
     squares = sum_of_lanes<1, LANES>(squares);
@@ -324,14 +355,17 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_and_pool(const PromptPo
 
   for (int token = thread() / LANES; token < num_tokens; token += STEP) {
     if (is_channel) {
-      load_floats(kept.tokens + token * kSlab + channel, values);
+      widen(kept.tokens.load(token, eight), values);
       store_normed<Element>(arguments, image * num_tokens + token, first_channel + channel, values,
                             kept.mean[token], kept.rstd[token]);
     }
   }
   for (int first_row = 0; first_row < sizes.rows; first_row += PoolStage<TILES>::ROWS) {
-    pool_slab(arguments, stage, image, first_row, first_channel, kept.tokens + sizes.prefix * kSlab, kSlab,
-              kept.mean + sizes.prefix, kept.rstd + sizes.prefix);
+    const auto load = [&](int patch, int number) {
+      return kept.tokens.load(static_cast<int>(sizes.prefix) + patch, number);
+    };
+    pool_slab(arguments, stage, image, first_row, first_channel, load, kept.mean + sizes.prefix,
+              kept.rstd + sizes.prefix);
   }
 #endif
 }
@@ -349,14 +383,18 @@ Status forward(const PromptPoolForward& arguments, Stream stream) {
     constexpr int TILES = decltype(tiles)::value;
     using Stage = PoolStage<TILES>;
     const auto staged = static_cast<std::int64_t>(sizeof(Stage));
-    const std::int64_t kept = staged + Kept<Token>::size(tokens);
-    if (arguments.one_pass && device.has_clusters && slabs <= kBlocksInCluster && kept <= device.shared_memory) {
-      return launch(normalise_and_pool<Token, Element, TILES>, shape_of(sizes.batch * slabs, kept, slabs), stream,
-                    arguments);
+    const LaunchShape cluster = shape_of(sizes.batch * slabs, staged + Kept<Token>::size(tokens), slabs);
+    const bool fits = slabs <= kBlocksInCluster && cluster.shared_memory <= device.shared_memory;
+    const auto one_pass = normalise_and_pool<Token, Element, TILES>;
+    if (arguments.one_pass && device.has_clusters && fits && clusters_at_once(one_pass, cluster) > 0) {
+      return launch(one_pass, cluster, stream, arguments);
     }
-    const std::int64_t rows_of_tokens = kWarps * sizes.channels * static_cast<std::int64_t>(sizeof(Token));
-    const LaunchShape shape = shape_of(ceil_div(sizes.batch * tokens, kWarps), rows_of_tokens);
-    const Status status = launch(normalise<Token, Element>, shape, stream, arguments);
+    // Fewer warps where a token is so long that shared memory would not do for all.
+    const std::int64_t row = sizes.channels * static_cast<std::int64_t>(sizeof(Token));
+    const std::int64_t warps = max(min(device.shared_memory / row, std::int64_t{kWarps}), std::int64_t{1});
+    LaunchShape shape = shape_of(ceil_div(sizes.batch * tokens, warps), warps * row);
+    shape.threads = static_cast<int>(warps) * kLanes;
+    const Status status = launch(normalise<Token, Element>, shape, stream, arguments, static_cast<int>(warps));
     if (status.code != Code::ok || sizes.rows == 0) {
       return status;
     }

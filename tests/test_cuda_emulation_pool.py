@@ -316,14 +316,26 @@ def test_clusters_only_where_they_fit(both):
     given[0] += 3
     both.one_pass = True
     in_one = both.forward(*given)
-    with device(both, shared_memory=30 * 1024):
-        fallback = both.forward(*given)
+    fallbacks = []
+    for on in ({"shared_memory": 30 * 1024}, {"clusters": 0}):
+        with device(both, **on):
+            fallbacks.append(both.forward(*given))
     both.one_pass = False
     in_two = both.forward(*given)
     assert not torch.equal(in_one[4], in_two[4])  # sums in another order: one can tell which way was taken
-    assert_same_results([fallback], [in_two], 0)
+    assert_same_results(fallbacks, [in_two] * 2, 0)
     for actual, expected in zip(in_one, in_two, strict=True):
         torch.testing.assert_close(actual, expected, rtol=2**-7, atol=1e-5)
+
+
+def test_fewer_long_tokens_are_normalised_at_once(both):
+    """Those of 8,192 bytes, where there is no room for eight of them."""
+    given = arguments(dim=2048, delta=False, gain=False)
+    given[0] = given[0].float()
+    both.one_pass = False
+    expected = both.forward(*given)
+    with device(both, shared_memory=30 * 1024):
+        assert_same_results([both.forward(*given)], [expected], 0)
 
 
 def backward_in_both(kernels, given):
