@@ -915,10 +915,10 @@ OnePass one_pass_of(const PromptPoolSizes& sizes) {
 
 // How many clusters the one pass takes; 0 if it can't be.
 std::int64_t count_clusters(const PromptPoolSizes& sizes, const OnePass& one_pass, const Device& device) {
-  if (!device.has_clusters || !fits_in_a_cluster(sizes) || one_pass.shape.shared_memory > device.shared_memory) {
+  if (!fits_in_a_cluster(sizes)) {
     return 0;
   }
-  return min(clusters_at_once(one_pass.kernel, one_pass.shape), most_clusters(sizes));
+  return min(clusters_at_once(one_pass.kernel, one_pass.shape, device), most_clusters(sizes));
 }
 
 template <typename Token, typename Element>

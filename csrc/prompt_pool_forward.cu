@@ -384,9 +384,8 @@ Status forward(const PromptPoolForward& arguments, Stream stream) {
     using Stage = PoolStage<TILES>;
     const auto staged = static_cast<std::int64_t>(sizeof(Stage));
     const LaunchShape cluster = shape_of(sizes.batch * slabs, staged + Kept<Token>::size(tokens), slabs);
-    const bool fits = slabs <= kBlocksInCluster && cluster.shared_memory <= device.shared_memory;
     const auto one_pass = normalise_and_pool<Token, Element, TILES>;
-    if (arguments.one_pass && device.has_clusters && fits && clusters_at_once(one_pass, cluster) > 0) {
+    if (arguments.one_pass && slabs <= kBlocksInCluster && clusters_at_once(one_pass, cluster, device) > 0) {
       return launch(one_pass, cluster, stream, arguments);
     }
     // Fewer warps where a token is so long that shared memory would not do for all.

@@ -287,8 +287,8 @@ struct Device {
 inline Device current_device() { return {{}, runtime::shared_memory_limit(), true}; }
 
 template <typename... Parameters>
-std::int64_t clusters_at_once(void (*)(Parameters...), const LaunchShape&) {
-  return runtime::clusters_at_once();
+std::int64_t clusters_at_once(void (*)(Parameters...), const LaunchShape& shape, const Device& device) {
+  return device.has_clusters && shape.shared_memory <= device.shared_memory ? runtime::clusters_at_once() : 0;
 }
 
 template <typename... Parameters>

@@ -318,11 +318,16 @@ class Launch {
 
   const cudaLaunchConfig_t* config() const { return &config_; }
 
-  // Lets ``kernel`` have the shared memory.
+  // Lets ``kernel`` have the shared memory. Only if it may not yet, since that can wait for copies in flight; and all
+  // of a block's ``most`` bytes, since another thread's launch of it may need more than this one.
   template <typename... Parameters>
-  cudaError_t allow(void (*kernel)(Parameters...)) const {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                static_cast<int>(config_.dynamicSmemBytes));
+  cudaError_t allow(void (*kernel)(Parameters...), int most) const {
+    cudaFuncAttributes now{};
+    const cudaError_t error = cudaFuncGetAttributes(&now, kernel);
+    if (error != cudaSuccess || static_cast<std::size_t>(now.maxDynamicSharedSizeBytes) >= config_.dynamicSmemBytes) {
+      return error;
+    }
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
   }
 
  private:
@@ -330,12 +335,23 @@ class Launch {
   cudaLaunchConfig_t config_{};
 };
 
-// How many clusters of ``kernel`` the current device, which has them, runs at once; 0 if none.
+// How many clusters of ``kernel`` the current device, ``device``, runs at once; 0 if none. Code for GPUs before sm_90,
+// which the driver also translates for later ones, has kernels of clusters without a body.
 template <typename... Parameters>
-std::int64_t clusters_at_once(void (*kernel)(Parameters...), const LaunchShape& shape) {
+std::int64_t clusters_at_once(void (*kernel)(Parameters...), const LaunchShape& shape, const Device& device) {
+  if (!device.has_clusters || shape.shared_memory > device.shared_memory) {
+    return 0;
+  }
   const Launch one(shape, nullptr, true);
   int count = 0;
-  cudaError_t error = one.allow(kernel);
+  cudaFuncAttributes compiled{};
+  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error == cudaSuccess && compiled.ptxVersion < 90) {
+    return 0;
+  }
+  if (error == cudaSuccess) {
+    error = one.allow(kernel, static_cast<int>(device.shared_memory));
+  }
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveClusters(&count, kernel, one.config());
   }
@@ -364,7 +380,7 @@ Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, P
   }
   const Launch launch(shape, stream, shape.cluster > 1);
   if (error == cudaSuccess) {
-    error = launch.allow(kernel);
+    error = launch.allow(kernel, limit);
   }
   if (error == cudaSuccess) {
     error = cudaLaunchKernelEx(launch.config(), kernel, arguments...);
