@@ -304,7 +304,7 @@ inline Device current_device() {
 // A launch as the runtime takes it.
 class Launch {
  public:
-  Launch(const LaunchShape& shape, Stream stream) {
+  Launch(const LaunchShape& shape, Stream stream, bool names_cluster) {
     cluster_.id = cudaLaunchAttributeClusterDimension;
     cluster_.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
     config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
@@ -312,9 +312,9 @@ class Launch {
     config_.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_memory);
     config_.stream = stream;
     config_.attrs = &cluster_;
-    config_.numAttrs = shape.cluster > 1 ? 1 : 0;
+    config_.numAttrs = names_cluster ? 1 : 0;
   }
-  Launch(const Launch&) = delete;
+  Launch(const Launch&) = delete;  // it holds its own address
 
   const cudaLaunchConfig_t* config() const { return &config_; }
 
@@ -330,10 +330,10 @@ class Launch {
   cudaLaunchConfig_t config_{};
 };
 
-// How many clusters of ``kernel`` the current device runs at once; 0 if none.
+// How many clusters of ``kernel`` the current device, which has them, runs at once; 0 if none.
 template <typename... Parameters>
 std::int64_t clusters_at_once(void (*kernel)(Parameters...), const LaunchShape& shape) {
-  const Launch one(shape, nullptr);
+  const Launch one(shape, nullptr, true);
   int count = 0;
   cudaError_t error = one.allow(kernel);
   if (error == cudaSuccess) {
@@ -362,7 +362,7 @@ Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, P
                   static_cast<long long>(shape.shared_memory), limit);
     return status;
   }
-  const Launch launch(shape, stream);
+  const Launch launch(shape, stream, shape.cluster > 1);
   if (error == cudaSuccess) {
     error = launch.allow(kernel);
   }
