@@ -74,6 +74,8 @@ CHECKS: dict[str, Check] = {
     "a small variance": for_both(tests.test_both_eps_where_the_variance_is_small),
     "clusters that do not fit": tests.test_clusters_only_where_they_fit,
     "clusters that do not fit in the backward": fallbacks,
+    "long tokens": tests.test_fewer_long_tokens_are_normalised_at_once,
+    "banks": tests.test_rows_of_a_matrix_lie_in_different_banks,
     "one pass and two": agreement,
     "chunks of images": tests.test_chunks_of_images_change_no_image,
     "constant rows": for_both(tests.test_constant_rows),

@@ -525,6 +525,7 @@ def test_right_kernels_are_right(samples, sanitizer, kernel):
         ("reverse", "copied_too_early", None, "wrong"),
         ("reverse", "no_commit", None, "ends without having waited for its copies"),
         ("sum", "no_barrier", "thread", "data race"),
+        ("sum", "ends_too_early", "thread", "data race"),
         ("sum", "no_end", None, "hangs: waits for threads that wait elsewhere or have ended"),
         ("sum", "parted_lanes", None, "hangs"),
         ("sum", "wrong_count", None, "expect another number of threads"),

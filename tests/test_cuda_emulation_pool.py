@@ -353,6 +353,14 @@ TOO_MUCH_FOR_A_CLUSTER = [
 ]
 
 
+def test_rows_of_a_matrix_lie_in_different_banks(both):
+    both.library.bank_conflicts.restype = ctypes.c_int64
+    both.library.bank_conflicts()
+    for both.one_pass, rows in itertools.product((True, False), (3, 35, 70)):
+        both.backward(*backward_arguments(both, arguments(patches=70, dim=136, rows=rows)))
+    assert both.library.bank_conflicts() == 0
+
+
 @pytest.mark.parametrize(("sizes", "on"), TOO_MUCH_FOR_A_CLUSTER, ids=str)
 def test_clusters_only_where_they_fit_in_the_backward(both, sizes, on):
     given = backward_arguments(both, arguments(**sizes))
@@ -393,7 +401,9 @@ def test_chunks_of_images_change_no_image(both):
         assert_same_results([grads[:2]], [ways[0][:2]], 0)
         for actual, expected in zip(grads[2:], ways[0][2:], strict=True):
             torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.equal(ways[0][2], ways[3][2])  # it was another order
+    # Their sums are in other orders: in chunks of 5, of 3 and 2, of 2, 2 and 1, and one by one.
+    for one, another in itertools.combinations(ways, 2):
+        assert not torch.equal(one[2], another[2])
 
 
 # ---- NaN

@@ -19,6 +19,7 @@ void __tsan_destroy_fiber(void* fiber) __attribute__((weak));
 void __tsan_switch_to_fiber(void* fiber, unsigned flags) __attribute__((weak));
 void __tsan_acquire(void* address) __attribute__((weak));
 void __tsan_release(void* address) __attribute__((weak));
+void __tsan_write_range(void* address, std::size_t size) __attribute__((weak));
 void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size)
     __attribute__((weak));
 void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size)
@@ -63,6 +64,8 @@ struct Warp {
 
 struct Block {
   std::int64_t index = 0;
+  int running = 0;  // threads
+  char end;         // what ThreadSanitizer orders the end of its threads by
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
   std::vector<Warp> warps;
   Barrier barriers[kBarriers];
@@ -204,6 +207,13 @@ void thread_main() {
   if (!current->groups.empty() || !current->open.copies.empty()) {
     fail("ends without having waited for its copies");
   }
+  Block& block = *current->block;
+  release(&block.end);
+  if (--block.running == 0 && __tsan_write_range) {
+    // The block's shared memory is no more: no other block of the cluster may still read it.
+    acquire(&block.end);
+    __tsan_write_range(block.shared.get(), static_cast<std::size_t>(current_launch->shape->shared_memory));
+  }
   release(&current_launch->end);
   current->finished = true;
   yield();
@@ -241,6 +251,7 @@ void prepare(Cluster& prepared, const LaunchShape& shape, std::int64_t first_blo
   for (int rank = 0; rank < shape.cluster; ++rank) {
     Block& block = prepared.blocks[static_cast<std::size_t>(rank)];
     block.index = first_block + rank;
+    block.running = shape.threads;
     block.warps.resize(static_cast<std::size_t>(shape.threads / kLanes));
     const auto bytes = static_cast<std::size_t>(shape.shared_memory);
     void* memory = nullptr;

@@ -22,6 +22,7 @@ enum class Mistake {
   parted_lanes,      // a shuffle that half of the lanes never reach
   wrong_count,       // of threads at a barrier
   one_place,         // where two blocks write
+  ends_too_early,    // while the other block of the cluster reads its shared memory
 };
 
 constexpr int kThreads = 64;
@@ -82,13 +83,15 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
     total += cluster_peer(shared, rank)[2];
   }
   out[block() * kThreads + thread()] = shuffle(total, cluster_rank());
-  sync_cluster();  // until the other block has read this one's memory
+  if (mistake != Mistake::ends_too_early) {
+    sync_cluster();  // until the other block has read this one's memory
+  }
 }
 
 // In the order of Mistake.
 constexpr const char* kNames[] = {
     "none",   "beyond_the_end", "no_barrier",  "no_wait",   "no_commit", "copied_too_early",
-    "no_end", "parted_lanes",   "wrong_count", "one_place",
+    "no_end", "parted_lanes",   "wrong_count", "one_place", "ends_too_early",
 };
 
 }  // namespace
