@@ -198,11 +198,11 @@ def _write_gradients(
 ) -> Tensor:
     """Write the gradients of q, k and v to these rows; those of the prompts as one, (B or 1, P, 2g, d)."""
     prompts, batch, dim = inputs.tensors[-1], inputs.shape[0], inputs.shape[3]
-    if inputs.shared:  # they are summed over the images, in float32
-        each = torch.empty((), dtype=torch.float32, device=out.device).expand(batch, prompts.shape[1])
-    else:
-        each = prompts
-    of_prompts = _empty_joint(each, inputs.groups, dim)
+    of_prompts = torch.empty(
+        (batch, prompts.shape[1], 2 * inputs.groups, dim),
+        dtype=torch.float32 if inputs.shared else prompts.dtype,  # before they are summed over the images
+        device=out.device,
+    )
     grad_prompt_k, grad_prompt_v = side_by_side(of_prompts.flatten(2), dim, inputs.groups, inputs.groups)
     grad_q, grad_k, grad_v = (None, None, None) if of_tokens is None else of_tokens
     available = _shared_memory(out.device)
