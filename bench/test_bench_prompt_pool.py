@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from importlib import import_module
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from vapt_fast.functional import prompt_matrices, prompt_pool
 
 EPS, PROMPT_EPS, KERNEL = 1e-6, 1e-5, 2
-RIVALS = [*kernels("prompt_pool"), "torch, compiled", "literal", "literal, compiled"]
+RIVALS = [*kernels("prompt_pool"), "cuda, two passes", "torch, compiled", "literal", "literal, compiled"]
 
 
 def job(sizes: Sizes, num_prompts: int) -> Job:
@@ -40,9 +41,9 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
 
 
 def implementation(rival: str, sizes: Sizes) -> Op:
-    name, _, compiled = rival.partition(", ")
+    name, _, variant = rival.partition(", ")
     op = partial(_literal, sizes.grid) if name == "literal" else partial(_rewritten, sizes.grid, name)
-    return sizes.compile(op) if compiled else op
+    return sizes.compile(op) if variant == "compiled" else op
 
 
 def _literal(
@@ -90,6 +91,8 @@ def _rewritten(
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("rival", RIVALS)
-def test_prompt_pool(bench, sizes, num_prompts, rival, mode):
+def test_prompt_pool(bench, sizes, num_prompts, rival, mode, monkeypatch):
+    if rival == "cuda, two passes":
+        monkeypatch.setattr(import_module("vapt_fast.backends.cuda.prompt_pool"), "ONE_PASS", False)
     group = f"prompt_pool, P = {num_prompts}"
     bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)

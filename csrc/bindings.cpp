@@ -201,7 +201,7 @@ void bind_prompt_pool(py::module_& module) {
       "prompt_pool_forward",
       [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 x, vf::Tensor3 delta, Address gain,
          vf::PoolingMatrix matrix, Address weight, Address bias, Address total, Address normed, Address pooled,
-         Address mean, Address rstd, std::uintptr_t stream) {
+         Address mean, Address rstd, bool one_pass, std::uintptr_t stream) {
         const vf::PromptPoolForward arguments{.sizes = sizes,
                                               .eps = eps,
                                               .prompt_eps = prompt_eps,
@@ -215,19 +215,20 @@ void bind_prompt_pool(py::module_& module) {
                                               .normed = reinterpret_cast<void*>(normed),
                                               .pooled = reinterpret_cast<float*>(pooled),
                                               .mean = reinterpret_cast<float*>(mean),
-                                              .rstd = reinterpret_cast<float*>(rstd)};
+                                              .rstd = reinterpret_cast<float*>(rstd),
+                                              .one_pass = one_pass};
         launch("prompt_pool_forward", vf::launch_prompt_pool_forward, arguments, stream);
       },
       py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("x"), arg("delta"), arg("gain"), arg("matrix"),
       arg("weight"), arg("bias"), arg("total"), arg("normed"), arg("pooled"), arg("mean"), arg("rstd"),
-      arg("stream"));
+      arg("one_pass"), arg("stream"));
 
   module.def(
       "prompt_pool_backward",
       [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 total, vf::Tensor3 grad_total,
          vf::Tensor3 grad_normed, vf::Tensor3 grad_pooled, Address gain, vf::PoolingMatrix matrix, Address weight,
          Address bias, Address mean, Address rstd, Address workspace, Address grad_x, Address grad_delta,
-         Address grad_matrix, Address grad_weight, Address grad_bias, std::uintptr_t stream) {
+         Address grad_matrix, Address grad_weight, Address grad_bias, bool one_pass, std::uintptr_t stream) {
         const vf::PromptPoolBackward arguments{.sizes = sizes,
                                                .eps = eps,
                                                .prompt_eps = prompt_eps,
@@ -246,13 +247,14 @@ void bind_prompt_pool(py::module_& module) {
                                                .grad_delta = reinterpret_cast<void*>(grad_delta),
                                                .grad_matrix = reinterpret_cast<float*>(grad_matrix),
                                                .grad_weight = reinterpret_cast<float*>(grad_weight),
-                                               .grad_bias = reinterpret_cast<float*>(grad_bias)};
+                                               .grad_bias = reinterpret_cast<float*>(grad_bias),
+                                               .one_pass = one_pass};
         launch("prompt_pool_backward", vf::launch_prompt_pool_backward, arguments, stream);
       },
       py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("total"), arg("grad_total"),
       arg("grad_normed"), arg("grad_pooled"), arg("gain"), arg("matrix"), arg("weight"), arg("bias"), arg("mean"),
       arg("rstd"), arg("workspace"), arg("grad_x"), arg("grad_delta"), arg("grad_matrix"), arg("grad_weight"),
-      arg("grad_bias"), arg("stream"));
+      arg("grad_bias"), arg("one_pass"), arg("stream"));
 
   module.def("prompt_pool_backward_workspace", vf::prompt_pool_backward_workspace, arg("sizes"));
 }

@@ -852,7 +852,7 @@ std::int64_t images_in_chunk(const PromptPoolSizes& sizes) {
   return max(ceil_div(sizes.batch * token_blocks, kEnough), std::int64_t{1});
 }
 
-// Of ``products_and_gradients``, at most: more blocks than any device runs at once.
+// Of ``products_and_gradients``, at most: enough to fill any device at a ViT's sizes.
 std::int64_t most_clusters(const PromptPoolSizes& sizes) {
   constexpr std::int64_t kEnough = 256;
   return min(sizes.batch, kEnough / ceil_div(sizes.channels, kSlab));

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,6 +36,9 @@ class Kernels:
             the tensors that are then float16, and of those that require a gradient (none that is summed over
             the images: its programs would take forever).
         scales: of the inputs in low precision.
+        cuda_sizes, cuda_quick: as ``sizes`` and ``quick`` for the CUDA kernels, which read 16 bytes at once:
+            around their tiles, in several blocks, clusters and passes. Empty for ops without; nothing in
+            cuda_sizes is empty or absent, so that errors can be compared.
     """
 
     make: Callable[..., tuple]
@@ -45,6 +48,8 @@ class Kernels:
     far: list[tuple[dict[str, Any], int, int]]
     huge: list[tuple[dict[str, Any], Sequence[int], Sequence[int]]]
     scales: tuple[float, ...] = (1.0, 5.0)
+    cuda_sizes: dict[str, list[Any]] = field(default_factory=dict)
+    cuda_quick: list[dict[str, Any]] = field(default_factory=list)
 
 
 YES_OR_NO = [False, True]
@@ -96,6 +101,20 @@ KERNELS = {
         [
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0, 4], []),
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0, 4], [0, 4]),
+        ],
+        cuda_sizes={
+            "batch": [1, 2, 5],
+            "prefix": [0, 1, 5],
+            "patches": [1, 15, 16, 49, 64, 196, 256, 576],
+            "dim": [8, 120, 128, 136, 384, 768, 1024, 1032],
+            "rows": [1, 10, 16, 33, 50, 64, 100, 129],
+            "gain": YES_OR_NO,
+        },
+        cuda_quick=[
+            {"batch": 2, "prefix": 2, "patches": 33, "dim": 136, "rows": 35},
+            {"batch": 3, "prefix": 1, "patches": 20, "dim": 264, "rows": 3, "gain": False},
+            {"batch": 1, "prefix": 0, "patches": 9, "dim": 24, "rows": 129, "delta": False},
+            {"batch": 1, "prefix": 1, "patches": 270, "dim": 8, "rows": 5},
         ],
     ),
     "prompt_projector": Kernels(
@@ -157,6 +176,22 @@ KERNELS = {
             (ONE_HEAD | {"batch": 1, "queries": 1, "tokens": 162, "bias": True}, 3, 2**24 - 8),
         ],
         [({"queries": 4, "tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(5), range(5))],
+        cuda_sizes={
+            "batch": [1, 2, 5],
+            "queries": [1, 16, 17, 33, 197, 257],
+            "tokens": [1, 15, 49, 197, 257, 290],
+            "heads": [4],
+            "groups": [1, 2, 4],
+            "dim": [8, 32, 40, 64, 72, 80, 88, 96, 128],
+            "prompts": [1, 10, 50, 100],
+            "shared": YES_OR_NO,
+        },
+        cuda_quick=[
+            {"batch": 2, "queries": 37, "tokens": 20, "heads": 4, "groups": 2, "dim": 72, "prompts": 5},
+            {"batch": 1, "queries": 5, "tokens": 290, "heads": 2, "groups": 1, "dim": 64, "prompts": 3},
+            {"batch": 2, "queries": 18, "tokens": 47, "heads": 1, "groups": 1, "dim": 8, "shared": True},
+            {"batch": 1, "queries": 16, "tokens": 30, "heads": 1, "groups": 1, "dim": 128, "prompts": 150},
+        ],
     ),
     "prompt_attention_packed": Kernels(
         packed_case,
@@ -180,6 +215,10 @@ KERNELS = {
             (ONE_HEAD | {"batch": 1, "tokens": 162, "prompts": 1}, 1, 2**24 - 8),
         ],
         [({"tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(2), range(2))],
+        cuda_quick=[
+            {"batch": 2, "tokens": 37, "heads": 4, "groups": 2, "dim": 40, "prompts": 5},
+            {"batch": 3, "tokens": 20, "heads": 2, "groups": 2, "dim": 64, "prompts": 17, "shared": True},
+        ],
     ),
     "cls_attention": Kernels(
         cls_case,
@@ -231,11 +270,15 @@ KERNELS = {
 }
 
 
-def random_cases(op: str, count: int) -> Iterator[dict[str, Any]]:
-    """Sizes for the op's ``make``, different from each other and always the same."""
+def random_cases(op: str, count: int, which: str = "sizes") -> Iterator[dict[str, Any]]:
+    """Sizes for the op's ``make``, different from each other and always the same.
+
+    Args:
+        which: "sizes" or "cuda_sizes", where they are from.
+    """
     choose, seen = random.Random(op), []
     while len(seen) < count:
-        sizes = {name: choose.choice(values) for name, values in KERNELS[op].sizes.items()}
+        sizes = {name: choose.choice(values) for name, values in getattr(KERNELS[op], which).items()}
         if sizes not in seen:
             seen.append(sizes)
             yield sizes

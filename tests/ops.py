@@ -386,8 +386,9 @@ def far_from_zero(seed, make, **sizes):
 
 def sdpa_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     """attention_formula as anyone would run it in low precision."""
-    keys = torch.cat([prompt_k.expand(q.shape[0], -1, -1, -1), k], dim=1)
-    values = torch.cat([prompt_v.expand(q.shape[0], -1, -1, -1), v], dim=1)
+    batch, groups = q.shape[0], q.shape[2] // k.shape[2]
+    keys = torch.cat([prompt_k.expand(batch, -1, -1, -1), k], dim=1).repeat_interleave(groups, dim=2)
+    values = torch.cat([prompt_v.expand(batch, -1, -1, -1), v], dim=1).repeat_interleave(groups, dim=2)
     q, keys, values = (t.transpose(1, 2) for t in (q, keys, values))
     return F.scaled_dot_product_attention(q, keys, values, scale=scale).transpose(1, 2)
 

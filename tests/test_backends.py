@@ -222,7 +222,7 @@ def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
         message = "nothing is known of GPUs of compute capability 13.0"
     elif what == "no triton":
         monkeypatch.setitem(sys.modules, "triton", None)
-        message = "'triton', the fastest on this GPU, can't run: triton is not installed"
+        message = "'triton', preferred on this GPU, can't run: triton is not installed"
     else:
         monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.5.1"))
         message = "triton 3.5.1 is too old"
@@ -253,14 +253,44 @@ def test_kernels_by_name_do_not_run_on_a_cpu():
 
 @pytest.mark.usefixtures("no_gpu")
 def test_kernels_can_run_where_either_backend_can(monkeypatch):
-    with pytest.raises(
-        BackendUnavailable, match=r"'kernels' can't run: .*TRITON_INTERPRET.*; its kernels need"
-    ):
+    with pytest.raises(BackendUnavailable, match=r"'kernels' can't run: its kernels need a CUDA GPU$"):
         vapt_fast.functional.prompt_projector(torch.zeros(1, 1, 2), torch.zeros(1), backend="kernels")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("triton", "cuda"):
+        monkeypatch.setattr(_dispatch, f"_{name}_unavailable_because", lambda name=name: [f"no {name}"])
+    assert _dispatch.unavailable_because("kernels") == ["no triton", "no cuda"]
     for name in ("triton", "cuda"):
         with monkeypatch.context() as patch:
             patch.setattr(_dispatch, f"_{name}_unavailable_because", lambda: [])
             assert not _dispatch.unavailable_because("kernels")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_kernels_are_chosen_for_what_a_model_computes(dtype, capability, monkeypatch):
+    """With the arguments that the ops of a model in ``dtype`` are called with."""
+    called = []
+
+    def record(op, backend, *args):
+        called.append((op, args))
+        return "torch"
+
+    for module in (_implementation, sys.modules["vapt_fast.functional.prompt_attention"]):
+        monkeypatch.setattr(module, "choose", record)
+    model = AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=2).to(dtype).train()
+    model(torch.zeros(1, 3, *model._image_size, dtype=dtype)).sum().backward()
+    monkeypatch.setattr(_dispatch, "capability", lambda device: capability)
+    monkeypatch.setattr(_dispatch, "unavailable_because", lambda name: [])
+    monkeypatch.setattr(_implementation, "_why_not", lambda *args: [])
+    monkeypatch.setattr(_dispatch, "_said", set())
+    cuda = torch.device("cuda", 0)
+    chosen = {op: _implementation._preferred(op, cuda, args, _preferences.PREFERENCES) for op, args in called}
+    kernels = {"add_norm": "triton", "prompt_pool": "cuda", "prompt_projector": "triton"}
+    kernels |= {"cls_attention": "triton", "mlp": "torch"}
+    kernels["prompt_attention"] = "torch" if capability == (10, 0) else "cuda"
+    assert chosen == (kernels if dtype == torch.bfloat16 else dict.fromkeys(kernels, "torch"))
+    assert not _dispatch._said
 
 
 def test_every_preference_names_an_implementation_and_says_why():

@@ -16,6 +16,7 @@ from unittest import mock
 import emulation
 import pytest
 import torch
+from kernel_cases import KERNELS
 from ops import assert_policy, assert_same_results, attention_case, layouts, pool_case, results
 
 from vapt_fast import AdaptiveViT, BackendUnavailable, PromptConfig, functional
@@ -170,6 +171,28 @@ def test_memory_that_nobody_has_written_is_not_read(form, monkeypatch):
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
     assert_same_results(results(form, tensors, options), expected, 0)
+
+
+@pytest.mark.parametrize("op", [op for op in KERNELS if KERNELS[op].cuda_quick])
+def test_what_runs_on_a_gpu_is_taken(op):
+    """The cases of tests/gpu and of compute-sanitizer: none is left out there for its sizes."""
+    low = {"prompt_pool": (0, 4)}.get(op, range(5))
+
+    def cases():
+        for seed, sizes in enumerate(KERNELS[op].cuda_quick):
+            torch.manual_seed(seed)
+            yield KERNELS[op].make(**sizes)
+
+    for function, _, tensors, options in cases():
+        tensors = [t.to(torch.bfloat16 if i in low else torch.float32) for i, t in enumerate(tensors)]
+        options = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        with recorded_launches() as launches:
+            outputs, grads = results(function, tensors, options)
+        assert op == "prompt_pool" or [name for name, _ in launches] == [
+            "prompt_attention_forward",
+            "prompt_attention_backward",
+        ]
+        assert all(t.isfinite().all() for t in (*outputs, *grads))
 
 
 # ---- layouts
@@ -361,7 +384,9 @@ def test_keys_that_do_not_fit_into_shared_memory_are_refused(compiled, monkeypat
 def test_preferred_attention_fits_into_shared_memory(compiled, dim):
     """The largest number of keys that the table says to fit does, as it must be known before a launch."""
     available = {(8, 0): 163, (9, 0): 227, (8, 6): 99, (8, 9): 99, (12, 0): 99}
-    entries = [entry for entry in _preferences.PREFERENCES if entry.op == "prompt_attention"]
+    entries = [
+        e for e in _preferences.PREFERENCES if (e.op, e.implementation) == ("prompt_attention", "cuda")
+    ]
     assert {capability for entry in entries for capability in entry.capabilities} == available.keys()
     for entry in entries:
         smallest = 1024 * min(available[capability] for capability in entry.capabilities)
@@ -496,6 +521,17 @@ def test_layouts_of_incoming_gradients_make_no_difference_to_pool(position):
         assert_same_results([grads(same)], [expected], 0, name)
 
 
+def test_pool_in_two_passes(monkeypatch):
+    """Sums come in another order, so that a bit tells which way was taken, in the forward and in the backward."""
+    op, _, tensors, options = pool(dim=136)
+    in_one = results(op, tensors, options)
+    monkeypatch.setattr(sys.modules["vapt_fast.backends.cuda.prompt_pool"], "ONE_PASS", False)
+    in_two = results(op, tensors, options)
+    assert_same_results(in_two, in_one, 0.02)
+    assert not torch.equal(in_two[0][2], in_one[0][2])
+    assert not torch.equal(in_two[1][1], in_one[1][1])
+
+
 def test_pool_reads_no_memory_that_nobody_has_written(monkeypatch):
     op, _, tensors, options = pool()
     expected = results(op, tensors, options)
@@ -555,7 +591,10 @@ def test_a_status_of_pool_becomes_an_exception(compiled):
     message = r"prompt_pool_forward\(dtype=bfloat16, float32_tokens=True, .*rows=0\): x must not be null"
     with pytest.raises(ValueError, match=message):
         compiled.prompt_pool_forward(
-            sizes=sizes, eps=0, prompt_eps=0, x=None, delta=None, matrix=None, **addresses, stream=0
+            **{"sizes": sizes, "eps": 0, "prompt_eps": 0, "x": None, "delta": None, "matrix": None},
+            **addresses,
+            one_pass=True,
+            stream=0,
         )
 
 

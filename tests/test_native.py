@@ -159,6 +159,7 @@ def test_the_driver_is_too_old_and_the_gpu_unknown(machine):
     [
         ("80-real", [(8, 0), (8, 9)], [(7, 5), (8, 7), (9, 0)]),
         ("80", [(8, 7)], []),
+        ("87-real", [(8, 7)], [(8, 6), (8, 9)]),
         ("80-virtual", [(8, 0), (8, 7), (9, 0)], [(7, 5)]),
         ("86-real", [(8, 6), (8, 9)], [(8, 0)]),
         ("90a-real", [(9, 0)], [(8, 0), (10, 0)]),
@@ -179,10 +180,11 @@ def test_ptx_needs_a_driver_as_new_as_the_compiler(machine):
     machine("80", driver=13000, capability=(9, 0))
     assert _dispatch.unavailable_because("cuda") == []
     machine("80", driver=12080, capability=(8, 6))  # machine code
-    assert "compiled for" not in " ".join(_dispatch.unavailable_because("cuda"))
+    assert "PTX" not in " ".join(_dispatch.unavailable_because("cuda"))
     machine("80", driver=12080, capability=(9, 0))
     *_, reason = _dispatch.unavailable_because("cuda")
-    assert "for compute capability 9.0 by a driver of CUDA 13.0, and this one serves 12.8; set" in reason
+    assert "no machine code for compute capability 9.0, only PTX, which takes a driver of CUDA 13" in reason
+    assert "this one serves 12.8; set VAPT_FAST_CUDA_ARCHS" in reason
 
 
 def test_not_compiled(machine, monkeypatch, tmp_path):

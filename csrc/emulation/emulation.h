@@ -7,7 +7,9 @@
 // filled with NaN. An asynchronous copy leaves NaN at its destination when it is issued and copies as late as
 // it may: when it is waited for.
 //
-// A kernel that would hang or whose lanes part ways at a common operation ends the process with a message.
+// A kernel that would hang, whose lanes part ways at a common operation, or a block of which ends while others of its
+// cluster read its shared memory, ends the process with a message. Of the banks of shared memory only those that
+// load_matrices reads are watched.
 //
 // The functions here belong to the kernel and are instrumented with it. Those of ``runtime``, which fibers
 // call in turns without any order, are in emulation.cpp, which must be compiled without sanitizers.

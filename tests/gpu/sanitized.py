@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -17,20 +18,29 @@ from vapt_fast import BackendUnavailable, use_backend
 from vapt_fast.backends import _dispatch
 
 
+def _run(backend: str, op: str) -> int:
+    """The number of cases of ``op`` that ``backend`` takes."""
+    count = 0
+    cases = KERNELS[op].cuda_quick if backend == "cuda" else KERNELS[op].quick
+    for sizes, dtype in itertools.product(cases, (torch.float32, torch.bfloat16)):
+        try:
+            with use_backend(backend):
+                results(*converted(op, KERNELS[op].make(**sizes), dtype))
+        except BackendUnavailable:
+            continue  # a dtype or a size that these kernels do not take
+        count += 1
+    return count
+
+
 def main() -> None:
     count = 0
     with torch.device("cuda"):
         for backend in ("triton", "cuda"):
-            if _dispatch.unavailable_because(backend):
-                continue
-            for (op, kernels), dtype in itertools.product(KERNELS.items(), (torch.float32, torch.bfloat16)):
-                for sizes in kernels.quick:
-                    try:
-                        with use_backend(backend):
-                            results(*converted(op, kernels.make(**sizes), dtype))
-                    except BackendUnavailable:
-                        continue  # a dtype or a size that these kernels do not take
-                    count += 1
+            if not _dispatch.unavailable_because(backend):
+                count += sum(_run(backend, op) for op in KERNELS)
+        if not _dispatch.unavailable_because("cuda"):
+            import_module("vapt_fast.backends.cuda.prompt_pool").ONE_PASS = False
+            count += _run("cuda", "prompt_pool")
     torch.cuda.synchronize()
     print(f"{count} cases ran")
     if not count:

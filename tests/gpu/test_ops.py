@@ -1,6 +1,7 @@
 """Every op's kernels against its formula and against themselves."""
 
 import itertools
+from importlib import import_module
 
 import pytest
 import torch
@@ -99,11 +100,43 @@ def test_error_is_at_most_that_of_eager_pytorch(op, backend, dtype, scale, sizes
         assert_policy(KERNELS[op].make, cases(), dtype)
 
 
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+def test_pooling_in_two_passes(dtype, scale, monkeypatch):
+    """As GPUs without clusters of thread blocks do it, on those that have them."""
+    monkeypatch.setattr(import_module("vapt_fast.backends.cuda.prompt_pool"), "ONE_PASS", False)
+    assert_policy_of_cuda_kernels("prompt_pool", dtype, scale, 100)
+
+
+@pytest.mark.parametrize("scale", [1.0, 5.0])
+@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
+@pytest.mark.parametrize("op", ["prompt_pool", "prompt_attention"])
+def test_random_shapes_of_cuda_kernels(op, dtype, scale):
+    assert_policy_of_cuda_kernels(op, dtype, scale, 500)
+
+
+def assert_policy_of_cuda_kernels(op, dtype, scale, count):
+    """The policy over ``count`` random shapes, whose errors are taken together."""
+
+    def cases():
+        for seed, sizes in enumerate(random_cases(op, count, "cuda_sizes")):
+            torch.manual_seed(seed)
+            function, formula, tensors, options = KERNELS[op].make(**sizes)
+            if "scale" in options:  # where one key takes nearly all, one rounding decides the error
+                options["scale"] = sizes["dim"] ** -0.5
+            yield function, formula, [t * scale for t in tensors], options
+
+    run("cuda", *converted(op, next(cases()), dtype))  # skips where the kernels can't run
+    with use_backend("cuda"):
+        assert_policy(KERNELS[op].make, cases(), dtype)
+
+
 @pytest.mark.parametrize("layout", ["transposed", "padded rows", "offset by one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_layouts_change_no_bit(op, backend, dtype, layout):
     torch.manual_seed(0)
-    function, tensors, options = converted(op, KERNELS[op].make(**KERNELS[op].quick[0]), dtype)
+    sizes = KERNELS[op].cuda_quick if backend == "cuda" else KERNELS[op].quick
+    function, tensors, options = converted(op, KERNELS[op].make(**sizes[0]), dtype)
     expected = run(backend, function, tensors, options)
     assert_same_bits(run(backend, function, [laid_out(t, layout) for t in tensors], options), expected)
 

@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 BACKENDS = {
-    "auto": "the fastest that can run here, op by op",
+    "auto": "the fastest that was measured, op by op; else torch",
     "reference": "the paper, literally, in plain PyTorch: the oracle",
     "torch": "the exact rewrites in ordinary PyTorch operations, on every device",
     "triton": "Triton kernels",
@@ -39,7 +39,8 @@ BACKENDS = {
 }
 ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 
-# Op -> its implementations. Under "triton" or "cuda" an op without such kernels runs as under "torch".
+# Op -> its implementations. Under "triton" or "cuda" an op without such kernels runs as under "torch"; what
+# runs under "kernels" and "auto" is in _preferences.
 # "cudnn" and "flash" are PyTorch's attention by that library alone, names that only this op knows.
 IMPLEMENTATIONS = {
     "add_norm": ("torch", "triton"),
@@ -69,8 +70,10 @@ def unavailable_because(name: str) -> list[str]:
     if name == "cuda":
         return _cuda_unavailable_because()
     if name == "kernels":
+        if torch.version.cuda is None or not torch.cuda.is_available():
+            return ["its kernels need a CUDA GPU"]
         triton, cuda = _triton_unavailable_because(), _cuda_unavailable_because()
-        return [*triton, *(reason for reason in cuda if reason not in triton)] if triton and cuda else []
+        return [*triton, *cuda] if triton and cuda else []
     return []
 
 
@@ -182,7 +185,8 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         TypeError, ValueError: not the name of a backend.
-        BackendUnavailable: it can't run here; nothing falls back in silence.
+        BackendUnavailable: it can't run here; nothing falls back in silence. "kernels" and "auto" are mixes,
+            and run an op on PyTorch where no kernel should be, or was measured to be, faster.
     """
     global _chosen_when_compiling
     token = _chosen.set(check_backend(name))

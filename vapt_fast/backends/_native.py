@@ -14,7 +14,7 @@ from types import ModuleType
 __all__ = ["device_lacks", "driver_lacks", "missing_because", "native", "readable"]
 
 NOTE = Path(__file__).parent.parent / "_C_missing.txt"  # setup.py leaves it where there is no _C
-EMBEDDED = ((8, 7),)  # Jetson, where machine code for other GPUs of the same generation does not run
+EMBEDDED = ((8, 7),)  # Jetson, which shares no machine code with other GPUs of its generation
 INSTALL_AGAIN = "install it again with pip install --force-reinstall --no-deps --no-cache-dir"
 
 
@@ -69,14 +69,15 @@ def device_lacks(capability: tuple[int, int]) -> list[str]:
     if machine_code or (ptx and driver_version() >= needed):
         return []
     given = ".".join(map(str, capability))
-    if ptx:  # which only a driver as new as the compiler takes
-        served = readable(driver_version())
+    if ptx:  # only a driver as new as the compiler takes it
         why = (
-            f"compute capability {given} by a driver of CUDA {readable(needed)}, and this one serves {served}"
+            f"its kernels have no machine code for compute capability {given}, only PTX, which takes a "
+            f"driver of CUDA {readable(needed)}; this one serves {readable(driver_version())}"
         )
     else:
-        why = f"{architectures.replace(',', ', ')}, not for compute capability {given}"
-    return [f"its kernels were compiled for {why}; set VAPT_FAST_CUDA_ARCHS and {INSTALL_AGAIN}"]
+        compiled = architectures.replace(",", ", ")
+        why = f"its kernels were compiled for {compiled}, not for compute capability {given}"
+    return [f"{why}; set VAPT_FAST_CUDA_ARCHS and {INSTALL_AGAIN}"]
 
 
 @functools.cache
@@ -97,7 +98,8 @@ def _code_for(architectures: str, capability: tuple[int, int]) -> tuple[bool, bo
         else:
             runs = capability >= compiled
         # Machine code holds for later minor versions.
-        same = capability[0] == compiled[0] and capability not in EMBEDDED
+        mixed = compiled != capability and (compiled in EMBEDDED or capability in EMBEDDED)
+        same = capability[0] == compiled[0] and not mixed
         machine_code |= runs and same and form != "-virtual"
         ptx |= runs and form != "-real"
     return machine_code, ptx

@@ -24,7 +24,9 @@ def predict(
     top: Annotated[int, typer.Option(min=1, help="How many classes to name for each image.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
-    backend: Annotated[str | None, typer.Option(help="auto, reference, torch, triton or cuda.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="auto, reference, torch, triton, cuda or kernels; see vapt-fast info.")
+    ] = None,
 ) -> None:
     """Name the class of images with a trained model.
 

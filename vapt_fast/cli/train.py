@@ -90,7 +90,7 @@ def train(
         Literal["vapt", "vpt-deep", "vpt-shallow", "linear", "full"], _option("What to train.", _MODEL)
     ] = "vapt",
     backend: Annotated[
-        str | None, _option("auto, reference, torch, triton or cuda; see vapt-fast info.", _MODEL)
+        str | None, _option("auto, reference, torch, triton, cuda or kernels; see vapt-fast info.", _MODEL)
     ] = None,
     prompts: Annotated[int, _option("Prompts a block.", _PROMPTS)] = _DEFAULTS.num_prompts,
     static_depth: Annotated[

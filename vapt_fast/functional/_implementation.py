@@ -29,7 +29,8 @@ def choose(op: str, backend: str | None, *args: Any) -> str:
 
     Raises:
         TypeError, ValueError: ``backend`` is no such name.
-        BackendUnavailable: it was named and can't run here, or not with these arguments.
+        BackendUnavailable: it was named and can't run here, or not with these arguments ("auto" and
+            "kernels", which are mixes, take "torch" then).
     """
     known = _dispatch.IMPLEMENTATIONS[op]
     name = _dispatch.resolve() if backend is None else _dispatch.check_backend(backend, also=known)
@@ -72,7 +73,7 @@ def _preferred(
             missing = _dispatch.unavailable_because(name)
             if missing:
                 _dispatch.warn_once(
-                    f"backend {name!r}, the fastest on this GPU, can't run: " + "; ".join(missing)
+                    f"backend {name!r}, preferred on this GPU, can't run: " + "; ".join(missing)
                 )
             elif name == "torch" or not _why_not(op, name, args):
                 return name

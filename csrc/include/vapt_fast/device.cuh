@@ -365,23 +365,19 @@ std::int64_t clusters_at_once(void (*kernel)(Parameters...), const LaunchShape& 
 // Launches ``kernel`` on the current device; can be captured in a graph.
 template <typename... Parameters>
 Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, Parameters... arguments) {
-  int device = 0;
-  int limit = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  const Device device = current_device();
+  if (device.status.code != Code::ok) {
+    return device.status;
   }
-  if (error == cudaSuccess && shape.shared_memory > limit) {
+  if (shape.shared_memory > device.shared_memory) {
     Status status{Code::unsupported};
     std::snprintf(status.message, sizeof status.message,
-                  "the kernel needs %lld bytes of shared memory, the device has %d",
-                  static_cast<long long>(shape.shared_memory), limit);
+                  "the kernel needs %lld bytes of shared memory, the device has %lld",
+                  static_cast<long long>(shape.shared_memory), static_cast<long long>(device.shared_memory));
     return status;
   }
   const Launch launch(shape, stream, shape.cluster > 1);
-  if (error == cudaSuccess) {
-    error = launch.allow(kernel, limit);
-  }
+  cudaError_t error = launch.allow(kernel, static_cast<int>(device.shared_memory));
   if (error == cudaSuccess) {
     error = cudaLaunchKernelEx(launch.config(), kernel, arguments...);
   }

@@ -91,8 +91,9 @@ struct PromptPoolBackward {
   float* grad_weight = nullptr;  // (C,)
   float* grad_bias = nullptr;    // (C,)
   // Whether to read total and grad_normed only once, as in the forward, if the device and the sizes allow it: at most
-  // 256 tokens, 1024 channels and 64 rows. The images are then cut into chunks by what the device runs at once, so
-  // that the gradients of matrix, weight and bias are the same bits in every run on the same kind of device.
+  // 256 tokens, 1024 channels and 64 rows (with float32 tokens and more than 32 rows grad_normed is read twice). The
+  // images are then cut into chunks by what the device runs at once, so that the gradients of matrix, weight and bias
+  // are the same bits in every run on the same kind of device.
   bool one_pass = true;
 };
 

@@ -60,9 +60,9 @@ def side_by_side(
     whole = rows(tensor, batch)
     if whole is None:
         return [None] * len(counts)
-    address, image, token = whole
+    begin, image, token = whole
     size = dim * tensor.element_size()
-    return [(address + first * size, image, token, dim) for first in accumulate((0, *counts[:-1]))]
+    return [(begin + first * size, image, token, dim) for first in accumulate((0, *counts[:-1]))]
 
 
 def address(tensor: Tensor | None) -> int:

@@ -72,9 +72,9 @@ def _shared_memory(device: torch.device) -> int:
 def _shared_memory_lacks(*tensors: Tensor) -> list[str]:
     """What the device lacks of shared memory, which in the forward holds all keys and values of a head."""
     q, k, _, prompt_k, _ = tensors
-    sizes = _sizes(
-        native(), torch.float16, *q.shape, *k.shape[1:3], prompt_k.shape[1]
-    )  # bfloat16 is as large
+    # int: some tracers, which don't say that they compile, have sizes that can't be hashed. bfloat16 takes as
+    # much.
+    sizes = _sizes(native(), torch.float16, *map(int, (*q.shape, *k.shape[1:3], prompt_k.shape[1])))
     of_tokens, of_prompts = (any(t.requires_grad for t in group) for group in (tensors[:3], tensors[3:]))
     learns = torch.is_grad_enabled() and (of_tokens or of_prompts)
     needed = _needed(native(), sizes, learns, of_tokens)
@@ -127,7 +127,7 @@ class _Inputs:
 
     Args:
         tensors: the five, or two that hold them side by side, qkv (B, T, (h + 2g) * d) and prompt_kv
-            (B or 1, P, 2g * d), with ``heads`` = (h, g). Read is what is ``aligned``.
+            (B or 1, P, 2g * d), with ``heads`` = (h, g). Those that are not ``aligned`` are copied.
     """
 
     def __init__(self, tensors: tuple[Tensor, ...], heads: tuple[int, int] | None = None) -> None:

@@ -13,7 +13,11 @@ from .._native import native
 from .._residual import empty_gradients, empty_total, total_dtype
 from ._launch import address, aligned, launch, rows
 
-__all__ = ["prompt_pool", "why_not_prompt_pool"]
+__all__ = ["ONE_PASS", "prompt_pool", "why_not_prompt_pool"]
+
+# Whether to read the tokens once, by clusters of thread blocks, where device and sizes allow it. Tests and
+# benchmarks turn it off, to compare.
+ONE_PASS = True
 
 
 def prompt_pool(
@@ -134,6 +138,7 @@ def _forward(
         pooled=address(pooled),
         mean=address(mean),
         rstd=address(rstd),
+        one_pass=ONE_PASS,
     )
     return outputs
 
@@ -220,6 +225,7 @@ def _gradients(
         grad_matrix=address(grad_matrix),
         grad_weight=address(grad_weight),
         grad_bias=address(grad_bias),
+        one_pass=ONE_PASS,
     )
     return outputs
 

@@ -26,12 +26,12 @@ def prompt_pool(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
     if torch.compiler.is_compiling():
-        # With dynamic=True PyTorch 2.14 fails on a number that it meets first in _PromptPool, then outside.
+        # With dynamic=True PyTorch 2.14 loses numbers that it meets first within _PromptPool: use them here.
         x.new_full((), eps + prompt_eps)
     total, dtype = add_residual(x, delta, gain), matrix.dtype
     arguments = (matrix, weight.to(dtype), bias.to(dtype), num_prefix, eps, prompt_eps)
     with torch.autocast(x.device.type, enabled=False):
-        if torch.compiler.is_exporting():  # PyTorch 2.8 exports no autograd.Function of any size
+        if torch.compiler.is_exporting():  # PyTorch 2.8 exports no autograd.Function with dynamic sizes
             normed, pooled, *_ = _pool(total.to(dtype), *arguments)
         else:
             normed, pooled = _PromptPool.apply(total.to(dtype), *arguments)
@@ -53,7 +53,7 @@ def _pool(
 
 
 class _PromptPool(torch.autograd.Function):
-    """``_pool``, of which only the normalised rows are kept for the backward."""
+    """``_pool``, which of the tokens keeps only the normalised rows for the backward."""
 
     @staticmethod
     def forward(ctx, x, matrix, weight, bias, num_prefix, eps, prompt_eps):
