@@ -157,8 +157,8 @@ def noticed(before: str = "", after: str = "") -> str | None:
 
 
 def main() -> None:
-    known = json.loads(TABLE.read_text())
-    known = known["noticed"] if known["source"] == source_hash(*SOURCES) else {}
+    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    known = known["noticed"] if known.get("source") == source_hash(*SOURCES) else {}
     table = {}
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         found = pool.submit(noticed).result()
