@@ -11,7 +11,7 @@ help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
 
 # Compiled by the installation, where there is nvcc.
-CUDA_SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.cu csrc/include/*/*)
+CUDA_SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/include/*/*)
 
 $(BIN)/.installed: pyproject.toml setup.py $(CUDA_SOURCES)
 	$(PYTHON) -m venv $(VENV)
