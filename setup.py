@@ -49,7 +49,7 @@ class BuildNative(build_ext):
             left_by_the_last_build.unlink(missing_ok=True)
         try:
             if setting == "0":
-                raise CannotBuildError("VAPT_FAST_CUDA=0 was set when it was installed")
+                raise CannotBuildError("VAPT_FAST_CUDA=0 was set when it was installed; unset it")
             shutil.copyfile(build(), module)
         except CannotBuildError as error:
             if setting == "1":
