@@ -186,9 +186,7 @@ def passes(kernels: Kernels) -> str | None:
 
 def banks(kernels: Kernels) -> str | None:
     """No two rows of a matrix lie in the same banks of shared memory."""
-    count = kernels.library.bank_conflicts
-    count.restype = c_int64
-    return "rows lie in the same banks" if count() else None
+    return "rows lie in the same banks" if kernels.bank_conflicts() else None
 
 
 def refusals(kernels: Kernels) -> str | None:

@@ -119,6 +119,7 @@ class Kernels:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
+        self.library.bank_conflicts.restype = c_int64
         self.library.prompt_attention_backward_shared_memory.restype = c_int64
         self.library.prompt_attention_backward_workspace.restype = c_int64
         self.shared_memory = 227 * 1024
@@ -144,6 +145,10 @@ class Kernels:
         status = self.launch("prompt_attention_forward", arguments)
         assert status.code == OK, status.message
         return out, lse
+
+    def bank_conflicts(self) -> int:
+        """Rows of load_matrices in the banks of others, since the last call."""
+        return self.library.bank_conflicts()
 
     def backward_shared_memory(self, tensors: tuple[Tensor, ...], prompts_only: bool) -> int:
         """Bytes that the backward needs at the least."""

@@ -95,6 +95,7 @@ class PoolKernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
+        self.library.bank_conflicts.restype = c_int64
         self.library.prompt_pool_workspace.restype = c_int64
         self.one_pass = True
         self.half = torch.bfloat16

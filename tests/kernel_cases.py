@@ -19,7 +19,7 @@ from ops import (
     projector_case,
 )
 
-__all__ = ["KERNELS", "Kernels", "laid_out", "precision_cases", "random_cases"]
+__all__ = ["KERNELS", "Kernels", "converted", "laid_out", "precision_cases", "random_cases"]
 
 
 @dataclass(frozen=True)
@@ -290,6 +290,19 @@ def precision_cases(op: str, scale: float, count: int = 20) -> Iterator[tuple]:
         torch.manual_seed(seed)
         function, formula, tensors, options = KERNELS[op].make(**KERNELS[op].precise)
         yield function, formula, [t * scale for t in tensors], options
+
+
+def converted(op: str, case: tuple, dtype: torch.dtype) -> tuple:
+    """The op of a case, its tensors in the dtypes of a model in ``dtype``, and its options likewise."""
+    function, _, tensors, options = case
+    learned = torch.promote_types(dtype, torch.float32)
+    of_tokens = {"prompt_pool": (0, 4), "prompt_projector": ()}.get(op, range(9))
+    tensors = [t.to(dtype if i in of_tokens else learned) for i, t in enumerate(tensors)]
+    options = {
+        name: value.to(learned if "mask" in name else dtype) if isinstance(value, torch.Tensor) else value
+        for name, value in options.items()
+    }
+    return function, tensors, options
 
 
 def laid_out(value: Any, layout: str) -> Any:

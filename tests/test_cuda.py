@@ -16,7 +16,7 @@ from unittest import mock
 import emulation
 import pytest
 import torch
-from kernel_cases import KERNELS
+from kernel_cases import KERNELS, converted
 from ops import assert_policy, assert_same_results, attention_case, layouts, pool_case, results
 
 from vapt_fast import AdaptiveViT, BackendUnavailable, PromptConfig, functional
@@ -176,18 +176,11 @@ def test_memory_that_nobody_has_written_is_not_read(form, monkeypatch):
 @pytest.mark.parametrize("op", [op for op in KERNELS if KERNELS[op].cuda_quick])
 def test_what_runs_on_a_gpu_is_taken(op):
     """The cases of tests/gpu and of compute-sanitizer: none is left out there for its sizes."""
-    low = {"prompt_pool": (0, 4)}.get(op, range(5))
-
-    def cases():
-        for seed, sizes in enumerate(KERNELS[op].cuda_quick):
-            torch.manual_seed(seed)
-            yield KERNELS[op].make(**sizes)
-
-    for function, _, tensors, options in cases():
-        tensors = [t.to(torch.bfloat16 if i in low else torch.float32) for i, t in enumerate(tensors)]
-        options = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    torch.manual_seed(0)
+    for sizes in KERNELS[op].cuda_quick:
+        case = converted(op, KERNELS[op].make(**sizes), torch.bfloat16)
         with recorded_launches() as launches:
-            outputs, grads = results(function, tensors, options)
+            outputs, grads = results(*case)
         assert op == "prompt_pool" or [name for name, _ in launches] == [
             "prompt_attention_forward",
             "prompt_attention_backward",
@@ -401,6 +394,17 @@ def test_preferred_attention_fits_into_shared_memory(compiled, dim):
             assert compiled.prompt_attention_forward_shared_memory(sizes) <= smallest
             assert compiled.prompt_attention_backward_shared_memory(sizes, prompts_only=False) <= smallest
         assert 160 < tokens < 419
+        # With grouped queries a block has the statistics of many: the backward needs more than the forward.
+        for queries in range(64, 8192, 64):
+            q, k = torch.empty(2, queries, 16, dim, device="meta"), torch.empty(2, 9, 2, dim, device="meta")
+            if not entry.fits(q, k, k, k, k, 1.0, None):
+                break
+            sizes = compiled.PromptAttentionSizes(
+                **{"dtype": "float16", "batch": 2, "queries": queries, "tokens": 9, "prompts": 9},
+                **{"heads": 16, "groups": 2, "head_dim": dim},
+            )
+            assert compiled.prompt_attention_backward_shared_memory(sizes, prompts_only=False) <= smallest
+        assert 512 < queries < 8128
 
 
 def test_a_status_becomes_an_exception_that_names_the_op_and_its_sizes(compiled):

@@ -339,11 +339,9 @@ def test_results_repeat_bit_by_bit_and_image_by_image(kernels):
 
 @pytest.mark.parametrize("dim", [32, 64, 80, 96, 128])
 def test_rows_of_a_matrix_lie_in_different_banks(kernels, dim):
-    count = kernels.library.bank_conflicts
-    count.restype = c_int64
-    count()
+    kernels.bank_conflicts()
     run(kernels, low(queries=33, tokens=50, prompts=10, dim=dim))
-    assert count() == 0
+    assert kernels.bank_conflicts() == 0
 
 
 def test_kernels_use_no_atomics():

@@ -354,7 +354,6 @@ TOO_MUCH_FOR_A_CLUSTER = [
 
 
 def test_rows_of_a_matrix_lie_in_different_banks(both):
-    both.library.bank_conflicts.restype = ctypes.c_int64
     both.library.bank_conflicts()
     for both.one_pass, rows in itertools.product((True, False), (3, 35, 70)):
         both.backward(*backward_arguments(both, arguments(patches=70, dim=136, rows=rows)))

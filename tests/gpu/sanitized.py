@@ -10,9 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from kernel_cases import KERNELS
+from kernel_cases import KERNELS, converted
 from ops import results
-from test_ops import converted
 
 from vapt_fast import BackendUnavailable, use_backend
 from vapt_fast.backends import _dispatch

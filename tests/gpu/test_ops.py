@@ -5,7 +5,7 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_cases import KERNELS, laid_out, precision_cases, random_cases
+from kernel_cases import KERNELS, converted, laid_out, precision_cases, random_cases
 from ops import assert_policy, assert_same_results, results
 
 from vapt_fast import BackendUnavailable, functional, use_backend
@@ -22,23 +22,6 @@ REAL = {
     "mlp": {"tokens": 197, "dim": 768, "hidden": 3072, "out": 768},
 }
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
-
-
-def low_positions(op):
-    """Which of the case's tensors are in the tokens' dtype; the others are float32 at least."""
-    return {"prompt_pool": (0, 4), "prompt_projector": ()}.get(op, range(9))
-
-
-def converted(op, case, dtype):
-    """The op, its tensors in the dtypes of a model in ``dtype``, and its options likewise."""
-    function, _, tensors, options = case
-    learned = torch.promote_types(dtype, torch.float32)
-    tensors = [t.to(dtype if i in low_positions(op) else learned) for i, t in enumerate(tensors)]
-    options = {
-        name: value.to(learned if "mask" in name else dtype) if isinstance(value, torch.Tensor) else value
-        for name, value in options.items()
-    }
-    return function, tensors, options
 
 
 def run(backend, function, tensors, options):
