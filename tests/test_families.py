@@ -123,9 +123,10 @@ def test_no_prompts_is_timm(model: AdaptiveViT) -> None:
 
 def test_only_prompts_and_head_learn(model: AdaptiveViT) -> None:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    heads = {name for name in trainable if name.startswith(("backbone.head.", "backbone.head_dist."))}
+    heads = {name for name in trainable if name.startswith(("adapters.default.head",))}
     assert heads
-    assert trainable - heads == {f"prompts.{name}" for name, _ in model.prompts.named_parameters()}
+    prompts = {f"adapters.default.prompts.{name}" for name, _ in model.prompts.named_parameters()}
+    assert trainable - heads == prompts
     assert list(model.parameters())[-1].requires_grad, "gradient clipping expects the head at the end"
 
 

@@ -15,9 +15,10 @@ PACKAGE = Path(vapt_fast.__file__).parent
 # Layers from the bottom up; a module may import from its own layer's siblings only where listed as free.
 LAYERS = [
     {"kernels"},
-    {"_version", "activations", "config", "prompts", "dropout", "resize", "backbone"},
+    {"_version", "activations", "config", "modules"},
+    {"prompts", "resize", "backbone", "blocks"},
     {"backends"},
-    {"functional", "frozen"},
+    {"functional"},
     {"reference", "schedule"},
     {"adapters", "vit", "official", "registry"},
     {"digits", "info"},

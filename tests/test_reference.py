@@ -7,9 +7,7 @@ import torch
 from torch import nn
 
 from vapt_fast import AdaptiveViT, PromptConfig, use_backend
-from vapt_fast.dropout import BlockMasks
-from vapt_fast.prompts import AdaptivePrompts, Prompts, StaticPrompts
-from vapt_fast.reference import adaptive_prompts
+from vapt_fast.prompts import AdaptivePrompts, Masks, Prompts, StaticPrompts
 
 ACTIVATIONS = {
     "relu": lambda v: [max(x, 0.0) for x in v],
@@ -96,8 +94,8 @@ def test_adaptive_prompts_are_the_definition(options):
     patches = torch.randn(batch, 12, dim, dtype=torch.float64)
     channels = torch.randint(0, 2, (batch, 1, dim)).double() / 0.5
     features = torch.randint(0, 2, (batch, 3, 4)).double() / 0.5
-    masks = BlockMasks(channels=channels, features=features if projector is not None else None)
-    result = adaptive_prompts(patches, block, projector, grid, masks, config)
+    masks = Masks(channels=channels, features=features if projector is not None else None)
+    result = block(patches, prompts.projector, masks)
     for image in range(batch):
         expected = by_hand(
             patches[image],

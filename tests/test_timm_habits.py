@@ -396,7 +396,7 @@ def test_reset_classifier(architecture: str) -> None:
         assert model.global_pool == theirs.global_pool
         with torch.no_grad():
             assert model.eval()(images).shape == theirs.double()(images).shape
-        head = [p for name, p in model.named_parameters() if name.startswith("backbone.head")]
+        head = [p for name, p in model.named_parameters() if ".head" in name]
         assert all(p.requires_grad for p in head)
         assert bool(head) == (num_classes > 0)
         assert list(model.trainable_parameters())
@@ -481,8 +481,8 @@ def test_train_mode(architecture: str) -> None:
     assert model.train() is model
     assert model.training
     assert model.prompts.training
-    frozen = {name for name, module in model.backbone.named_modules() if module.training}
-    assert frozen == {"head_drop", "head", *({"head_dist"} if "distilled" in architecture else ())}
+    assert {name for name, module in model.backbone.named_modules() if module.training} == {"head_drop"}
+    assert all(module.training for module in model.adapters.modules())
     assert model.eval() is model
     assert not any(module.training for module in model.modules())
     assert model.train(False) is model
@@ -545,7 +545,7 @@ def test_layer_decay(vit: AdaptiveViT) -> None:
     by_block += [scales[id(vit.prompts.blocks[i].kernel)] for i in (1, 2)]
     assert by_block[1] == 2 * by_block[0]
     assert by_block[2] == 2 * by_block[1]
-    assert scales[id(vit.backbone.head.weight)] == 1
+    assert scales[id(vit.head.weight)] == 1
 
 
 @pytest.mark.parametrize("name", ["momentum", "sgd", "adamw", "lamb", "muon"])
@@ -563,8 +563,8 @@ def test_optimizers(name: str, vit: AdaptiveViT) -> None:
 def test_adaptive_clipping_leaves_the_head(vit: AdaptiveViT) -> None:
     """timm clips all parameters but the last two, which it takes for the classifier."""
     parameters = list(vit.parameters())
-    assert parameters[-2] is vit.backbone.head.weight
-    assert parameters[-1] is vit.backbone.head.bias
+    assert parameters[-2] is vit.head.weight
+    assert parameters[-1] is vit.head.bias
     gradients = run(vit, tiny_images(vit))
     before = {name: gradient.clone() for name, gradient in gradients.items()}
     dispatch_clip_grad(parameters[:-2], 1e-4, mode="agc")

@@ -111,7 +111,7 @@ def save(model: nn.Module, folder: str | os.PathLike, metadata: dict[str, Any] |
     if problems:
         raise AdapterError("the adapter can't be saved", problems)
     # Clones, because safetensors refuses tensors that share memory.
-    tensors = {name: value.detach().cpu().clone() for name, value in model.named_adapter_parameters()}
+    tensors = {name: value.detach().cpu().clone() for name, value in model.adapter_state().items()}
     config = _describe(model, _tensor_table(safetensors.torch.save(tensors)), metadata)
     _write_files(
         Path(folder),
@@ -206,11 +206,8 @@ def backbone_fingerprint(model: nn.Module) -> str:
     The head, being trained, is left out. Values are rounded to bfloat16 first, so that a bfloat16 copy of a
     float32 backbone has the same fingerprint (a float16 copy has not: it rounds to other values).
     """
-    trained = {name for name, _ in model.named_adapter_parameters()}
     digest = hashlib.sha256()
     for name, value in sorted(model.backbone.state_dict().items()):
-        if f"backbone.{name}" in trained:
-            continue
         value = value.detach().to("cpu", torch.bfloat16 if value.is_floating_point() else value.dtype)
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -434,9 +431,9 @@ def _save_problems(model: nn.Module, metadata: object) -> list[str]:
         problems.append(f"metadata must be a dict, got {type(metadata).__name__}")
     elif reason := _why_not_json(metadata):
         problems.append(f"metadata must be made of what JSON knows: {reason}")
-    saved = {name for name, _ in model.named_adapter_parameters()}
+    saved = {id(parameter) for _, parameter in model.named_adapter_parameters()}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and name not in saved:
+        if parameter.requires_grad and id(parameter) not in saved:
             problems.append(
                 f"{name} is trainable, but adapters hold the prompts and the head only; freeze it, or keep "
                 f"the whole model.state_dict()"
@@ -480,15 +477,15 @@ def _head_problems(model: nn.Module, adapter: _Adapter) -> list[str]:
 
 
 def _tensor_problems(model: nn.Module, adapter: _Adapter) -> list[str]:
-    own = dict(model.named_adapter_parameters())
+    own = model.adapter_state()
     problems = [f"{name}: the adapter has no such tensor" for name in own if name not in adapter.tensors]
     for name, value in adapter.tensors.items():
         if name not in own:
-            problems.append(f"{name}: the model has no such parameter")
+            problems.append(f"{name}: the model has no such tensor")
         elif value.shape != own[name].shape:
             problems.append(f"{name}: shape {tuple(value.shape)}, the model has {tuple(own[name].shape)}")
-        elif not value.is_floating_point():
-            problems.append(f"{name}: dtype {value.dtype}, expected floating-point numbers")
+        elif value.is_floating_point() != own[name].is_floating_point():
+            problems.append(f"{name}: dtype {value.dtype}, the model has {own[name].dtype}")
         elif own[name].is_meta:
             problems.append(f"{name}: the model has it on the meta device; call model.to_empty(device=...)")
     return problems
@@ -507,7 +504,7 @@ def _num_classes(adapter: _Adapter) -> int:
 
 
 def _copy(model: nn.Module, adapter: _Adapter) -> None:
-    own = dict(model.named_adapter_parameters())
+    own = model.adapter_state()
     # All conversions first: one that runs out of memory must not leave half an adapter in the model.
     values = {name: adapter.tensors[name].to(own[name].device, own[name].dtype) for name in own}
     with torch.no_grad():

@@ -5,13 +5,13 @@ Everything that differs between timm's families is in this file, as stateless fu
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import timm
 import torch
-from timm.layers import GELU, Attention, AttentionRope, LayerNorm, LayerScale, Mlp
-from timm.models import beit, eva, get_model_traits, vision_transformer
+from timm.models import beit, get_model_traits
 from timm.models.beit import Beit
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.eva import Eva
@@ -19,14 +19,18 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .modules import enclosing, share_tensors
+
 __all__ = [
+    "BeitAttention",
     "Positions",
-    "StandardBlock",
+    "adopt",
     "call_block",
     "check_image_size",
     "check_supported",
     "embed",
     "grid_size",
+    "head_inputs",
     "head_names",
     "image_size",
     "num_pooled_rows",
@@ -34,7 +38,7 @@ __all__ = [
     "remove_prompts",
     "set_image_size",
     "similar_names",
-    "standard_block",
+    "take_heads",
 ]
 
 FAMILIES = (VisionTransformer, Eva, Beit, NaFlexVit)
@@ -74,6 +78,22 @@ def check_supported(model: object) -> None:
             "backbone has patch_drop_rate > 0: prompts are computed from the whole grid of patches; "
             "create the backbone with patch_drop_rate=0"
         )
+
+
+def adopt(model: nn.Module, *, shared: bool) -> nn.Module:
+    """The timm model as an AdaptiveViT holds it: frozen, in eval mode, Enclosing.
+
+    Args:
+        model: a timm model that ``check_supported`` passes.
+        shared: leave ``model`` as it is and take a copy that shares the memory of all weights but the head's;
+            False to change ``model`` itself.
+    """
+    if shared:
+        model = share_tensors(model, own=[getattr(model, name) for name in head_names(model)])
+    for module in model.modules():
+        if type(module) is beit.Attention:
+            module.__class__ = BeitAttention
+    return enclosing(model).requires_grad_(False).eval()
 
 
 def _patch_embed(model: nn.Module) -> nn.Module:
@@ -165,6 +185,22 @@ def head_names(model: nn.Module) -> tuple[str, ...]:
     return ("head", "head_dist") if isinstance(model, VisionTransformerDistilled) else ("head",)
 
 
+def take_heads(model: nn.Module) -> dict[str, nn.Module]:
+    """The classifier modules by name, trainable; ``model`` is left without them."""
+    heads = {name: getattr(model, name).requires_grad_(True) for name in head_names(model)}
+    for name in heads:
+        setattr(model, name, nn.Identity())
+    model.num_classes = 0
+    return heads
+
+
+def head_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
+    """What each classifier reads, (B, C): tokens (B, T, C) after the final norm, pooled as timm does."""
+    if isinstance(model, VisionTransformerDistilled):
+        return model.head_drop(tokens[:, 0]), model.head_drop(tokens[:, 1])
+    return (model.forward_head(tokens, pre_logits=True),)
+
+
 def num_pooled_rows(model: nn.Module) -> int | None:
     """How many first tokens are all that the head reads, None if it reads the patch tokens too."""
     if isinstance(model, VisionTransformerDistilled):
@@ -222,14 +258,7 @@ class Positions:
 
     def pad_bias(self, bias: Tensor | None, num_prefix: int) -> Tensor | None:
         """``bias`` (..., T, T) with zero rows and columns for the prompt tokens after the prefix."""
-        if bias is None or self.num_extra == 0:
-            return bias
-        for dim in (-2, -1):
-            prefix, patches = bias.tensor_split([num_prefix], dim=dim)
-            shape = list(bias.shape)
-            shape[dim] = self.num_extra
-            bias = torch.cat([prefix, bias.new_zeros(shape), patches], dim=dim)
-        return bias
+        return bias if bias is None or self.num_extra == 0 else _pad_bias(bias, self.num_extra, num_prefix)
 
 
 def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions]:
@@ -253,176 +282,52 @@ def call_block(model: nn.Module, index: int, tokens: Tensor, positions: Position
     """Block ``index`` as timm defines it, on a sequence that holds ``positions.num_extra`` prompt tokens."""
     block = model.blocks[index]
     if isinstance(model, Beit):
-        return _call_beit_block(block, tokens, positions, model.num_prefix_tokens)
+        return block(tokens, shared_rel_pos_bias=positions.bias)
     if positions.rope is not None:
         return block(tokens, rope=positions.sequence_rope(index))
     return block(tokens)
 
 
-def _call_beit_block(block: beit.Block, tokens: Tensor, positions: Positions, num_prefix: int) -> Tensor:
-    """timm's Beit block, with a bias of zero for prompts, which its own forward has no argument for."""
-    attn = block.attn
-    shared = positions.pad_bias(positions.bias, num_prefix)
-    if not attn.window_size or positions.num_extra == 0:
-        return block(tokens, shared_rel_pos_bias=shared)
-    # Asked for from within the block's own forward, so that hooks and sharded weights keep working.
-    own_bias = attn._get_rel_pos_bias
-    attn._get_rel_pos_bias = lambda: positions.pad_bias(own_bias(), num_prefix)
-    try:
-        return block(tokens, shared_rel_pos_bias=shared)
-    finally:
-        del attn._get_rel_pos_bias
+class BeitAttention(beit.Attention):
+    """timm's attention with a relative position bias, for sequences with prompts, whose bias is zero.
 
-
-# ---- standard blocks, part by part
-
-
-@dataclass(frozen=True)
-class StandardBlock:
-    """A pre-norm block, x + gain1 * attention(norm1(x)) then x + gain2 * mlp(norm2(x)), seen part by part.
-
-    Attributes:
-        block: timm's block.
-        weights: rows of the query, key and value projections: one (3C, C) tensor or three.
-        biases: likewise (3C,) or three of (C,), any of them None.
-        num_heads, num_kv_heads, head_dim: h, heads of keys and values (fewer: grouped queries), d.
-        rotate_half: which of the two layouts of rotary embeddings the block uses.
-        bias: (1, h, T, T), added to the scores by this block itself, or None.
-        mlp_norm: norm2 if it is a LayerNorm with affine and nothing more.
-        gelu_mlp: fc1 and fc2 if the MLP is fc2(gelu(fc1(x))), with the exact GELU, and nothing more.
+    It takes the biases as they are for a sequence without prompts, and knows the number of prompts from the
+    sequence: they stand between the CLS token and the patch tokens.
     """
 
-    block: nn.Module
-    weights: tuple[Tensor, ...]
-    biases: tuple[Tensor | None, ...]
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    rotate_half: bool
-    bias: Tensor | None
-    mlp_norm: nn.LayerNorm | None
-    gelu_mlp: tuple[nn.Linear, nn.Linear] | None
+    def forward(self, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+        """As timm's."""
+        own, shared = self.relative_position_index, shared_rel_pos_bias
+        if own is None and shared is None:
+            return super().forward(x)
+        count = x.shape[1] - (shared if own is None else own).shape[-1]
+        if count == 0:
+            return super().forward(x, shared_rel_pos_bias=shared)
+        outer, _prompts_in_sequence.count = _prompts_in_sequence.count, count
+        try:
+            shared = None if shared is None else _pad_bias(shared, count, num_prefix=1)
+            return super().forward(x, shared_rel_pos_bias=shared)
+        finally:
+            _prompts_in_sequence.count = outer
 
-    @property
-    def attn(self) -> nn.Module:
-        return self.block.attn
-
-    @property
-    def q_norm(self) -> nn.Module | None:
-        return _unless_identity(getattr(self.attn, "q_norm", None))
-
-    @property
-    def k_norm(self) -> nn.Module | None:
-        return _unless_identity(getattr(self.attn, "k_norm", None))
-
-    @property
-    def out_norm(self) -> nn.Module | None:
-        """A norm between attention and its projection ("scale norm")."""
-        return _unless_identity(getattr(self.attn, "norm", None))
-
-    @property
-    def foldable_norm(self) -> nn.LayerNorm | None:
-        """norm1 if it is a LayerNorm with affine, whose statistic and affine can be shared and folded."""
-        return _layer_norm(self.block.norm1)
-
-    @property
-    def gain1(self) -> Tensor | None:
-        """The layer scale (C,) of the attention branch, or None."""
-        return _layer_scale(self.block, 1)
-
-    @property
-    def gain2(self) -> Tensor | None:
-        """The layer scale (C,) of the MLP branch, or None."""
-        return _layer_scale(self.block, 2)
+    def _get_rel_pos_bias(self) -> Tensor:
+        return _pad_bias(super()._get_rel_pos_bias(), _prompts_in_sequence.count, num_prefix=1)
 
 
-def standard_block(block: nn.Module) -> StandardBlock | None:
-    """``block`` part by part, or None if it must be called as it is.
+class _PromptsInSequence(threading.local):
+    """How many prompts the sequence holds that a BeitAttention of this thread is called with."""
 
-    Types are compared exactly: a subclass, a LoRA layer or a parametrised one in the place of a Linear, or a
-    hook or another forward on a module that would be bypassed, may do anything, and calling the block as it
-    is respects that.
-    """
-    if type(block) not in (vision_transformer.Block, eva.EvaBlock, beit.Block):
-        return None
-    attn = block.attn
-    if type(attn) is beit.Attention:
-        weights, biases = (attn.qkv.weight,), (_beit_qkv_bias(attn),)
-    elif type(attn) in (eva.EvaAttention, AttentionRope, Attention):
-        if getattr(attn, "gate", None) is not None:
-            return None
-        if attn.qkv is not None:
-            weights = (attn.qkv.weight,)
-            separate = type(attn) is eva.EvaAttention
-            biases = (_beit_qkv_bias(attn) if separate else attn.qkv.bias,)
-        else:
-            parts = (attn.q_proj, attn.k_proj, attn.v_proj)
-            weights, biases = tuple(p.weight for p in parts), tuple(p.bias for p in parts)
-    else:
-        return None
-    linears = [getattr(attn, name, None) for name in ("qkv", "q_proj", "k_proj", "v_proj", "proj")]
-    linears = [linear for linear in linears if linear is not None]
-    if any(type(linear) is not nn.Linear for linear in linears):
-        return None
-    scales = [getattr(block, name, None) for name in ("ls1", "ls2")]
-    scales = [scale for scale in scales if scale is not None]
-    if any(type(scale) not in (LayerScale, nn.Identity) for scale in scales):
-        return None
-    parts = (block, block.norm1, block.drop_path1, block.drop_path2, *scales, attn, *attn.children())
-    if any(map(_is_altered, parts)):
-        return None
-    mlp_norm = block.norm2
-    num_heads = attn.num_heads
-    return StandardBlock(
-        block=block,
-        weights=weights,
-        biases=biases,
-        num_heads=num_heads,
-        num_kv_heads=getattr(attn, "num_kv_heads", num_heads),
-        head_dim=attn.proj.in_features // num_heads,
-        rotate_half=getattr(attn, "rotate_half", False),
-        bias=attn._get_rel_pos_bias() if getattr(attn, "window_size", None) else None,
-        mlp_norm=None if _is_altered(mlp_norm) else _layer_norm(mlp_norm),
-        gelu_mlp=_gelu_mlp(block.mlp),
-    )
+    count: int = 0
 
 
-def _gelu_mlp(mlp: nn.Module) -> tuple[nn.Linear, nn.Linear] | None:
-    if type(mlp) is not Mlp or any(map(_is_altered, (mlp, *mlp.children()))):
-        return None
-    act, fc1, fc2 = mlp.act, mlp.fc1, mlp.fc2
-    exact = type(act) is GELU or (type(act) is nn.GELU and act.approximate == "none")
-    dropping = any(drop.training and drop.p for drop in (mlp.drop1, mlp.drop2))
-    plain = type(fc1) is nn.Linear and type(fc2) is nn.Linear and type(mlp.norm) is nn.Identity
-    return (fc1, fc2) if exact and plain and not dropping else None
+_prompts_in_sequence = _PromptsInSequence()
 
 
-def _is_altered(module: nn.Module) -> bool:
-    """Whether calling ``module`` does more than the forward of its class."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    return any(hooks) or "forward" in module.__dict__  # PyTorch 2.8 doesn't compile vars(module)
-
-
-def _beit_qkv_bias(attn: nn.Module) -> Tensor | None:
-    """The joint bias of attentions that keep those of queries and values apart and have none for keys."""
-    return None if attn.q_bias is None else torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-
-
-def _unless_identity(module: nn.Module | None) -> nn.Module | None:
-    return None if isinstance(module, nn.Identity) else module
-
-
-def _layer_norm(norm: nn.Module) -> nn.LayerNorm | None:
-    affine = type(norm) in (nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None
-    return norm if affine else None
-
-
-def _layer_scale(block: nn.Module, branch: int) -> Tensor | None:
-    if hasattr(block, "ls1"):
-        return getattr(getattr(block, f"ls{branch}"), "gamma", None)
-    return getattr(block, f"gamma_{branch}")
+def _pad_bias(bias: Tensor, count: int, num_prefix: int) -> Tensor:
+    """``bias`` (..., T, T) with zero rows and columns for ``count`` prompt tokens after the prefix."""
+    for dim in (-2, -1):
+        prefix, patches = bias.tensor_split([num_prefix], dim=dim)
+        shape = list(bias.shape)
+        shape[dim] = count
+        bias = torch.cat([prefix, bias.new_zeros(shape), patches], dim=dim)
+    return bias

@@ -21,11 +21,13 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from .config import PromptConfig
-from .vit import AdaptiveViT
+from .modules import class_of
+from .vit import DEFAULT_ADAPTER, AdaptiveViT
 
 __all__ = ["from_official", "to_official"]
 
 NORM_EPS = 1e-6
+ADAPTER = f"adapters.{DEFAULT_ADAPTER}."
 
 PATCHES = "transformer.embeddings.patch_embeddings"
 POSITIONS = "transformer.embeddings.position_embeddings"
@@ -40,7 +42,6 @@ PROJECTOR = "transformer.deep_prompt_embeddings_mlp"
 MODULES = {
     "patch_embed.proj": PATCHES,
     "norm": "transformer.encoder.encoder_norm",
-    "head": "head",
 }
 BLOCK_MODULES = {
     "norm1": "attention_norm",
@@ -119,14 +120,14 @@ def _from_official_names(state: Mapping[str, Tensor], model: AdaptiveViT) -> dic
 
 def _renamed(model: AdaptiveViT) -> dict[str, str]:
     """Our names of the tensors that are the same on both sides, and the public names."""
-    modules = {f"backbone.{ours}": theirs for ours, theirs in MODULES.items()}
+    modules = {f"backbone.{ours}": theirs for ours, theirs in MODULES.items()} | {f"{ADAPTER}head": "head"}
     for i in range(len(model.backbone.blocks)):
         for ours, theirs in BLOCK_MODULES.items():
             modules[f"backbone.blocks.{i}.{ours}"] = f"{LAYER}.{i}.{theirs}"
     first = len(model.prompts.blocks) - _num_adaptive(model)
     for j in range(_num_adaptive(model)):
-        modules[f"prompts.blocks.{first + j}.norm"] = f"{PROMPT_NORM}.{j}"
-        modules[f"prompts.blocks.{first + j}.token_projection"] = f"{POOLING}.{j}.linear"
+        modules[f"{ADAPTER}prompts.blocks.{first + j}.norm"] = f"{PROMPT_NORM}.{j}"
+        modules[f"{ADAPTER}prompts.blocks.{first + j}.token_projection"] = f"{POOLING}.{j}.linear"
 
     names = {
         "backbone.cls_token": "transformer.embeddings.cls_token",
@@ -136,7 +137,7 @@ def _renamed(model: AdaptiveViT) -> dict[str, str]:
         names |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
     if model.config.conv_kernel is not None:
         for j in range(_num_adaptive(model)):
-            names[f"prompts.blocks.{first + j}.kernel"] = f"{POOLING}.{j}.conv.kernel"
+            names[f"{ADAPTER}prompts.blocks.{first + j}.kernel"] = f"{POOLING}.{j}.conv.kernel"
     for ours, theirs in _projectors(model).items():
         names |= {
             f"{ours}.down.weight": f"{theirs}.block.0.weight",
@@ -152,9 +153,10 @@ def _projectors(model: AdaptiveViT) -> dict[str, str]:
     if model.config.projector_dim is None or _num_adaptive(model) == 0:
         return {}
     if model.config.projector_shared:
-        return {"prompts.projector": PROJECTOR}
+        return {f"{ADAPTER}prompts.projector": PROJECTOR}
     first = len(model.prompts.blocks) - _num_adaptive(model)
-    return {f"prompts.blocks.{first + j}.projector": f"{PROJECTOR}.{j}" for j in range(_num_adaptive(model))}
+    blocks = f"{ADAPTER}prompts.blocks"
+    return {f"{blocks}.{first + j}.projector": f"{PROJECTOR}.{j}" for j in range(_num_adaptive(model))}
 
 
 def _num_adaptive(model: AdaptiveViT) -> int:
@@ -175,7 +177,7 @@ def _fused(model: AdaptiveViT) -> dict[str, list[str]]:
 def _stacked(model: AdaptiveViT) -> dict[str, list[str]]:
     """The public names of the joint tables of prompts, and our names of their parts."""
     num_static = len(model.prompts.blocks) - _num_adaptive(model)
-    tables = [f"prompts.blocks.{i}.table" for i in range(num_static)]
+    tables = [f"{ADAPTER}prompts.blocks.{i}.table" for i in range(num_static)]
     return {official: names for official, names in ((TABLE, tables[:1]), (MORE_TABLES, tables[1:])) if names}
 
 
@@ -354,8 +356,8 @@ def _misfits(state: Mapping[str, Tensor], model: AdaptiveViT) -> Iterator[str]:
 def _inexpressible(model: AdaptiveViT) -> Iterator[str]:
     """What of ``model`` the public implementation's state dicts can't tell."""
     backbone = model.backbone
-    if type(backbone) is not VisionTransformer:
-        yield f"backbone: {type(backbone).__name__}, expected timm's VisionTransformer"
+    if class_of(backbone) is not VisionTransformer:
+        yield f"backbone: {class_of(backbone).__name__}, expected timm's VisionTransformer"
         return
     if backbone.global_pool != "token":
         yield f"backbone.global_pool: {backbone.global_pool!r}, expected 'token'"

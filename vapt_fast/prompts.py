@@ -1,17 +1,38 @@
-"""The learnable parameters of the prompts and their initialisation. No math: see reference.py for that."""
+"""The prompts: what is learned, how it starts, its dropouts, and the method's literal formulas."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from .activations import ACTIVATIONS
 from .config import PromptConfig
+from .modules import is_plain, remember_forward, tensors_of
 
-__all__ = ["AdaptivePrompts", "Projector", "Prompts", "StaticPrompts"]
+__all__ = ["AdaptivePrompts", "Masks", "Projector", "Prompts", "StaticPrompts"]
 
 PROMPT_NORM_EPS = 1e-5
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Factors 0 or 1 / (1 - rate) of one block's dropouts; None where nothing is dropped.
+
+    Attributes:
+        table: (B, P, C), on the learned table of a static block.
+        channels: (B, 1, C), on whole (image, channel) planes after the convolution (Dropout2d).
+        features: (B, P, r), on the projector's r features.
+    """
+
+    table: Tensor | None = None
+    channels: Tensor | None = None
+    features: Tensor | None = None
 
 
 class StaticPrompts(nn.Module):
@@ -22,6 +43,7 @@ class StaticPrompts(nn.Module):
 
     def __init__(self, config: PromptConfig, dim: int, patch_size: tuple[int, int]) -> None:
         super().__init__()
+        self.dropout = config.prompt_dropout
         self.table = nn.Parameter(torch.empty(config.num_prompts, dim))
         # The 3 is the number of input channels, whatever the backbone has: so the papers' code defines it.
         self.bound = math.sqrt(6 / (3 * patch_size[0] * patch_size[1] + dim))
@@ -29,6 +51,15 @@ class StaticPrompts(nn.Module):
 
     def reset_parameters(self) -> None:
         nn.init.uniform_(self.table, -self.bound, self.bound)
+
+    def draw_masks(self, batch: int, **options: Any) -> Masks:
+        """Masks for ``batch`` images with the dtype and device in ``options``; none in eval mode."""
+        return Masks(table=_mask(self, self.dropout, batch, *self.table.shape, **options))
+
+    def forward(self, masks: Masks | None = None) -> Tensor:
+        """The prompts (1, P, C), or (B, P, C) where dropout makes them differ by image."""
+        prompts = self.table.unsqueeze(0)
+        return prompts if masks is None or masks.table is None else prompts * masks.table
 
 
 class Projector(nn.Module):
@@ -39,6 +70,7 @@ class Projector(nn.Module):
 
     def __init__(self, config: PromptConfig, dim: int) -> None:
         super().__init__()
+        self.activation = config.projector_activation
         self.down = nn.Linear(dim, config.projector_dim, bias=False)
         self.up = nn.Linear(config.projector_dim, dim, bias=False)
         self.scale = nn.Parameter(torch.empty(1)) if config.projector_scale_learnable else 1.0
@@ -50,18 +82,32 @@ class Projector(nn.Module):
         if isinstance(self.scale, nn.Parameter):
             nn.init.ones_(self.scale)
 
+    def forward(self, prompts: Tensor, mask: Tensor | None = None) -> Tensor:
+        """prompts + scale * up(mask * activation(down(prompts))), (B, P, C) (VAPT, section 4.2)."""
+        features = ACTIVATIONS[self.activation](_call(self.down, prompts))
+        if mask is not None:
+            features = features * mask
+        return prompts + self.scale * _call(self.up, features)
+
 
 class AdaptivePrompts(nn.Module):
-    """What one adaptive block learns (VAPT, arXiv 2501.18936, section 4.1).
+    """Prompts computed from the patch tokens of one block (VAPT, arXiv 2501.18936, section 4.1).
 
     ``norm``: LayerNorm over C, eps 1e-5. ``kernel``: (1, 1, K, K) shared by all channels or (C, 1, K, K)
     depthwise, None without convolution; starts N(0, 1). ``token_projection``: Linear(H'W' -> P) with bias,
     starts at zero, so that the first prompts are exactly 0. ``projector``: this block's own, or None where
     there is none or one is shared by all blocks.
+
+    Args:
+        config: the options.
+        dim: C.
+        grid: (H, W), patches along each side of the image.
     """
 
     def __init__(self, config: PromptConfig, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
+        self.config = config
+        self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=PROMPT_NORM_EPS)
         size = config.conv_kernel
         self.kernel = None
@@ -80,6 +126,49 @@ class AdaptivePrompts(nn.Module):
         nn.init.zeros_(self.token_projection.bias)
         if self.projector is not None:
             self.projector.reset_parameters()
+
+    def draw_masks(self, batch: int, **options: Any) -> Masks:
+        """Masks for ``batch`` images with the dtype and device in ``options``; none in eval mode."""
+        config, dim = self.config, self.norm.normalized_shape[0]
+        channels = _mask(self, config.channel_dropout, batch, 1, dim, **options)
+        features = None
+        if config.projector_dim is not None:
+            shape = batch, config.num_prompts, config.projector_dim
+            features = _mask(self, config.projector_dropout, *shape, **options)
+        return Masks(channels=channels, features=features)
+
+    def forward(
+        self, patches: Tensor, projector: Projector | None = None, masks: Masks | None = None
+    ) -> Tensor:
+        """The prompts (B, P, C) of patch tokens (B, N, C), word for word as the paper defines them.
+
+        LayerNorm, convolution over the grid, channel dropout, Linear over the positions, feature projector;
+        in float32 (float64 where anything is), also under autocast, because the first prompts are exactly 0
+        and the next LayerNorm multiplies their errors by 1000. Differentiable in everything.
+
+        Args:
+            patches: (B, N, C), N = H * W, row by row.
+            projector: the one shared by all blocks, where this one has none of its own.
+            masks: from ``draw_masks``.
+        """
+        masks = Masks() if masks is None else masks
+        projector = projector if self.projector is None else self.projector
+        dtype = torch.promote_types(patches.dtype, torch.float32)
+        for tensor in tensors_of(self):
+            if tensor.is_floating_point():
+                dtype = torch.promote_types(dtype, tensor.dtype)
+        with torch.autocast(patches.device.type, enabled=False):
+            z = _call(self.norm, patches.to(dtype))
+            batch, _, dim = z.shape
+            z = z.transpose(1, 2).reshape(batch, dim, *self.grid)
+            if self.kernel is not None:
+                depthwise = self.kernel.to(dtype).expand(dim, -1, -1, -1)
+                z = F.conv2d(z, depthwise, padding=self.config.conv_padding, groups=dim)
+            z = z.flatten(2)
+            if masks.channels is not None:
+                z = z * masks.channels.transpose(1, 2)
+            prompts = _call(self.token_projection, z).transpose(1, 2)
+            return prompts if projector is None else projector(prompts, masks.features)
 
 
 class Prompts(nn.Module):
@@ -126,3 +215,35 @@ class Prompts(nn.Module):
     def of_block(self, index: int) -> StaticPrompts | AdaptivePrompts | None:
         """The parameters of block ``index``, None where it gets no prompts of its own."""
         return self.blocks[index] if index < len(self.blocks) else None
+
+    def draw_masks(self, batch: int, **options: Any) -> list[Masks]:
+        """Masks of each entry of ``blocks``, all at once: every backend sees the same numbers."""
+        return [block.draw_masks(batch, **options) for block in self.blocks]
+
+    def forward(self, images: Tensor, within: Callable[[Prompts, Tensor], Any]) -> Any:
+        """``within(self, images)``: whatever uses these parameters runs within this module's call.
+
+        So that what surrounds the call (hooks that gather, move or compute parameters) surrounds every use.
+        """
+        return within(self, images)
+
+
+remember_forward(StaticPrompts, Projector, AdaptivePrompts)
+
+
+def _mask(module: nn.Module, rate: float, *shape: int, **options: Any) -> Tensor | None:
+    return F.dropout(torch.ones(shape, **options), rate) if module.training and rate > 0 else None
+
+
+def _call(module: nn.Module, x: Tensor) -> Tensor:
+    """``module(x)`` in x's dtype; where the module is not plain, in that of its weights."""
+    if is_plain(module, nn.Linear):
+        return F.linear(x, *_cast(module, x.dtype))
+    if is_plain(module, nn.LayerNorm):
+        return F.layer_norm(x, module.normalized_shape, *_cast(module, x.dtype), module.eps)
+    dtypes = (tensor.dtype for tensor in tensors_of(module) if tensor.is_floating_point())
+    return module(x.to(next(dtypes, x.dtype))).to(x.dtype)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    return tuple(None if t is None else t.to(dtype) for t in (module.weight, module.bias))

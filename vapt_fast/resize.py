@@ -8,24 +8,23 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from .config import PromptConfig
+from .prompts import AdaptivePrompts
 
-__all__ = ["resize_token_projection"]
+__all__ = ["resize_adaptive_prompts"]
 
 
-def resize_token_projection(
-    projection: nn.Linear, config: PromptConfig, old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> nn.Linear:
-    """The projection over positions, (P, H'W') for ``old_grid``, resampled for ``new_grid``.
+def resize_adaptive_prompts(block: AdaptivePrompts, grid: tuple[int, int]) -> None:
+    """Resample the projection over positions, (P, H'W'), for another grid (H, W) of patches.
 
     Each prompt's weights are an image over the grid and are resampled like a position embedding (bicubic,
     with anti-aliasing), then scaled by the ratio of the areas, because a prompt is a sum over positions:
     uniform tokens keep giving the same prompt.
 
     Raises:
-        ValueError: the convolution does not fit ``new_grid``.
+        ValueError: the convolution does not fit ``grid``.
     """
-    old, new = config.conv_output(old_grid), config.conv_output(new_grid)
+    config, projection = block.config, block.token_projection
+    old, new = config.conv_output(block.grid), config.conv_output(grid)
     with torch.no_grad():
         maps = resample_abs_pos_embed(
             projection.weight.t().unsqueeze(0), new_size=list(new), old_size=list(old), num_prefix_tokens=0
@@ -36,4 +35,4 @@ def resize_token_projection(
     )
     resized.weight = nn.Parameter(weight.contiguous(), requires_grad=projection.weight.requires_grad)
     resized.bias = projection.bias
-    return resized
+    block.token_projection, block.grid = resized, grid

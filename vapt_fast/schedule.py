@@ -3,12 +3,13 @@
 None of it is an approximation. The pooling (convolution, then projection over positions) is one matrix,
 built for all blocks at once. Prompts are thrown away after a block, so they are only ever keys and values.
 The head of a CLS-pooled model reads one row, so the last block computes one row, and its keys and values are
-absorbed into that row's query. One LayerNorm statistic serves the block and its prompts. What is frozen is
-folded beforehand. A block of an unknown kind is called as it is, with the prompts concatenated.
+absorbed into that row's query. One LayerNorm statistic serves the block and its prompts. A block, or prompts,
+that can't be taken apart (see vapt_fast.blocks) are called as they are. Nothing outlives a call.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import partial
 
@@ -19,10 +20,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import backbone
-from .backbone import Positions, StandardBlock
-from .config import PromptConfig
-from .dropout import BlockMasks
-from .frozen import PreparedBlock, PreparedWeights
+from .backbone import Positions
+from .blocks import StandardBlock, standard_block, why_whole
 from .functional import (
     add_norm,
     cls_attention,
@@ -33,17 +32,19 @@ from .functional import (
     prompt_pool,
     prompt_projector,
 )
-from .prompts import AdaptivePrompts, Projector, Prompts, StaticPrompts
+from .modules import is_plain
+from .prompts import AdaptivePrompts, Masks, Projector, Prompts, StaticPrompts
 
 __all__ = ["forward_tokens"]
+
+_log = logging.getLogger("vapt_fast")
 
 
 def forward_tokens(
     model: nn.Module,
     prompts: Prompts,
     images: Tensor,
-    masks: list[BlockMasks],
-    prepared: PreparedWeights,
+    masks: list[Masks],
     *,
     backend: str | None = None,
     num_rows: int | None = None,
@@ -57,8 +58,7 @@ def forward_tokens(
         model: the timm backbone.
         prompts: the learnable parameters.
         images: (B, in_chans, height, width).
-        masks: one BlockMasks for each entry of ``prompts.blocks``.
-        prepared: where the prepared frozen weights are kept.
+        masks: of the dropouts, one for each entry of ``prompts.blocks``.
         backend: of the ops. It is handed down rather than read from the context by each op, because
             checkpointing runs them again in the backward pass, in another context.
         num_rows: compute no more than this many first tokens (prefix tokens) in the last block.
@@ -74,9 +74,7 @@ def forward_tokens(
     num_prefix = model.num_prefix_tokens
     depth = len(model.blocks)
     config = prompts.config
-    sources = _prompt_sources(
-        prompts, masks, backbone.grid_size(model, images.shape[-2:]), tokens.dtype, backend
-    )
+    sources = _prompt_sources(prompts, masks, tokens.dtype, backend)
     stream = _Stream(tokens)
     travelling = 0
     for index in range(depth if num_blocks is None else num_blocks):
@@ -95,7 +93,6 @@ def forward_tokens(
             source=source,
             positions=positions.with_extra(travelling),
             num_prefix=num_prefix + travelling,
-            prepared=prepared,
             backend=backend,
             num_rows=num_rows if last else None,
         )
@@ -123,6 +120,15 @@ class _Stream:
             return self.tokens
         return self.tokens + (self.delta if self.gain is None else self.gain * self.delta)
 
+    def normalised(self, norm: nn.LayerNorm | None, module: nn.Module, backend: str | None) -> tuple:
+        """The sum, and it normalised by ``norm``; by a call of ``module`` where that is None."""
+        if norm is None:
+            total = self.total()
+            return total, module(total)
+        return add_norm(
+            self.tokens, self.delta, norm.weight, norm.bias, gain=self.gain, eps=norm.eps, backend=backend
+        )
+
 
 def _insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
     """``prompts`` (B or 1, P, C) placed before token ``at``."""
@@ -134,104 +140,130 @@ def _insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _StaticSource:
-    """A learned table."""
+class _CalledSource:
+    """Prompts made by a call of their module."""
 
-    parameters: StaticPrompts
-    masks: BlockMasks
+    parameters: StaticPrompts | AdaptivePrompts
+    projector: Projector | None
+    masks: Masks
 
     def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
-        """The prompts (1, P, C), or (B, P, C) where dropout makes them differ by image."""
-        table = self.parameters.table.unsqueeze(0)
-        return table if self.masks.table is None else table * self.masks.table
+        """The prompts (B, P, C), or (1, P, C) where they are the same for every image."""
+        if isinstance(self.parameters, AdaptivePrompts):
+            return self.parameters(tokens[:, num_prefix:], self.projector, self.masks)
+        return self.parameters(self.masks)
 
 
 @dataclass(frozen=True)
-class _AdaptiveSource:
-    """Prompts computed from the tokens: ``matrix`` (R, N) is the block's convolution and projection."""
+class _PooledSource:
+    """Prompts pooled from the tokens: ``matrix`` (R, N) is the block's convolution and projection."""
 
     parameters: AdaptivePrompts
-    masks: BlockMasks
-    matrix: Tensor
     projector: Projector | None
-    config: PromptConfig
+    masks: Masks
+    matrix: Tensor
     backend: str | None
 
-    def pool(self, stream: _Stream, num_prefix: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens; they and the prompts (B, P, C) normalised with ``eps`` for the block."""
-        tokens, normed, pooled = self._pool(stream, num_prefix, eps)
-        return tokens, normed, self._project(pooled, eps, normed.dtype)
+    def pool(self, stream: _Stream, num_prefix: int, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens; they and the prompts (B, P, C) normalised by ``norm``."""
+        tokens, normed, pooled = self._pool(stream, num_prefix, norm)
+        return tokens, normed, self._project(pooled, norm, normed.dtype)
 
     def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
         """The prompts (B, P, C) alone, as they are."""
-        _, _, pooled = self._pool(_Stream(tokens), num_prefix, self.parameters.norm.eps)
+        _, _, pooled = self._pool(_Stream(tokens), num_prefix, None)
         return self._project(pooled, None, tokens.dtype)
 
-    def _pool(self, stream: _Stream, num_prefix: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        norm = self.parameters.norm
+    def _pool(
+        self, stream: _Stream, num_prefix: int, norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        own = self.parameters.norm
         return prompt_pool(
             stream.tokens,
             self.matrix,
-            norm.weight,
-            norm.bias,
+            own.weight,
+            own.bias,
             num_prefix=num_prefix,
             delta=stream.delta,
             gain=stream.gain,
-            eps=eps,
-            prompt_eps=norm.eps,
+            prompt_eps=own.eps,
             backend=self.backend,
+            **_affine(norm, otherwise=own.eps),
         )
 
-    def _project(self, pooled: Tensor, eps: float | None, dtype: torch.dtype) -> Tensor:
-        config, kernel = self.config, self.parameters.kernel
+    def _project(self, pooled: Tensor, norm: nn.LayerNorm | None, dtype: torch.dtype) -> Tensor:
+        parameters, projector = self.parameters, self.projector
+        config, kernel = parameters.config, parameters.kernel
         if kernel is not None and not config.conv_shared:
             by_shift = pooled.unflatten(1, (-1, config.num_prompts))
             pooled = (by_shift * kernel.to(pooled.dtype).flatten(1).t().unsqueeze(1)).sum(dim=1)
-        projector = self.projector
         return prompt_projector(
             pooled,
-            self.parameters.token_projection.bias,
+            parameters.token_projection.bias,
             down=None if projector is None else projector.down.weight,
             up=None if projector is None else projector.up.weight,
             scale=1.0 if projector is None else projector.scale,
             channel_mask=self.masks.channels,
             feature_mask=self.masks.features,
             activation=config.projector_activation,
-            eps=eps,
             dtype=dtype,
             backend=self.backend,
+            **_affine(norm, otherwise=None),
         )
 
 
+def _affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict:
+    """The block's LayerNorm as keywords of the ops; ``otherwise`` is the eps without one."""
+    if norm is None:
+        return {"eps": otherwise}
+    return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
+
+
 def _prompt_sources(
-    prompts: Prompts,
-    masks: list[BlockMasks],
-    grid: tuple[int, int],
-    dtype: torch.dtype,
-    backend: str | None,
-) -> list[_StaticSource | _AdaptiveSource]:
-    """The source of each entry of ``prompts.blocks``; the matrices of all adaptive ones in one call."""
-    config = prompts.config
-    adaptive = [block for block in prompts.blocks if isinstance(block, AdaptivePrompts)]
-    num_static = len(prompts.blocks) - len(adaptive)
-    sources: list = [_StaticSource(prompts.blocks[i], masks[i]) for i in range(num_static)]
-    if adaptive:
-        weights = torch.stack([block.token_projection.weight for block in adaptive])
-        weights = weights.to(torch.promote_types(torch.promote_types(dtype, weights.dtype), torch.float32))
-        kernels = None
-        if config.conv_kernel is not None:
-            kernels = torch.stack([block.kernel[:, 0] for block in adaptive])
-            kernels = kernels[:, 0] if config.conv_shared else kernels
-        with torch.autocast(weights.device.type, enabled=False):
-            matrices = prompt_matrices(
-                weights, kernels, grid, padding=config.conv_padding, depthwise=not config.conv_shared
-            )
-        for i, block in enumerate(adaptive):
-            projector = block.projector or prompts.projector
-            sources.append(
-                _AdaptiveSource(block, masks[num_static + i], matrices[i], projector, config, backend)
-            )
+    prompts: Prompts, masks: list[Masks], dtype: torch.dtype, backend: str | None
+) -> list[_CalledSource | _PooledSource]:
+    """The source of each entry of ``prompts.blocks``; the matrices of all pooled ones in one call."""
+    sources: list = []
+    for block, block_masks in zip(prompts.blocks, masks, strict=True):
+        projector = getattr(block, "projector", None) or prompts.projector
+        sources.append(_CalledSource(block, projector, block_masks))
+    pooled = [i for i, source in enumerate(sources) if _can_pool(source)]
+    if pooled:
+        matrices = _matrices([sources[i].parameters for i in pooled], dtype)
+        for i, matrix in zip(pooled, matrices.unbind(), strict=True):
+            called = sources[i]
+            sources[i] = _PooledSource(called.parameters, called.projector, called.masks, matrix, backend)
     return sources
+
+
+def _can_pool(source: _CalledSource) -> bool:
+    """Whether the weights of the prompts' modules may be read."""
+    block, projector = source.parameters, source.projector
+    plain = is_plain(block, AdaptivePrompts)
+    plain = plain and is_plain(block.norm, nn.LayerNorm) and is_plain(block.token_projection, nn.Linear)
+    if plain and projector is not None:
+        plain = is_plain(projector, Projector)
+        plain = plain and all(is_plain(part, nn.Linear) for part in (projector.down, projector.up))
+    return plain
+
+
+def _matrices(blocks: list[AdaptivePrompts], dtype: torch.dtype) -> Tensor:
+    """The convolution and projection of each block as a matrix, (A, R, N); in float32 at least."""
+    config = blocks[0].config
+    weights = torch.stack([block.token_projection.weight for block in blocks])
+    weights = weights.to(torch.promote_types(torch.promote_types(dtype, weights.dtype), torch.float32))
+    kernels = None
+    if config.conv_kernel is not None:
+        kernels = torch.stack([block.kernel[:, 0] for block in blocks])
+        kernels = kernels[:, 0] if config.conv_shared else kernels
+    with torch.autocast(weights.device.type, enabled=False):
+        return prompt_matrices(
+            weights,
+            kernels,
+            blocks[0].grid,
+            padding=config.conv_padding,
+            depthwise=not config.conv_shared,
+        )
 
 
 # ---- one block
@@ -242,16 +274,18 @@ def _run_block(
     index: int,
     stream: _Stream,
     *,
-    source: _StaticSource | _AdaptiveSource | None,
+    source: _CalledSource | _PooledSource | None,
     positions: Positions,
     num_prefix: int,
-    prepared: PreparedWeights,
     backend: str | None,
     num_rows: int | None,
 ) -> _Stream:
     """The tokens through block ``index`` with the prompts of ``source``; all rows or the first ones."""
-    parts = backbone.standard_block(model.blocks[index])
+    block = model.blocks[index]
+    parts = standard_block(block)
     if parts is None:
+        if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
+            _log.debug("block %d is called as it is, without rewrites: %s", index, why_whole(block))
         tokens, count = stream.total(), 0
         if source is not None:
             prompts = source.make(tokens, num_prefix)
@@ -259,58 +293,37 @@ def _run_block(
         tokens = backbone.call_block(model, index, tokens, positions.with_extra(count))
         return _Stream(backbone.remove_prompts(tokens, num_prefix, count)[:, :num_rows])
     tokens, normed, prompts = _normalise(parts, stream, source, num_prefix, backend)
-    rope = positions.patch_rope(index)
-    weights = prepared.of_block(index, parts, rotary=rope is not None)
     bias = _score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
-    branch = _attention(parts, weights, normed, prompts, rope, bias, num_prefix, num_rows, backend)
-    stream = _Stream(tokens[:, :num_rows], branch, parts.gain1)
-    norm = parts.mlp_norm
-    if norm is None:
-        tokens = stream.total()
-        normed = parts.block.norm2(tokens)
-    else:
-        tokens, normed = add_norm(
-            stream.tokens,
-            stream.delta,
-            norm.weight,
-            norm.bias,
-            gain=stream.gain,
-            eps=norm.eps,
-            backend=backend,
-        )
-    known = weights.mlp is not None
-    branch = mlp(normed, *weights.mlp, backend=backend) if known else parts.block.mlp(normed)
-    return _Stream(tokens, branch, parts.gain2)
+    rope = positions.patch_rope(index)
+    out = _attention(parts, normed, prompts, rope, bias, num_prefix, num_rows, backend)
+    branch, gain = parts.finish_attention(out)
+    stream = _Stream(tokens[:, :num_rows], branch, gain)
+    tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
+    known = parts.gelu_mlp is not None
+    branch = mlp(normed, *parts.gelu_mlp, backend=backend) if known else block.mlp(normed)
+    return _Stream(tokens, *parts.scaled(branch, 2))
 
 
 def _normalise(
     parts: StandardBlock,
     stream: _Stream,
-    source: _StaticSource | _AdaptiveSource | None,
+    source: _CalledSource | _PooledSource | None,
     num_prefix: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, T, C) before the block; tokens and prompts (B or 1, P, C) as its projections read them.
-
-    That is after norm1. Where norm1 is a LayerNorm, its affine is folded into the projections and left out.
-    """
-    norm = parts.foldable_norm
-    if norm is not None and isinstance(source, _AdaptiveSource):
-        return source.pool(stream, num_prefix, norm.eps)
-    if norm is None:
-        tokens = stream.total()
-        normed = parts.block.norm1(tokens)
-    else:
-        tokens, normed = add_norm(
-            stream.tokens, stream.delta, gain=stream.gain, eps=norm.eps, backend=backend
-        )
+    """Tokens (B, T, C) before the block; tokens and prompts (B or 1, P, C) after its norm1."""
+    norm, module = parts.norm1, parts.block.norm1
+    if norm is not None and isinstance(source, _PooledSource):
+        return source.pool(stream, num_prefix, norm)
+    tokens, normed = stream.normalised(norm, module, backend)
     if source is None:
         return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1])
     prompts = source.make(tokens, num_prefix)
     if norm is None:
-        prompts = parts.block.norm1(prompts.to(tokens.dtype))
+        prompts = module(prompts.to(tokens.dtype))
     else:
-        prompts = F.layer_norm(prompts, prompts.shape[-1:], eps=norm.eps)
+        affine = (norm.weight.to(prompts.dtype), norm.bias.to(prompts.dtype))
+        prompts = F.layer_norm(prompts, prompts.shape[-1:], *affine, norm.eps)
     return tokens, normed, prompts.to(normed.dtype)
 
 
@@ -328,7 +341,6 @@ def _score_bias(
 
 def _attention(
     parts: StandardBlock,
-    weights: PreparedBlock,
     normed: Tensor,
     prompts: Tensor,
     rope: Tensor | None,
@@ -337,46 +349,50 @@ def _attention(
     num_rows: int | None,
     backend: str | None,
 ) -> Tensor:
-    """The attention branch for the first ``num_rows`` tokens (None: all): (B, rows, C)."""
-    heads, groups, dim = parts.num_heads, parts.num_kv_heads, parts.head_dim
-    num_queries, num_keys = heads * dim, groups * dim
-    q_weight, kv_weight = weights.qkv_weight.tensor_split([num_queries])
-    q_bias, kv_bias = weights.qkv_bias.tensor_split([num_queries])
+    """What the heads give for the first ``num_rows`` tokens (None: all): (B, rows, h * d)."""
+    heads, kv_heads = parts.num_heads, parts.num_kv_heads
     as_projected = rope is None and parts.k_norm is None  # keys
-    options = {"scale": weights.scale, "bias": bias, "backend": backend}
-
-    if num_rows is None and as_projected and parts.q_norm is None:
-        qkv = F.linear(normed, weights.qkv_weight, weights.qkv_bias)
-        prompt_kv = F.linear(prompts, kv_weight, kv_bias)
-        out = prompt_attention_packed(qkv, prompt_kv, num_heads=heads, num_kv_heads=groups, **options)
-    elif num_rows is not None and as_projected and heads == groups:
-        q = F.linear(normed[:, :num_rows], q_weight, q_bias).unflatten(-1, (heads, dim))
-        if parts.q_norm is not None:
-            q = parts.q_norm(q)
-        key_weight, value_weight = kv_weight.unflatten(0, (2, heads, dim)).unbind(0)
-        out = cls_attention(q, normed, prompts, key_weight, value_weight, **options)
-        out = out + kv_bias[num_keys:].unflatten(0, (heads, dim))
+    options = {"bias": bias, "backend": backend}
+    if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
+        qkv = F.linear(normed, *parts.qkv)
+        prompt_kv = F.linear(prompts, *parts.q_and_kv()[1])
+        scale = parts.softmax_scale(qkv.shape[-1] // (heads + 2 * kv_heads))
+        out = prompt_attention_packed(
+            qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
+        )
+    elif num_rows is not None and as_projected and heads == kv_heads and parts.qkv is not None:
+        out = _absorbed_attention(parts, normed, prompts, num_rows, options)
     else:
-        if num_rows is None:
-            qkv = F.linear(normed, weights.qkv_weight, weights.qkv_bias)
-            q, k, v = qkv.split((num_queries, num_keys, num_keys), dim=-1)
-        else:
-            q = F.linear(normed[:, :num_rows], q_weight, q_bias)
-            k, v = F.linear(normed, kv_weight, kv_bias).chunk(2, dim=-1)
-        prompt_k, prompt_v = F.linear(prompts, kv_weight, kv_bias).chunk(2, dim=-1)
-        q = q.unflatten(-1, (heads, dim))
-        k, v, prompt_k, prompt_v = (x.unflatten(-1, (groups, dim)) for x in (k, v, prompt_k, prompt_v))
+        q, k, v, prompt_k, prompt_v = parts.project(normed, prompts, num_rows)
         if parts.q_norm is not None:
             q = parts.q_norm(q)
         if parts.k_norm is not None:
             k, prompt_k = parts.k_norm(k), parts.k_norm(prompt_k)
         if rope is not None:
-            q, k = (_rotate(x, rope, num_prefix, parts.rotate_half).type_as(v) for x in (q, k))
-        out = prompt_attention(q, k, v, prompt_k, prompt_v, **options)
-    out = out.flatten(2)
-    if parts.out_norm is not None:
-        out = parts.out_norm(out)
-    return F.linear(out, weights.proj_weight, weights.proj_bias)
+            half = getattr(parts.attn, "rotate_half", False)
+            q, k = (_rotate(x, rope, num_prefix, half).type_as(v) for x in (q, k))
+        scale = parts.softmax_scale(q.shape[-1])
+        out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale, **options)
+    return out.flatten(2)
+
+
+def _absorbed_attention(
+    parts: StandardBlock, normed: Tensor, prompts: Tensor, num_rows: int, options: dict
+) -> Tensor:
+    """The attention of a few rows without ever making the keys and values: (B, rows, h, d).
+
+    A key's bias shifts all scores of a query alike, which softmax does not see; the weights of the values sum
+    to 1, so their bias is added to what comes out.
+    """
+    of_q, (kv_weight, kv_bias) = parts.q_and_kv()
+    heads = parts.num_heads
+    q = F.linear(normed[:, :num_rows], *of_q).unflatten(-1, (heads, -1))
+    if parts.q_norm is not None:
+        q = parts.q_norm(q)
+    key_weight, value_weight = kv_weight.unflatten(0, (2, heads, -1)).unbind(0)
+    scale = parts.softmax_scale(q.shape[-1])
+    out = cls_attention(q, normed, prompts, key_weight, value_weight, scale=scale, **options)
+    return out if kv_bias is None else out + kv_bias.unflatten(0, (2, heads, -1))[1]
 
 
 def _rotate(x: Tensor, rope: Tensor, num_prefix: int, half: bool) -> Tensor:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from os import PathLike
 from typing import Any
 
@@ -14,27 +15,60 @@ from torch import Tensor, nn
 
 from . import adapters, reference, schedule
 from .backbone import (
+    adopt,
     check_image_size,
     check_supported,
     grid_size,
-    head_names,
+    head_inputs,
     image_size,
     num_pooled_rows,
     patch_size,
     remove_prompts,
     set_image_size,
     similar_names,
+    take_heads,
 )
 from .backends import _dispatch
 from .config import PromptConfig
-from .dropout import draw_masks
-from .frozen import PreparedWeights
+from .modules import tensors_of
 from .prompts import AdaptivePrompts, Prompts
-from .resize import resize_token_projection
+from .resize import resize_adaptive_prompts
 
-__all__ = ["AdaptiveViT"]
+__all__ = ["DEFAULT_ADAPTER", "AdaptiveViT"]
 
 AVERAGING = ("avg", "avgmax", "max")
+DEFAULT_ADAPTER = "default"
+
+
+class Adapter(nn.Module):
+    """What is learned for one task: the prompts and the head. Its state dict is what an adapter file holds.
+
+    Args:
+        prompts: the prompts.
+        heads: the classifiers by timm's names, ``head`` and, of a distilled backbone, ``head_dist``.
+        num_classes: what they tell apart, 0 without classifier.
+    """
+
+    def __init__(self, prompts: Prompts, heads: dict[str, nn.Module], num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.head_names = tuple(heads)
+        self.prompts = prompts
+        self.set_heads(heads)
+
+    def set_heads(self, heads: dict[str, nn.Module]) -> None:
+        """Take other classifiers of the same names."""
+        for name, head in heads.items():
+            setattr(self, name, head)
+
+    def heads(self) -> list[nn.Module]:
+        """The classifiers."""
+        return [getattr(self, name) for name in self.head_names]
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Logits (B, num_classes) of what each classifier reads, (B, C); the mean of several."""
+        logits = [head(features) for head, features in zip(self.heads(), inputs, strict=True)]
+        return logits[0] if len(logits) == 1 else sum(logits[1:], logits[0]) / len(logits)
 
 
 class AdaptiveViT(nn.Module):
@@ -44,9 +78,16 @@ class AdaptiveViT(nn.Module):
     drop path and the like are off (the head's own dropout is not). On a low-precision backbone the prompts
     stay in float32 unless the model is converted as a whole.
 
+    A timm model that is given stays as it is: this model has modules, parameters and a head of its own, and
+    shares but the memory of the frozen weights. So several models over one backbone cost its memory once and
+    are independent, as long as nobody changes the frozen weights in place.
+
+    In the state dict, ``backbone.*`` are timm's names of everything but the head. What is learned is under
+    ``adapters.default.prompts.*`` and ``adapters.default.head.*`` (and ``head_dist.*``, of a distilled
+    backbone).
+
     Args:
-        backbone: the name of a timm model, as ``"vit_base_patch16_224.augreg_in21k"``, or a timm model, which
-            is used as it is and whose parameters are frozen.
+        backbone: the name of a timm model, as ``"vit_base_patch16_224.augreg_in21k"``, or a timm model.
         prompts: the options of the prompts; VAPT's defaults if None.
         backend: "auto", "reference", "torch", "triton", "cuda" or "kernels"; see vapt_fast.use_backend. None
             leaves the choice to the environment variable VAPT_FAST_BACKEND, then "auto".
@@ -62,8 +103,9 @@ class AdaptiveViT(nn.Module):
         vapt_fast.BackendUnavailable: ``backend`` can't run here.
 
     Attributes:
-        prompts: the learnable parameters, a Prompts module (``prompts.*`` in the state dict).
-        backbone: the timm model with its head (``backbone.*`` in the state dict).
+        backbone: the timm model, without head.
+        adapters: what is learned, by name; today there is one, "default".
+        prompts, head: those of the active adapter; both may be replaced.
         config: the PromptConfig.
         backend: what was asked for.
         backbone_name: timm's name of the backbone with its tag; None if it has none.
@@ -86,6 +128,10 @@ class AdaptiveViT(nn.Module):
         if backend is not None:
             _dispatch.check_backend(backend)
         model = _make_backbone(backbone, pretrained, timm_options)
+        num_classes = model.num_classes
+        if not isinstance(backbone, str) and timm_options:
+            num_classes = timm_options.get("num_classes", num_classes)
+            _reset_classifier(model, num_classes, timm_options.get("global_pool"))
         _check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
 
         self.config = config
@@ -93,40 +139,64 @@ class AdaptiveViT(nn.Module):
         self.backbone_name = _timm_name(model)
         self.adapter_metadata: dict[str, Any] = {}
         self.grad_checkpointing = False
+        self.active_adapter = DEFAULT_ADAPTER
         self._timm_options = timm_options if isinstance(backbone, str) else {}
         self._image_size = image_size(model)
-        self._prepared = PreparedWeights()
-        # The head comes last of all parameters, inside the backbone: timm's gradient clipping counts on it.
-        self.prompts = Prompts(
+        prompts = Prompts(
             config,
             dim=model.embed_dim,
             depth=len(model.blocks),
             grid=grid_size(model, self._image_size),
             patch_size=patch_size(model),
         ).to(next(model.parameters()).device)
+        heads = take_heads(model)
         self.backbone = model
-        self._freeze()
+        # The head comes last of all parameters: timm's gradient clipping counts on it.
+        self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(prompts, heads, num_classes)})
         self.train()
 
     # ---- what is learned
 
-    def _freeze(self) -> None:
-        self.backbone.requires_grad_(False)
-        for name in head_names(self.backbone):
-            getattr(self.backbone, name).requires_grad_(True)
+    @property
+    def _adapter(self) -> Adapter:
+        return self.adapters[self.active_adapter]
+
+    @property
+    def prompts(self) -> Prompts:
+        return self._adapter.prompts
+
+    @property
+    def head(self) -> nn.Module:
+        return self._adapter.head
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would register a module of that name beside the property, where nobody reads it.
+        if "adapters" in self.__dict__.get("_modules", ()) and name in ("prompts", *self._adapter.head_names):
+            setattr(self._adapter, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def train(self, mode: bool = True) -> AdaptiveViT:
-        """Training mode for prompts and head; the frozen backbone stays in eval mode. Returns self."""
+        """Training mode for what is learned; the frozen backbone stays in eval mode. Returns self.
+
+        Modules of other libraries in the backbone that learn, such as LoRA layers, train too.
+        """
         super().train(mode)
         self.backbone.eval()
-        for name in ("head_drop", *head_names(self.backbone)):
-            getattr(self.backbone, name).train(mode)
+        self.backbone.head_drop.train(mode)
+        for module in self.backbone.modules():
+            foreign = type(module).__module__.partition(".")[0] not in ("timm", "torch", "vapt_fast")
+            if foreign and any(parameter.requires_grad for parameter in module.parameters()):
+                module.train(mode)
         return self
 
     def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """What an adapter holds, prompts and head, by its names in the state dict."""
-        prefixes = ("prompts.", *(f"backbone.{name}." for name in head_names(self.backbone)))
-        return ((name, p) for name, p in self.named_parameters() if name.startswith(prefixes))
+        """The parameters of the active adapter by the names in its file, ``prompts.*`` and ``head.*``."""
+        return self._adapter.named_parameters()
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What the file of the active adapter holds: its parameters and buffers, by name."""
+        return self._adapter.state_dict()
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters to give to an optimizer."""
@@ -137,11 +207,12 @@ class AdaptiveViT(nn.Module):
 
         timm's own grouping exempts all 1-d parameters instead.
         """
-        exempt = {f"backbone.{name}.bias" for name in head_names(self.backbone)}
-        named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        biases = [getattr(head, "bias", None) for head in self._adapter.heads()]
+        exempt = {id(bias) for bias in biases}
+        trainable = list(self.trainable_parameters())
         return [
-            {"params": [p for name, p in named if name not in exempt], "weight_decay": weight_decay},
-            {"params": [p for name, p in named if name in exempt], "weight_decay": 0.0},
+            {"params": [p for p in trainable if id(p) not in exempt], "weight_decay": weight_decay},
+            {"params": [p for p in trainable if id(p) in exempt], "weight_decay": 0.0},
         ]
 
     def trainable_summary(self) -> str:
@@ -163,19 +234,22 @@ class AdaptiveViT(nn.Module):
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, number of channels, size or device.
         """
-        tokens, extra = self._forward_tokens(images, num_rows=num_pooled_rows(self.backbone))
-        if extra and not self.config.pool_prompts:
-            tokens = self._strip(tokens, extra)
-        return self.forward_head(self.backbone.norm(tokens))
+        return self._adapter(self._run(images, self._head_inputs, num_rows=num_pooled_rows(self.backbone)))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the final norm, without prompts: (B, T, C)."""
-        tokens, extra = self._forward_tokens(images)
-        return self.backbone.norm(self._strip(tokens, extra))
+        return self._run(images, _normed_tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, T, C) to logits (B, num_classes), or to pooled features where ``pre_logits``."""
-        return self.backbone.forward_head(x, pre_logits=pre_logits)
+        if pre_logits:
+            return self.backbone.forward_head(x, pre_logits=True)
+        return self._adapter(head_inputs(self.backbone, x))
+
+    def _head_inputs(self, backbone: nn.Module, tokens: Tensor, extra: int) -> tuple[Tensor, ...]:
+        if not self.config.pool_prompts:
+            tokens = remove_prompts(tokens, backbone.num_prefix_tokens, extra)
+        return head_inputs(backbone, backbone.norm(tokens))
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens (B, T, C) to pooled features (B, C), as the backbone pools."""
@@ -214,18 +288,19 @@ class AdaptiveViT(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
         taps: dict[int, Any] = dict.fromkeys(take)
-        tokens, extra = self._forward_tokens(x, taps=taps, num_blocks=last + 1 if stop_early else None)
-        num_prefix = self.backbone.num_prefix_tokens
-        outputs = []
-        for index in take:
-            tapped = self.backbone.norm(taps[index]) if norm else taps[index]
-            prefix, patches = tapped.tensor_split([num_prefix], dim=1)
-            if output_fmt == "NCHW":
-                patches = patches.transpose(1, 2).unflatten(2, self.grid).contiguous()
-            outputs.append((patches, prefix) if return_prefix_tokens and num_prefix else patches)
-        if intermediates_only:
-            return outputs
-        return self.backbone.norm(self._strip(tokens, extra)), outputs
+
+        def finish(backbone: nn.Module, tokens: Tensor, extra: int) -> Any:
+            num_prefix = backbone.num_prefix_tokens
+            outputs = []
+            for index in take:
+                tapped = backbone.norm(taps[index]) if norm else taps[index]
+                prefix, patches = tapped.tensor_split([num_prefix], dim=1)
+                if output_fmt == "NCHW":
+                    patches = patches.transpose(1, 2).unflatten(2, self.grid).contiguous()
+                outputs.append((patches, prefix) if return_prefix_tokens and num_prefix else patches)
+            return outputs if intermediates_only else (_normed_tokens(backbone, tokens, extra), outputs)
+
+        return self._run(x, finish, taps=taps, num_blocks=last + 1 if stop_early else None)
 
     def get_intermediate_layers(
         self,
@@ -245,40 +320,37 @@ class AdaptiveViT(nn.Module):
             intermediates_only=True,
         )
 
-    def _forward_tokens(
+    def _run(
         self,
         images: Tensor,
+        finish: Callable[[nn.Module, Tensor, int], Any],
         *,
         num_rows: int | None = None,
-        num_blocks: int | None = None,
-        taps: dict[int, Any] | None = None,
-    ) -> tuple[Tensor, int]:
+        **options: Any,
+    ) -> Any:
+        """``finish`` of the backbone, the tokens after the last block and the number of prompts among them.
+
+        All of it runs within calls of the prompts and of the backbone, so that hooks on them that gather or
+        move parameters surround every use.
+        """
         self._check_images(images)
-        weight = next(self.parameters())
-        masks = draw_masks(
-            self.prompts, images.shape[0], torch.promote_types(weight.dtype, torch.float32), images.device
-        )
-        options = {
-            "num_blocks": num_blocks,
-            "taps": taps,
-            "checkpointing": self.grad_checkpointing and torch.is_grad_enabled(),
-        }
+        options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
         backend = _dispatch.resolve(self.backend)
         if backend == "reference":
-            return reference.forward_tokens(self.backbone, self.prompts, images, masks, **options)
-        return schedule.forward_tokens(
-            self.backbone,
-            self.prompts,
-            images,
-            masks,
-            self._prepared,
-            backend=backend,
-            num_rows=num_rows,
-            **options,
-        )
+            forward_tokens = partial(reference.forward_tokens, **options)
+        else:
+            forward_tokens = partial(schedule.forward_tokens, backend=backend, num_rows=num_rows, **options)
 
-    def _strip(self, tokens: Tensor, extra: int) -> Tensor:
-        return remove_prompts(tokens, self.backbone.num_prefix_tokens, extra)
+        def within_prompts(prompts: Prompts, images: Tensor) -> Any:
+            dtype = torch.promote_types(images.dtype, torch.float32)
+            masks = prompts.draw_masks(images.shape[0], dtype=dtype, device=images.device)
+
+            def within_backbone(backbone: nn.Module, images: Tensor) -> Any:
+                return finish(backbone, *forward_tokens(backbone, prompts, images, masks))
+
+            return self.backbone(images, within=within_backbone)
+
+        return self.prompts(images, within_prompts)
 
     def _check_images(self, images: Tensor) -> None:
         if not isinstance(images, Tensor):
@@ -293,15 +365,14 @@ class AdaptiveViT(nn.Module):
                 f"images must be of a floating dtype, got {images.dtype}; normalise them as the backbone's "
                 "pretrained_cfg says"
             )
-        parameter = next(self.backbone.parameters())
-        device = parameter.device
-        if images.dtype != parameter.dtype and not torch.is_autocast_enabled(device.type):
+        weight = next(tensor for tensor in tensors_of(self.backbone) if tensor.is_floating_point())
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(
-                f"images must be of the backbone's dtype {parameter.dtype}, got {images.dtype}; convert "
+                f"images must be of the backbone's dtype {weight.dtype}, got {images.dtype}; convert "
                 "them, or run under torch.autocast"
             )
-        if images.device != device:
-            raise ValueError(f"images must be on the model's device {device}, got {images.device}")
+        if images.device != weight.device and not weight.is_meta:  # weights that wait elsewhere are meta
+            raise ValueError(f"images must be on the model's device {weight.device}, got {images.device}")
         check_image_size(self.backbone, tuple(images.shape[-2:]), self._image_size)
 
     # ---- geometry and head
@@ -346,9 +417,7 @@ class AdaptiveViT(nn.Module):
         if self.grid != old_grid:
             for block in self.prompts.blocks:
                 if isinstance(block, AdaptivePrompts):
-                    block.token_projection = resize_token_projection(
-                        block.token_projection, self.config, old_grid, self.grid
-                    )
+                    resize_adaptive_prompts(block, self.grid)
 
     def _check_grid(self, grid: tuple[int, int]) -> None:
         if self.config.kind == "adaptive":
@@ -356,16 +425,20 @@ class AdaptiveViT(nn.Module):
 
     def get_classifier(self) -> Any:
         """The head: a module, or two for a distilled backbone."""
-        return self.backbone.get_classifier()
+        heads = self._adapter.heads()
+        return heads[0] if len(heads) == 1 else tuple(heads)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for ``num_classes`` (0: none), and another pooling if given.
+        """A new head for ``num_classes`` (0: none), and another pooling if given. Nothing else is changed.
 
         Raises:
             TypeError, ValueError: not a number of classes, or a pooling that the backbone can't do.
         """
-        _reset_classifier(self.backbone, self.config, num_classes, global_pool)
-        self._freeze()
+        if global_pool is not None:
+            _check_pooling(self.config, global_pool, global_pool == "map")
+        _reset_classifier(self.backbone, num_classes, global_pool)
+        self._adapter.set_heads(take_heads(self.backbone))
+        self._adapter.num_classes = num_classes
         self.train(self.training)
 
     def prune_intermediate_layers(
@@ -374,14 +447,16 @@ class AdaptiveViT(nn.Module):
         """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
         self.prompts.blocks = self.prompts.blocks[: len(self.backbone.blocks)]
-        self._prepared.clear()
+        if prune_head:
+            self._adapter.set_heads(take_heads(self.backbone))
+            self._adapter.num_classes = 0
         return take
 
     # ---- timm's habits
 
     @property
     def num_classes(self) -> int:
-        return self.backbone.num_classes
+        return self._adapter.num_classes
 
     @property
     def global_pool(self) -> str:
@@ -416,12 +491,13 @@ class AdaptiveViT(nn.Module):
         """timm's description of the backbone's weights: mean, std, input size, interpolation, ..."""
         cfg = dict(getattr(self.backbone, "pretrained_cfg", None) or {})
         cfg["input_size"] = (self.backbone.in_chans, *self._image_size)
-        for key in ("first_conv", "classifier"):
+        prefixes = {"first_conv": "backbone.", "classifier": f"adapters.{self.active_adapter}."}
+        for key, prefix in prefixes.items():
             names = cfg.get(key)
             if isinstance(names, str):
-                cfg[key] = f"backbone.{names}"
+                cfg[key] = prefix + names
             elif names:
-                cfg[key] = tuple(f"backbone.{name}" for name in names)
+                cfg[key] = tuple(prefix + name for name in names)
         return cfg
 
     default_cfg = pretrained_cfg
@@ -439,20 +515,13 @@ class AdaptiveViT(nn.Module):
             return [(within_backbone(pattern), group) for pattern, group in patterns]
 
         groups = {name: within_backbone(it) for name, it in self.backbone.group_matcher(coarse).items()}
-        groups["blocks"] += [(r"^prompts\.blocks\.(\d+)", None), (r"^prompts\.projector", (99999,))]
+        prompts = r"^adapters\.[^.]+\.prompts\."
+        groups["blocks"] += [(rf"{prompts}blocks\.(\d+)", None), (rf"{prompts}projector", (99999,))]
         return groups
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass, or keep them."""
         self.grad_checkpointing = enable
-
-    def _apply(self, fn: Any, recurse: bool = True) -> AdaptiveViT:
-        self._prepared.clear()
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._prepared.clear()
-        super()._load_from_state_dict(*args, **kwargs)
 
     # ---- adapters
 
@@ -494,28 +563,26 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
             )
         model = timm.create_model(backbone, pretrained=pretrained, **options)
         check_supported(model)
-        return model
+        return adopt(model, shared=False)
     check_supported(backbone)
     if pretrained:
         raise ValueError("pretrained=True needs the name of a backbone; a timm model keeps its own weights")
     unknown = sorted(set(options) - {"num_classes", "global_pool"})
     if unknown:
         raise TypeError(f"options {unknown} need the name of a backbone; the timm model is used as it is")
-    if options:
-        num_classes = options.get("num_classes", backbone.num_classes)
-        _reset_classifier(backbone, None, num_classes, options.get("global_pool"))
-    return backbone
+    return adopt(backbone, shared=True)
 
 
-def _reset_classifier(
-    model: nn.Module, config: PromptConfig | None, num_classes: int, global_pool: str | None
-) -> None:
+def _normed_tokens(backbone: nn.Module, tokens: Tensor, extra: int) -> Tensor:
+    """Tokens (B, T, C) after the final norm, without prompts."""
+    return backbone.norm(remove_prompts(tokens, backbone.num_prefix_tokens, extra))
+
+
+def _reset_classifier(model: nn.Module, num_classes: int, global_pool: str | None) -> None:
     if not isinstance(num_classes, int) or isinstance(num_classes, bool):
         raise TypeError(f"num_classes must be an int, got {num_classes!r}")
     if num_classes < 0:
         raise ValueError(f"num_classes must be at least 0, got {num_classes}")
-    if global_pool is not None and config is not None:
-        _check_pooling(config, global_pool, global_pool == "map")
     before = model.num_classes
     try:
         model.reset_classifier(num_classes, global_pool)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,8 +56,15 @@ MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (8, 0)
 
 _chosen: ContextVar[str | None] = ContextVar("vapt_fast_backend", default=None)
-# The same for torch.compile, which guards on a global; PyTorch 2.11 can't trace a ContextVar.
-_chosen_when_compiling: str | None = None
+
+
+class _ChosenByThread(threading.local):
+    """The same for torch.compile, which guards on it; PyTorch 2.11 can't trace a ContextVar."""
+
+    name: str | None = None
+
+
+_chosen_when_compiling = _ChosenByThread()
 
 
 class BackendUnavailable(RuntimeError):
@@ -188,14 +196,13 @@ def use_backend(name: str) -> Iterator[None]:
         BackendUnavailable: it can't run here; nothing falls back in silence. "kernels" and "auto" are mixes,
             and run an op on PyTorch where no kernel should be, or was measured to be, faster.
     """
-    global _chosen_when_compiling
     token = _chosen.set(check_backend(name))
-    outer, _chosen_when_compiling = _chosen_when_compiling, name
+    outer, _chosen_when_compiling.name = _chosen_when_compiling.name, name
     try:
         yield
     finally:
         _chosen.reset(token)
-        _chosen_when_compiling = outer
+        _chosen_when_compiling.name = outer
 
 
 def resolve(preferred: str | None = None) -> str:
@@ -204,7 +211,7 @@ def resolve(preferred: str | None = None) -> str:
     The innermost ``use_backend`` decides, else ``preferred`` (a model's own choice), else the environment
     variable, else "auto".
     """
-    chosen = _chosen_when_compiling if torch.compiler.is_compiling() else _chosen.get()
+    chosen = _chosen_when_compiling.name if torch.compiler.is_compiling() else _chosen.get()
     name = chosen or preferred
     if name is None:
         name = check_backend(os.environ.get(ENVIRONMENT_VARIABLE, "auto"), ENVIRONMENT_VARIABLE)

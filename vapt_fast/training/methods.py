@@ -93,5 +93,5 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
     """The tensors that training changes, by their names in the state dict; they share the model's memory."""
     if isinstance(model, AdaptiveViT):
-        return {name: parameter.detach() for name, parameter in model.named_adapter_parameters()}
+        return {name: t for name, t in model.state_dict().items() if name.startswith("adapters.")}
     return model.state_dict()

@@ -1,0 +1,192 @@
+"""What may be done with a module that others may have changed: read its weights, or only call it.
+
+Calling a module respects everything that was done to it: hooks, LoRA, pruning, quantised, sharded or
+offloaded weights, another forward. Reading its weights is right only where none of that was done: see
+``is_plain``.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
+from typing import Any
+
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as torch_module
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = [
+    "Enclosing",
+    "class_of",
+    "drops",
+    "enclosing",
+    "has_global_hooks",
+    "is_observed",
+    "is_plain",
+    "remember_forward",
+    "share_tensors",
+    "tensors_of",
+]
+
+# The packages whose hooks bring a module's weights to where they are needed, or compute them (FSDP, pruning,
+# weight norm, offloading), and leave what the module computes as it is.
+WEIGHT_HOOKS = ("torch.distributed.", "torch.nn.utils.", "accelerate.hooks")
+# These only look.
+WATCHERS = ("torch.utils.module_tracker",)
+
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+
+_FORWARDS: dict[type, Callable] = {}
+
+
+def remember_forward(*classes: type[nn.Module]) -> None:
+    """Note the forward of ``classes`` as their library defines it: ``is_plain`` compares with it later.
+
+    One that was replaced before is not noted, so that no module of that class is ever plain.
+    """
+    for cls in classes:
+        code = getattr(cls.forward, "__code__", None)
+        if code is not None and code.co_filename == sys.modules[cls.__module__].__file__:
+            _FORWARDS[cls] = cls.forward
+
+
+def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
+    """Whether reading the weights of ``module`` comes to the same as calling it.
+
+    That is: it is of exactly one of ``classes`` (no subclass, as LoRA layers and parametrised or sharded
+    modules are), neither it nor its class was given another forward, it has no hooks, and its weights are
+    ordinary tensors.
+    """
+    cls = type(module)
+    return (
+        cls in classes
+        and cls in _FORWARDS
+        and cls.forward is _FORWARDS[cls]
+        and "forward" not in module.__dict__  # PyTorch 2.8 doesn't compile vars(module)
+        and not any(getattr(module, name) for name in _HOOKS)
+        and all(_is_ordinary(parameter) for parameter in module._parameters.values())
+    )
+
+
+def _is_ordinary(tensor: Tensor | None) -> bool:
+    return (
+        tensor is None
+        or type(tensor) in (Tensor, nn.Parameter)
+        or isinstance(tensor, (FakeTensor, FunctionalTensor))
+    )
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether hooks or another forward of the user's may use or change what ``module`` computes.
+
+    Those that only prepare its weights don't count.
+    """
+    if "forward" in module.__dict__ and not _is_of(getattr(module, "_hf_hook", None), WEIGHT_HOOKS):
+        return True
+    return any(not _is_of(hook, WEIGHT_HOOKS) for name in _HOOKS for hook in getattr(module, name).values())
+
+
+def has_global_hooks() -> bool:
+    """Whether there are hooks on all modules that may change what they compute."""
+    return any(
+        not _is_of(hook, WATCHERS) for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name).values()
+    )
+
+
+def _is_of(hook: Any, packages: tuple[str, ...]) -> bool:
+    owner = getattr(hook, "__self__", hook)  # of a method
+    return type(owner).__module__.startswith(packages)
+
+
+def drops(module: nn.Module) -> bool:
+    """Whether ``module`` itself is a dropout that is on."""
+    if not module.training:
+        return False
+    if isinstance(module, DropPath):
+        return module.drop_prob > 0
+    return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """The parameters of ``module``, also where they are plain attributes, as in replicas of DataParallel."""
+    for part in module.modules():
+        for value in chain(part._parameters.values(), part.__dict__.values()):
+            if isinstance(value, Tensor):
+                yield value
+
+
+class Enclosing:
+    """A mixin for modules that run a function of others within their own call.
+
+    What surrounds the call of a module (hooks that gather, move or compute its weights) then surrounds that
+    function, which may use the module's parts in its own way.
+    """
+
+    def forward(self, *args: Any, within: Callable | None = None, **kwargs: Any) -> Any:
+        """The module's own forward; or, with ``within``, ``within(self, *args)``."""
+        return super().forward(*args, **kwargs) if within is None else within(self, *args)
+
+    def __reduce_ex__(self, protocol: int) -> tuple:
+        return _restore, (class_of(self),), self.__getstate__()
+
+
+def enclosing(module: nn.Module) -> nn.Module:
+    """Make ``module`` Enclosing; returns it."""
+    if not isinstance(module, Enclosing):
+        module.__class__ = _enclosing_class(type(module))
+    return module
+
+
+_ENCLOSING: dict[type, type] = {}
+
+
+def _enclosing_class(cls: type) -> type:
+    if cls not in _ENCLOSING:
+        names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__}
+        _ENCLOSING[cls] = type(cls.__name__, (Enclosing, cls), names)
+    return _ENCLOSING[cls]
+
+
+def class_of(module: nn.Module) -> type:
+    """The class of ``module``, or the one that it had before ``enclosing``."""
+    mro = type(module).__mro__
+    return mro[mro.index(Enclosing) + 1] if Enclosing in mro else mro[0]
+
+
+def _restore(cls: type) -> nn.Module:
+    restored = _enclosing_class(cls)
+    return restored.__new__(restored)
+
+
+def share_tensors(module: nn.Module, own: Iterable[nn.Module]) -> nn.Module:
+    """A copy of ``module`` whose parameters are its own, frozen, but share their memory with the original's.
+
+    The copy has its own tree of modules, so that whatever is done to one (another submodule, hooks,
+    requires_grad, another device or size) leaves the other as it is. In-place changes of a frozen weight show
+    in both.
+
+    Args:
+        module: what to copy.
+        own: submodules of which the copy gets memory of its own.
+    """
+    owned = {id(t) for part in own for t in chain(part.parameters(), part.buffers())}
+    memo: dict[int, Any] = {}
+    for parameter in module.parameters():
+        if id(parameter) not in owned:
+            memo[id(parameter)] = _frozen_view(parameter)
+    for buffer in module.buffers():
+        if id(buffer) not in owned:
+            memo[id(buffer)] = buffer
+    return copy.deepcopy(module, memo)
+
+
+def _frozen_view(parameter: nn.Parameter) -> nn.Parameter:
+    if type(parameter) is not nn.Parameter and not is_traceable_wrapper_subclass(parameter):
+        return parameter  # the quantised weights of some libraries carry more than data
+    return nn.Parameter(parameter.detach(), requires_grad=False)
