@@ -20,8 +20,21 @@ def add_norm_formula(x, delta=None, weight=None, bias=None, *, gain=None, eps):
     return total, F.layer_norm(total, total.shape[-1:], weight, bias, eps)
 
 
-def pool_formula(x, matrix, weight, bias, *, delta=None, gain=None, num_prefix, eps, prompt_eps):
-    total, normed = add_norm_formula(x, delta, gain=gain, eps=eps)
+def pool_formula(
+    x,
+    matrix,
+    weight,
+    bias,
+    *,
+    delta=None,
+    gain=None,
+    norm_weight=None,
+    norm_bias=None,
+    num_prefix,
+    eps,
+    prompt_eps,
+):
+    total, normed = add_norm_formula(x, delta, norm_weight, norm_bias, gain=gain, eps=eps)
     z = F.layer_norm(total[:, num_prefix:], x.shape[-1:], weight, bias, prompt_eps)
     return total, normed, matrix @ z
 
@@ -69,12 +82,14 @@ def projector_formula(
     feature_mask=None,
     activation="relu",
     eps=None,
+    norm_weight=None,
+    norm_bias=None,
 ):
     t = (pooled if channel_mask is None else pooled * channel_mask) + bias[:, None]
     if down is not None:
         features = ACTIVATIONS[activation](t @ down.t())
         t = t + scale * ((features if feature_mask is None else features * feature_mask) @ up.t())
-    return t if eps is None else F.layer_norm(t, t.shape[-1:], eps=eps)
+    return t if eps is None else F.layer_norm(t, t.shape[-1:], norm_weight, norm_bias, eps)
 
 
 def mlp_formula(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias):
@@ -102,27 +117,39 @@ def case_by_name(op, formula, tensors, frozen, options):
     return by_name(op, names), by_name(formula, names), [tensors[name] for name in names], options
 
 
-# What belongs to the backbone among the arguments of add_norm and mlp.
-FROZEN = ("weight", "bias", "gain", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias")
+# What belongs to the backbone among the arguments of the ops that cases have as options.
+FROZEN = (
+    *("weight", "bias", "norm_weight", "norm_bias", "gain"),
+    *("fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+)
+
+
+def affine_of(dim, names=("norm_weight", "norm_bias")):
+    """The affine of a norm over ``dim`` channels by name, its weight zero in some of them."""
+    weight, bias = rand(dim), rand(dim)
+    weight[1::3] = 0.0
+    return dict(zip(names, (weight, bias), strict=True))
 
 
 def add_norm_case(batch=2, tokens=5, dim=6, delta=True, gain=True, affine=True, learned=False):
     """With ``learned``, weight, bias and gain need gradients too."""
     tensors = {"x": rand(batch, tokens, dim), "delta": rand(batch, tokens, dim) if delta else None}
-    tensors |= {name: rand(dim) if affine else None for name in ("weight", "bias")}
+    tensors |= affine_of(dim, ("weight", "bias")) if affine else {}
     tensors |= {"gain": rand(dim) if delta and gain else None}
     frozen = () if learned else FROZEN
     return case_by_name(functional.add_norm, add_norm_formula, tensors, frozen, {"eps": 1e-6})
 
 
-def pool_case(batch=2, prefix=2, patches=9, dim=6, rows=3, delta=True, gain=True, learned=False):
-    """With ``learned``, the gain needs a gradient too."""
+def pool_case(batch=2, prefix=2, patches=9, dim=6, rows=3, delta=True, gain=True, affine=True, learned=False):
+    """With ``learned``, the gain and the affine need gradients too."""
     tensors = {"x": rand(batch, prefix + patches, dim), "matrix": rand(rows, patches)}
     tensors |= {"weight": rand(dim), "bias": rand(dim)}
     tensors |= {"delta": rand(batch, prefix + patches, dim) if delta else None}
     tensors |= {"gain": rand(dim) if delta and gain else None}
+    tensors |= affine_of(dim) if affine else {}
+    frozen = () if learned else ("gain", "norm_weight", "norm_bias")
     options = {**POOL, "num_prefix": prefix}
-    return case_by_name(functional.prompt_pool, pool_formula, tensors, () if learned else ("gain",), options)
+    return case_by_name(functional.prompt_pool, pool_formula, tensors, frozen, options)
 
 
 def attention_case(
@@ -164,11 +191,6 @@ def cls_case(batch=2, rows=1, tokens=7, heads=3, dim=2, channels=6, prompts=2, s
     return functional.cls_attention, cls_formula, tensors, options
 
 
-def projector_op(pooled, bias, down=None, up=None, scale=1.0, **options):
-    """The op with ``scale`` among its tensors, whose gradients ``results`` takes."""
-    return functional.prompt_projector(pooled, bias, down, up, scale=scale, **options)
-
-
 def projector_case(
     batch=2,
     prompts=3,
@@ -177,19 +199,27 @@ def projector_case(
     activation="relu",
     masked=False,
     eps=None,
+    affine=True,
     learned_scale=False,
+    learned=False,
 ):
-    """A ``width`` of None: no projector."""
-    tensors = [rand(batch, prompts, dim), rand(prompts)]
+    """A ``width`` of None: no projector. With ``learned``, the affine, if there is one, needs gradients."""
+    tensors = {"pooled": rand(batch, prompts, dim), "bias": rand(prompts)}
     options = {"activation": activation, "eps": eps}
     if masked:
         options["channel_mask"] = torch.randint(0, 2, (batch, 1, dim)).double() * 2
     if width is not None:
-        tensors += [rand(width, dim), rand(dim, width), *([rand(1)] if learned_scale else [])]
+        tensors |= {"down": rand(width, dim), "up": rand(dim, width)}
+        tensors |= {"scale": rand(1)} if learned_scale else {}
         if masked:
             options["feature_mask"] = torch.randint(0, 2, (batch, prompts, width)).double() * 2
-    return projector_op, projector_formula, tensors, options
+    tensors |= affine_of(dim) if affine and eps is not None else {}
+    frozen = () if learned else ("norm_weight", "norm_bias")
+    return case_by_name(functional.prompt_projector, projector_formula, tensors, frozen, options)
 
+
+# What a projector's norm can be: eps, and whether there is an affine.
+NORMS = ((None, False), (1e-6, False), (1e-6, True))
 
 CASES = {
     **{
@@ -207,30 +237,33 @@ CASES = {
         )
     },
     **{
-        f"pool-B{b}-S{s}-N{n}-C{c}-R{r}-delta-gain{g}": (
+        f"pool-B{b}-S{s}-N{n}-C{c}-R{r}-delta-gain{g}-affine{a}": (
             pool_case,
             {"batch": b, "prefix": s, "patches": n, "dim": c, "rows": r, "delta": True, "gain": g}
-            | {"learned": True},
+            | {"affine": a, "learned": True},
         )
-        for (b, s, n, c, r), g in itertools.product(
+        for (b, s, n, c, r), g, a in itertools.product(
             (
                 *itertools.product((1, 3), (0, 5), (1, 16), (5, 64), (1, 10)),
                 *((0, 1, 4, 6, 3), (2, 1, 4, 6, 0)),
             ),
             (False, True),
+            (False, True),
         )
     },
     **{
-        f"pool-B{b}-S{s}-N{n}-C{c}-R{r}": (
+        f"pool-B{b}-S{s}-N{n}-C{c}-R{r}-affine{a}": (
             pool_case,
-            {"batch": b, "prefix": s, "patches": n, "dim": c, "rows": r, "delta": False},
+            {"batch": b, "prefix": s, "patches": n, "dim": c, "rows": r, "delta": False, "affine": a}
+            | {"learned": a},
         )
-        for b, s, n, c, r in [
-            *itertools.product((1, 3), (0, 1, 5), (1, 16), (5, 64), (1, 10)),
-            (2, 1, 196, 48, 50),
-            (0, 1, 4, 6, 3),
-            (2, 1, 4, 6, 0),
-        ]
+        for (b, s, n, c, r), a in itertools.product(
+            (
+                *itertools.product((1, 3), (0, 1, 5), (1, 16), (5, 64), (1, 10)),
+                *((2, 1, 196, 48, 50), (0, 1, 4, 6, 3), (2, 1, 4, 6, 0)),
+            ),
+            (False, True),
+        )
     },
     **{
         f"attention-B{b}-q{q}-T{t}-h{h}/{g}-d{d}-P{p}-shared{s}-bias{m}": (
@@ -274,20 +307,16 @@ CASES = {
         for r, t, p, s, m in itertools.product((1, 2), (1, 17), (0, 1, 10), (False, True), (False, True))
     },
     **{
-        f"projector-{a}-B{b}-P{p}-C{c}-r{w}-masked{m}-eps{e}-scaled{s}": (
+        f"projector-{a}-B{b}-P{p}-C{c}-r{w}-masked{m}-eps{e}-affine{f}-scaled{s}": (
             projector_case,
             {"activation": a, "batch": b, "prompts": p, "dim": c, "width": w}
-            | {"masked": m, "eps": e, "learned_scale": s},
+            | {"masked": m, "eps": e, "affine": f, "learned_scale": s, "learned": True},
         )
-        for a, b, p, c, w, m, e, s in [
-            *itertools.product(
-                ACTIVATIONS, (2,), (3,), (6,), (4,), (False, True), (None, 1e-6), (False, True)
-            ),
-            *itertools.product(
-                ("relu",), (1, 3), (1, 10), (5, 64), (None, 1, 8), (True,), (None, 1e-6), (False,)
-            ),
-            ("relu", 2, 0, 6, 8, True, 1e-6, True),
-            ("relu", 0, 3, 6, 8, True, 1e-6, True),
+        for a, b, p, c, w, m, (e, f), s in [
+            *itertools.product(ACTIVATIONS, (2,), (3,), (6,), (4,), (False, True), NORMS, (False, True)),
+            *itertools.product(("relu",), (1, 3), (1, 10), (5, 64), (None, 1, 8), (True,), NORMS, (False,)),
+            ("relu", 2, 0, 6, 8, True, (1e-6, True), True),
+            ("relu", 0, 3, 6, 8, True, (1e-6, True), True),
         ]
     },
 }
@@ -321,14 +350,18 @@ GRADCHECK = [
         (
             pool_case,
             {"batch": b, "prefix": s, "patches": 4, "dim": 5, "rows": r, "delta": True, "gain": g}
-            | {"learned": True},
+            | {"affine": a, "learned": True},
         )
         for b in (1, 2)
         for s in (0, 2)
         for r, g in ((1, False), (2, False), (3, True))
+        for a in (False, True)
     ],
     *[
-        (pool_case, {"batch": b, "prefix": s, "patches": 4, "dim": 5, "rows": r, "delta": False})
+        (
+            pool_case,
+            {"batch": b, "prefix": s, "patches": 4, "dim": 5, "rows": r, "delta": False, "affine": False},
+        )
         for b in (1, 2)
         for s in (0, 2)
         for r in (1, 2, 3)
@@ -362,10 +395,13 @@ GRADCHECK = [
         for m in (False, True)
     ],
     *[
-        (projector_case, {"activation": a, "masked": m, "eps": e, "learned_scale": True})
+        (
+            projector_case,
+            {"activation": a, "masked": m, "eps": e, "affine": f, "learned_scale": True, "learned": True},
+        )
         for a in ("gelu", "sigmoid", "softmax")
         for m in (False, True)
-        for e in (None, 0.1)
+        for e, f in ((None, False), (0.1, False), (0.1, True))
     ],
 ]
 
@@ -407,8 +443,8 @@ def assert_policy(make, cases, dtype):
     Over all cases, the largest error of each output and gradient against float64, relative to its max|exact|,
     is at most that of eager PyTorch in the same dtype (float32: twice that), plus 2 eps.
     """
-    # Tokens, queries, keys and values are in ``dtype``; the prompts' own arithmetic is at least float32.
-    low = {pool_case: [0, 4], projector_case: []}.get(make, range(9))
+    # What comes from the backbone is in ``dtype``; the prompts' own arithmetic is at least float32.
+    low = {pool_case: (0, *range(4, 8)), projector_case: ()}.get(make, range(9))
     errors, dtypes = [], []
     for op, formula, tensors, options in cases:
         tensors = [t.to(dtype if i in low else torch.float32) for i, t in enumerate(tensors)]

@@ -1,5 +1,7 @@
 """The ops against their formulas in eager PyTorch: values, gradients, layouts, extremes, low precision."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,12 +93,128 @@ def test_pool_when_only_the_prompts_learn():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("used", [(0,), (1,), (2,), (0, 1), (0, 2)], ids=str)
+def test_pool_when_only_some_outputs_are_used(used, affine):
+    torch.manual_seed(0)
+    op, formula, tensors, options = pool_case(affine=affine, learned=True)
+    for ours, theirs in zip(
+        *(
+            results(lambda *t, f=f: tuple(f(*t, **options)[i] for i in used), tensors, {})[1]
+            for f in (op, formula)
+        ),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
 def test_a_second_derivative_of_a_handwritten_backward_raises():
     op, _, tensors, options = pool_case()
     x, *rest = [t.requires_grad_() for t in tensors]
     (grad,) = torch.autograd.grad(op(x, *rest, **options)[-1].square().sum(), x, create_graph=True)
     with pytest.raises(NotImplementedError, match="prompt_pool can't be differentiated twice"):
         grad.sum().backward()
+
+    def gradient(x):
+        return torch.func.grad(lambda x: op(x, *rest, **options)[-1].square().sum())(x).sum()
+
+    with pytest.raises(NotImplementedError, match="prompt_pool can't be differentiated twice"):
+        torch.func.grad(gradient)(x)
+
+
+# ---- what transforms and traces a function
+
+
+POOLS = [
+    {"delta": delta, "affine": affine, "learned": True} for delta in (False, True) for affine in (False, True)
+]
+
+
+def cubes(function, options):
+    """A number that depends on all outputs of ``function``."""
+    return lambda *tensors: sum(output.pow(3).sum() for output in function(*tensors, **options))
+
+
+@pytest.mark.parametrize("sizes", POOLS, ids=str)
+def test_gradients_of_each_sample_and_of_each_set_of_parameters(sizes):
+    torch.manual_seed(0)
+    op, formula, tensors, options = pool_case(batch=2, **sizes)
+    everything = tuple(range(len(tensors)))
+    all_but_one = [tuple(j != i for j in everything) for i in everything]
+    only_one = [tuple(j == i for j in everything) for i in everything]
+    for mapped in (*all_but_one, *only_one):
+        arguments = [torch.stack([t, 2 * t, t + 1]) if m else t for t, m in zip(tensors, mapped, strict=True)]
+        dims = tuple(0 if m else None for m in mapped)
+        for wanted in (everything, (0,), (1, 2, 3)):
+            grads = [
+                torch.func.vmap(torch.func.grad(cubes(f, options), wanted), dims)(*arguments)
+                for f in (op, formula)
+            ]
+            assert_same_results([grads[0]], [grads[1]], 1e-9)
+
+
+@pytest.mark.parametrize("sizes", POOLS, ids=str)
+def test_jacobians(sizes):
+    torch.manual_seed(0)
+    op, formula, tensors, options = pool_case(patches=3, dim=3, rows=2, **sizes)
+    for output, argument in itertools.product((1, 2), range(len(tensors))):
+        ours, theirs = (
+            torch.func.jacrev(lambda *t, f=f, i=output: f(*t, **options)[i], argument)(*tensors)
+            for f in (op, formula)
+        )
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+class Module(torch.nn.Module):
+    def __init__(self, op, options):
+        super().__init__()
+        self.op, self.options = op, options
+
+    def forward(self, *tensors):
+        return self.op(*tensors, **self.options)
+
+
+def two_batches(make, **sizes):
+    """A case, and its tensors with three times as many images; which tensors are of images."""
+    torch.manual_seed(0)
+    op, formula, tensors, options = make(batch=2, **sizes)
+    of_images = [t.ndim == 3 for t in tensors]
+    more = [torch.cat([t, t + 1, 2 * t]) if is_ else t for t, is_ in zip(tensors, of_images, strict=True)]
+    return op, formula, tensors, options, more, of_images
+
+
+TRACED = [*((pool_case, sizes) for sizes in POOLS), (projector_case, {"eps": 0.1, "learned": True})]
+
+
+@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=lambda v: v.__name__ if callable(v) else str(v))
+def test_an_exported_program_has_the_right_gradients(make, sizes):
+    op, formula, tensors, options, more, of_images = two_batches(make, **sizes)
+    batch = torch.export.Dim("batch")
+    shapes = {"tensors": tuple({0: batch} if is_ else None for is_ in of_images)}
+    program = torch.export.export(Module(op, options), tuple(tensors), dynamic_shapes=shapes).module()
+    assert_same_results(results(program, more, {}), results(formula, more, options), 1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=lambda v: v.__name__ if callable(v) else str(v))
+def test_a_traced_function_has_the_right_gradients(make, sizes, grad, tmp_path):
+    op, formula, tensors, options, more, _ = two_batches(make, **sizes)
+    with torch.set_grad_enabled(grad):
+        traced = torch.jit.trace(Module(op, options), tuple(t.requires_grad_(grad) for t in tensors))
+    traced.save(tmp_path / "traced.pt")
+    traced = torch.jit.load(tmp_path / "traced.pt")
+    assert_same_results(results(traced, more, {}), results(formula, more, options), 1e-10)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=lambda v: v.__name__ if callable(v) else str(v))
+def test_a_compiled_function_has_the_right_gradients(make, sizes, dynamic):
+    op, formula, tensors, options, more, _ = two_batches(make, **sizes)
+    torch.compiler.reset()
+    compiled = torch.compile(Module(op, options), fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for given in (tensors, more):
+        assert_same_results(results(compiled, given, {}), results(formula, given, options), 1e-10)
 
 
 # ---- extremes

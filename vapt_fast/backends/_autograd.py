@@ -46,10 +46,15 @@ def refuse_forward_mode(op: str, *tensors: Tensor) -> None:
 
 
 class _Once(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, op, grad):
-        ctx.op = op
+    def forward(op, grad):
         return grad.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.op, _ = inputs
 
     @staticmethod
     def backward(ctx, grad):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-__all__ = ["check_float", "check_residual", "check_same_device", "check_shape"]
+__all__ = ["check_affine", "check_float", "check_residual", "check_same_device", "check_shape"]
 
 
 def check_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> None:
@@ -27,6 +27,15 @@ def check_residual(x: Tensor, delta: Tensor | None, gain: Tensor | None) -> None
         if delta is None:
             raise ValueError("gain must be None where delta is, got a tensor")
         check_shape("gain", gain, "(C,)", x.shape[-1])
+
+
+def check_affine(dim: int, **affine: Tensor | None) -> None:
+    """Raise unless ``affine``, the weight and the bias of a LayerNorm over ``dim``, are both (C,) or None."""
+    given = [name for name, tensor in affine.items() if tensor is not None]
+    if len(given) == 1:
+        raise ValueError(f"{' and '.join(affine)} must be given both or not at all, got {given[0]} alone")
+    for name in given:
+        check_shape(name, affine[name], "(C,)", dim)
 
 
 def check_float(**tensors: Tensor | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_float, check_residual, check_same_device, check_shape
+from ._checks import check_affine, check_float, check_residual, check_same_device, check_shape
 from ._implementation import run
 
 __all__ = ["add_norm"]
@@ -44,12 +44,7 @@ def add_norm(
     """
     check_shape("x", x, "(B, T, C)", None, None, None)
     check_residual(x, delta, gain)
-    if (weight is None) != (bias is None):
-        given = "bias" if weight is None else "weight"
-        raise ValueError(f"weight and bias must be given both or not at all, got {given} alone")
-    if weight is not None:
-        check_shape("weight", weight, "(C,)", x.shape[-1])
-        check_shape("bias", bias, "(C,)", x.shape[-1])
+    check_affine(x.shape[-1], weight=weight, bias=bias)
     check_float(x=x, delta=delta, weight=weight, bias=bias, gain=gain)
     check_same_device(x=x, delta=delta, weight=weight, bias=bias, gain=gain)
     return run("add_norm", backend, x, delta, weight, bias, gain, eps)

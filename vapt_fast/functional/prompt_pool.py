@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_float, check_residual, check_same_device, check_shape
+from ._checks import check_affine, check_float, check_residual, check_same_device, check_shape
 from ._implementation import run
 
 __all__ = ["prompt_pool"]
@@ -17,6 +17,8 @@ def prompt_pool(
     bias: Tensor,
     *,
     num_prefix: int,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     delta: Tensor | None = None,
     gain: Tensor | None = None,
     eps: float = 1e-6,
@@ -26,16 +28,17 @@ def prompt_pool(
     """Two LayerNorms of the same rows with one statistic, the second one pooled over the positions.
 
     total = x + gain * delta: the tokens after the branch before, as in add_norm.
-    normed = (total - mean) * rstd(eps), over C, without affine: what the block's projections read.
+    normed = (total - mean) * rstd(eps) * norm_weight + norm_bias, over C: what the block's projections read.
     pooled = M z, z = weight * (total - mean) * rstd(prompt_eps) + bias over the patch tokens (VAPT, arXiv
-    2501.18936, section 4.1), computed as weight * ((M * s) normed) + bias * rowsum(M), with
-    s = rstd(prompt_eps) / rstd(eps) for each row.
+    2501.18936, section 4.1), computed as weight * ((M * s) xhat) + bias * rowsum(M), with
+    xhat = (total - mean) * rstd(eps) and s = rstd(prompt_eps) / rstd(eps) for each row.
 
     Args:
         x: tokens (B, S + N, C), the S = ``num_prefix`` prefix tokens first; any floating dtype.
         matrix: M of (R, N), float32 (float64 for float64 tokens); see prompt_matrices.
         weight, bias: (C,), the affine of the prompts' LayerNorm.
         num_prefix: prefix tokens, which are normalised but not pooled.
+        norm_weight, norm_bias: (C,), the affine of the block's LayerNorm, any floating dtype; both or none.
         delta: (B, S + N, C), what a branch of a block adds to the tokens; None: nothing.
         gain: (C,), the branch's LayerScale; None for 1.
         eps: of the block's LayerNorm.
@@ -48,7 +51,7 @@ def prompt_pool(
         dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast; the kernels round the
         factors of products to tf32 where normed is of 16 bits, and those of "cuda" are for nothing else.
         Differentiable in all tensors, once: the backward is written by hand. The kernels have no gradient of
-        gain: where gradients are on, it must not require one there.
+        norm_weight, norm_bias and gain: where gradients are on, these must not require one there.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device; no patch token.
@@ -61,8 +64,18 @@ def prompt_pool(
     check_shape("matrix", matrix, "(R, N)", None, num_tokens - num_prefix)
     check_shape("weight", weight, "(C,)", dim)
     check_shape("bias", bias, "(C,)", dim)
+    check_affine(dim, norm_weight=norm_weight, norm_bias=norm_bias)
     check_residual(x, delta, gain)
-    tensors = {"x": x, "matrix": matrix, "weight": weight, "bias": bias, "delta": delta, "gain": gain}
+    tensors = {
+        "x": x,
+        "matrix": matrix,
+        "weight": weight,
+        "bias": bias,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+        "delta": delta,
+        "gain": gain,
+    }
     check_float(**tensors)
     check_same_device(**tensors)
     return run("prompt_pool", backend, *tensors.values(), num_prefix, eps, prompt_eps)

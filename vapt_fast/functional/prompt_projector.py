@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ._checks import check_float, check_same_device, check_shape
+from ._checks import check_affine, check_float, check_same_device, check_shape
 from ._implementation import run
 
 __all__ = ["prompt_projector"]
@@ -23,6 +23,8 @@ def prompt_projector(
     feature_mask: Tensor | None = None,
     activation: str = "relu",
     eps: float | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
@@ -40,15 +42,17 @@ def prompt_projector(
         channel_mask: (B, 1, C), dropout factors 0 or 1 / (1 - rate) of whole channels; None drops nothing.
         feature_mask: (B, P, r), those of the projector's features.
         activation: "relu", "gelu" (exact), "sigmoid", "softmax" (over the r features) or "identity".
-        eps: of a LayerNorm over C, without affine, which the prompts pass at last; None for no norm.
+        eps: of a LayerNorm over C, which the prompts pass at last; None for no norm.
+        norm_weight, norm_bias: (C,), the affine of that norm, any floating dtype; both or none.
         dtype: of the result; None for that of ``pooled``.
         backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
         prompts (B, P, C). Everything is computed in ``pooled``'s dtype, also under autocast, and rounded to
         ``dtype`` once. Where ``dtype`` has 16 bits, the Triton kernels may round the factors of products to
-        tf32, whose mantissa is that of float16. Differentiable in pooled, bias, down, up and a tensor
-        ``scale``; the Triton kernels, whose backward is written by hand, only once.
+        tf32, whose mantissa is that of float16. Differentiable in all tensors; the Triton kernels, whose
+        backward is written by hand, only once, and not in the masks, norm_weight and norm_bias: where
+        gradients are on, these must not require one there.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
@@ -66,6 +70,10 @@ def prompt_projector(
         check_shape("scale", scale, "(1,)", 1)
     elif not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or a tensor (1,), got {scale!r}")
+    if eps is None and (norm_weight is not None or norm_bias is not None):
+        given = "norm_bias" if norm_weight is None else "norm_weight"
+        raise ValueError(f"{given} must be None where eps is, got a tensor: without eps there is no norm")
+    check_affine(dim, norm_weight=norm_weight, norm_bias=norm_bias)
     if channel_mask is not None:
         check_shape("channel_mask", channel_mask, "(B, 1, C)", batch, 1, dim)
     if feature_mask is not None:
@@ -84,10 +92,14 @@ def prompt_projector(
         "scale": scale if isinstance(scale, Tensor) else None,
         "channel_mask": channel_mask,
         "feature_mask": feature_mask,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
     }
     check_float(**tensors)
     check_same_device(**tensors)
     if dtype is None:
         dtype = pooled.dtype
-    masks = channel_mask, feature_mask
-    return run("prompt_projector", backend, pooled, bias, down, up, scale, *masks, activation, eps, dtype)
+    masks, affine = (channel_mask, feature_mask), (norm_weight, norm_bias)
+    return run(
+        "prompt_projector", backend, pooled, bias, down, up, scale, *masks, activation, eps, *affine, dtype
+    )

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._autocast import autocast_dtype
-from .._autograd import differentiable_once
+from .._autograd import differentiable_once, no_zeros
 from .norm import add_residual
 
 __all__ = ["prompt_pool"]
@@ -18,6 +18,8 @@ def prompt_pool(
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     delta: Tensor | None,
     gain: Tensor | None,
     num_prefix: int,
@@ -29,71 +31,145 @@ def prompt_pool(
         # With dynamic=True PyTorch 2.14 loses numbers that it meets first within _PromptPool: use them here.
         x.new_full((), eps + prompt_eps)
     total, dtype = add_residual(x, delta, gain), matrix.dtype
-    arguments = (matrix, weight.to(dtype), bias.to(dtype), num_prefix, eps, prompt_eps)
+    affine = [None if t is None else t.to(dtype) for t in (weight, bias, norm_weight, norm_bias)]
+    arguments = (total.to(dtype), matrix, *affine, num_prefix, eps, prompt_eps)
     with torch.autocast(x.device.type, enabled=False):
-        if torch.compiler.is_exporting():  # PyTorch 2.8 exports no autograd.Function with dynamic sizes
-            normed, pooled, *_ = _pool(total.to(dtype), *arguments)
-        else:
-            normed, pooled = _PromptPool.apply(total.to(dtype), *arguments)
+        # PyTorch 2.8 exports no autograd.Function with dynamic sizes, and torch.jit.save knows none.
+        plain = torch.compiler.is_exporting() or torch.jit.is_tracing()
+        normed, pooled, *_ = (_literal if plain else _PromptPool.apply)(*arguments)
     return total, normed.to(autocast_dtype(total.dtype, total.device)), pooled
 
 
 def _pool(
-    x: Tensor, matrix: Tensor, weight: Tensor, bias: Tensor, num_prefix: int, eps: float, prompt_eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """normed = (x - mu) * r, pooled = weight * raw + bias * rowsum(M); r, s and raw = (M * s) normed.
+    x: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    num_prefix: int,
+    eps: float,
+    prompt_eps: float,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """normed = xhat * norm_weight + norm_bias and pooled = weight * raw + bias * rowsum(M).
 
-    r = rstd(eps) and s = rstd(prompt_eps) / r. All tensors are of one dtype.
+    Here xhat = (x - mean) * r and raw = (M * s) xhat, with r = rstd(eps) and s = rstd(prompt_eps) / r. All
+    tensors are of one dtype.
+
+    Returns:
+        normed, pooled, xhat, r, s and raw; None for xhat where normed is the same.
     """
-    normed, _, r = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    xhat, _, r = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
     # s from r itself: r is a small number where the variance is large, so nothing cancels.
     s = torch.rsqrt(1 + (prompt_eps - eps) * r[:, num_prefix:].square()).squeeze(-1)
-    raw = (matrix * s.unsqueeze(1)) @ normed[:, num_prefix:]
-    return normed, weight * raw + bias * matrix.sum(dim=1, keepdim=True), r, s, raw
+    raw = (matrix * s.unsqueeze(1)) @ xhat[:, num_prefix:]
+    pooled = weight * raw + bias * matrix.sum(dim=1, keepdim=True)
+    if norm_weight is None:
+        return xhat, pooled, None, r, s, raw
+    return torch.addcmul(norm_bias, xhat, norm_weight), pooled, xhat, r, s, raw
+
+
+def _literal(
+    x: Tensor,
+    matrix: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    num_prefix: int,
+    eps: float,
+    prompt_eps: float,
+) -> tuple[Tensor, Tensor]:
+    """normed and pooled by operations that autograd knows; it would take r of ``_pool`` for a constant."""
+    shape = x.shape[-1:]
+    z = F.layer_norm(x[:, num_prefix:], shape, weight, bias, prompt_eps)
+    return F.layer_norm(x, shape, norm_weight, norm_bias, eps), matrix @ z
 
 
 class _PromptPool(torch.autograd.Function):
     """``_pool``, which of the tokens keeps only the normalised rows for the backward."""
 
-    @staticmethod
-    def forward(ctx, x, matrix, weight, bias, num_prefix, eps, prompt_eps):
-        normed, pooled, r, s, raw = _pool(x, matrix, weight, bias, num_prefix, eps, prompt_eps)
-        ctx.save_for_backward(normed, r, s, matrix, weight, bias, raw)
-        ctx.num_prefix = num_prefix
-        return normed, pooled
+    generate_vmap_rule = True
 
     @staticmethod
-    def backward(ctx, grad_normed, grad_pooled):
-        normed, r, s, matrix, weight, bias, raw = ctx.saved_tensors
-        patches = normed[:, ctx.num_prefix :]
-        scaled = grad_pooled * weight
-        # Inner products over the channels: they give dM, and the mean of b * normed below.
-        products = scaled @ patches.transpose(1, 2)
-        grad_x = grad_matrix = grad_weight = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            weighted = matrix * s.unsqueeze(1)
-            total = grad_normed.clone(memory_format=torch.contiguous_format)
-            total[:, ctx.num_prefix :].baddbmm_(weighted.transpose(1, 2), scaled)
-            # With total = a + b: the rewritten backward is that of one LayerNorm, less its term in
-            # (1 - s^2) mean(b * normed), which only patch tokens have.
-            pooled_part = (weighted * products).sum(dim=1) * ((1 - s.square()) / normed.shape[-1])
-            correction = F.pad(pooled_part, (ctx.num_prefix, 0)).unsqueeze(-1)
-            centred = _centre(total, normed)
-            grad_x = centred.addcmul_(normed, correction).mul_(r)
-        if ctx.needs_input_grad[1]:
-            grad_matrix = (products * s.unsqueeze(1)).sum(dim=0)
-            grad_matrix = grad_matrix + (grad_pooled * bias).sum(dim=(0, 2)).unsqueeze(-1)
-        if ctx.needs_input_grad[2]:
-            grad_weight = (grad_pooled * raw).sum(dim=(0, 1))
-        if ctx.needs_input_grad[3]:
-            grad_bias = (grad_pooled * matrix.sum(dim=1, keepdim=True)).sum(dim=(0, 1))
-        grads = differentiable_once("prompt_pool", grad_x, grad_matrix, grad_weight, grad_bias)
-        return *grads, None, None, None
+    def forward(*arguments):
+        return _pool(*arguments)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, matrix, weight, bias, norm_weight, _, ctx.num_prefix, _, _ = inputs
+        normed, _, xhat, r, s, raw = output
+        no_zeros(ctx, *(t for t in (xhat, r, s, raw) if t is not None))
+        xhat = normed if xhat is None else xhat
+        ctx.save_for_backward(xhat, r, s, matrix, weight, bias, norm_weight, raw)
+
+    @staticmethod
+    def backward(ctx, grad_normed, grad_pooled, *_):
+        xhat, r, s, matrix, weight, bias, norm_weight, raw = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        grad_x = grad_matrix = grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
+        weighted = scaled = products = None
+        if grad_pooled is not None:
+            weighted, scaled = matrix * s.unsqueeze(1), grad_pooled * weight
+            # Inner products over the channels: they give dM, and the mean of b * xhat in _grad_x.
+            products = scaled @ xhat[:, ctx.num_prefix :].transpose(1, 2)
+            if needed[1]:
+                grad_matrix = (products * s.unsqueeze(1)).sum(dim=0)
+                grad_matrix = grad_matrix + (grad_pooled * bias).sum(dim=(0, 2)).unsqueeze(-1)
+            if needed[2]:
+                grad_weight = (grad_pooled * raw).sum(dim=(0, 1))
+            if needed[3]:
+                grad_bias = (grad_pooled * matrix.sum(dim=1, keepdim=True)).sum(dim=(0, 1))
+        if grad_normed is not None:
+            if needed[4]:
+                grad_norm_weight = (grad_normed * xhat).sum(dim=(0, 1))
+            if needed[5]:
+                grad_norm_bias = grad_normed.sum(dim=(0, 1))
+        if needed[0]:
+            grad_x = _grad_x(grad_normed, norm_weight, weighted, scaled, products, xhat, r, s, ctx.num_prefix)
+        grads = (grad_x, grad_matrix, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias)
+        return *differentiable_once("prompt_pool", *grads), None, None, None
 
 
-def _centre(grad: Tensor, normed: Tensor) -> Tensor:
-    """grad - mean(grad) - normed * mean(grad * normed), over the channels, in one pass."""
-    one = normed.new_ones(*normed.shape[:-1], 1)
+def _grad_x(
+    grad_normed: Tensor | None,
+    norm_weight: Tensor | None,
+    weighted: Tensor | None,
+    scaled: Tensor | None,
+    products: Tensor | None,
+    xhat: Tensor,
+    r: Tensor,
+    s: Tensor,
+    num_prefix: int,
+) -> Tensor | None:
+    """The gradient of x: what xhat gets from normed, a, and from pooled, b, through the statistics.
+
+    ``grad_normed`` is None where normed is unused; ``weighted``, ``scaled`` and ``products`` where pooled is.
+    Nothing is changed in place that vmap might not have batched.
+    """
+    if weighted is None:
+        if grad_normed is None:
+            return None
+        total = grad_normed if norm_weight is None else grad_normed * norm_weight
+        return _centre(total, xhat).mul_(r)
+    # The prefix has no part in b.
+    by_token = F.pad(weighted, (num_prefix, 0)).transpose(1, 2)
+    if grad_normed is None:
+        total = by_token @ scaled
+    elif norm_weight is None:
+        total = torch.baddbmm(grad_normed, by_token, scaled)
+    else:
+        total = torch.addcmul(by_token @ scaled, grad_normed, norm_weight)
+    # With total = a + b: the rewritten backward is that of one LayerNorm, less its term in
+    # (1 - s^2) mean(b * xhat), which only patch tokens have.
+    pooled_part = (weighted * products).sum(dim=1) * ((1 - s.square()) / xhat.shape[-1])
+    correction = F.pad(pooled_part, (num_prefix, 0)).unsqueeze(-1)
+    return torch.addcmul(_centre(total, xhat), xhat, correction).mul_(r)
+
+
+def _centre(grad: Tensor, xhat: Tensor) -> Tensor:
+    """grad - mean(grad) - xhat * mean(grad * xhat), over the channels, in one pass."""
+    one = xhat.new_ones(*xhat.shape[:-1], 1)
     return torch.ops.aten.native_layer_norm_backward(
-        grad, normed, normed.shape[-1:], torch.zeros_like(one), one, None, None, [True, False, False]
+        grad, xhat, xhat.shape[-1:], torch.zeros_like(one), one, None, None, [True, False, False]
     )[0]

@@ -21,6 +21,8 @@ def prompt_projector(
     feature_mask: Tensor | None,
     activation: str,
     eps: float | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """See vapt_fast.functional.prompt_projector."""
@@ -36,5 +38,6 @@ def prompt_projector(
             factor = scale.to(own) if isinstance(scale, Tensor) else scale
             prompts = t + factor * F.linear(features, up.to(own))
         if eps is not None:
-            prompts = F.layer_norm(prompts, prompts.shape[-1:], eps=eps)
+            affine = () if norm_weight is None else (norm_weight.to(own), norm_bias.to(own))
+            prompts = F.layer_norm(prompts, prompts.shape[-1:], *affine, eps=eps)
         return prompts.to(dtype)
