@@ -90,12 +90,12 @@ def test_adaptive_prompts_are_the_definition(options):
     for parameter in prompts.parameters():
         nn.init.normal_(parameter)
     block = prompts.blocks[1]
-    projector = block.projector or prompts.projector
+    projector = prompts.projector_of(1)
     patches = torch.randn(batch, 12, dim, dtype=torch.float64)
     channels = torch.randint(0, 2, (batch, 1, dim)).double() / 0.5
     features = torch.randint(0, 2, (batch, 3, 4)).double() / 0.5
     masks = Masks(channels=channels, features=features if projector is not None else None)
-    result = block(patches, prompts.projector, masks)
+    result = prompts.compute(1, patches, masks)
     for image in range(batch):
         expected = by_hand(
             patches[image],

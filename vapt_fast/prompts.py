@@ -83,11 +83,12 @@ class Projector(nn.Module):
             nn.init.ones_(self.scale)
 
     def forward(self, prompts: Tensor, mask: Tensor | None = None) -> Tensor:
-        """prompts + scale * up(mask * activation(down(prompts))), (B, P, C) (VAPT, section 4.2)."""
-        features = ACTIVATIONS[self.activation](_call(self.down, prompts))
-        if mask is not None:
-            features = features * mask
-        return prompts + self.scale * _call(self.up, features)
+        """prompts + scale * up(mask * activation(down(prompts))), (B, P, C), in the prompts' dtype."""
+        with torch.autocast(prompts.device.type, enabled=False):
+            features = ACTIVATIONS[self.activation](_call(self.down, prompts))
+            if mask is not None:
+                features = features * mask
+            return prompts + self.scale * _call(self.up, features)
 
 
 class AdaptivePrompts(nn.Module):
@@ -137,22 +138,15 @@ class AdaptivePrompts(nn.Module):
             features = _mask(self, config.projector_dropout, *shape, **options)
         return Masks(channels=channels, features=features)
 
-    def forward(
-        self, patches: Tensor, projector: Projector | None = None, masks: Masks | None = None
-    ) -> Tensor:
-        """The prompts (B, P, C) of patch tokens (B, N, C), word for word as the paper defines them.
+    def forward(self, patches: Tensor, masks: Masks | None = None) -> Tensor:
+        """The prompts (B, P, C) of patch tokens (B, N, C), N = H * W, word for word as in the paper.
 
-        LayerNorm, convolution over the grid, channel dropout, Linear over the positions, feature projector;
-        in float32 (float64 where anything is), also under autocast, because the first prompts are exactly 0
-        and the next LayerNorm multiplies their errors by 1000. Differentiable in everything.
-
-        Args:
-            patches: (B, N, C), N = H * W, row by row.
-            projector: the one shared by all blocks, where this one has none of its own.
-            masks: from ``draw_masks``.
+        LayerNorm, convolution over the grid, channel dropout, Linear over the positions, and the feature
+        projector if this block has its own; in float32 (float64 where anything is), also under autocast,
+        because the first prompts are exactly 0 and the next LayerNorm multiplies their errors by 1000.
+        Differentiable in everything.
         """
         masks = Masks() if masks is None else masks
-        projector = projector if self.projector is None else self.projector
         dtype = torch.promote_types(patches.dtype, torch.float32)
         for tensor in tensors_of(self):
             if tensor.is_floating_point():
@@ -168,7 +162,7 @@ class AdaptivePrompts(nn.Module):
             if masks.channels is not None:
                 z = z * masks.channels.transpose(1, 2)
             prompts = _call(self.token_projection, z).transpose(1, 2)
-            return prompts if projector is None else projector(prompts, masks.features)
+        return prompts if self.projector is None else self.projector(prompts, masks.features)
 
 
 class Prompts(nn.Module):
@@ -212,9 +206,28 @@ class Prompts(nn.Module):
         if self.projector is not None:
             self.projector.reset_parameters()
 
-    def of_block(self, index: int) -> StaticPrompts | AdaptivePrompts | None:
-        """The parameters of block ``index``, None where it gets no prompts of its own."""
-        return self.blocks[index] if index < len(self.blocks) else None
+    def projector_of(self, index: int) -> Projector | None:
+        """The projector that the prompts of ``blocks[index]`` pass, its own or the shared one."""
+        block = self.blocks[index]
+        if not isinstance(block, AdaptivePrompts):
+            return None
+        return self.projector if block.projector is None else block.projector
+
+    def compute(self, index: int, patches: Tensor, masks: Masks | None = None) -> Tensor:
+        """The prompts of block ``index``: (B, P, C), or (1, P, C) where they are the same for every image.
+
+        Args:
+            index: of ``blocks``.
+            patches: the patch tokens (B, N, C) before that block.
+            masks: of its dropouts; None drops nothing.
+        """
+        block = self.blocks[index]
+        if not isinstance(block, AdaptivePrompts):
+            return block(masks)
+        prompts = block(patches, masks)
+        if block.projector is not None or self.projector is None:
+            return prompts
+        return self.projector(prompts, None if masks is None else masks.features)
 
     def draw_masks(self, batch: int, **options: Any) -> list[Masks]:
         """Masks of each entry of ``blocks``, all at once: every backend sees the same numbers."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import backbone
-from .prompts import AdaptivePrompts, Masks, Prompts
+from .prompts import Masks, Prompts
 
 __all__ = ["forward_tokens"]
 
@@ -45,12 +45,9 @@ def forward_tokens(
     num_prefix = model.num_prefix_tokens
     travelling = 0
     for index in range(len(model.blocks) if num_blocks is None else num_blocks):
-        block = prompts.of_block(index)
         prefix, new_prompts, patches = tokens.tensor_split([num_prefix, num_prefix + travelling], dim=1)
-        if isinstance(block, AdaptivePrompts):
-            new_prompts = block(patches, prompts.projector, masks[index])
-        elif block is not None:
-            new_prompts = block(masks[index]).expand(tokens.shape[0], -1, -1)
+        if index < len(prompts.blocks):
+            new_prompts = prompts.compute(index, patches, masks[index]).expand(tokens.shape[0], -1, -1)
         tokens = torch.cat([prefix, new_prompts.to(tokens.dtype), patches], dim=1)
         travelling = new_prompts.shape[1]
 

@@ -141,17 +141,15 @@ def _insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _CalledSource:
-    """Prompts made by a call of their module."""
+    """Prompts made by calls of their modules."""
 
-    parameters: StaticPrompts | AdaptivePrompts
-    projector: Projector | None
+    prompts: Prompts
+    index: int
     masks: Masks
 
     def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
         """The prompts (B, P, C), or (1, P, C) where they are the same for every image."""
-        if isinstance(self.parameters, AdaptivePrompts):
-            return self.parameters(tokens[:, num_prefix:], self.projector, self.masks)
-        return self.parameters(self.masks)
+        return self.prompts.compute(self.index, tokens[:, num_prefix:], self.masks)
 
 
 @dataclass(frozen=True)
@@ -223,22 +221,17 @@ def _prompt_sources(
     prompts: Prompts, masks: list[Masks], dtype: torch.dtype, backend: str | None
 ) -> list[_CalledSource | _PooledSource]:
     """The source of each entry of ``prompts.blocks``; the matrices of all pooled ones in one call."""
-    sources: list = []
-    for block, block_masks in zip(prompts.blocks, masks, strict=True):
-        projector = getattr(block, "projector", None) or prompts.projector
-        sources.append(_CalledSource(block, projector, block_masks))
-    pooled = [i for i, source in enumerate(sources) if _can_pool(source)]
+    sources: list = [_CalledSource(prompts, i, block_masks) for i, block_masks in enumerate(masks)]
+    pooled = [i for i in range(len(sources)) if _can_pool(prompts.blocks[i], prompts.projector_of(i))]
     if pooled:
-        matrices = _matrices([sources[i].parameters for i in pooled], dtype)
+        matrices = _matrices([prompts.blocks[i] for i in pooled], dtype)
         for i, matrix in zip(pooled, matrices.unbind(), strict=True):
-            called = sources[i]
-            sources[i] = _PooledSource(called.parameters, called.projector, called.masks, matrix, backend)
+            sources[i] = _PooledSource(prompts.blocks[i], prompts.projector_of(i), masks[i], matrix, backend)
     return sources
 
 
-def _can_pool(source: _CalledSource) -> bool:
-    """Whether the weights of the prompts' modules may be read."""
-    block, projector = source.parameters, source.projector
+def _can_pool(block: StaticPrompts | AdaptivePrompts, projector: Projector | None) -> bool:
+    """Whether prompts are computed from the tokens, by modules whose weights may be read."""
     plain = is_plain(block, AdaptivePrompts)
     plain = plain and is_plain(block.norm, nn.LayerNorm) and is_plain(block.token_projection, nn.Linear)
     if plain and projector is not None:
