@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -11,12 +10,12 @@ import pytest
 import timm
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from tiny import assert_same, randomize, run, tiny_backbone, tiny_images, tiny_model
+from tiny import assert_same, bare, randomize, run, tiny_backbone, tiny_images, tiny_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from vapt_fast import AdaptiveViT, PromptConfig
-from vapt_fast.backbone import FAMILIES, head_names
+from vapt_fast.backbone import FAMILIES
 from vapt_fast.registry import TIMM_MODULES
 
 ARCHITECTURES = timm.list_models(module=TIMM_MODULES)
@@ -115,13 +114,10 @@ def test_backends_agree(model: AdaptiveViT) -> None:
 
 def test_no_prompts_is_timm(model: AdaptiveViT) -> None:
     images = tiny_images(model)
-    bare = copy.deepcopy(model.backbone)
-    bare.num_classes = model.num_classes
-    for name in head_names(bare):
-        setattr(bare, name, copy.deepcopy(getattr(model.adapters["default"], name)))
-    probe = AdaptiveViT(bare, prompts=PromptConfig(num_prompts=0)).eval()
+    backbone = bare(model)
+    probe = AdaptiveViT(backbone, prompts=PromptConfig(num_prompts=0)).eval()
     with torch.no_grad():
-        expected, prompted = bare(images), model(images)
+        expected, prompted = backbone(images), model(images)
         assert_same({"logits": probe(images)}, {"logits": expected}, 1e-12)
     assert (prompted - expected).abs().max() > 1e-3, "the prompts have no effect"
 
@@ -183,9 +179,7 @@ def test_pooled_prompts(architecture: str, kind: str) -> None:
     config = PromptConfig(kind=kind, num_prompts=3, projector_dim=4, pool_prompts=True)
     model = tiny_model(architecture, prompts=config)
     assert_backends_agree(model)
-    other = AdaptiveViT(
-        model.backbone, prompts=PromptConfig(kind=kind, num_prompts=3, projector_dim=4)
-    ).eval()
+    other = AdaptiveViT(bare(model), prompts=PromptConfig(kind=kind, num_prompts=3, projector_dim=4)).eval()
     other.double().prompts.load_state_dict(model.prompts.state_dict())
     images = tiny_images(model)
     with torch.no_grad():
@@ -207,8 +201,8 @@ def test_zero_initialisation(architecture: str) -> None:
     images = tiny_images(model)
     expected = run(model, images, "reference")
     assert_same(run(model, images), expected)
-    assert expected["prompts.blocks.1.kernel"].abs().max() == 0
-    assert expected["prompts.blocks.1.token_projection.weight"].abs().max() > 0
+    assert expected["adapters.default.prompts.blocks.1.kernel"].abs().max() == 0
+    assert expected["adapters.default.prompts.blocks.1.token_projection.weight"].abs().max() > 0
 
 
 # ---- the definition, by other means
@@ -223,7 +217,7 @@ def test_zero_initialisation(architecture: str) -> None:
 def test_prompts_stand_after_the_prefix(architecture: str, kind: str) -> None:
     """VPT put into timm's own model with hooks: prompts in before a block, out after it."""
     model = tiny_model(architecture, prompts=PromptConfig(kind=kind, num_prompts=3))
-    backbone, images = model.backbone, tiny_images(model)
+    backbone, images = bare(model), tiny_images(model)
     start = backbone.num_prefix_tokens
 
     def insert(table: Tensor) -> Callable[..., Any]:
@@ -242,7 +236,7 @@ def test_prompts_stand_after_the_prefix(architecture: str, kind: str) -> None:
             block.register_forward_pre_hook(insert(static.table))
         for block in backbone.blocks if kind == "deep" else backbone.blocks[-1:]:
             block.register_forward_hook(remove)
-        assert_same({"logits": model.head(backbone(images))}, {"logits": expected}, 1e-12)
+        assert_same({"logits": backbone(images)}, {"logits": expected}, 1e-12)
 
 
 # ---- backbones that someone has changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 from typing import Any
 
@@ -11,7 +12,7 @@ from timm.models.vitamin import VitCfg, VitConvCfg
 from torch import Tensor, nn
 
 from vapt_fast import AdaptiveViT, PromptConfig, use_backend
-from vapt_fast.backbone import patch_size
+from vapt_fast.backbone import head_names, patch_size
 
 # Three blocks: the first, one in between, the last.
 WIDTH = {"embed_dim": 32, "depth": 3, "num_heads": 2}
@@ -64,6 +65,15 @@ def tiny_model(name: str, seed: int = 0, prompts: PromptConfig | None = None, **
     model = AdaptiveViT(tiny_backbone(name, seed, **options), prompts=prompts).double().eval()
     randomize(model.prompts, seed + 1)
     return model
+
+
+def bare(model: AdaptiveViT) -> nn.Module:
+    """timm's own model: a copy of the backbone with the model's head."""
+    backbone = copy.deepcopy(model.backbone)
+    backbone.num_classes = model.num_classes
+    for name in head_names(backbone):
+        setattr(backbone, name, copy.deepcopy(getattr(model.adapters["default"], name)))
+    return backbone
 
 
 @torch.no_grad()
