@@ -31,6 +31,8 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
             learned(KERNEL, KERNEL),
             learned(sizes.dim),
             learned(sizes.dim),
+            sizes.randn(sizes.dim, grad=False),
+            sizes.randn(sizes.dim, grad=False),
         ],
         definition=partial(_literal, sizes.grid),
         # x and delta in, their sum and its normalised rows out.
@@ -54,10 +56,12 @@ def _literal(
     kernel: Tensor,
     weight: Tensor,
     bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two LayerNorms, a convolution and a projection; sum, normalised tokens (B, T, C), pooled (B, P, C)."""
     total = x + delta
-    normed = F.layer_norm(total, total.shape[-1:], eps=EPS)
+    normed = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, EPS)
     z = F.layer_norm(total[:, 1:].to(weight.dtype), weight.shape, weight, bias, PROMPT_EPS)
     planes = z.transpose(1, 2).unflatten(-1, grid)
     planes = F.conv2d(planes, kernel.expand(len(weight), 1, -1, -1), groups=len(weight))
@@ -73,6 +77,8 @@ def _rewritten(
     kernel: Tensor,
     weight: Tensor,
     bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """With the matrix made anew, for one block; in a model it is made for all blocks at once."""
     matrix = prompt_matrices(projection[None], kernel[None], grid)[0]
@@ -82,6 +88,8 @@ def _rewritten(
         weight,
         bias,
         num_prefix=1,
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
         delta=delta,
         eps=EPS,
         prompt_eps=PROMPT_EPS,

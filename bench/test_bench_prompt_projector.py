@@ -30,6 +30,8 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
             learned(sizes.dim, WIDTH),
             learned(sizes.batch, 1, sizes.dim, grad=False).gt(0) * 2.0,
             learned(sizes.batch, num_prompts, WIDTH, grad=False).gt(0) * 2.0,
+            sizes.randn(sizes.dim, grad=False),
+            sizes.randn(sizes.dim, grad=False),
         ],
         definition=_definition,
         forward=Work(pooled + prompts, products),
@@ -41,7 +43,14 @@ def implementation(rival: str, sizes: Sizes) -> Op:
     name, _, compiled = rival.partition(", ")
 
     def op(
-        pooled: Tensor, bias: Tensor, down: Tensor, up: Tensor, channels: Tensor, features: Tensor
+        pooled: Tensor,
+        bias: Tensor,
+        down: Tensor,
+        up: Tensor,
+        channels: Tensor,
+        features: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
     ) -> Tensor:
         return prompt_projector(
             pooled,
@@ -51,6 +60,8 @@ def implementation(rival: str, sizes: Sizes) -> Op:
             channel_mask=channels,
             feature_mask=features,
             eps=EPS,
+            norm_weight=norm_weight,
+            norm_bias=norm_bias,
             dtype=sizes.dtype,
             backend=name,
         )
@@ -59,10 +70,19 @@ def implementation(rival: str, sizes: Sizes) -> Op:
 
 
 def _definition(
-    pooled: Tensor, bias: Tensor, down: Tensor, up: Tensor, channels: Tensor, features: Tensor
+    pooled: Tensor,
+    bias: Tensor,
+    down: Tensor,
+    up: Tensor,
+    channels: Tensor,
+    features: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
 ) -> Tensor:
     t = pooled * channels + bias[:, None]
-    return F.layer_norm(t + (features * (t @ down.t()).relu()) @ up.t(), t.shape[-1:], eps=EPS)
+    t = t + (features * (t @ down.t()).relu()) @ up.t()
+    # Computed in the dtype of t, to which the affine is cast.
+    return F.layer_norm(t, t.shape[-1:], norm_weight.to(t.dtype), norm_bias.to(t.dtype), EPS)
 
 
 @pytest.mark.parametrize("mode", MODES)

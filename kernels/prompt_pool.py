@@ -6,8 +6,9 @@ For image b, token t, patch n = t - num_prefix, channel c and row r of the pooli
     s[b, t]         = rstd(variance + PROMPT_EPS) / rstd[b, t]
     raw[b, r, c]    = sum_n M[r, n] * s[b, t] * xhat[b, t, c]
     pooled[b, r, c] = weight[c] * raw[b, r, c] + bias[c] * sum_n M[r, n]
+    normed[b, t, c] = norm_weight[c] * xhat[b, t, c] + norm_bias[c]
 
-xhat, mean and rstd come from add_norm's ``forward``; where a branch is added there, x is the total here.
+normed, mean and rstd come from add_norm's ``forward``; where a branch is added there, x is the total here.
 
 Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give come with all
 their strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are one-dimensional.
@@ -98,6 +99,8 @@ def branches(
     matrix_row,
     weight,
     weight_channel,
+    norm_weight,
+    norm_weight_channel,
     mu,
     r,
     s,
@@ -112,6 +115,7 @@ def branches(
 ):
     """For a block of tokens and channels: xhat, the gradient a it gets from the block, b from the prompts.
 
+    a[t, c] = grad_normed[t, c] * norm_weight[c] and
     b[t, c] = sum_r M[r, n] * s[t] * grad_pooled[r, c] * weight[c]. The pointers point to the tokens' rows.
     """
     dtype = mu.dtype
@@ -121,6 +125,8 @@ def branches(
     values = tl.load(x[:, None] + channel[None, :] * x_channel, mask, 0).to(dtype)
     xhat = tl.where(mask, (values - mu[:, None]) * r[:, None], 0)
     a = tl.load(grad_normed[:, None] + channel[None, :] * grad_normed_channel, mask, 0).to(dtype)
+    if norm_weight is not None:
+        a *= tl.load(norm_weight + channel * norm_weight_channel, is_channel, 0).to(dtype)[None, :]
     w = tl.load(weight + channel * weight_channel, is_channel, 0)
     b = tl.zeros(a.shape, dtype)
     for row_start in range(0, num_rows, BLOCK_R):
@@ -157,6 +163,8 @@ def tokens_backward(
     matrix_patch,
     weight,
     weight_channel,
+    norm_weight,
+    norm_weight_channel,
     gain,
     gain_channel,
     mean,
@@ -200,8 +208,8 @@ def tokens_backward(
     for start in range(0, num_channels, BLOCK_C):
         xhat, a, b = branches(
             x, x_channel, grad_normed, grad_normed_channel, grad_pooled, grad_pooled_row, grad_pooled_channel,
-            matrix, matrix_row, weight, weight_channel, mu, r, s, is_token, is_patch,
-            start, num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
+            matrix, matrix_row, weight, weight_channel, norm_weight, norm_weight_channel, mu, r, s, is_token,
+            is_patch, start, num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         sums += tl.sum(a + b, axis=1)
         products += tl.sum((a + b * (s * s)[:, None]) * xhat, axis=1)
@@ -212,8 +220,8 @@ def tokens_backward(
     for start in range(0, num_channels, BLOCK_C):
         xhat, a, b = branches(
             x, x_channel, grad_normed, grad_normed_channel, grad_pooled, grad_pooled_row, grad_pooled_channel,
-            matrix, matrix_row, weight, weight_channel, mu, r, s, is_token, is_patch,
-            start, num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
+            matrix, matrix_row, weight, weight_channel, norm_weight, norm_weight_channel, mu, r, s, is_token,
+            is_patch, start, num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         grad = r[:, None] * (a + b - sums[:, None] - xhat * products[:, None])
         channel, mask = elements_of(start, num_channels, is_token, BLOCK_T, BLOCK_C)

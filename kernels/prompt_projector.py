@@ -6,10 +6,10 @@ For image b, prompt p, channel c and feature j of the projector, f being its act
     hidden[b, p, j]   = sum_c down[j, c] * t[b, p, c]
     features[b, p, j] = SCALE * scale * feature_mask[b, p, j] * f(hidden[b, p])[j]
     raw[b, p, c]      = t[b, p, c] + sum_j up[c, j] * features[b, p, j]
-    prompts[b, p, c]  = (raw[b, p, c] - mean[b, p]) * rstd[b, p]
+    prompts[b, p, c]  = (raw[b, p, c] - mean[b, p]) * rstd[b, p] * norm_weight[c] + norm_bias[c]
 
 What there is none of is None and costs nothing: the masks, a ``scale`` beside the number SCALE, the projector
-(down, up and hidden), the norm (EPS, mean and rstd).
+(down, up and hidden), the norm (EPS, mean and rstd), its affine (norm_weight and norm_bias).
 
 A row is a prompt of an image. A program takes BLOCK_ROWS of them and goes through their channels several
 times, of which the first reads memory and the others caches; raw is made anew each time, so that the backward
@@ -100,6 +100,12 @@ def load_matrix(matrix, row, is_row, column, is_column):
 
 
 @triton.jit
+def load_vector(vector, position, is_position, like):
+    """(positions,) of a vector with its stride, in the dtype of ``like``; 0 outside."""
+    return tl.load(vector[0] + position * vector[1], is_position, 0).to(like.dtype)
+
+
+@triton.jit
 def load_number(tensor, rows):
     """(rows,) of a contiguous tensor (B, P); 0 outside."""
     return tl.load(tensor + rows[0], rows[3], 0)
@@ -171,6 +177,8 @@ def project(
     scale,
     channel_mask,
     feature_mask,
+    norm_weight,
+    norm_bias,
     num_rows,
     num_prompts,
     num_channels,
@@ -228,6 +236,9 @@ def project(
         t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
         raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
         values = (raw - mu[:, None]) * r[:, None]
+        if norm_weight is not None:
+            values *= load_vector(norm_weight, channel, is_channel, values)[None, :]
+            values += load_vector(norm_bias, channel, is_channel, values)[None, :]
         at = prompts + (row * num_channels)[:, None] + channel[None, :]
         tl.store(at, values.to(prompts.dtype.element_ty), is_row[:, None] & is_channel[None, :])
 
@@ -236,13 +247,22 @@ def project(
 
 
 @triton.jit
-def grad_of_raw(grad_prompts, raw, norm, rows, channel, is_channel):
+def load_grad(grad_prompts, norm_weight, rows, channel, is_channel, like):
+    """g (rows, channels) = grad_prompts * norm_weight, in the dtype of ``like``; 0 outside."""
+    grad = load_rows(grad_prompts, rows, channel, is_channel).to(like.dtype)
+    if norm_weight is not None:
+        grad *= load_vector(norm_weight, channel, is_channel, grad)[None, :]
+    return grad
+
+
+@triton.jit
+def grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel):
     """The gradient of raw (rows, channels); 0 past the last channel.
 
-    rstd * (g - mean(g) - xhat * mean(g * xhat)), means over the channels; ``norm`` is (mean, rstd, mean(g),
-    mean(g * xhat)), of (rows,) each, or None.
+    rstd * (g - mean(g) - xhat * mean(g * xhat)), g of ``load_grad`` and means over the channels; ``norm`` is
+    (mean, rstd, mean(g), mean(g * xhat)), of (rows,) each, or None.
     """
-    grad = load_rows(grad_prompts, rows, channel, is_channel).to(raw.dtype)
+    grad = load_grad(grad_prompts, norm_weight, rows, channel, is_channel, raw)
     if norm is not None:
         xhat = (raw - norm[0][:, None]) * norm[1][:, None]
         grad = norm[1][:, None] * (grad - norm[2][:, None] - xhat * norm[3][:, None])
@@ -264,6 +284,7 @@ def project_backward(
     scale,
     channel_mask,
     feature_mask,
+    norm_weight,
     hidden,
     mean,
     rstd,
@@ -304,7 +325,7 @@ def project_backward(
             channel, is_channel = channels_from(start, num_channels, BLOCK_C)
             t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
             raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
-            grad = load_rows(grad_prompts, rows, channel, is_channel).to(dtype)
+            grad = load_grad(grad_prompts, norm_weight, rows, channel, is_channel, raw)
             total += tl.sum(grad, axis=1)
             total_product += tl.sum(grad * (raw - mu[:, None]), axis=1)
         norm = mu, r, total / num_channels, total_product * r / num_channels
@@ -318,7 +339,7 @@ def project_backward(
             channel, is_channel = channels_from(start, num_channels, BLOCK_C)
             t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
             raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
-            grad = grad_of_raw(grad_prompts, raw, norm, rows, channel, is_channel)
+            grad = grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel)
             weight = load_matrix(up, channel, is_channel, feature, is_feature)
             grad_features = tl.dot(grad, weight, grad_features, input_precision=PRECISION, out_dtype=dtype)
         # Loaded again: kept since above they would take registers from both loops.
@@ -336,7 +357,7 @@ def project_backward(
         channel, is_channel = channels_from(start, num_channels, BLOCK_C)
         t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
         raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
-        grad = grad_of_raw(grad_prompts, raw, norm, rows, channel, is_channel)
+        grad = grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel)
         if down is not None:
             weight = load_matrix(down, feature, is_feature, channel, is_channel)
             grad = tl.dot(grad_inner, weight, grad, input_precision=PRECISION, out_dtype=dtype)
@@ -358,6 +379,7 @@ def weights_backward(
     scale,
     channel_mask,
     feature_mask,
+    norm_weight,
     hidden,
     grad_hidden,
     mean,
@@ -410,7 +432,7 @@ def weights_backward(
                 load_number(means + num_rows, rows),
             )
             raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
-        grad = grad_of_raw(grad_prompts, raw, norm, rows, channel, is_channel)
+        grad = grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel)
         grad_up = tl.dot(tl.trans(features), grad, grad_up, input_precision=PRECISION, out_dtype=dtype)
 
     at = partial + chunk * 2 * width * num_channels + (feature * num_channels)[:, None] + channel[None, :]

@@ -61,7 +61,9 @@ def bare_norm(dtype: torch.dtype, dim: int) -> Callable[[], Any]:
     return run
 
 
-def pool(dtype: torch.dtype, rows: int, autocast: bool = False) -> Callable[[], Any]:
+def pool(
+    dtype: torch.dtype, rows: int, autocast: bool = False, affine: bool = True
+) -> Callable[[], Any]:
     """prompt_pool of a ViT-B/16 at 224 x 224 pixels, forward and backward."""
 
     def run() -> None:
@@ -70,7 +72,14 @@ def pool(dtype: torch.dtype, rows: int, autocast: bool = False) -> Callable[[], 
         learned = [torch.zeros(shape, dtype=learned_dtype, requires_grad=True) for shape in shapes]
         with torch.autocast("cpu", dtype, enabled=autocast):
             outputs = functional.prompt_pool(
-                x, *learned, num_prefix=1, delta=delta, gain=gain, backend="triton"
+                x,
+                *learned,
+                num_prefix=1,
+                norm_weight=gain if affine else None,
+                norm_bias=gain if affine else None,
+                delta=delta,
+                gain=gain,
+                backend="triton",
             )
         torch.autograd.backward(outputs, [torch.zeros_like(output) for output in outputs])
 
@@ -117,7 +126,9 @@ def mlp(dtype: torch.dtype, frozen: bool = False, bias: bool = True) -> Callable
     return run
 
 
-def projector(dtype: torch.dtype, prompts: int, width: int | None = 8, **options: Any) -> Callable[[], Any]:
+def projector(
+    dtype: torch.dtype, prompts: int, width: int | None = 8, eps: float | None = 1e-6, **options: Any
+) -> Callable[[], Any]:
     """prompt_projector of a ViT-B/16 in training, forward and backward."""
 
     def run() -> None:
@@ -129,6 +140,9 @@ def projector(dtype: torch.dtype, prompts: int, width: int | None = 8, **options
             scale=torch.zeros(1, dtype=own, requires_grad=True),
             channel_mask=torch.zeros(2, 1, 768, dtype=own),
             feature_mask=None if width is None else torch.zeros(2, prompts, width, dtype=own),
+            norm_weight=None if eps is None else torch.zeros(768, dtype=dtype),
+            norm_bias=None if eps is None else torch.zeros(768, dtype=dtype),
+            eps=eps,
             dtype=dtype,
             backend="triton",
             **options,
@@ -176,6 +190,7 @@ CASES = {
             (torch.float64, 10),
         )
     },
+    "prompt_pool bfloat16 R=50 without affine": pool(torch.bfloat16, 50, affine=False),
     **{
         f"prompt_attention {_name(dtype)} d={dim} P={prompts}": attention(dtype, dim, prompts)
         for dtype, dim, prompts in (
@@ -197,7 +212,7 @@ CASES = {
     "mlp bfloat16 frozen": mlp(torch.bfloat16, frozen=True),
     "mlp bfloat16 without bias": mlp(torch.bfloat16, bias=False),
     **{
-        f"prompt_projector {_name(dtype)} P={prompts} r={width}": projector(dtype, prompts, width, eps=1e-6)
+        f"prompt_projector {_name(dtype)} P={prompts} r={width}": projector(dtype, prompts, width)
         for dtype, prompts, width in (
             *itertools.product((torch.bfloat16, torch.float32), (10, 50, 100), (8,)),
             *itertools.product((torch.bfloat16, torch.float32), (50,), (None, 64)),
@@ -206,11 +221,11 @@ CASES = {
     },
     **{
         f"prompt_projector bfloat16 P=50 r=8 {activation}": projector(
-            torch.bfloat16, 50, eps=1e-6, activation=activation
+            torch.bfloat16, 50, activation=activation
         )
         for activation in ("gelu", "sigmoid", "softmax", "identity")
     },
-    "prompt_projector bfloat16 P=50 r=8 without norm": projector(torch.bfloat16, 50),
+    "prompt_projector bfloat16 P=50 r=8 without norm": projector(torch.bfloat16, 50, eps=None),
     **{
         f"cls_attention {_name(dtype)} P={prompts}": cls(dtype, prompts)
         for dtype, prompts in (

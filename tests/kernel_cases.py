@@ -86,12 +86,13 @@ KERNELS = {
             "rows": [1, 3, 15, 17, 0],
             "delta": YES_OR_NO,
             "gain": YES_OR_NO,
+            "affine": YES_OR_NO,
         },
         {"batch": 1, "dim": 32},
         [
             {"batch": 2, "prefix": 2, "patches": 5, "dim": 6, "rows": 3},
             {"batch": 1, "prefix": 1, "patches": 33, "dim": 65, "rows": 17, "gain": False},
-            {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2, "delta": False},
+            {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2, "delta": False, "affine": False},
             {"batch": 1, "prefix": 1, "patches": 3, "dim": 257, "rows": 2},
         ],
         [
@@ -109,6 +110,7 @@ KERNELS = {
             "dim": [8, 120, 128, 136, 384, 768, 1024, 1032],
             "rows": [1, 10, 16, 33, 50, 64, 100, 129],
             "gain": YES_OR_NO,
+            "affine": YES_OR_NO,
         },
         cuda_quick=[
             {"batch": 2, "prefix": 2, "patches": 33, "dim": 136, "rows": 35},
@@ -127,6 +129,7 @@ KERNELS = {
             "activation": ["relu", "gelu", "sigmoid", "softmax", "identity"],
             "masked": YES_OR_NO,
             "eps": [None, 1e-6],
+            "affine": YES_OR_NO,
             "learned_scale": YES_OR_NO,
         },
         {"batch": 1, "prompts": 5, "dim": 32, "eps": 1e-6},
@@ -136,6 +139,7 @@ KERNELS = {
             {"batch": 5, "prompts": 5, "dim": 7, "width": 3, "activation": "softmax", "learned_scale": True},
             {"batch": 1, "prompts": 2, "dim": 5, "activation": "sigmoid"},
             {"batch": 1, "prompts": 2, "dim": 5, "width": None, "eps": 0.1},
+            {"batch": 1, "prompts": 2, "dim": 5, "eps": 0.1, "affine": False},
         ],
         [
             ({"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1}, dim, 2**30)
@@ -296,7 +300,7 @@ def converted(op: str, case: tuple, dtype: torch.dtype) -> tuple:
     """The op of a case, its tensors in the dtypes of a model in ``dtype``, and its options likewise."""
     function, _, tensors, options = case
     learned = torch.promote_types(dtype, torch.float32)
-    of_tokens = {"prompt_pool": (0, 4), "prompt_projector": ()}.get(op, range(9))
+    of_tokens = {"prompt_pool": (0, *range(4, 8)), "prompt_projector": ()}.get(op, range(9))
     tensors = [t.to(dtype if i in of_tokens else learned) for i, t in enumerate(tensors)]
     options = {
         name: value.to(learned if "mask" in name else dtype) if isinstance(value, torch.Tensor) else value

@@ -125,7 +125,9 @@ FROZEN = (
 
 
 def affine_of(dim, names=("norm_weight", "norm_bias")):
-    """The affine of a norm over ``dim`` channels by name, its weight zero in some of them."""
+    """The affine of a norm over ``dim`` channels by name, its weight zero in some of them; None without."""
+    if dim is None:
+        return dict.fromkeys(names)
     weight, bias = rand(dim), rand(dim)
     weight[1::3] = 0.0
     return dict(zip(names, (weight, bias), strict=True))
@@ -134,7 +136,7 @@ def affine_of(dim, names=("norm_weight", "norm_bias")):
 def add_norm_case(batch=2, tokens=5, dim=6, delta=True, gain=True, affine=True, learned=False):
     """With ``learned``, weight, bias and gain need gradients too."""
     tensors = {"x": rand(batch, tokens, dim), "delta": rand(batch, tokens, dim) if delta else None}
-    tensors |= affine_of(dim, ("weight", "bias")) if affine else {}
+    tensors |= affine_of(dim if affine else None, ("weight", "bias"))
     tensors |= {"gain": rand(dim) if delta and gain else None}
     frozen = () if learned else FROZEN
     return case_by_name(functional.add_norm, add_norm_formula, tensors, frozen, {"eps": 1e-6})
@@ -146,7 +148,7 @@ def pool_case(batch=2, prefix=2, patches=9, dim=6, rows=3, delta=True, gain=True
     tensors |= {"weight": rand(dim), "bias": rand(dim)}
     tensors |= {"delta": rand(batch, prefix + patches, dim) if delta else None}
     tensors |= {"gain": rand(dim) if delta and gain else None}
-    tensors |= affine_of(dim) if affine else {}
+    tensors |= affine_of(dim if affine else None)
     frozen = () if learned else ("gain", "norm_weight", "norm_bias")
     options = {**POOL, "num_prefix": prefix}
     return case_by_name(functional.prompt_pool, pool_formula, tensors, frozen, options)
@@ -213,7 +215,7 @@ def projector_case(
         tensors |= {"scale": rand(1)} if learned_scale else {}
         if masked:
             options["feature_mask"] = torch.randint(0, 2, (batch, prompts, width)).double() * 2
-    tensors |= affine_of(dim) if affine and eps is not None else {}
+    tensors |= affine_of(dim if affine and eps is not None else None)
     frozen = () if learned else ("norm_weight", "norm_bias")
     return case_by_name(functional.prompt_projector, projector_formula, tensors, frozen, options)
 

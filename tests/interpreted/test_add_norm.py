@@ -6,7 +6,8 @@ import pytest
 import torch
 from interpreter import bfloat16
 from ops import add_norm_case, assert_policy, assert_same_results, far_from_zero, layouts, rand, results
-from test_prompt_pool import RESIDUALS, recorded_launches
+from test_prompt_pool import RESIDUALS as KINDS
+from test_prompt_pool import recorded_launches
 from torch.autograd import forward_ad
 
 from vapt_fast import BackendUnavailable
@@ -21,7 +22,6 @@ SHAPES = [
     *((2, t, 6) for t in (7, 8, 9)),
     *((0, 5, 6), (2, 0, 6), (0, 0, 6)),
 ]
-KINDS = [residual | {"affine": affine} for residual in RESIDUALS for affine in (False, True)]
 
 
 def case(batch, tokens, dim, **kind):

@@ -31,8 +31,12 @@ SHAPES = [
 ]
 
 
-# Without a branch to add, with one, and with one that has a gain.
-RESIDUALS = [{"delta": False}, {"delta": True, "gain": False}, {"delta": True, "gain": True}]
+# Without a branch to add, with one, and with one that has a gain; without and with an affine of the norm.
+RESIDUALS = [
+    {"delta": delta, "gain": gain, "affine": affine}
+    for affine in (False, True)
+    for delta, gain in ((False, False), (True, False), (True, True))
+]
 
 
 def case(batch, prefix, patches, dim, rows, **residual):
@@ -41,12 +45,13 @@ def case(batch, prefix, patches, dim, rows, **residual):
 
 
 def op_case(batch, prefix, patches, dim, rows, **residual):
-    """The arguments of vapt_fast::prompt_pool, all of which could need a gradient but gain."""
+    """The arguments of vapt_fast::prompt_pool, all of which could need a gradient but what is frozen."""
     _, _, tensors, options = case(batch, prefix, patches, dim, rows, **residual)
     x, matrix, weight, bias, *delta = (t.requires_grad_() for t in tensors)
     delta = delta[0] if delta else None
+    frozen = (options.get(name) for name in ("gain", "norm_weight", "norm_bias"))
     numbers = (options["num_prefix"], options["eps"], options["prompt_eps"])
-    return x, delta, options["gain"], matrix, weight, bias, x.dtype, *numbers
+    return x, delta, *frozen, matrix, weight, bias, x.dtype, *numbers
 
 
 def on_torch(op, tensors, options):
@@ -55,7 +60,7 @@ def on_torch(op, tensors, options):
 
 @pytest.mark.parametrize(
     ("shape", "residual"),
-    [(shape, RESIDUALS[i % 3]) for i, shape in enumerate(SHAPES)]
+    [(shape, RESIDUALS[i % 6]) for i, shape in enumerate(SHAPES)]
     + [(shape, residual) for shape in SHAPES[::6] for residual in RESIDUALS],
     ids=str,
 )
@@ -148,6 +153,10 @@ def test_layouts_make_no_difference():
         for name, same in layouts(tensor):
             actual = results(op, [*tensors[:position], same, *tensors[position + 1 :]], options)
             assert_same_results(actual, expected, 0, f"argument {position} {name}")
+    for option in ("gain", "norm_weight", "norm_bias"):
+        for name, same in layouts(options[option]):
+            actual = results(op, tensors, options | {option: same})
+            assert_same_results(actual, expected, 0, f"{option} {name}")
 
 
 def test_layouts_of_incoming_gradients_make_no_difference():
@@ -224,10 +233,10 @@ def test_opcheck_of_the_backward(wanted):
     arguments = op_case(2, 1, 4, 6, 3)
     with torch.no_grad():
         total, normed, pooled, raw, mean, rstd = torch.ops.vapt_fast.prompt_pool(*arguments)
-    _, _, gain, matrix, weight, bias, *numbers = (
+    _, _, gain, norm_weight, _, matrix, weight, bias, *numbers = (
         value.detach() if torch.is_tensor(value) else value for value in arguments
     )
-    given = (total, normed, pooled, total, gain, matrix, weight, mean, rstd, *numbers, *wanted)
+    given = (total, normed, pooled, total, gain, norm_weight, matrix, weight, mean, rstd, *numbers, *wanted)
     torch.library.opcheck(torch.ops.vapt_fast.prompt_pool_backward_tokens, given)
     given = (pooled, total, matrix, weight, bias, raw, mean, rstd, *numbers)
     torch.library.opcheck(torch.ops.vapt_fast.prompt_pool_backward_learned, given)
@@ -281,10 +290,17 @@ def test_other_dtypes_are_refused():
         op(x.to(torch.float8_e4m3fn), matrix, *affine, **options)
 
 
-def test_a_gain_that_learns_is_refused():
-    op, _, tensors, options = case(1, 1, 4, 6, 3, learned=True)
-    tensors[-1].requires_grad_()
-    with pytest.raises(BackendUnavailable, match="no gradient of gain, which must not require one"):
+@pytest.mark.parametrize("name", ["gain", "norm_weight", "norm_bias"])
+def test_what_belongs_to_the_backbone_and_learns_is_refused(name):
+    op, _, tensors, options = case(1, 1, 4, 6, 3)
+    options[name].requires_grad_()
+    with pytest.raises(BackendUnavailable, match=f"no gradient of {name}, which must not require one"):
         op(*tensors, **options)
     with torch.no_grad():
         assert_same_results([op(*tensors, **options)], [op(*tensors, **options, backend="torch")], 1e-10)
+
+
+def test_the_affine_may_be_of_another_dtype():
+    op, _, tensors, options = case(2, 1, 4, 6, 3)
+    low = options | {name: options[name].half() for name in ("norm_weight", "norm_bias")}
+    assert_same_results(results(op, tensors, low), on_torch(op, tensors, low), 1e-10)

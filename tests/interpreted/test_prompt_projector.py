@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from interpreter import bfloat16, recorded_launches
-from ops import assert_policy, assert_same_results, layouts, projector_case, rand, results
+from ops import NORMS, assert_policy, assert_same_results, layouts, projector_case, rand, results
 from torch.autograd import forward_ad
 
 from vapt_fast import BackendUnavailable
@@ -40,13 +40,18 @@ def random_sizes(count):
             "activation": choose.choice(list(ACTIVATIONS)),
             "masked": choose.choice([False, True]),
             "eps": choose.choice([None, 1e-6]),
+            "affine": choose.choice([False, True]),
             "learned_scale": choose.choice([False, True]),
         }
 
 
 CASES = [
     *random_sizes(48),
-    *({**SMALL, "activation": name, "eps": eps} for name in ACTIVATIONS for eps in (None, 1e-6)),
+    *(
+        {**SMALL, "activation": name, "eps": eps, "affine": affine}
+        for name in ACTIVATIONS
+        for eps, affine in NORMS
+    ),
     *({**SMALL, "batch": 1, "dim": dim, "width": 8} for dim in (192, 384, 768, 1024, 1280)),
     *({**SMALL, "batch": 1, "prompts": prompts, "width": 8} for prompts in (50, 100)),
     *({**SMALL, "batch": batch, "prompts": prompts} for batch, prompts in ((0, 3), (2, 0), (0, 0))),
@@ -60,20 +65,22 @@ def test_equals_the_torch_backend(sizes):
     assert_same_results(results(op, tensors, options), on_torch(op, tensors, options), 1e-10)
 
 
-@pytest.mark.parametrize("eps", [None, 0.1])
+@pytest.mark.parametrize(("eps", "affine"), [(None, False), (0.1, False), (0.1, True)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("activation", ["gelu", "sigmoid", "softmax", "identity"])
-def test_gradcheck(activation, masked, eps):
-    op, _, tensors, options = case(**SMALL | {"activation": activation, "masked": masked, "eps": eps})
+def test_gradcheck(activation, masked, eps, affine):
+    sizes = {"activation": activation, "masked": masked, "eps": eps, "affine": affine}
+    op, _, tensors, options = case(**SMALL | sizes)
     leaves = [t.requires_grad_() for t in tensors]
     assert torch.autograd.gradcheck(lambda *a: op(*a, **options), leaves, fast_mode=True)
 
 
 def test_scale_may_be_a_number():
-    op, _, tensors, options = case(**SMALL | {"learned_scale": False})
-    actual = results(partial(op, scale=0.3), tensors, options)
-    assert_same_results(actual, on_torch(partial(op, scale=0.3), tensors, options), 1e-10)
-    learned = results(op, [*tensors, torch.tensor([0.3], dtype=torch.float64)], options)
+    op, _, (*tensors, scale), options = case(**SMALL)
+    learned = results(op, [*tensors, scale.fill_(0.3)], options)
+    op = partial(case(**SMALL | {"learned_scale": False})[0], scale=0.3)
+    actual = results(op, tensors, options)
+    assert_same_results(actual, on_torch(op, tensors, options), 1e-10)
     assert_same_results(actual, (learned[0], learned[1][:-1]), 1e-12)
 
 
@@ -83,7 +90,8 @@ def test_scale_may_be_a_number():
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_prompts_of_zero(dtype):
     """As at initialisation: their variance is 0, so that the norm multiplies gradients by 1000."""
-    op, formula, (pooled, bias, *weights), options = case(**SMALL | {"dim": 32, "activation": "gelu"})
+    sizes = {"dim": 32, "activation": "gelu", "affine": False}
+    op, formula, (pooled, bias, *weights), options = case(**SMALL | sizes)
     tensors = [torch.zeros_like(pooled), torch.zeros_like(bias), *weights]
     expected = results(formula, tensors, options)
     assert expected[1][0].abs().max() > 100
@@ -129,8 +137,8 @@ def test_norm_far_from_zero_and_constant_rows():
     op, formula, (pooled, bias, *rest), options = case(**SMALL | {"dim": 64, "masked": False})
     tensors = [pooled, bias + 1e4, *(t * 0.1 for t in rest)]
     assert_same_results(results(op, tensors, options), results(formula, tensors, options), 1e-9)
-    torch.manual_seed(0)
-    pooled[0, 1], tensors = 7.0, [pooled, bias]
+    op, formula, tensors, options = case(**SMALL | {"dim": 64, "masked": False, "width": None})
+    tensors[0][0, 1] = 7.0
     assert_same_results(results(op, tensors, options), results(formula, tensors, options), 1e-9)
 
 
@@ -183,10 +191,10 @@ def test_layouts_make_no_difference():
         for name, same in layouts(tensor):
             actual = results(op, [*tensors[:position], same, *tensors[position + 1 :]], options)
             assert_same_results(actual, expected, 0, f"argument {position} {name}")
-    for mask in ("channel_mask", "feature_mask"):
-        for name, same in layouts(options[mask]):
-            actual = results(op, tensors, options | {mask: same})
-            assert_same_results(actual, expected, 0, f"{mask} {name}")
+    for option in ("channel_mask", "feature_mask", "norm_weight", "norm_bias"):
+        for name, same in layouts(options[option]):
+            actual = results(op, tensors, options | {option: same})
+            assert_same_results(actual, expected, 0, f"{option} {name}")
 
 
 def test_layouts_of_the_incoming_gradient_make_no_difference():
@@ -261,8 +269,8 @@ def test_results_repeat_bit_by_bit_and_image_by_image():
 
 def op_arguments(options, tensors):
     """Of the custom op, from those of a case with everything."""
-    masks = [options["channel_mask"], options["feature_mask"]]
-    return [*tensors, *masks, 1.0, options["activation"], options["eps"], torch.float32]
+    others = [options[name] for name in ("channel_mask", "feature_mask", "norm_weight", "norm_bias")]
+    return [*tensors, *others, 1.0, options["activation"], options["eps"], torch.float32]
 
 
 def test_opcheck():
@@ -270,7 +278,7 @@ def test_opcheck():
     arguments = op_arguments(options, [t.requires_grad_() for t in tensors])
     torch.library.opcheck(torch.ops.vapt_fast.prompt_projector, arguments)
     pooled, bias, *_ = tensors
-    arguments = [pooled, bias, *[None] * 5, 1.0, "relu", None, torch.float64]
+    arguments = [pooled, bias, *[None] * 7, 1.0, "relu", None, torch.float64]
     torch.library.opcheck(torch.ops.vapt_fast.prompt_projector, arguments)
 
 
@@ -279,10 +287,10 @@ def test_opcheck_of_the_backward():
     ops = torch.ops.vapt_fast
     arguments = op_arguments(options, tensors)
     prompts, hidden, statistics = ops.prompt_projector(*arguments)
-    given = (prompts, *arguments[:7], hidden, statistics, 1.0, "relu")
+    given = (prompts, *arguments[:8], hidden, statistics, 1.0, "relu")
     torch.library.opcheck(ops.prompt_projector_backward, given)
     _, grad_hidden, means, _, _ = ops.prompt_projector_backward(*given)
-    pooled, bias, _, *rest = arguments[:7]
+    pooled, bias, _, *rest = arguments[:8]
     given = (prompts, pooled, bias, *rest, hidden, grad_hidden, statistics, means, 1.0, "relu")
     torch.library.opcheck(ops.prompt_projector_backward_weights, given)
 
@@ -335,10 +343,13 @@ def test_what_the_kernels_have_no_part_for_is_refused():
         op(pooled.half(), *rest, **options)
     with pytest.raises(BackendUnavailable, match=r"dtype must be float16, .*, got torch.float8_e5m2"):
         op(pooled, *rest, **options, dtype=torch.float8_e5m2)
-    for name in ("channel_mask", "feature_mask"):
+    for name in ("channel_mask", "feature_mask", "norm_weight", "norm_bias"):
         learned = options | {name: options[name].clone().requires_grad_()}
         with pytest.raises(BackendUnavailable, match=f"no gradient of {name}"):
             op(pooled, *rest, **learned)
+        with torch.no_grad():
+            actual, expected = (op(pooled, *rest, **learned, backend=name) for name in ("triton", "torch"))
+        torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-10)
     _, _, tensors, options = case(**SMALL | {"width": 65})
     with pytest.raises(BackendUnavailable, match=r"down must have at most 64 rows, got 65"):
         op(*tensors, **options)

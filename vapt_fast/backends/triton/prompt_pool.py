@@ -26,6 +26,8 @@ def prompt_pool(
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     delta: Tensor | None,
     gain: Tensor | None,
     num_prefix: int,
@@ -33,11 +35,13 @@ def prompt_pool(
     prompt_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
-    refuse_forward_mode("prompt_pool", *(t for t in (x, matrix, weight, bias, delta, gain) if t is not None))
+    tensors = (x, matrix, weight, bias, norm_weight, norm_bias, delta, gain)
+    refuse_forward_mode("prompt_pool", *(t for t in tensors if t is not None))
     weight, bias = weight.to(matrix.dtype), bias.to(matrix.dtype)
     dtype = autocast_dtype(total_dtype(x, delta), x.device)
     total, normed, pooled, *_ = _forward(
-        x, delta, gain, matrix, weight, bias, dtype, num_prefix, eps, prompt_eps
+        *(x, delta, gain, norm_weight, norm_bias, matrix, weight, bias),
+        *(dtype, num_prefix, eps, prompt_eps),
     )
     return x if delta is None else total, normed, pooled
 
@@ -47,6 +51,8 @@ def why_not_prompt_pool(
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     delta: Tensor | None,
     gain: Tensor | None,
     num_prefix: int,
@@ -54,10 +60,11 @@ def why_not_prompt_pool(
     prompt_eps: float,
 ) -> list[str]:
     """Every reason why the kernels can't take these arguments."""
-    reasons = why_not_dtypes(x=x, delta=delta, gain=gain)
+    frozen = {"norm_weight": norm_weight, "norm_bias": norm_bias, "gain": gain}
+    reasons = why_not_dtypes(x=x, delta=delta, **frozen)
     if matrix.dtype not in (torch.float32, torch.float64):
         reasons.append(f"matrix must be float32 or float64, got {matrix.dtype}")
-    return [*reasons, *why_not_frozen(gain=gain)]
+    return [*reasons, *why_not_frozen(**frozen)]
 
 
 # ---- forward
@@ -68,6 +75,8 @@ def _forward(
     x: Tensor,
     delta: Tensor | None,
     gain: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -85,7 +94,7 @@ def _forward(
     rows = matrix.shape[0]
     config = configs.prompt_pool(matrix.dtype, rows)
     total, normed, pooled, raw, mean, rstd = outputs = _empty_outputs(x, delta, matrix, dtype)
-    launch_forward(x, delta, gain, None, None, total, normed, mean, rstd, eps)
+    launch_forward(x, delta, gain, norm_weight, norm_bias, total, normed, mean, rstd, eps)
     tokens = x if delta is None else total
     launch(
         kernels.pool,
@@ -118,6 +127,8 @@ def _(
     x: Tensor,
     delta: Tensor | None,
     gain: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -139,6 +150,7 @@ def _backward_tokens(
     grad_pooled: Tensor,
     total: Tensor,
     gain: Tensor | None,
+    norm_weight: Tensor | None,
     matrix: Tensor,
     weight: Tensor,
     mean: Tensor,
@@ -165,6 +177,7 @@ def _backward_tokens(
         *strided(grad_pooled, 3),
         *strided(matrix, 2),
         *strided(weight, 1),
+        *strided(norm_weight, 1),
         *strided(gain, 1),
         *(mean, rstd),
         *(None if x_dtype is None else grad_x, None if delta_dtype is None else grad_delta),
@@ -241,29 +254,31 @@ def _(grad_pooled: Tensor, total: Tensor, matrix: Tensor, *args: Any) -> tuple[T
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, delta, gain, matrix, weight, bias, *ctx.options = inputs
+    x, delta, gain, norm_weight, _, matrix, weight, bias, *ctx.options = inputs
     total, normed, _, raw, mean, rstd = output
     no_zeros(ctx, raw, mean, rstd)
     ctx.normed_dtype = normed.dtype
     ctx.dtypes = x.dtype, None if delta is None else delta.dtype
-    ctx.save_for_backward(x if delta is None else total, gain, matrix, weight, bias, raw, mean, rstd)
+    tokens = x if delta is None else total
+    ctx.save_for_backward(tokens, gain, norm_weight, matrix, weight, bias, raw, mean, rstd)
 
 
 def _backward(
     ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    total, gain, matrix, weight, bias, raw, mean, rstd = ctx.saved_tensors
+    total, gain, norm_weight, matrix, weight, bias, raw, mean, rstd = ctx.saved_tensors
     if ctx.dtypes[1] is None:
         grad_total = None
     grad_normed = or_zeros(grad_normed, total, ctx.normed_dtype)
     grad_pooled = or_zeros(grad_pooled, raw, raw.dtype)
     write = partial(
         _backward_tokens,
-        *(grad_total, grad_normed, grad_pooled, total, gain, matrix, weight, mean, rstd, *ctx.options),
+        *(grad_total, grad_normed, grad_pooled, total, gain, norm_weight, matrix, weight, mean, rstd),
+        *ctx.options,
     )
     grad_x, grad_delta = residual_gradients(write, ctx.dtypes, ctx.needs_input_grad[:2], gain)
     grad_matrix = grad_weight = grad_bias = None
-    if any(ctx.needs_input_grad[3:6]):
+    if any(ctx.needs_input_grad[5:8]):
         grad_matrix, grad_affine = _backward_learned(
             grad_pooled, total, matrix, weight, bias, raw, mean, rstd, *ctx.options
         )
@@ -271,7 +286,7 @@ def _backward(
     grad_x, grad_delta, *learned = differentiable_once(
         "prompt_pool", grad_x, grad_delta, grad_matrix, grad_weight, grad_bias
     )
-    return grad_x, grad_delta, None, *learned, None, None, None, None
+    return grad_x, grad_delta, None, None, None, *learned, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)

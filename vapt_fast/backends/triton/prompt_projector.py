@@ -12,6 +12,7 @@ from ...kernels import prompt_projector as kernels
 from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
 from . import configs
 from ._launch import add_chunks, launch, num_blocks
+from ._why_not import why_not_dtypes, why_not_frozen
 
 __all__ = ["prompt_projector", "why_not_prompt_projector"]
 
@@ -26,14 +27,16 @@ def prompt_projector(
     feature_mask: Tensor | None,
     activation: str,
     eps: float | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
     """See vapt_fast.functional.prompt_projector."""
     learned, factor = (None, scale) if not isinstance(scale, Tensor) else (scale, 1.0)
-    tensors = (pooled, bias, down, up, learned, channel_mask, feature_mask)
-    refuse_forward_mode("prompt_projector", *(t for t in tensors if t is not None))
+    tensors, affine = (pooled, bias, down, up, learned, channel_mask, feature_mask), (norm_weight, norm_bias)
+    refuse_forward_mode("prompt_projector", *(t for t in (*tensors, *affine) if t is not None))
     tensors = (None if t is None else t.to(pooled.dtype) for t in tensors)
-    return _forward(*tensors, factor, activation, eps, dtype)[0]
+    return _forward(*tensors, *affine, factor, activation, eps, dtype)[0]
 
 
 def why_not_prompt_projector(
@@ -46,20 +49,20 @@ def why_not_prompt_projector(
     feature_mask: Tensor | None,
     activation: str,
     eps: float | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     dtype: torch.dtype,
 ) -> list[str]:
     """Every reason why the kernels can't take these arguments."""
-    reasons = []
+    frozen = {"norm_weight": norm_weight, "norm_bias": norm_bias}
+    reasons = why_not_dtypes(**frozen)
     if pooled.dtype not in (torch.float32, torch.float64):
         reasons.append(f"pooled must be float32 or float64, got {pooled.dtype}")
     if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         reasons.append(f"dtype must be float16, bfloat16, float32 or float64, got {dtype}")
     if down is not None and down.shape[0] > configs.LARGEST_PROJECTOR:
         reasons.append(f"down must have at most {configs.LARGEST_PROJECTOR} rows, got {down.shape[0]}")
-    for name, mask in (("channel_mask", channel_mask), ("feature_mask", feature_mask)):
-        if mask is not None and mask.requires_grad and torch.is_grad_enabled():
-            reasons.append(f"its kernels have no gradient of {name}, which must not require one")
-    return reasons
+    return reasons + why_not_frozen(channel_mask=channel_mask, feature_mask=feature_mask, **frozen)
 
 
 def _strided(tensor: Tensor | None) -> tuple[Tensor | int, ...] | None:
@@ -95,6 +98,8 @@ def _forward(
     scale: Tensor | None,
     channel_mask: Tensor | None,
     feature_mask: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     factor: float,
     activation: str,
     eps: float | None,
@@ -110,12 +115,13 @@ def _forward(
     config = configs.prompt_projector("project", arithmetic, width)
     learned = (pooled, bias, down, up)
     masks = (_by_prompt(channel_mask, pooled), feature_mask)
+    affine = (norm_weight, norm_bias)
     launch(
         kernels.project,
         config,
         num_blocks(config, BLOCK_ROWS=num_rows),
         *(prompts, hidden, *_mean_and_rstd(statistics)),
-        *(*map(_strided, learned), scale, *map(_strided, masks)),
+        *(*map(_strided, learned), scale, *map(_strided, (*masks, *affine))),
         *(num_rows, *sizes, width),
         SCALE=factor,
         ACTIVATION=activation,
@@ -159,6 +165,7 @@ def _backward_rows(
     scale: Tensor | None,
     channel_mask: Tensor | None,
     feature_mask: Tensor | None,
+    norm_weight: Tensor | None,
     hidden: Tensor,
     statistics: Tensor,
     factor: float,
@@ -181,7 +188,7 @@ def _backward_rows(
         config,
         num_blocks(config, BLOCK_ROWS=num_rows),
         *(grad_pooled, grad_hidden, means if means.shape[0] else None, sums, products),
-        *(*map(_strided, (grad_prompts, *learned)), scale, *map(_strided, masks)),
+        *(*map(_strided, (grad_prompts, *learned)), scale, *map(_strided, (*masks, norm_weight))),
         *(hidden, *_mean_and_rstd(statistics)),
         *(num_rows, *sizes, width),
         SCALE=factor,
@@ -215,6 +222,7 @@ def _(
     scale: Tensor | None,
     channel_mask: Tensor | None,
     feature_mask: Tensor | None,
+    norm_weight: Tensor | None,
     hidden: Tensor,
     statistics: Tensor,
     *args: Any,
@@ -231,6 +239,7 @@ def _backward_weights(
     scale: Tensor | None,
     channel_mask: Tensor | None,
     feature_mask: Tensor | None,
+    norm_weight: Tensor | None,
     hidden: Tensor,
     grad_hidden: Tensor,
     statistics: Tensor,
@@ -251,7 +260,8 @@ def _backward_weights(
         kernels.weights_backward,
         config,
         chunks * num_blocks(config, BLOCK_C=dim),
-        *(partial, *map(_strided, (grad_prompts, pooled, bias, up)), scale, *map(_strided, masks)),
+        *(partial, *map(_strided, (grad_prompts, pooled, bias, up)), scale),
+        *map(_strided, (*masks, norm_weight)),
         *(hidden, grad_hidden, *_mean_and_rstd(statistics), means if means.shape[0] else None),
         *(batch * num_prompts, num_prompts, dim, width, images * num_prompts),
         SCALE=factor,
@@ -270,7 +280,7 @@ def _(grad_prompts: Tensor, pooled: Tensor, bias: Tensor, up: Tensor, *args: Any
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    *tensors, ctx.factor, ctx.activation, _, _ = inputs
+    *tensors, _, ctx.factor, ctx.activation, _, _ = inputs
     _, hidden, statistics = output
     no_zeros(ctx, hidden, statistics)
     ctx.save_for_backward(*tensors, hidden, statistics)
@@ -278,23 +288,22 @@ def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
 
 def _backward(ctx: Any, grad_prompts: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if grad_prompts is None:
-        return (None,) * 11
-    pooled, bias, down, up, scale, channel_mask, feature_mask, hidden, statistics = ctx.saved_tensors
-    needed, options = ctx.needs_input_grad, (ctx.factor, ctx.activation)
-    factors = (scale, channel_mask, feature_mask, hidden)
+        return (None,) * 13
+    pooled, bias, down, up, *factors, hidden, statistics = ctx.saved_tensors
+    scale, needed, options = factors[0], ctx.needs_input_grad, (ctx.factor, ctx.activation)
     grad_pooled, grad_hidden, means, grad_bias, grad_scale = _backward_rows(
-        grad_prompts, pooled, bias, down, up, *factors, statistics, *options
+        grad_prompts, pooled, bias, down, up, *factors, hidden, statistics, *options
     )
     grad_down = grad_up = None
     if needed[2] or needed[3]:
         grad_down, grad_up = _backward_weights(
-            grad_prompts, pooled, bias, up, *factors, grad_hidden, statistics, means, *options
+            grad_prompts, pooled, bias, up, *factors, hidden, grad_hidden, statistics, means, *options
         ).unbind()
         grad_up = grad_up.t()
     if scale is None:
         grad_scale = None
     grads = (grad_pooled, grad_bias, grad_down, grad_up, grad_scale)
-    return *differentiable_once("prompt_projector", *grads), *[None] * 6
+    return *differentiable_once("prompt_projector", *grads), *[None] * 8
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
