@@ -31,7 +31,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3, dispatch_clip_grad, unwrap_model
-from tiny import assert_same, run, tiny_backbone, tiny_images, tiny_model
+from tiny import assert_same, bare, run, tiny_backbone, tiny_images, tiny_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -249,13 +249,14 @@ timm.create_model("vapt_test_vit")
 @pytest.fixture
 def pair(architecture: str) -> tuple[AdaptiveViT, nn.Module, Tensor]:
     """A model without prompts, timm's own, and images."""
-    model = AdaptiveViT(tiny_backbone(architecture), prompts=PromptConfig(num_prompts=0)).eval()
-    return model, model.backbone, tiny_images(model)
+    backbone = tiny_backbone(architecture)
+    model = AdaptiveViT(backbone, prompts=PromptConfig(num_prompts=0)).eval()
+    return model, backbone, tiny_images(model)
 
 
 def prompted(model: AdaptiveViT) -> AdaptiveViT:
     """The same backbone with prompts."""
-    return AdaptiveViT(model.backbone, prompts=KINDS["adaptive"]).double().eval()
+    return AdaptiveViT(bare(model), prompts=KINDS["adaptive"]).double().eval()
 
 
 def test_attributes(pair: tuple) -> None:
@@ -263,7 +264,7 @@ def test_attributes(pair: tuple) -> None:
     names = ["num_classes", "num_features", "head_hidden_size", "embed_dim", "num_prefix_tokens", "in_chans"]
     for name in [*names, "global_pool"]:
         assert getattr(model, name) == getattr(backbone, name), name
-    assert model.get_classifier() == backbone.get_classifier()
+    assert str(model.get_classifier()) == str(backbone.get_classifier())
     modules = dict(model.named_modules())
     assert len(model.feature_info) == len(backbone.feature_info)
     for ours, theirs in zip(model.feature_info, backbone.feature_info, strict=True):
@@ -569,7 +570,7 @@ def test_adaptive_clipping_leaves_the_head(vit: AdaptiveViT) -> None:
     before = {name: gradient.clone() for name, gradient in gradients.items()}
     dispatch_clip_grad(parameters[:-2], 1e-4, mode="agc")
     changed = {name for name, gradient in gradients.items() if not torch.equal(gradient, before[name])}
-    assert changed == {name for name in gradients if name.startswith("prompts.")}
+    assert changed == {name for name in gradients if ".prompts." in name}
 
 
 # ---- copies and checkpoints
@@ -674,7 +675,7 @@ def test_autocast(architecture: str, dtype: torch.dtype, kind: str) -> None:
     images = tiny_images(model)
     exact = run(model, images)["logits"]
     with torch.autocast("cpu", dtype=dtype):
-        assert model(images).dtype == model.backbone(images).dtype
+        assert model(images).dtype == bare(model)(images).dtype
         fast, literal = (run(model, images, backend) for backend in ("torch", "reference"))
     error, literal_error = ((result["logits"] - exact).abs().max() for result in (fast, literal))
     allowance = 2 * torch.finfo(dtype).eps * exact.abs().max()
@@ -697,7 +698,7 @@ def test_low_precision(architecture: str, whole: bool) -> None:
         model.prompts.float()
     images = images.bfloat16()
     fast, literal = (run(model, images, backend) for backend in ("torch", "reference"))
-    assert fast["logits"].dtype == literal["logits"].dtype == model.backbone(images).dtype == torch.bfloat16
+    assert fast["logits"].dtype == literal["logits"].dtype == bare(model)(images).dtype == torch.bfloat16
     error, literal_error = ((result["logits"] - expected).abs().max() for result in (fast, literal))
     assert error <= 2 * literal_error + 2 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
     for name, parameter in model.named_parameters():
