@@ -87,6 +87,14 @@ class StandardBlock:
     bias: Tensor | None
     gelu_mlp: tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None
 
+    def called(self) -> list[str]:
+        """Names of the modules that are called though a rewrite or a kernel could use their weights."""
+        attn = self.block.attn
+        read = {"norm1": self.norm1, "norm2": self.norm2, "mlp": self.gelu_mlp}
+        if attn.qkv is not None:
+            read["attn.qkv"] = self.qkv
+        return [name for name, weights in read.items() if weights is None]
+
     @property
     def attn(self) -> nn.Module:
         return self.block.attn

@@ -10,8 +10,12 @@ import torch
 
 from ._version import __version__
 from .backends import _dispatch, _native, _preferences
+from .blocks import standard_block, why_whole
+from .prompts import AdaptivePrompts
+from .schedule import can_pool
+from .vit import AdaptiveViT
 
-__all__ = ["report"]
+__all__ = ["forward_report", "report"]
 
 
 def report() -> str:
@@ -42,6 +46,33 @@ def report() -> str:
         lines.append(f"    auto: {_preferred(measured, 'nothing was measured to be faster')}")
         lines.append(f"    kernels: {_preferred(modelled, 'nothing should be faster')}")
     return "\n".join(lines)
+
+
+def forward_report(model: AdaptiveViT) -> str:
+    """How the blocks of ``model`` run, and why those that are called as they are can't be taken apart."""
+    lines: list[tuple[str, list[int]]] = []
+    for index, block in enumerate(model.backbone.blocks):
+        parts = standard_block(block)
+        if parts is None:
+            how = f"called as it is, without rewrites: {why_whole(block)}"
+        else:
+            called = parts.called()
+            how = "rewritten" + (f", {' and '.join(called)} called" if called else "")
+        if index < len(model.prompts.blocks) and isinstance(model.prompts.blocks[index], AdaptivePrompts):
+            how += (
+                "; prompts pooled"
+                if can_pool(model.prompts, index)
+                else "; prompts by calls of their modules"
+            )
+        if lines and lines[-1][0] == how:
+            lines[-1][1].append(index)
+        else:
+            lines.append((how, [index]))
+    return "\n".join(f"  {_block_range(indices)}: {how}" for how, indices in lines)
+
+
+def _block_range(indices: list[int]) -> str:
+    return f"block {indices[0]}" if len(indices) == 1 else f"blocks {indices[0]} to {indices[-1]}"
 
 
 def _preferred(entries: list[tuple[_preferences.Preference, str]], otherwise: str) -> str:

@@ -33,9 +33,9 @@ from .functional import (
     prompt_projector,
 )
 from .modules import is_plain
-from .prompts import AdaptivePrompts, Masks, Projector, Prompts, StaticPrompts
+from .prompts import AdaptivePrompts, Masks, Projector, Prompts
 
-__all__ = ["forward_tokens"]
+__all__ = ["can_pool", "forward_tokens"]
 
 _log = logging.getLogger("vapt_fast")
 
@@ -222,7 +222,7 @@ def _prompt_sources(
 ) -> list[_CalledSource | _PooledSource]:
     """The source of each entry of ``prompts.blocks``; the matrices of all pooled ones in one call."""
     sources: list = [_CalledSource(prompts, i, block_masks) for i, block_masks in enumerate(masks)]
-    pooled = [i for i in range(len(sources)) if _can_pool(prompts.blocks[i], prompts.projector_of(i))]
+    pooled = [i for i in range(len(sources)) if can_pool(prompts, i)]
     if pooled:
         matrices = _matrices([prompts.blocks[i] for i in pooled], dtype)
         for i, matrix in zip(pooled, matrices.unbind(), strict=True):
@@ -230,8 +230,9 @@ def _prompt_sources(
     return sources
 
 
-def _can_pool(block: StaticPrompts | AdaptivePrompts, projector: Projector | None) -> bool:
-    """Whether prompts are computed from the tokens, by modules whose weights may be read."""
+def can_pool(prompts: Prompts, index: int) -> bool:
+    """Whether the prompts of block ``index`` are computed from the tokens, by modules whose weights may be read."""
+    block, projector = prompts.blocks[index], prompts.projector_of(index)
     plain = is_plain(block, AdaptivePrompts)
     plain = plain and is_plain(block.norm, nn.LayerNorm) and is_plain(block.token_projection, nn.Linear)
     if plain and projector is not None:

@@ -268,6 +268,7 @@ class AdaptiveViT(nn.Module):
         stop_early: bool = False,
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
+        output_dict: bool = False,
     ) -> Any:
         """Tokens after chosen blocks, without prompts, in timm's forms.
 
@@ -280,9 +281,11 @@ class AdaptiveViT(nn.Module):
             stop_early: don't run the blocks after the last chosen one.
             output_fmt: "NCHW" for (B, C, H, W), "NLC" for (B, N, C).
             intermediates_only: leave out the final tokens.
+            output_dict: a dict with the keys ``image_intermediates``, ``image_features`` (the final tokens)
+                and, with ``return_prefix_tokens``, ``image_intermediates_prefix``.
 
         Returns:
-            The list of intermediates, or (final tokens after the norm (B, T, C), that list).
+            The list of intermediates, or (final tokens after the norm (B, T, C), that list); or the dict.
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -291,14 +294,23 @@ class AdaptiveViT(nn.Module):
 
         def finish(backbone: nn.Module, tokens: Tensor, extra: int) -> Any:
             num_prefix = backbone.num_prefix_tokens
-            outputs = []
+            prefixes, intermediates = [], []
             for index in take:
                 tapped = backbone.norm(taps[index]) if norm else taps[index]
                 prefix, patches = tapped.tensor_split([num_prefix], dim=1)
                 if output_fmt == "NCHW":
                     patches = patches.transpose(1, 2).unflatten(2, self.grid).contiguous()
-                outputs.append((patches, prefix) if return_prefix_tokens and num_prefix else patches)
-            return outputs if intermediates_only else (_normed_tokens(backbone, tokens, extra), outputs)
+                prefixes.append(prefix)
+                intermediates.append(patches)
+            with_prefixes = return_prefix_tokens and num_prefix > 0
+            final = None if intermediates_only else _normed_tokens(backbone, tokens, extra)
+            if output_dict:
+                outputs = {"image_intermediates": intermediates}
+                outputs |= {"image_intermediates_prefix": prefixes} if with_prefixes else {}
+                return outputs if intermediates_only else outputs | {"image_features": final}
+            if with_prefixes:
+                intermediates = list(zip(intermediates, prefixes, strict=True))
+            return intermediates if intermediates_only else (final, intermediates)
 
         return self._run(x, finish, taps=taps, num_blocks=last + 1 if stop_early else None)
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
+import typer
+
 from .. import info as machine
+from .console import failures, out
 
 __all__ = ["info"]
 
 
-def info() -> None:
+def info(
+    model: Annotated[
+        str | None, typer.Argument(help="timm's name of a backbone: also show how its blocks would run.")
+    ] = None,
+) -> None:
     """Show versions, devices and backends, and why a backend can't run here."""
-    print(machine.report())
+    out.print(machine.report(), markup=False, highlight=False, soft_wrap=True)
+    if model is not None:
+        from ..vit import AdaptiveViT
+
+        with failures():
+            report = machine.forward_report(AdaptiveViT(model))
+        out.print(f"{model}\n{report}", markup=False, highlight=False, soft_wrap=True)
