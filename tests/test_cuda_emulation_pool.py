@@ -3,14 +3,11 @@
 import contextlib
 import ctypes
 import itertools
-import json
 import subprocess
-from pathlib import Path
 
 import emulation
 import pytest
 import torch
-from cuda_mutants import mutants, source_hash
 from emulation import CSRC, INVALID, UNSUPPORTED
 from emulation_pool import PoolKernels
 from ops import assert_policy, assert_same_results, by_name, pool_case, results
@@ -565,20 +562,3 @@ def test_no_stray_address_and_no_race(tmp_path_factory, sanitizer, words):
     command = [program, *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "finite\n", "")
-
-
-# ---- mutants
-
-
-def test_mutants_are_noticed():
-    """python tests/cuda_mutants_pool.py writes the table, and has to do so again when the kernels change."""
-    table = json.loads(Path(__file__).with_name("cuda_mutants_pool.json").read_text())
-    listed, noticed = mutants(Path(__file__).with_name("cuda_mutants_pool.txt")), table["noticed"]
-    sources = [CSRC / "prompt_pool.cuh", *KERNELS]
-    assert table["source"] == source_hash(*sources)
-    assert [mutant.name for mutant in listed] == list(noticed)
-    text = "".join(source.read_text() for source in sources)
-    assert all(text.count(mutant.before) == 1 for mutant in listed)
-    survivors = {name for name, how in noticed.items() if how is None}
-    assert survivors == {mutant.name for mutant in listed if mutant.excuse}
-    assert len(survivors) <= 0.05 * len(listed)
