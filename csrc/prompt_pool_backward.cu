@@ -48,15 +48,16 @@ __device__ __forceinline__ float sum_of_rows(float (&values)[kEight]) {
   return values[0];
 }
 
-// Eight channels of a, from those of grad_normed.
+// Eight channels of a, from those of grad_normed. Without norm_weight they are multiplied by 1: a branch around the
+// products takes more registers than some kernels have.
 template <typename Element>
 __device__ __forceinline__ void through_affine(const PromptPoolBackward& arguments, int channel,
                                                const Eight<Element>& grad_normed, float (&a)[kEight]) {
   widen(grad_normed, a);
 #pragma unroll
   for (int i = 0; i < kEight; i += 4) {
-    constexpr std::uint32_t kOne = 0x3f800000;
-    Bytes16 factors{{kOne, kOne, kOne, kOne}};
+    const std::uint32_t one = bits_of(1.0f);
+    Bytes16 factors{{one, one, one, one}};
     if (arguments.norm_weight) {
       factors = load16(arguments.norm_weight + channel + i);
     }

@@ -2,7 +2,7 @@
 //
 //     total[b, t, c]  = x[b, t, c] + gain[c] * delta[b, t, c]           rounded before anything is computed from it
 //     x_hat[b, t, c]  = (total[b, t, c] - mean[b, t]) * rstd[b, t]      rstd of the variance + eps
-//     normed[b, t, c] = norm_weight[c] * x_hat[b, t, c] + norm_bias[c]  the only one that is rounded
+//     normed[b, t, c] = norm_weight[c] * x_hat[b, t, c] + norm_bias[c]  rounded once, in 16 bits
 //     z[b, n, c]      = weight[c] * s[b, t] * x_hat[b, t, c] + bias[c]  s = rstd(variance + prompt_eps) / rstd
 //     pooled[b, r, c] = sum over n of matrix[r, n] * z[b, n, c]
 //
