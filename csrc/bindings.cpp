@@ -200,8 +200,8 @@ void bind_prompt_pool(py::module_& module) {
   module.def(
       "prompt_pool_forward",
       [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 x, vf::Tensor3 delta, Address gain,
-         vf::PoolingMatrix matrix, Address weight, Address bias, Address total, Address normed, Address pooled,
-         Address mean, Address rstd, bool one_pass, std::uintptr_t stream) {
+         vf::PoolingMatrix matrix, Address weight, Address bias, Address norm_weight, Address norm_bias, Address total,
+         Address normed, Address pooled, Address mean, Address rstd, bool one_pass, std::uintptr_t stream) {
         const vf::PromptPoolForward arguments{.sizes = sizes,
                                               .eps = eps,
                                               .prompt_eps = prompt_eps,
@@ -211,6 +211,8 @@ void bind_prompt_pool(py::module_& module) {
                                               .matrix = matrix,
                                               .weight = reinterpret_cast<const float*>(weight),
                                               .bias = reinterpret_cast<const float*>(bias),
+                                              .norm_weight = reinterpret_cast<const float*>(norm_weight),
+                                              .norm_bias = reinterpret_cast<const float*>(norm_bias),
                                               .total = reinterpret_cast<void*>(total),
                                               .normed = reinterpret_cast<void*>(normed),
                                               .pooled = reinterpret_cast<float*>(pooled),
@@ -220,15 +222,16 @@ void bind_prompt_pool(py::module_& module) {
         launch("prompt_pool_forward", vf::launch_prompt_pool_forward, arguments, stream);
       },
       py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("x"), arg("delta"), arg("gain"), arg("matrix"),
-      arg("weight"), arg("bias"), arg("total"), arg("normed"), arg("pooled"), arg("mean"), arg("rstd"),
-      arg("one_pass"), arg("stream"));
+      arg("weight"), arg("bias"), arg("norm_weight"), arg("norm_bias"), arg("total"), arg("normed"), arg("pooled"),
+      arg("mean"), arg("rstd"), arg("one_pass"), arg("stream"));
 
   module.def(
       "prompt_pool_backward",
       [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 total, vf::Tensor3 grad_total,
          vf::Tensor3 grad_normed, vf::Tensor3 grad_pooled, Address gain, vf::PoolingMatrix matrix, Address weight,
-         Address bias, Address mean, Address rstd, Address workspace, Address grad_x, Address grad_delta,
-         Address grad_matrix, Address grad_weight, Address grad_bias, bool one_pass, std::uintptr_t stream) {
+         Address bias, Address norm_weight, Address mean, Address rstd, Address workspace, Address grad_x,
+         Address grad_delta, Address grad_matrix, Address grad_weight, Address grad_bias, bool one_pass,
+         std::uintptr_t stream) {
         const vf::PromptPoolBackward arguments{.sizes = sizes,
                                                .eps = eps,
                                                .prompt_eps = prompt_eps,
@@ -240,6 +243,7 @@ void bind_prompt_pool(py::module_& module) {
                                                .matrix = matrix,
                                                .weight = reinterpret_cast<const float*>(weight),
                                                .bias = reinterpret_cast<const float*>(bias),
+                                               .norm_weight = reinterpret_cast<const float*>(norm_weight),
                                                .mean = reinterpret_cast<const float*>(mean),
                                                .rstd = reinterpret_cast<const float*>(rstd),
                                                .workspace = reinterpret_cast<float*>(workspace),
@@ -252,9 +256,9 @@ void bind_prompt_pool(py::module_& module) {
         launch("prompt_pool_backward", vf::launch_prompt_pool_backward, arguments, stream);
       },
       py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("total"), arg("grad_total"),
-      arg("grad_normed"), arg("grad_pooled"), arg("gain"), arg("matrix"), arg("weight"), arg("bias"), arg("mean"),
-      arg("rstd"), arg("workspace"), arg("grad_x"), arg("grad_delta"), arg("grad_matrix"), arg("grad_weight"),
-      arg("grad_bias"), arg("one_pass"), arg("stream"));
+      arg("grad_normed"), arg("grad_pooled"), arg("gain"), arg("matrix"), arg("weight"), arg("bias"),
+      arg("norm_weight"), arg("mean"), arg("rstd"), arg("workspace"), arg("grad_x"), arg("grad_delta"),
+      arg("grad_matrix"), arg("grad_weight"), arg("grad_bias"), arg("one_pass"), arg("stream"));
 
   module.def("prompt_pool_backward_workspace", vf::prompt_pool_backward_workspace, arg("sizes"));
 }

@@ -1,12 +1,12 @@
 // The gradients of prompt_pool: see vapt_fast/prompt_pool.h for the formulas and the arguments.
 //
-// With g the gradient of pooled, a that of normed, and the gradient of normed from the prompts
-// b[t, c] = s[t] * weight[c] * sum over r of M[r, n] g[r, c], total gets
+// With g the gradient of pooled, and those of x_hat from the block, a = norm_weight[c] * grad_normed[t, c], and from
+// the prompts, b[t, c] = s[t] * weight[c] * sum over r of M[r, n] g[r, c], total gets
 //
-//     rstd * (a + b - mean(a + b) - normed * (mean(a * normed) + s^2 * mean(b * normed)))     means over channels
+//     rstd * (a + b - mean(a + b) - x_hat * (mean(a * x_hat) + s^2 * mean(b * x_hat)))     means over channels
 //
-// What the matrix gets, y[r, t] = sum over c of g[r, c] weight[c] normed[t, c], gives the means without b: those of
-// b * normed are s[t] * sum over r of M[r, n] y[r, t].
+// What the matrix gets, y[r, t] = sum over c of g[r, c] weight[c] x_hat[t, c], gives the means without b: those of
+// b * x_hat are s[t] * sum over r of M[r, n] y[r, t].
 //
 // In one pass, ``products_and_gradients``: the blocks of an image are a cluster, as in the forward, each with a slab of
 // 128 channels of all tokens and of grad_normed in shared memory. A warp has 16 of the tokens: it computes their part
@@ -26,7 +26,7 @@ namespace {
 struct Workspace {
   std::int64_t images = 1;  // in a chunk
   std::int64_t chunks = 0;
-  float* means = nullptr;   // (B, T, 2), in two passes: mean(a + b) and mean(a * normed) + s^2 mean(b * normed)
+  float* means = nullptr;   // (B, T, 2), in two passes: mean(a + b) and mean(a * x_hat) + s^2 mean(b * x_hat)
   float* affine = nullptr;  // (B or chunks, 2, C): the gradients of weight and bias from an image or a chunk
   // The gradient of the matrix: (chunks, R, N), or (chunks, slabs, tiles of 16 tokens, eights of rows, 32 lanes, 4).
   float* matrix = nullptr;
@@ -48,7 +48,27 @@ __device__ __forceinline__ float sum_of_rows(float (&values)[kEight]) {
   return values[0];
 }
 
-// Of a token: the statistics, mean(a + b) and mean(a * normed) + s^2 mean(b * normed).
+// Eight channels of a, from those of grad_normed. Without norm_weight they are multiplied by 1: a branch around the
+// products takes more registers than some kernels have.
+template <typename Element>
+__device__ __forceinline__ void through_affine(const PromptPoolBackward& arguments, int channel,
+                                               const Eight<Element>& grad_normed, float (&a)[kEight]) {
+  widen(grad_normed, a);
+#pragma unroll
+  for (int i = 0; i < kEight; i += 4) {
+    const std::uint32_t one = bits_of(1.0f);
+    Bytes16 factors{{one, one, one, one}};
+    if (arguments.norm_weight) {
+      factors = load16(arguments.norm_weight + channel + i);
+    }
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      a[i + j] *= float_of(factors.words[j]);
+    }
+  }
+}
+
+// Of a token: the statistics, mean(a + b) and mean(a * x_hat) + s^2 mean(b * x_hat).
 struct TokenNumbers {
   float mean;
   float rstd;
@@ -57,24 +77,24 @@ struct TokenNumbers {
 };
 
 // Eight channels of a token, number ``at`` of all images' tokens, from ``product``, their b / (s * weight): the
-// gradients of x and delta, and what is added to that of weight. ``load_a`` gives those of grad_normed.
+// gradients of x and delta, and what is added to that of weight. ``load_grad_normed`` gives those of grad_normed.
 template <typename Token, typename Element, typename Load>
 __device__ __forceinline__ void finish_eight(const PromptPoolBackward& arguments, std::int64_t image, int token,
                                              std::int64_t at, int channel, const TokenNumbers& numbers,
-                                             const float (&product)[kEight], const Eight<Token>& total, Load load_a,
-                                             float (&of_weight)[kEight]) {
+                                             const float (&product)[kEight], const Eight<Token>& total,
+                                             Load load_grad_normed, float (&of_weight)[kEight]) {
   const bool is_patch = token >= static_cast<int>(arguments.sizes.prefix);
   const float s = prompt_factor(numbers.rstd, arguments.eps, arguments.prompt_eps);
-  float normed[kEight];
-  widen(total, normed);
+  float x_hat[kEight];
+  widen(total, x_hat);
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    normed[i] = (normed[i] - numbers.mean) * numbers.rstd;
+    x_hat[i] = (x_hat[i] - numbers.mean) * numbers.rstd;
   }
   if (is_patch) {
 #pragma unroll
     for (int i = 0; i < kEight; ++i) {
-      of_weight[i] += s * normed[i] * product[i];
+      of_weight[i] += s * x_hat[i] * product[i];
     }
   }
   if (!arguments.grad_x && !arguments.grad_delta) {
@@ -90,7 +110,7 @@ __device__ __forceinline__ void finish_eight(const PromptPoolBackward& arguments
   }
   float incoming[kEight];
   if (arguments.grad_normed.data) {
-    widen(load_a(), incoming);
+    through_affine(arguments, channel, load_grad_normed(), incoming);
 #pragma unroll
     for (int i = 0; i < kEight; ++i) {
       grad[i] += incoming[i];
@@ -98,7 +118,7 @@ __device__ __forceinline__ void finish_eight(const PromptPoolBackward& arguments
   }
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    grad[i] = numbers.rstd * (grad[i] - numbers.mean_grad - normed[i] * numbers.mean_product);
+    grad[i] = numbers.rstd * (grad[i] - numbers.mean_grad - x_hat[i] * numbers.mean_product);
   }
   if (arguments.grad_total.data) {
     load_floats(row_of<Token>(arguments.grad_total, image, token) + channel, incoming);
@@ -125,7 +145,7 @@ __device__ __forceinline__ void finish_eight(const PromptPoolBackward& arguments
 
 // ---- two passes
 
-// What ``products`` has in shared memory, as tf32 a step's channels of g and of weight * normed. TILES: how many
+// What ``products`` has in shared memory, as tf32 a step's channels of g and of weight * x_hat. TILES: how many
 // tiles of 16 rows a warp has.
 template <int TILES>
 struct ProductStage {
@@ -135,13 +155,13 @@ struct ProductStage {
   static constexpr int STRIDE = STEP + 4;  // eight rows in different banks
 
   std::uint32_t g[ROWS * STRIDE];
-  std::uint32_t normed[TOKENS * STRIDE];
+  std::uint32_t x_hat[TOKENS * STRIDE];
   float of_weight[ROWS];  // sums of g * weight and g * bias over the channels
   float of_bias[ROWS];
-  float of_a[TOKENS];  // sums of a and a * normed over the channels
-  float of_a_normed[TOKENS];
+  float of_a[TOKENS];  // sums of a and a * x_hat over the channels
+  float of_a_x_hat[TOKENS];
   float of_b[2][TOKENS];  // likewise of b / s, of each half of the tiles of rows
-  float of_b_normed[2][TOKENS];
+  float of_b_x_hat[2][TOKENS];
 };
 
 // The gradient of the matrix from a chunk of images, and the means: for 64 tokens of the chunk's images.
@@ -165,7 +185,7 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
     // Four lanes take a token.
     const int token = first_token + thread() / 4;
     float sum_a = 0.0f;
-    float sum_a_normed = 0.0f;
+    float sum_a_x_hat = 0.0f;
 
     int first_row = 0;
     do {  // once also without rows, for the sums of a
@@ -188,11 +208,12 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
             }
             if (first_row == 0 && arguments.grad_normed.data) {
               float a[kEight];
-              load_floats(row_of<Element>(arguments.grad_normed, image, token) + channel, a);
+              through_affine(arguments, channel,
+                             load_eight(row_of<Element>(arguments.grad_normed, image, token) + channel), a);
 #pragma unroll
               for (int i = 0; i < kEight; ++i) {
                 sum_a += a[i];
-                sum_a_normed += a[i] * values[i];
+                sum_a_x_hat += a[i] * values[i];
               }
             }
             float weight[kEight];
@@ -202,7 +223,7 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
               values[i] *= weight[i];
             }
           }
-          std::uint32_t* const to = stage.normed + thread() / 4 * Stage::STRIDE + place;
+          std::uint32_t* const to = stage.x_hat + thread() / 4 * Stage::STRIDE + place;
 #pragma unroll
           for (int i = 0; i < kEight; i += 4) {
             store16(to + i, {{to_tf32(values[i]), to_tf32(values[i + 1]), to_tf32(values[i + 2]),
@@ -233,7 +254,7 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
         }
         sync_threads();
 
-        const std::uint32_t* const right = stage.normed +
+        const std::uint32_t* const right = stage.x_hat +
                                            (warp() % 4 * 16 + lane() % 8 + lane() / 16 * 8) * Stage::STRIDE +
                                            lane() / 8 % 2 * 4;
 #pragma unroll
@@ -272,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
       };
       float s[4];
       float sum_b[4] = {};
-      float sum_b_normed[4] = {};
+      float sum_b_x_hat[4] = {};
 #pragma unroll
       for (int column = 0; column < 4; ++column) {
         const int patch = patch_of(column);
@@ -296,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
             if (patch >= 0 && patch < num_patches) {
               const float product = y[tile][column / 2][2 * half + column % 2];
               sum_b[column] += matrix[patch] * stage.of_weight[row];
-              sum_b_normed[column] += matrix[patch] * product;
+              sum_b_x_hat[column] += matrix[patch] * product;
               const float of_image = s[column] * product + stage.of_bias[row];
               grad_matrix[patch] = image == first_image ? of_image : grad_matrix[patch] + of_image;
             }
@@ -306,23 +327,23 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
 #pragma unroll
       for (int column = 0; column < 4; ++column) {
         const float b = sum_of_lanes<4, kLanes>(sum_b[column]);
-        const float b_normed = sum_of_lanes<4, kLanes>(sum_b_normed[column]);
+        const float b_x_hat = sum_of_lanes<4, kLanes>(sum_b_x_hat[column]);
         if (lane() < 4) {
           const int place = first_place + column / 2 * 8 + column % 2;
           float& all_b = stage.of_b[warp() / 4][place];
-          float& all_b_normed = stage.of_b_normed[warp() / 4][place];
+          float& all_b_x_hat = stage.of_b_x_hat[warp() / 4][place];
           all_b = first_row == 0 ? b : all_b + b;
-          all_b_normed = first_row == 0 ? b_normed : all_b_normed + b_normed;
+          all_b_x_hat = first_row == 0 ? b_x_hat : all_b_x_hat + b_x_hat;
         }
       }
       first_row += Stage::ROWS;
     } while (first_row < num_rows);
 
     sum_a = sum_of_lanes<1, 4>(sum_a);
-    sum_a_normed = sum_of_lanes<1, 4>(sum_a_normed);
+    sum_a_x_hat = sum_of_lanes<1, 4>(sum_a_x_hat);
     if (lane() % 4 == 0) {
       stage.of_a[thread() / 4] = sum_a;
-      stage.of_a_normed[thread() / 4] = sum_a_normed;
+      stage.of_a_x_hat[thread() / 4] = sum_a_x_hat;
     }
     sync_threads();
     if (thread() < Stage::TOKENS && first_token + thread() < num_tokens) {
@@ -330,9 +351,9 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
       const std::int64_t at = image * num_tokens + first_token + place;
       const float s = prompt_factor(arguments.rstd[at], arguments.eps, arguments.prompt_eps);
       const float b = s * (stage.of_b[0][place] + stage.of_b[1][place]);
-      const float b_normed = s * (stage.of_b_normed[0][place] + stage.of_b_normed[1][place]);
+      const float b_x_hat = s * (stage.of_b_x_hat[0][place] + stage.of_b_x_hat[1][place]);
       workspace.means[2 * at] = (stage.of_a[place] + b) / static_cast<float>(channels);
-      workspace.means[2 * at + 1] = (stage.of_a_normed[place] + s * s * b_normed) / static_cast<float>(channels);
+      workspace.means[2 * at + 1] = (stage.of_a_x_hat[place] + s * s * b_x_hat) / static_cast<float>(channels);
     }
   }
 }
@@ -442,10 +463,12 @@ __global__ void __launch_bounds__(kThreads, 2) gradients(const PromptPoolBackwar
             of_bias[i] += product[i];
           }
         }
-        const auto load_a = [&] { return load_eight(row_of<Element>(arguments.grad_normed, image, token) + channel); };
+        const auto load_grad_normed = [&] {
+          return load_eight(row_of<Element>(arguments.grad_normed, image, token) + channel);
+        };
         finish_eight<Token, Element>(arguments, image, token, at, channel, numbers, product,
-                                     load_eight(row_of<Token>(arguments.total, image, token) + channel), load_a,
-                                     of_weight);
+                                     load_eight(row_of<Token>(arguments.total, image, token) + channel),
+                                     load_grad_normed, of_weight);
       }
     }
   }
@@ -492,12 +515,12 @@ struct ClusterStage {
   float matrix[ROWS];               // sums over the patches
   float grad_weight[WARPS][kSlab];  // sums over a warp's tokens and the chunk's images
   float grad_bias[kSlab];           // sums over the chunk's images, in the order of g
-  float sums[2][2][TOKENS];  // over the slab: of a + b, of a * normed + s^2 b * normed; of an image and the next one
+  float sums[2][2][TOKENS];  // over the slab: of a + b, of a * x_hat + s^2 b * x_hat; of an image and the next one
 };
 
 // Whether there is room to keep grad_normed too. Else it is read twice, the second time soon enough for the L2 cache.
 template <typename Token, int TILES>
-__host__ __device__ __forceinline__ constexpr bool keeps_a() {
+__host__ __device__ __forceinline__ constexpr bool keeps_grad_normed() {
   return sizeof(Token) < sizeof(float) || TILES == 1;
 }
 
@@ -530,17 +553,17 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
   auto* const matrices = reinterpret_cast<Bytes16*>(&stage + 1);
   auto* const tokens = reinterpret_cast<Token*>(matrices + num_threads * num_eights);
   const KeptSlab<Token> kept_total(tokens);
-  const KeptSlab<Element> kept_a(tokens + num_tokens * kSlab);
+  const KeptSlab<Element> kept_grad_normed(tokens + num_tokens * kSlab);
   const auto fetch = [&](std::int64_t image) {
     fetch_slab(kept_total, arguments.total, image, num_tokens, first_channel, channels);
-    if (keeps_a<Token, TILES>() && arguments.grad_normed.data) {
-      fetch_slab(kept_a, arguments.grad_normed, image, num_tokens, first_channel, channels);
+    if (keeps_grad_normed<Token, TILES>() && arguments.grad_normed.data) {
+      fetch_slab(kept_grad_normed, arguments.grad_normed, image, num_tokens, first_channel, channels);
     }
     commit_copies();
   };
-  const auto load_a = [&](std::int64_t image, int token, int eight) {
-    if constexpr (keeps_a<Token, TILES>()) {
-      return kept_a.load(token, eight);
+  const auto load_grad_normed = [&](std::int64_t image, int token, int eight) {
+    if constexpr (keeps_grad_normed<Token, TILES>()) {
+      return kept_grad_normed.load(token, eight);
     } else {
       return load_eight(row_of<Element>(arguments.grad_normed, image, token) + first_channel + eight * kEight);
     }
@@ -633,36 +656,41 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
 
     float y[EIGHTS][4] = {};
     float sum_a[2] = {};
-    float sum_a_normed[2] = {};
+    float sum_a_x_hat[2] = {};
 #pragma unroll 1
     for (int group = 0; group < kSlab / kGroup; ++group) {
       const int eight = group * 4 + lane() % 4;
       const int channel = first_channel + eight * kEight;
-      std::uint32_t left[2][kEight] = {};  // weight * normed
+      float x_hat[2][kEight] = {};
+      std::uint32_t left[2][kEight] = {};  // weight * x_hat
       if (channel < channels) {
-        float weight[kEight];
-        load_floats(arguments.weight + channel, weight);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const int token = first_token + half * 8;
           if (token < num_tokens) {
-            float normed[kEight];
-            widen(kept_total.load(token, eight), normed);
+            widen(kept_total.load(token, eight), x_hat[half]);
 #pragma unroll
             for (int i = 0; i < kEight; ++i) {
-              normed[i] = (normed[i] - numbers[half].mean) * numbers[half].rstd;
-              left[half][i] = to_tf32(weight[i] * normed[i]);
+              x_hat[half][i] = (x_hat[half][i] - numbers[half].mean) * numbers[half].rstd;
             }
             if (arguments.grad_normed.data) {
               float a[kEight];
-              widen(load_a(image, token, eight), a);
+              through_affine(arguments, channel, load_grad_normed(image, token, eight), a);
 #pragma unroll
               for (int i = 0; i < kEight; ++i) {
                 sum_a[half] += a[i];
-                sum_a_normed[half] += a[i] * normed[i];
+                sum_a_x_hat[half] += a[i] * x_hat[half][i];
               }
             }
           }
+        }
+        // Only now: there are no registers for weight and norm_weight at once.
+        float weight[kEight];
+        load_floats(arguments.weight + channel, weight);
+#pragma unroll
+        for (int i = 0; i < kEight; ++i) {
+          left[0][i] = to_tf32(weight[i] * x_hat[0][i]);
+          left[1][i] = to_tf32(weight[i] * x_hat[1][i]);
         }
       }
       const std::uint32_t* const right = stage.g + row_in_order(lane() / 8 + lane() / 4 % 2 * 4) * Stage::STRIDE +
@@ -681,7 +709,7 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
     }
 
     float sum_b[2] = {};
-    float sum_b_normed[2] = {};
+    float sum_b_x_hat[2] = {};
 #pragma unroll
     for (int j = 0; j < EIGHTS; ++j) {
       if (j < num_eights) {
@@ -692,7 +720,7 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
           const int half = i % 2;
           const float product = y[j][2 * half + i / 2];
           sum_b[half] += float_of(factors.words[i]) * stage.of_weight[row];
-          sum_b_normed[half] += float_of(factors.words[i]) * product;
+          sum_b_x_hat[half] += float_of(factors.words[i]) * product;
           of_matrix[j][2 * half + i / 2] += s[half] * product + stage.of_bias[row];
         }
       }
@@ -703,9 +731,9 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
       const int token = first_token + half * 8;
       // A prefix token has no b, which 0 * g would be only where g is finite.
       const float b = token >= prefix ? s[half] * sum_b[half] : 0.0f;
-      const float b_normed = token >= prefix ? s[half] * sum_b_normed[half] : 0.0f;
+      const float b_x_hat = token >= prefix ? s[half] * sum_b_x_hat[half] : 0.0f;
       const float sum = sum_of_lanes<1, 4>(sum_a[half] + b);
-      const float sum_normed = sum_of_lanes<1, 4>(sum_a_normed[half] + s[half] * s[half] * b_normed);
+      const float sum_normed = sum_of_lanes<1, 4>(sum_a_x_hat[half] + s[half] * s[half] * b_x_hat);
       if (lane() % 4 == 0) {
         sums[0][token] = sum;
         sums[1][token] = sum_normed;
@@ -753,7 +781,7 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
           columns_of(products, half, product);
           finish_eight<Token, Element>(arguments, image, token, image * num_tokens + token, channel, numbers[half],
                                        product, kept_total.load(token, eight),
-                                       [&] { return load_a(image, token, eight); }, of_weight);
+                                       [&] { return load_grad_normed(image, token, eight); }, of_weight);
         }
       }
       const float sum_of_image = sum_of_rows(of_weight);
@@ -902,7 +930,7 @@ OnePass one_pass_of(const PromptPoolSizes& sizes) {
   const std::int64_t slabs = ceil_div(sizes.channels, kSlab);
   const auto with = [&](auto tiles) {
     constexpr int TILES = decltype(tiles)::value;
-    constexpr std::size_t kept = sizeof(Token) + (keeps_a<Token, TILES>() ? sizeof(Element) : 0);
+    constexpr std::size_t kept = sizeof(Token) + (keeps_grad_normed<Token, TILES>() ? sizeof(Element) : 0);
     const std::int64_t memory = static_cast<std::int64_t>(sizeof(ClusterStage<TILES>)) +
                                 padded_matrix(sizes) * static_cast<std::int64_t>(sizeof(float)) +
                                 tokens * kSlab * static_cast<std::int64_t>(kept);
@@ -998,6 +1026,7 @@ Status launch_prompt_pool_backward(const PromptPoolBackward& arguments, Stream s
   check.pointer("matrix", arguments.matrix.data, sizes.rows, sizeof(float));
   check.pointer("weight", arguments.weight);
   check.pointer("bias", arguments.bias);
+  check.pointer("norm_weight", arguments.norm_weight, arguments.norm_weight != nullptr);
   check.pointer("mean", arguments.mean, sizes.batch, sizeof(float));
   check.pointer("rstd", arguments.rstd, sizes.batch, sizeof(float));
   check.pointer("workspace", arguments.workspace, sizes.batch);

@@ -50,13 +50,26 @@ struct Summands {
   }
 };
 
+// Eight channels of the affine that makes normed of x_hat.
+struct NormAffine {
+  float weight[kEight] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+  float bias[kEight] = {};
+
+  __device__ __forceinline__ NormAffine(const PromptPoolForward& arguments, std::int64_t channel) {
+    if (arguments.norm_weight) {
+      load_floats(arguments.norm_weight + channel, weight);
+      load_floats(arguments.norm_bias + channel, bias);
+    }
+  }
+};
+
 template <typename Element>
 __device__ __forceinline__ void store_normed(const PromptPoolForward& arguments, std::int64_t row,
-                                             std::int64_t channel, float (&values)[kEight], float mean,
-                                             float rstd) {
+                                             std::int64_t channel, float (&values)[kEight], float mean, float rstd,
+                                             const NormAffine& affine) {
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
-    values[i] = (values[i] - mean) * rstd;
+    values[i] = (values[i] - mean) * rstd * affine.weight[i] + affine.bias[i];
   }
   store_eight(static_cast<Element*>(arguments.normed) + row * arguments.sizes.channels + channel,
               narrow<Element>(values));
@@ -96,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) normalise(const PromptPoolForward ar
 
   for (int channel = lane() * kEight; channel < channels; channel += kLanes * kEight) {
     load_floats(kept + channel, values);
-    store_normed<Element>(arguments, row, channel, values, mean, rstd);
+    store_normed<Element>(arguments, row, channel, values, mean, rstd, NormAffine(arguments, channel));
   }
   if (lane() == 0) {
     arguments.mean[row] = mean;
@@ -353,11 +366,12 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_and_pool(const PromptPo
   }
   sync_cluster();  // also before a block ends: until here others read its sums
 
-  for (int token = thread() / LANES; token < num_tokens; token += STEP) {
-    if (is_channel) {
+  if (is_channel) {
+    const NormAffine affine(arguments, first_channel + channel);
+    for (int token = thread() / LANES; token < num_tokens; token += STEP) {
       widen(kept.tokens.load(token, eight), values);
       store_normed<Element>(arguments, image * num_tokens + token, first_channel + channel, values,
-                            kept.mean[token], kept.rstd[token]);
+                            kept.mean[token], kept.rstd[token], affine);
     }
   }
   for (int first_row = 0; first_row < sizes.rows; first_row += PoolStage<TILES>::ROWS) {
@@ -422,6 +436,12 @@ Status launch_prompt_pool_forward(const PromptPoolForward& arguments, Stream str
   check.pointer("matrix", arguments.matrix.data, sizes.rows, sizeof(float));
   check.pointer("weight", arguments.weight);
   check.pointer("bias", arguments.bias);
+  const bool is_affine = arguments.norm_weight != nullptr;
+  check.pointer("norm_weight", arguments.norm_weight, is_affine);
+  check.pointer("norm_bias", arguments.norm_bias, is_affine);
+  if (!is_affine && arguments.norm_bias) {
+    check.fail(refuse(Code::invalid, "norm_bias must be null where norm_weight is"));
+  }
   check.pointer("normed", arguments.normed);
   check.pointer("pooled", arguments.pooled, sizes.rows);
   check.pointer("mean", arguments.mean, 1, sizeof(float));

@@ -1,54 +1,72 @@
-"""Mutation tests of prompt_attention's CUDA kernels: each small change of the source has to be noticed.
+"""Mutation tests of prompt_attention's CUDA kernels, by hand: small changes of the source have to be noticed.
 
-``python tests/cuda_mutants.py`` compiles each mutant in cuda_mutants.txt for a CPU (see csrc/emulation), runs
-a few quick checks on it and writes to cuda_mutants.json which one noticed it: values, what is written, then
-AddressSanitizer and ThreadSanitizer. It takes a few seconds a mutant. While the kernels do not change, those
-that the table has as noticed are not run again.
+``python tests/cuda_mutants.py [--count N] [--seed N]`` changes the kernels in N places, one at a time. It
+compiles each mutant for a CPU (see csrc/emulation), runs a few quick checks on it, then AddressSanitizer and
+ThreadSanitizer, and prints what noticed it. That takes a few seconds a mutant. See cuda_mutants.md.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import argparse
 import os
+import random
 import re
+import signal
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from ctypes import c_int64
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import emulation
 import torch
 from emulation import CSRC, GRADS, INPUTS, INVALID, OK, Kernels, Tensor4
 from ops import attention_formula
 
-SOURCE = CSRC / "prompt_attention.cu"
-LIST = Path(__file__).with_suffix(".txt")
-TABLE = Path(__file__).with_suffix(".json")
+SOURCES = [CSRC / "prompt_attention.cu"]
+SECONDS = 200  # for all checks of a mutant
+
+# ---- mutants
+
+# What is replaced, and by what. In the kernels operators stand between spaces, a template's brackets don't.
+CHANGES = {
+    **{" < ": " <= ", " <= ": " < ", " > ": " >= ", " >= ": " > ", " == ": " != "},
+    **{" && ": " || ", " || ": " && "},
+    **{" + ": " - ", " - ": " + ", " * ": " + ", " / ": " * ", " % ": " / "},
+    **{" += ": " = ", " *= ": " = ", ": 0.0f": ": 1.0f"},
+    **dict.fromkeys(("sync_threads();", "sync_cluster();", "sync_warp();", "commit_copies();"), ";"),
+    **dict.fromkeys(("continue;", "return;", "break;"), ";"),
+}
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """What stands once in the source, what replaces it, and why that can't be noticed, if it can't."""
+    """One change of a source file: in which line, what that is then, and the file's whole text."""
 
-    before: str
+    source: Path
+    line: int
     after: str
-    excuse: str
+    text: str
 
-    @property
-    def name(self) -> str:
-        return " -> ".join(" ".join(text.split()) for text in (self.before, self.after))
+    def __str__(self) -> str:
+        return f"{self.source.name}:{self.line}: {self.after.strip()}"
 
 
-def mutants(path: Path = LIST) -> list[Mutant]:
-    found = []
-    for block in path.read_text().split("\n\n"):
-        lines = [line for line in block.splitlines() if not line.startswith("#")]
-        if lines:
-            found.append(Mutant(*("\n".join(x[1:] for x in lines if x[0] == mark) for mark in "-+=")))
-    return found
+def mutants(source: Path) -> Iterator[Mutant]:
+    """Every change of CHANGES to the kernels of ``source``: to no comment, directive, constant or message."""
+    lines = source.read_text().splitlines(keepends=True)
+    for number, line in enumerate(lines):
+        code = line.split("//")[0]
+        if re.search(r'^#|"|constexpr|template', code):
+            continue
+        for before, after in CHANGES.items():
+            for found in re.finditer(re.escape(before), code):
+                changed = line[: found.start()] + after + line[found.end() :]
+                text = "".join([*lines[:number], changed, *lines[number + 1 :]])
+                yield Mutant(source, number + 1, changed, text)
 
 
 # ---- checks of a library: what is wrong, or None
@@ -204,18 +222,19 @@ def refusals(kernels: Kernels) -> str | None:
     return None
 
 
-def noticed_by_values(library: Path, checks: list) -> str | None:
-    """In a process of its own: a mutant may do anything."""
+def noticed_by(check: Callable[[], str | None]) -> str | None:
+    """What ``check`` says, in a process of its own: a mutant may do anything."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
+        os.close(read)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        signal.alarm(SECONDS)
+        said = "it crashes"
         try:
-            os.close(read)
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-            kernels = Kernels(library)
-            found = next(filter(None, (check(kernels) for check in checks)), None)
-            os.write(write, (found or "nothing").encode())
+            said = check() or "nothing"
         finally:
+            os.write(write, said.encode())
             os._exit(0)
     os.close(write)
     with os.fdopen(read) as pipe:
@@ -224,72 +243,77 @@ def noticed_by_values(library: Path, checks: list) -> str | None:
     return None if said == "nothing" else said or "it crashes or hangs"
 
 
+def noticed_by_sanitizers(folder: Path, sources: list[Path], words: list[tuple[int, ...]]) -> str | None:
+    """Which of them has something to say of a program that is run with each of ``words``."""
+    for name in ("address", "thread"):
+        program = emulation.build(folder / name, sources, "-O0", "-w", f"-fsanitize={name}")
+        for arguments in words:
+            command = [program, *map(str, arguments)]
+            ran = subprocess.run(command, capture_output=True, text=True, check=False)
+            if ran.stderr or ran.stdout != "finite\n":
+                return f"{name} sanitizer"
+    return None
+
+
 SANITIZED = [
     (1, 37, 20, 5, 2, 1, 72, 0, 227),
     (2, 17, 47, 16, 4, 2, 64, 1, 40),
     (1, 3, 150, 3, 1, 1, 128, 0, 227),
 ]
-SANITIZERS = {
-    "AddressSanitizer": ("-O0", "-w", "-fsanitize=address"),
-    "ThreadSanitizer": ("-O0", "-w", "-fsanitize=thread"),
-}
 
 
-def noticed_by_sanitizers(folder: Path, source: Path) -> str | None:
-    for name, flags in SANITIZERS.items():
-        program = emulation.build(folder / name, [source, CSRC / "emulation" / "attention.cpp"], *flags)
-        for sizes in SANITIZED:
-            ran = subprocess.run([program, *map(str, sizes)], capture_output=True, text=True, check=False)
-            if ran.stderr:
-                return name
-    return None
+def noticed(folder: Path) -> str | None:
+    """What is wrong with the kernels in ``folder``; None if nothing is noticed."""
+    sources, exports = [folder / source.name for source in SOURCES], CSRC / "emulation" / "exports.cpp"
+    library = emulation.build(folder / "attention.so", [*sources, exports], "-O0", "-w", "-shared")
+
+    def first_failure() -> str | None:
+        kernels = Kernels(library)
+        checks = [*(values(sizes) for sizes in SIZES), overflow, extremes, refusals, banks, passes]
+        return next(filter(None, (check(kernels) for check in checks)), None)
+
+    program = [*sources, CSRC / "emulation" / "attention.cpp"]
+    return noticed_by(first_failure) or noticed_by_sanitizers(folder, program, SANITIZED)
 
 
-def noticed(folder: Path, text: str, checks: list) -> str | None:
-    """How ``text`` in the source's place is noticed; None if it is not."""
-    source = folder / SOURCE.name
-    source.write_text(text)
-    library = folder / "attention.so"
-    try:
-        emulation.build(library, [source, CSRC / "emulation" / "exports.cpp"], "-O0", "-w", "-shared")
-    except subprocess.CalledProcessError:
-        raise SyntaxError("a mutant does not compile") from None
-    return noticed_by_values(library, checks) or noticed_by_sanitizers(folder, source)
+# ---- the program
+
+NO_MUTANT = "it does not compile"
 
 
-# ---- the table
-
-
-def source_hash(*sources: Path) -> str:
-    """Of the code without its comments and spaces."""
-    text = re.sub(r"//.*", "", "".join(source.read_text() for source in sources or (SOURCE,)))
-    return hashlib.sha256(re.sub(r"\s+", "", text).encode()).hexdigest()[:16]
-
-
-def write(table: dict[str, str | None]) -> None:
-    TABLE.write_text(json.dumps({"source": source_hash(), "noticed": table}, indent=1) + "\n")
-
-
-def main() -> None:
-    text = SOURCE.read_text()
+def _tried(noticed: Callable[[Path], str | None], sources: list[Path], mutant: Mutant | None) -> str | None:
     torch.set_num_threads(1)
-    checks = [*(values(sizes) for sizes in SIZES), overflow, extremes, refusals, banks, passes]
-    known = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    known = known["noticed"] if known.get("source") == source_hash() else {}
-    table = {}
-    with tempfile.TemporaryDirectory() as folder:
-        found = noticed(Path(folder), text, checks)
-        if found:
-            raise SystemExit(f"the kernels themselves: {found}")
-        for mutant in mutants():
-            how = known.get(mutant.name)
-            if how is None:
-                how = noticed(Path(folder), text.replace(mutant.before, mutant.after), checks)
-                print(mutant.name, "=>", how, flush=True)
-            table[mutant.name] = how
-            write(known | table)
-    write(table)
+    with tempfile.TemporaryDirectory() as name:
+        for source in sources:
+            mutated = mutant is not None and mutant.source == source
+            Path(name, source.name).write_text(mutant.text if mutated else source.read_text())
+        try:
+            return noticed(Path(name))
+        except subprocess.CalledProcessError:
+            return NO_MUTANT
+
+
+def run(noticed: Callable[[Path], str | None], sources: list[Path], description: str) -> None:
+    """The program for the kernels in ``sources``, given what is wrong with those in a folder."""
+    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+    parser.add_argument("--count", type=int, default=100, help="mutants to try")
+    parser.add_argument("--seed", type=int, default=0, help="chooses them")
+    arguments = parser.parse_args()
+    every = [mutant for source in sources for mutant in mutants(source)]
+    picked = random.Random(arguments.seed).sample(every, min(arguments.count, len(every)))
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        wrong = pool.submit(_tried, noticed, sources, None).result()
+        if wrong:
+            raise SystemExit(f"the kernels themselves: {wrong}")
+        running = [(mutant, pool.submit(_tried, noticed, sources, mutant)) for mutant in picked]
+        tried: list[Any] = []
+        for mutant, result in running:
+            if result.result() != NO_MUTANT:
+                tried.append(result.result())
+                print(f"{mutant}\n    {tried[-1] or 'SURVIVED'}", flush=True)
+    count = sum(how is not None for how in tried)
+    print(f"{count} of {len(tried)} mutants were noticed; there are {len(every)} places to change")
 
 
 if __name__ == "__main__":
-    main()
+    run(noticed, SOURCES, __doc__)

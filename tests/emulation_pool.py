@@ -54,7 +54,8 @@ class Forward(ctypes.Structure):
         *((name, Tensor3) for name in ("x", "delta")),
         ("gain", c_void_p),
         ("matrix", Matrix),
-        *((name, c_void_p) for name in ("weight", "bias", "total", "normed", "pooled", "mean", "rstd")),
+        *((name, c_void_p) for name in ("weight", "bias", "norm_weight", "norm_bias")),
+        *((name, c_void_p) for name in ("total", "normed", "pooled", "mean", "rstd")),
         ("one_pass", c_bool),
     )
 
@@ -67,7 +68,7 @@ class Backward(ctypes.Structure):
         *((name, Tensor3) for name in ("total", "grad_total", "grad_normed", "grad_pooled")),
         ("gain", c_void_p),
         ("matrix", Matrix),
-        *((name, c_void_p) for name in ("weight", "bias", "mean", "rstd", "workspace")),
+        *((name, c_void_p) for name in ("weight", "bias", "norm_weight", "mean", "rstd", "workspace")),
         *((name, c_void_p) for name in ("grad_x", "grad_delta", "grad_matrix", "grad_weight", "grad_bias")),
         ("one_pass", c_bool),
     )
@@ -111,6 +112,8 @@ class PoolKernels:
         matrix: Tensor,
         weight: Tensor,
         bias: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
         delta: Tensor | None,
         gain: Tensor | None,
         eps: float,
@@ -131,7 +134,7 @@ class PoolKernels:
             Tensor3.of(delta),
             address(gain),
             Matrix.of(matrix),
-            *map(address, (weight, bias, *outputs)),
+            *map(address, (weight, bias, norm_weight, norm_bias, *outputs)),
             self.one_pass,
         )
         return arguments, outputs
@@ -151,6 +154,7 @@ class PoolKernels:
         matrix: Tensor,
         weight: Tensor,
         bias: Tensor,
+        norm_weight: Tensor | None,
         gain: Tensor | None,
         mean: Tensor,
         rstd: Tensor,
@@ -176,7 +180,7 @@ class PoolKernels:
             *map(Tensor3.of, (total, grad_total, grad_normed, grad_pooled)),
             address(gain),
             Matrix.of(matrix),
-            *map(address, (weight, bias, mean, rstd, self.workspace, *grads)),
+            *map(address, (weight, bias, norm_weight, mean, rstd, self.workspace, *grads)),
             self.one_pass,
         )
         return arguments, tuple(grads)
@@ -195,6 +199,8 @@ class PoolKernels:
         bias: Tensor,
         *,
         num_prefix: int,
+        norm_weight: Tensor | None = None,
+        norm_bias: Tensor | None = None,
         delta: Tensor | None = None,
         gain: Tensor | None = None,
         eps: float,
@@ -202,24 +208,27 @@ class PoolKernels:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """functional.prompt_pool by these kernels."""
         assert x.shape[1] - num_prefix == matrix.shape[1]
-        gain = None if gain is None else gain.float()
-        total, normed, pooled = Pool.apply(self, x, matrix, weight, bias, delta, gain, eps, prompt_eps)
+        frozen = (None if t is None else t.float() for t in (norm_weight, norm_bias, gain))
+        norm_weight, norm_bias, gain = frozen
+        arguments = (x, matrix, weight, bias, norm_weight, norm_bias, delta, gain, eps, prompt_eps)
+        total, normed, pooled = Pool.apply(self, *arguments)
         return x if delta is None else total, normed, pooled
 
 
 class Pool(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, kernels: PoolKernels, *arguments: Any) -> tuple[Tensor | None, Tensor, Tensor]:
-        x, matrix, weight, bias, delta, gain, *ctx.eps = arguments
+        x, *learned, norm_weight, _, delta, gain, eps, prompt_eps = arguments
         total, normed, pooled, mean, rstd = kernels.forward(*arguments)
-        ctx.kernels, ctx.wanted = kernels, (True, delta is not None)
-        ctx.save_for_backward(x if delta is None else total, matrix, weight, bias, gain, mean, rstd)
+        ctx.kernels, ctx.eps, ctx.wanted = kernels, (eps, prompt_eps), (True, delta is not None)
+        tokens = x if delta is None else total
+        ctx.save_for_backward(tokens, *learned, norm_weight, gain, mean, rstd)
         return total, normed, pooled
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor | None, grad_normed: Tensor, grad_pooled: Tensor) -> tuple:
-        total, *learned, mean, rstd = ctx.saved_tensors
+        total, *others = ctx.saved_tensors
         grad_x, grad_delta, *grads = ctx.kernels.backward(
-            total, grad_total, grad_normed, grad_pooled, *learned, mean, rstd, *ctx.eps, wanted=ctx.wanted
+            *(total, grad_total, grad_normed, grad_pooled, *others, *ctx.eps), wanted=ctx.wanted
         )
-        return None, grad_x, *grads, grad_delta, None, None, None
+        return None, grad_x, *grads, None, None, grad_delta, None, None, None

@@ -1,13 +1,8 @@
-"""The compiled CUDA kernels in vapt_fast._C: what they need of a GPU, and their machine code.
-
-It takes no GPU. ``python tests/native.py`` writes csrc/resources.json, for the architectures that this _C was
-compiled for: by default all.
-"""
+"""The machine code of the CUDA kernels in vapt_fast._C, which takes no GPU to read."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -15,8 +10,6 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-
-TABLE = Path(__file__).parent.parent / "csrc" / "resources.json"
 
 
 def find_tool(name: str) -> str | None:
@@ -31,19 +24,14 @@ def find_tool(name: str) -> str | None:
 MISSING = [name for name in ("cuobjdump", "nvdisasm", "c++filt") if find_tool(name) is None]
 
 
-def resources(native: ModuleType) -> dict[str, dict[str, dict[str, int]]]:
-    """Kernel -> architecture -> registers and stack (where spilled registers go) of a thread.
-
-    Shared memory is asked for at launch, see prompt_attention_forward_shared_memory.
-    """
-    needed: dict[str, dict[str, dict[str, int]]] = {}
+def stacks(native: ModuleType) -> dict[str, dict[str, int]]:
+    """Kernel -> architecture -> bytes of a thread's stack, which is where spilled registers go."""
+    sizes: dict[str, dict[str, int]] = {}
     for architecture, dump in _by("arch = ", _dump(native, "--dump-resource-usage")):
         for kernel, usage in _by("Function ", dump):
-            registers, stack = (int(re.search(rf"{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
-            numbers = {"registers": registers, "stack": stack}
-            needed.setdefault(kernel.rstrip(":"), {})[architecture] = numbers
-    names = _readable(list(needed))
-    return {names[kernel]: needed[kernel] for kernel in sorted(needed, key=names.get)}
+            sizes.setdefault(kernel.rstrip(":"), {})[architecture] = int(re.search(r"STACK:(\d+)", usage)[1])
+    names = _readable(list(sizes))
+    return {names[kernel]: of for kernel, of in sizes.items()}
 
 
 def instructions(native: ModuleType, architecture: str) -> dict[str, Counter[str]]:
@@ -82,16 +70,3 @@ def _readable(symbols: list[str]) -> dict[str, str]:
     files = [re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+)_cu_[0-9a-f]{8}", symbol)[1] for symbol in symbols]
     clean = (re.sub(r"vapt_fast::(\(anonymous namespace\)::)?", "", name) for name in demangled)
     return {s: f"{file} {name}" for s, file, name in zip(symbols, files, clean, strict=True)}
-
-
-def main() -> None:
-    from vapt_fast import _C
-
-    kernels = ",\n".join(
-        f"  {json.dumps(name)}: {json.dumps(needs)}" for name, needs in resources(_C).items()
-    )
-    TABLE.write_text(f'{{\n "cuda": {_C.runtime_version},\n "kernels": {{\n{kernels}\n }}\n}}\n')
-
-
-if __name__ == "__main__":
-    main()

@@ -430,7 +430,7 @@ def test_a_status_becomes_an_exception_that_names_the_op_and_its_sizes(compiled)
 # ---- prompt_pool
 
 POOL = {"batch": 2, "prefix": 1, "patches": 9, "dim": 24, "rows": 3}
-LOW = ("x", "delta", "gain")
+FROZEN = ("norm_weight", "norm_bias", "gain")
 
 
 def pool(dtype=torch.bfloat16, seed=0, tokens=None, **sizes):
@@ -447,7 +447,13 @@ def pool(dtype=torch.bfloat16, seed=0, tokens=None, **sizes):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
     "sizes",
-    [{}, {"delta": False}, {"gain": False}, {"prefix": 0, "patches": 20, "dim": 40, "rows": 17}],
+    [
+        {},
+        {"delta": False},
+        {"gain": False},
+        {"affine": False},
+        {"prefix": 0, "patches": 20, "dim": 40, "rows": 17},
+    ],
     ids=str,
 )
 def test_pool_errs_at_most_as_eager_pytorch(dtype, sizes):
@@ -459,11 +465,12 @@ def test_pool_errs_at_most_as_eager_pytorch(dtype, sizes):
     assert_policy(pool_case, cases(), dtype)
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("gain", [False, True])
 @pytest.mark.parametrize("delta", [False, True])
-def test_pool_under_autocast(delta, gain):
+def test_pool_under_autocast(delta, gain, affine):
     """The stream of tokens is float32, and what is added to it is not."""
-    op, _, tensors, options = pool(tokens=torch.float32, delta=delta, gain=gain)
+    op, _, tensors, options = pool(tokens=torch.float32, delta=delta, gain=gain, affine=affine)
     with torch.autocast("cpu", torch.bfloat16):
         actual = results(op, tensors, options)
         expected = results(op, tensors, options | {"backend": "torch"})
@@ -509,6 +516,27 @@ def test_layouts_make_no_difference_to_pool(position):
         assert_same_results(actual, expected, 0, name)
 
 
+@pytest.mark.parametrize("name", FROZEN)
+def test_layouts_and_dtypes_of_what_is_frozen_make_no_difference_to_pool(name):
+    op, _, tensors, options = pool()
+    expected = results(op, tensors, options)
+    frozen = options[name]
+    every_other = torch.stack([frozen, torch.full_like(frozen, float("nan"))], dim=1)[:, 0]
+    for same in (every_other, frozen.float(), frozen.double(), *dict(layouts(frozen)).values()):
+        assert_same_results(results(op, tensors, options | {name: same}), expected, 0)
+
+
+@pytest.mark.parametrize("name", FROZEN)
+def test_pool_keeps_nothing_of_what_is_frozen(name):
+    """A change in place counts from the next call on."""
+    op, _, tensors, options = pool()
+    results(op, tensors, options)
+    changed = options[name] + 1
+    expected = results(op, tensors, options | {name: changed})
+    options[name].copy_(changed)
+    assert_same_results(results(op, tensors, options), expected, 0)
+
+
 @pytest.mark.parametrize("position", range(3))
 def test_layouts_of_incoming_gradients_make_no_difference_to_pool(position):
     op, _, tensors, options = pool()
@@ -550,17 +578,19 @@ def test_pool_reads_no_memory_that_nobody_has_written(monkeypatch):
     assert_same_results(results(op, tensors, options), expected, 0)
 
 
+@pytest.mark.parametrize("affine", [False, True])
 @pytest.mark.parametrize("delta", [False, True])
-def test_opcheck_of_pool(delta):
-    _, _, (x, *learned), options = pool(delta=delta)
+def test_opcheck_of_pool(delta, affine):
+    _, _, (x, *learned), options = pool(delta=delta, affine=affine)
     learned, added = learned[:3], learned[3] if delta else None
     ops, gain = torch.ops.vapt_fast, options["gain"]
+    norm = [options.get(name) for name in ("norm_weight", "norm_bias")]
     rest = (torch.bfloat16, options["num_prefix"], options["eps"], options["prompt_eps"])
     leaves = [t.detach().requires_grad_() for t in (x, *learned)]
-    torch.library.opcheck(ops.cuda_prompt_pool, (leaves[0], added, gain, *leaves[1:], *rest))
-    total, normed, pooled, mean, rstd = ops.cuda_prompt_pool(x, added, gain, *learned, *rest)
+    torch.library.opcheck(ops.cuda_prompt_pool, (leaves[0], added, gain, *norm, *leaves[1:], *rest))
+    total, normed, pooled, mean, rstd = ops.cuda_prompt_pool(x, added, gain, *norm, *learned, *rest)
     incoming = (torch.ones_like(total) if delta else None, torch.ones_like(normed), torch.ones_like(pooled))
-    saved = (total if delta else x, gain, *learned, mean, rstd)
+    saved = (total if delta else x, gain, norm[0], *learned, mean, rstd)
     wanted = (x.dtype, torch.bfloat16 if delta else None)
     torch.library.opcheck(ops.cuda_prompt_pool_backward, (*incoming, *saved, *rest, *wanted))
 
@@ -574,6 +604,13 @@ def test_derivatives_that_pool_has_not():
         grad.sum().backward()
     with pytest.raises(NotImplementedError, match="prompt_pool has no forward-mode derivative"):
         torch.func.jvp(lambda x: op(x, *rest, **options), (x.detach(),), (torch.ones_like(x),))
+    for name in FROZEN:
+
+        def of_frozen(frozen, name=name):
+            return op(x.detach(), *rest, **options | {name: frozen})
+
+        with pytest.raises(NotImplementedError, match="prompt_pool has no forward-mode derivative"):
+            torch.func.jvp(of_frozen, (options[name],), (torch.ones_like(options[name]),))
 
 
 def test_what_pool_has_no_part_for_is_refused():
@@ -588,16 +625,20 @@ def test_what_pool_has_no_part_for_is_refused():
     )
     refused("tokens must have 8, 16, 24, ... channels, got 20", dim=20)
     refused("matrix must be float32, got torch.float64", lambda t: [t[0], t[1].double(), *t[2:]])
-    op, _, tensors, options = pool()
-    options["gain"].requires_grad_()
-    with pytest.raises(BackendUnavailable, match="no gradient of gain"):
-        op(*tensors, **options)
+    for name in FROZEN:
+        op, _, tensors, options = pool()
+        options[name].requires_grad_()
+        with pytest.raises(BackendUnavailable, match=f"no gradient of {name}, which must not require one"):
+            op(*tensors, **options)
+        with torch.no_grad():
+            op(*tensors, **options)
 
 
 def test_a_status_of_pool_becomes_an_exception(compiled):
     counts = {"batch": 1, "prefix": 0, "patches": 1, "channels": 8, "rows": 0}
     sizes = compiled.PromptPoolSizes(dtype="bfloat16", float32_tokens=True, **counts)
-    addresses = dict.fromkeys(("gain", "weight", "bias", "total", "normed", "pooled", "mean", "rstd"), 0)
+    names = ("gain", "weight", "bias", *FROZEN[:2], "total", "normed", "pooled", "mean", "rstd")
+    addresses = dict.fromkeys(names, 0)
     message = r"prompt_pool_forward\(dtype=bfloat16, float32_tokens=True, .*rows=0\): x must not be null"
     with pytest.raises(ValueError, match=message):
         compiled.prompt_pool_forward(

@@ -1,11 +1,9 @@
 """prompt_attention's CUDA kernels on a CPU: values, bounds and races; and the emulation itself."""
 
-import json
 import random
 import subprocess
 from ctypes import byref, c_int64, c_void_p
 
-import cuda_mutants
 import emulation
 import pytest
 import torch
@@ -551,19 +549,3 @@ def test_conversions_are_those_of_pytorch(kernels, dtype, number):
     pointers = (c_void_p(t.data_ptr()) for t in (given, rounded))
     kernels.library.from_float(number, c_int64(len(given)), *pointers)
     assert_equal([rounded.view(dtype)], [given.to(dtype)])
-
-
-# ---- mutants
-
-
-def test_mutants_are_noticed():
-    """python tests/cuda_mutants.py writes the table, and has to do so again when the kernels have changed."""
-    table = json.loads(cuda_mutants.TABLE.read_text())
-    assert table["source"] == cuda_mutants.source_hash()
-    mutants, noticed = cuda_mutants.mutants(), table["noticed"]
-    assert [mutant.name for mutant in mutants] == list(noticed)
-    source = cuda_mutants.SOURCE.read_text()
-    assert all(source.count(mutant.before) == 1 for mutant in mutants)
-    survivors = {name for name, how in noticed.items() if how is None}
-    assert survivors == {mutant.name for mutant in mutants if mutant.excuse}
-    assert len(survivors) <= 0.05 * len(mutants)

