@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from .activations import ACTIVATIONS
+from .arguments import boolean, integer, real
 
 __all__ = ["KINDS", "PromptConfig"]
 
@@ -60,22 +62,25 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, KINDS)
-        _check_int("num_prompts", self.num_prompts, minimum=0)
-        _check_int("static_depth", self.static_depth, minimum=0)
+        self._set("num_prompts", integer("num_prompts", self.num_prompts, minimum=0))
+        self._set("static_depth", integer("static_depth", self.static_depth, minimum=0))
         if self.conv_kernel is not None:
-            _check_int("conv_kernel", self.conv_kernel, minimum=1)
-        _check_int("conv_padding", self.conv_padding, minimum=0)
+            self._set("conv_kernel", integer("conv_kernel", self.conv_kernel, minimum=1))
+        self._set("conv_padding", integer("conv_padding", self.conv_padding, minimum=0))
         if self.conv_padding and (self.conv_kernel is None or self.conv_padding >= self.conv_kernel):
             raise ValueError(
                 f"conv_padding must be smaller than conv_kernel ({self.conv_kernel}), got {self.conv_padding}"
             )
         if self.projector_dim is not None:
-            _check_int("projector_dim", self.projector_dim, minimum=1)
+            self._set("projector_dim", integer("projector_dim", self.projector_dim, minimum=1))
         _check_choice("projector_activation", self.projector_activation, tuple(ACTIVATIONS))
         for name in ("projector_dropout", "prompt_dropout", "channel_dropout"):
-            _check_rate(name, getattr(self, name))
+            self._set(name, _rate(name, getattr(self, name)))
         for name in ("conv_shared", "projector_shared", "projector_scale_learnable", "pool_prompts"):
-            _check_bool(name, getattr(self, name))
+            self._set(name, boolean(name, getattr(self, name)))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> PromptConfig:
@@ -122,20 +127,8 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def _check_int(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
-
-
-def _check_rate(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a float, got {value!r}")
-    if not (0.0 <= value < 1.0) or math.isnan(value):
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+def _rate(name: str, value: object) -> float:
+    rate = real(name, value)
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {rate}")
+    return rate
