@@ -15,7 +15,18 @@ PACKAGE = Path(vapt_fast.__file__).parent
 # Layers from the bottom up; a module may import from its own layer's siblings only where listed as free.
 LAYERS = [
     {"kernels"},
-    {"_version", "activations", "arguments", "config", "data", "source", "prompts", "dropout", "resize", "backbone"},
+    {
+        "_version",
+        "activations",
+        "arguments",
+        "config",
+        "data",
+        "source",
+        "prompts",
+        "dropout",
+        "resize",
+        "backbone",
+    },
     {"backends"},
     {"functional", "frozen"},
     {"reference", "schedule"},

@@ -50,9 +50,9 @@ def boolean(name: str, value: object) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with Python's numbers in the place of numpy's and torch's, also within dicts, lists and tuples.
+    """``value`` with Python's numbers in the place of numpy's and torch's; whatever else there is stays.
 
-    Whatever else there is stays as it is.
+    Dicts, lists and tuples are gone through.
     """
     if type(value) is dict:
         return {plain(key): plain(entry) for key, entry in value.items()}

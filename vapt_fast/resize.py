@@ -86,7 +86,9 @@ def _replace(model: nn.Module, name: str, value: Tensor) -> None:
     path, _, leaf = name.rpartition(".")
     old = model.get_parameter(name)
     setattr(
-        model.get_submodule(path), leaf, nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad)
+        model.get_submodule(path),
+        leaf,
+        nn.Parameter(value.to(old, copy=True), requires_grad=old.requires_grad),
     )
 
 
