@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from os import PathLike
 from typing import Any
 
@@ -13,6 +13,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from . import adapters, reference, schedule
+from .arguments import integer, plain
 from .backbone import (
     check_image_size,
     check_supported,
@@ -27,10 +28,12 @@ from .backbone import (
 )
 from .backends import _dispatch
 from .config import PromptConfig
+from .data import eval_transform, full_data_config
 from .dropout import draw_masks
 from .frozen import PreparedWeights
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_token_projection
+from .source import backbone_source, rebuild_args
 
 __all__ = ["AdaptiveViT"]
 
@@ -67,7 +70,10 @@ class AdaptiveViT(nn.Module):
         config: the PromptConfig.
         backend: what was asked for.
         backbone_name: timm's name of the backbone with its tag; None if it has none.
+        backbone_source: where it comes from; see vapt_fast.source.backbone_source.
         adapter_metadata: what the user stored with the adapter that was loaded last.
+        class_names: a name for each class, as stored with the adapter that was loaded last; None if unknown.
+        data_config: how images are prepared, where not as the backbone's ``pretrained_cfg`` says.
     """
 
     def __init__(
@@ -85,15 +91,18 @@ class AdaptiveViT(nn.Module):
             raise TypeError(f"prompts must be a PromptConfig, got {type(config).__name__}")
         if backend is not None:
             _dispatch.check_backend(backend)
+        by_name, timm_options = isinstance(backbone, str), plain(timm_options)
         model = _make_backbone(backbone, pretrained, timm_options)
         _check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
 
         self.config = config
         self.backend = backend
-        self.backbone_name = _timm_name(model)
+        self.backbone_source = backbone_source(model, timm_options, pretrained if by_name else None)
+        self.backbone_name = self.backbone_source["name"]
         self.adapter_metadata: dict[str, Any] = {}
+        self.class_names: tuple[str, ...] | None = None
+        self.data_config: dict[str, Any] = {}
         self.grad_checkpointing = False
-        self._timm_options = timm_options if isinstance(backbone, str) else {}
         self._image_size = image_size(model)
         self._prepared = PreparedWeights()
         # The head comes last of all parameters, inside the backbone: timm's gradient clipping counts on it.
@@ -127,6 +136,20 @@ class AdaptiveViT(nn.Module):
         """What an adapter holds, prompts and head, by its names in the state dict."""
         prefixes = ("prompts.", *(f"backbone.{name}." for name in head_names(self.backbone)))
         return ((name, p) for name, p in self.named_parameters() if name.startswith(prefixes))
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What an adapter holds, parameters and buffers, by the names in its file: prompts.*, head.*."""
+        prefixes = ("prompts.", *(f"backbone.{name}." for name in head_names(self.backbone)))
+        state = self.state_dict(keep_vars=True)
+        return {
+            name.removeprefix("backbone."): value
+            for name, value in state.items()
+            if name.startswith(prefixes)
+        }
+
+    def transform(self) -> Any:
+        """From a PIL image to the tensor (in_chans, H, W) that the model takes; see vapt_fast.data."""
+        return eval_transform(full_data_config(self.pretrained_cfg, self.data_config))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters to give to an optimizer."""
@@ -314,16 +337,13 @@ class AdaptiveViT(nn.Module):
     @property
     def backbone_args(self) -> dict[str, Any]:
         """Keywords for ``timm.create_model`` that make this backbone again, head and input size included."""
-        args = {
-            **self._timm_options,
-            "num_classes": self.num_classes,
-            "in_chans": self.backbone.in_chans,
-            "global_pool": self.global_pool,
-            "img_size": list(self._image_size),
-        }
-        args.pop("dtype", None)  # the dtype of an adapter's backbone is its user's choice
-        args.pop("device", None)
-        return args
+        return rebuild_args(
+            self.backbone,
+            num_classes=self.num_classes,
+            in_chans=self.backbone.in_chans,
+            global_pool=self.global_pool,
+            img_size=list(self._image_size),
+        )
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
@@ -365,6 +385,7 @@ class AdaptiveViT(nn.Module):
             TypeError, ValueError: not a number of classes, or a pooling that the backbone can't do.
         """
         _reset_classifier(self.backbone, self.config, num_classes, global_pool)
+        self.class_names = None
         self._freeze()
         self.train(self.training)
 
@@ -456,9 +477,24 @@ class AdaptiveViT(nn.Module):
 
     # ---- adapters
 
-    def save_adapter(self, folder: str | PathLike, *, metadata: dict[str, Any] | None = None) -> None:
+    def save_adapter(
+        self,
+        folder: str | PathLike,
+        *,
+        metadata: dict[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        include_backbone: bool = False,
+    ) -> None:
         """Write prompts and head to ``folder``; see vapt_fast.adapters.save."""
-        adapters.save(self, folder, metadata)
+        adapters.save(
+            self,
+            folder,
+            metadata=metadata,
+            class_names=class_names,
+            data_config=data_config,
+            include_backbone=include_backbone,
+        )
 
     def load_adapter(self, folder: str | PathLike, *, check_backbone: bool = True) -> None:
         """Read prompts and head from ``folder``; see vapt_fast.adapters.load."""
@@ -469,12 +505,20 @@ class AdaptiveViT(nn.Module):
         cls,
         folder: str | PathLike,
         *,
-        backbone: nn.Module | None = None,
+        backbone: nn.Module | str | None = None,
+        weights: str | PathLike | None = None,
         check_backbone: bool = True,
         backend: str | None = None,
     ) -> AdaptiveViT:
-        """The model of the adapter in ``folder``; see vapt_fast.adapters.build."""
-        return adapters.build(cls, folder, backbone=backbone, check_backbone=check_backbone, backend=backend)
+        """The model of the adapter in ``folder``, in eval mode; see vapt_fast.adapters.build."""
+        return adapters.build(
+            cls,
+            folder,
+            backbone=backbone,
+            weights=weights,
+            check_backbone=check_backbone,
+            backend=backend,
+        )
 
 
 def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -496,6 +540,7 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
         check_supported(model)
         return model
     check_supported(backbone)
+    backbone.num_classes = integer("backbone.num_classes", backbone.num_classes)
     if pretrained:
         raise ValueError("pretrained=True needs the name of a backbone; a timm model keeps its own weights")
     unknown = sorted(set(options) - {"num_classes", "global_pool"})
@@ -510,10 +555,7 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
 def _reset_classifier(
     model: nn.Module, config: PromptConfig | None, num_classes: int, global_pool: str | None
 ) -> None:
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
-        raise TypeError(f"num_classes must be an int, got {num_classes!r}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+    num_classes = integer("num_classes", num_classes, minimum=0)
     if global_pool is not None and config is not None:
         _check_pooling(config, global_pool, global_pool == "map")
     before = model.num_classes
@@ -530,9 +572,3 @@ def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool)
         raise ValueError(
             f"pool_prompts=True needs a backbone with global_pool in {AVERAGING}, got {global_pool!r}"
         )
-
-
-def _timm_name(model: nn.Module) -> str | None:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    architecture, tag = cfg.get("architecture"), cfg.get("tag")
-    return f"{architecture}.{tag}" if architecture and tag else architecture
