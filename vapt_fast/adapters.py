@@ -48,6 +48,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -287,8 +288,13 @@ def backbone_fingerprint(model: nn.Module) -> str:
     The head, being trained, is left out. Values are rounded to bfloat16 first, so that a bfloat16 copy of a
     float32 backbone has the same fingerprint (a float16 copy has not: it rounds to other values).
     """
+    return fingerprint(_frozen_state(model))
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """The sha256 of names, shapes and values, as ``backbone_fingerprint`` has them."""
     digest = hashlib.sha256()
-    for name, value in sorted(_frozen_state(model).items()):
+    for name, value in sorted(state.items()):
         value = value.detach().to("cpu", torch.bfloat16 if value.is_floating_point() else value.dtype)
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy())
@@ -790,13 +796,14 @@ def _check_rebuild(adapter: _Adapter, name: str | None, weights: str | os.PathLi
         if path := saved.get("weights_path"):
             problems.append(
                 f"it has the weights of the file {path!r} on the machine where it was saved, and no adapter "
-                f"may choose which files are opened; if you trust that file, pass it: weights={path!r}"
+                f"may choose which files are opened; if you trust that file, pass it: weights={path!r}, or "
+                f"--weights {shlex.quote(str(path))} on the command line"
             )
         elif is_local(saved["name"]):
             problems.append(
                 f"it was made from {saved['name']!r} on the machine where it was saved, and no adapter may "
                 "choose which files are opened; if you trust that folder, pass it: "
-                f"backbone={saved['name']!r}"
+                f"backbone={saved['name']!r}, or --backbone {shlex.quote(saved['name'])} on the command line"
             )
     if problems:
         raise AdapterError(_cannot_make(adapter), problems)

@@ -76,7 +76,7 @@ def load_weights(backbone: nn.Module, path: str | PathLike) -> None:
     """Load a timm model's weights from a file, all but the head's, or change nothing.
 
     Weights of another image size are resampled, and the names of other code bases translated, as timm does
-    when it loads pre-trained weights.
+    when it loads pre-trained weights. The model's ``pretrained_cfg`` says from then on which file it was.
 
     Args:
         backbone: the timm model.
@@ -120,3 +120,8 @@ def load_weights(backbone: nn.Module, path: str | PathLike) -> None:
             "\n  - ".join([f"weights {str(path)!r} do not fit {type(backbone).__name__}:", *problems])
         )
     backbone.load_state_dict(state, strict=False)  # the head's are the only ones missing
+    # timm's key for where the weights came from
+    backbone.pretrained_cfg = {
+        **(getattr(backbone, "pretrained_cfg", None) or {}),
+        "file": str(path.absolute()),
+    }
