@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 from .activations import ACTIVATIONS
 from .arguments import boolean, integer, real
 
-__all__ = ["KINDS", "PromptConfig"]
+__all__ = ["KINDS", "PromptConfig", "explain_unexpected", "split_options"]
 
 KINDS = ("adaptive", "deep", "shallow")
 
@@ -116,6 +119,55 @@ class PromptConfig:
                 f"{grid[0]}x{grid[1]} patch grid; use a smaller kernel, more padding or a larger image"
             )
         return height, width
+
+
+def split_options(
+    prompts: PromptConfig | None, options: Mapping[str, Any]
+) -> tuple[PromptConfig, dict[str, Any]]:
+    """The options of the prompts, and all others.
+
+    timm.create_model drops keywords that are None, so 0 says it for the two options where None matters:
+    ``conv_kernel=0`` means no convolution and ``projector_dim=0`` no projector.
+
+    Args:
+        prompts: all options of the prompts, None if ``options`` has them.
+        options: keywords of any sort.
+
+    Raises:
+        TypeError: ``prompts`` is not a PromptConfig, or there are options of the prompts beside it.
+        TypeError, ValueError: as PromptConfig raises.
+    """
+    names = {field.name for field in fields(PromptConfig)}
+    own = {name: value for name, value in options.items() if name in names}
+    if prompts is None:
+        own |= {name: None for name in ("conv_kernel", "projector_dim") if own.get(name) == 0}
+        prompts = PromptConfig(**own)
+    elif not isinstance(prompts, PromptConfig):
+        raise TypeError(f"prompts must be a PromptConfig, got {type(prompts).__name__}")
+    elif own:
+        raise TypeError(
+            f"options of the prompts must be given as keywords or as prompts=PromptConfig(...), got both: "
+            f"{sorted(own)} beside prompts"
+        )
+    return prompts, {name: value for name, value in options.items() if name not in names}
+
+
+# Options of timm's that people mean when they mistype one.
+_TIMM_OPTIONS = ("num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "patch_size", "embed_dim")
+
+
+def explain_unexpected(error: TypeError, options: Collection[str], backbone: str) -> TypeError | None:
+    """What is wrong, if ``error`` is timm's about one of ``options`` that it does not know; else None."""
+    match = re.search(r"unexpected keyword argument(?:\(s\): \[)? ?'(\w+)'", str(error))
+    if match is None or match[1] not in options:
+        return None
+    name, own = match[1], [field.name for field in fields(PromptConfig)]
+    close = difflib.get_close_matches(name, [*own, "backend", "pretrained", *_TIMM_OPTIONS], n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else "."
+    return TypeError(
+        f"{name!r} is an option neither of the prompts nor of timm's {backbone}{meant} The prompts' options "
+        f"are {own}"
+    )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from typing import Any
 
 import timm
@@ -49,18 +49,13 @@ def _entrypoint(name: str) -> Callable[..., AdaptiveViT]:
         prompts: PromptConfig | None = None,
         **options: Any,
     ) -> AdaptiveViT:
-        names = {field.name for field in fields(PromptConfig)} & options.keys()
-        chosen = {key: options.pop(key) for key in names}
-        # timm.create_model drops keywords that are None, so 0 says it for the two options where None matters.
-        chosen |= {key: None for key in ("conv_kernel", "projector_dim") if chosen.get(key) == 0}
         options = {key: value for key, value in options.items() if value is not None}
         tagged = name
         if isinstance(pretrained_cfg, str) and pretrained_cfg:
             tagged = f"{name}.{pretrained_cfg}"
         elif pretrained_cfg:
             options["pretrained_cfg"] = _backbone_cfg(pretrained_cfg)
-        config = replace(PromptConfig() if prompts is None else prompts, **chosen)
-        return AdaptiveViT(tagged, prompts=config, pretrained=pretrained, **options)
+        return AdaptiveViT(tagged, prompts=prompts, pretrained=pretrained, **options)
 
     create.__name__ = create.__qualname__ = PREFIX + name
     create.__doc__ = (

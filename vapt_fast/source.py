@@ -13,7 +13,7 @@ from torch import nn
 
 from .arguments import plain
 
-__all__ = ["LOCAL_ARGS", "backbone_source", "is_local", "load_weights", "rebuild_args"]
+__all__ = ["LOCAL_ARGS", "backbone_source", "check_state_names", "is_local", "load_weights", "rebuild_args"]
 
 # Arguments of timm.create_model that say where one machine finds the weights. Another machine has no use for
 # them, and an adapter from a stranger must not choose which files are opened.
@@ -125,3 +125,19 @@ def load_weights(backbone: nn.Module, path: str | PathLike) -> None:
         **(getattr(backbone, "pretrained_cfg", None) or {}),
         "file": str(path.absolute()),
     }
+
+
+def check_state_names(state: Mapping[str, Any], backbone: nn.Module) -> None:
+    """Raise if a state dict meant for an AdaptiveViT is one of its backbone as timm has it.
+
+    Raises:
+        RuntimeError: it is, as torch's own refusals of state dicts; with what to do.
+    """
+    known = state.keys() & backbone.state_dict().keys()
+    if known and not any(name.startswith(("backbone.", "prompts.", "adapters.")) for name in state):
+        raise RuntimeError(
+            f"the state dict is one of a timm model without prompts: it has {sorted(known)[0]!r}, which is "
+            f"'backbone.{sorted(known)[0]}' here. Make the timm model with these weights first: "
+            "AdaptiveViT(timm.create_model(name, checkpoint_path=...)). In timm's own scripts, give them as "
+            "--pretrained --pretrained-path FILE instead of --initial-checkpoint"
+        )
