@@ -27,13 +27,13 @@ from .backbone import (
     similar_names,
 )
 from .backends import _dispatch
-from .config import PromptConfig
+from .config import PromptConfig, explain_unexpected, split_options
 from .data import eval_transform, full_data_config
 from .dropout import draw_masks
 from .frozen import PreparedWeights
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_token_projection
-from .source import backbone_source, rebuild_args
+from .source import backbone_source, check_state_names, rebuild_args
 
 __all__ = ["AdaptiveViT"]
 
@@ -50,13 +50,14 @@ class AdaptiveViT(nn.Module):
     Args:
         backbone: the name of a timm model, as ``"vit_base_patch16_224.augreg_in21k"``, or a timm model, which
             is used as it is and whose parameters are frozen.
-        prompts: the options of the prompts; VAPT's defaults if None.
+        prompts: the options of the prompts. None to give them as keywords (``num_prompts=50``); VAPT's
+            defaults for all others.
         backend: "auto", "reference", "torch", "triton", "cuda" or "kernels"; see vapt_fast.use_backend. None
             leaves the choice to the environment variable VAPT_FAST_BACKEND, then "auto".
         pretrained: load the backbone's pre-trained weights; only with a name.
-        timm_options: with a name, anything ``timm.create_model`` takes (``num_classes``, ``img_size``,
-            ``in_chans``, ``global_pool``, ``drop_rate``, ...); with a timm model, only ``num_classes`` and
-            ``global_pool``.
+        options: those of PromptConfig; with a name, anything ``timm.create_model`` takes (``num_classes``,
+            ``img_size``, ``in_chans``, ``global_pool``, ``drop_rate``, ...); with a timm model, only
+            ``num_classes`` and ``global_pool``.
 
     Raises:
         TypeError: arguments of a wrong type.
@@ -83,15 +84,13 @@ class AdaptiveViT(nn.Module):
         prompts: PromptConfig | None = None,
         backend: str | None = None,
         pretrained: bool = False,
-        **timm_options: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        config = PromptConfig() if prompts is None else prompts
-        if not isinstance(config, PromptConfig):
-            raise TypeError(f"prompts must be a PromptConfig, got {type(config).__name__}")
+        config, options = split_options(prompts, options)
         if backend is not None:
             _dispatch.check_backend(backend)
-        by_name, timm_options = isinstance(backbone, str), plain(timm_options)
+        by_name, timm_options = isinstance(backbone, str), plain(options)
         model = _make_backbone(backbone, pretrained, timm_options)
         _check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
 
@@ -471,6 +470,11 @@ class AdaptiveViT(nn.Module):
         self._prepared.clear()
         return super()._apply(fn, recurse)
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of every module; the weights of a timm model are refused with advice."""
+        check_state_names(state_dict, self.backbone)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self._prepared.clear()
         super()._load_from_state_dict(*args, **kwargs)
@@ -536,7 +540,13 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
             raise ValueError(
                 f"backbone {backbone!r} is no timm model; similar names: {similar_names(backbone)}"
             )
-        model = timm.create_model(backbone, pretrained=pretrained, **options)
+        try:
+            model = timm.create_model(backbone, pretrained=pretrained, **options)
+        except TypeError as error:
+            explained = explain_unexpected(error, options, backbone)
+            if explained is None:
+                raise
+            raise explained from error
         check_supported(model)
         return model
     check_supported(backbone)
@@ -545,7 +555,10 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
         raise ValueError("pretrained=True needs the name of a backbone; a timm model keeps its own weights")
     unknown = sorted(set(options) - {"num_classes", "global_pool"})
     if unknown:
-        raise TypeError(f"options {unknown} need the name of a backbone; the timm model is used as it is")
+        raise TypeError(
+            f"options {unknown} need the name of a backbone; the timm model is used as it is, and takes "
+            "num_classes, global_pool and the options of PromptConfig only"
+        )
     if options:
         num_classes = options.get("num_classes", backbone.num_classes)
         _reset_classifier(backbone, None, num_classes, options.get("global_pool"))
