@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .activations import ACTIVATIONS
@@ -91,6 +91,10 @@ class PromptConfig:
         if unknown:
             raise TypeError(f"unknown prompt options {unknown}, expected some of {known}")
         return cls(**options)
+
+    def as_keywords(self) -> dict[str, Any]:
+        """The options as keywords for timm.create_model, with 0 for None, which it would drop."""
+        return {name: 0 if value is None else value for name, value in asdict(self).items()}
 
     def num_static_blocks(self, depth: int) -> int:
         """How many of ``depth`` blocks, from block 0 on, get their prompts from a learned table."""

@@ -13,7 +13,18 @@ from torch import nn
 
 from .arguments import plain
 
-__all__ = ["LOCAL_ARGS", "backbone_source", "check_state_names", "is_local", "load_weights", "rebuild_args"]
+__all__ = [
+    "LOCAL_ARGS",
+    "PREFIX",
+    "backbone_source",
+    "check_state_names",
+    "is_local",
+    "load_weights",
+    "rebuild_args",
+]
+
+# of the names under which timm knows an architecture with prompts
+PREFIX = "vapt_"
 
 # Arguments of timm.create_model that say where one machine finds the weights. Another machine has no use for
 # them, and an adapter from a stranger must not choose which files are opened.
