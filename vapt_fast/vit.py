@@ -33,7 +33,7 @@ from .dropout import draw_masks
 from .frozen import PreparedWeights
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_token_projection
-from .source import backbone_source, check_state_names, rebuild_args
+from .source import PREFIX, backbone_source, check_state_names, rebuild_args
 
 __all__ = ["AdaptiveViT"]
 
@@ -436,6 +436,8 @@ class AdaptiveViT(nn.Module):
         """timm's description of the backbone's weights: mean, std, input size, interpolation, ..."""
         cfg = dict(getattr(self.backbone, "pretrained_cfg", None) or {})
         cfg["input_size"] = (self.backbone.in_chans, *self._image_size)
+        if cfg.get("architecture"):
+            cfg["architecture"] = PREFIX + cfg["architecture"]
         for key in ("first_conv", "classifier"):
             names = cfg.get(key)
             if isinstance(names, str):
@@ -445,6 +447,21 @@ class AdaptiveViT(nn.Module):
         return cfg
 
     default_cfg = pretrained_cfg
+
+    # What timm's save_for_hf and push_to_hf_hub keep to make a model again. timm.create_model also sets it,
+    # to what it was called with, but the model knows better.
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        return {**self.backbone_args, **self.config.as_keywords()}
+
+    @_model_args.setter
+    def _model_args(self, value: dict[str, Any]) -> None:
+        pass
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        traits = {**getattr(self.backbone, "_traits", {}), "img_size": self._image_size}
+        return traits | {"first_conv": self.pretrained_cfg.get("first_conv")}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers don't decay. All of them are frozen here."""
@@ -547,6 +564,11 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
             if explained is None:
                 raise
             raise explained from error
+        if isinstance(model, AdaptiveViT):
+            raise ValueError(
+                f"backbone {backbone!r} is a model with prompts already; make it by "
+                f"timm.create_model({backbone!r}, {pretrained=})"
+            )
         check_supported(model)
         return model
     check_supported(backbone)
