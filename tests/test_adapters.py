@@ -18,16 +18,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
 import torch
+from PIL import Image
+from timm.models import save_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 import vapt_fast
-from vapt_fast import AdapterError, AdaptiveViT, BackendUnavailable, PromptConfig, adapters
+from vapt_fast import AdapterError, AdaptiveViT, BackendUnavailable, PromptConfig, adapters, source
 
 CONFIG, WEIGHTS = adapters.CONFIG_NAME, adapters.WEIGHTS_NAME
 VIT = {"img_size": 16, "patch_size": 4, "num_classes": 3, "embed_dim": 8, "depth": 3, "num_heads": 2}
@@ -55,7 +58,7 @@ def make_model(config: PromptConfig = SMALL, seed: int = 0, **options: Any) -> A
 
 
 def learned(model: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().clone() for name, parameter in model.named_adapter_parameters()}
+    return {name: value.detach().clone() for name, value in model.adapter_state().items()}
 
 
 def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -177,7 +180,7 @@ def test_pooled_prompts(tmp_path: Path) -> None:
 def test_file_holds_only_prompts_and_head(folder: Path) -> None:
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
     assert same(tensors, learned(make_model()))
-    assert all(name.startswith(("prompts.", "backbone.head.")) for name in tensors)
+    assert all(name.startswith(("prompts.", "head.")) for name in tensors)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +263,7 @@ def test_config_tells_everything(tmp_path: Path) -> None:
         "std": [0.5, 0.5, 0.5],
         "interpolation": "bicubic",
         "crop_pct": 0.9,
+        "crop_mode": "center",
     }
     assert config["metadata"] == {"task": "pets"}
     assert set(config["tensors"]) == set(learned(model))
@@ -327,12 +331,410 @@ def test_unavailable_backend_is_not_blamed_on_the_download(
         adapters.build(unavailable, tmp_path)
 
 
-def test_where_one_machine_keeps_weights_is_not_saved(tmp_path: Path) -> None:
-    class Local(AdaptiveViT):
-        backbone_args = {"num_classes": 3, "checkpoint_path": "/home/me/vit.pth"}  # noqa: RUF012
+TINY = {"img_size": 32, "depth": 2, "embed_dim": 24, "num_heads": 2}
 
-    Local(make_backbone(), prompts=SMALL).save_adapter(tmp_path)
-    assert adapters.read_config(tmp_path)["backbone"]["args"] == {"num_classes": 3}
+
+def timm_model(seed: int = 0, **options: Any) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model("vit_tiny_patch16_224", **TINY | {"num_classes": 3} | options)
+
+
+@pytest.fixture
+def local_dir(tmp_path: Path) -> str:
+    """A backbone in a folder, as timm's save_for_hf leaves it."""
+    save_for_hf(timm_model(num_classes=7), str(tmp_path / "published"))
+    return f"local-dir:{tmp_path / 'published'}"
+
+
+def test_a_folder_of_timms_is_named_but_only_opened_if_the_user_says_so(
+    tmp_path: Path, local_dir: str
+) -> None:
+    model = AdaptiveViT(local_dir, pretrained=True, num_classes=3, prompts=SMALL)
+    model.save_adapter(tmp_path / "adapter")
+    saved = adapters.read_config(tmp_path / "adapter")["backbone"]
+    assert (saved["name"], saved["architecture"]) == (local_dir, "vit_tiny_patch16_224")
+    assert saved["args"]["depth"] == 2
+    with pytest.raises(AdapterError) as raised:
+        AdaptiveViT.from_adapter(tmp_path / "adapter")
+    assert f"if you trust that folder, pass it: backbone={local_dir!r}" in str(raised.value)
+    built = AdaptiveViT.from_adapter(tmp_path / "adapter", backbone=local_dir)
+    assert same(built.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize("source", ["local-dir", "LOCAL-DIR", " local-dir"])
+def test_no_spelling_of_a_folder_is_opened(
+    folder: Path, source: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edit_config(folder, lambda c: c["backbone"].update(name=f"{source}:/etc", args={}))
+    monkeypatch.setattr(timm.models._factory, "load_model_config_from_path", lambda *_: pytest.fail("opened"))
+    with pytest.raises(AdapterError):
+        AdaptiveViT.from_adapter(folder)
+
+
+def test_a_timm_model_of_the_users_is_named(tmp_path: Path, local_dir: str) -> None:
+    backbone = timm.create_model(local_dir, pretrained=True, num_classes=3)
+    AdaptiveViT(backbone, prompts=SMALL).save_adapter(tmp_path / "a")
+    assert adapters.read_config(tmp_path / "a")["backbone"]["name"] == local_dir
+    AdaptiveViT(timm_model(), prompts=SMALL).save_adapter(tmp_path / "b")
+    saved = adapters.read_config(tmp_path / "b")["backbone"]
+    assert saved["name"] == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    assert {key: saved["args"][key] for key in ("depth", "embed_dim", "num_heads")} == {
+        "depth": 2,
+        "embed_dim": 24,
+        "num_heads": 2,
+    }
+
+
+def test_a_repository_of_the_hub_is_named() -> None:
+    backbone = timm_model()
+    backbone.pretrained_cfg |= {"source": "hf-hub", "hf_hub_id": "someone/model@v1"}
+    assert AdaptiveViT(backbone).backbone_name == "hf-hub:someone/model@v1"
+
+
+@pytest.mark.parametrize("how", ["checkpoint_path", "file"])
+def test_a_file_of_weights_is_named_but_only_opened_if_the_user_says_so(tmp_path: Path, how: str) -> None:
+    path = tmp_path / "weights.safetensors"
+    safetensors.torch.save_file(timm_model(seed=5).state_dict(), path)
+    if how == "checkpoint_path":
+        options: dict[str, Any] = {"checkpoint_path": str(path)}
+    else:
+        options = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path), "num_classes": 3}}
+    model = AdaptiveViT("vit_tiny_patch16_224", prompts=SMALL, num_classes=3, **TINY, **options)
+    model.save_adapter(tmp_path / "adapter")
+    saved = adapters.read_config(tmp_path / "adapter")["backbone"]
+    assert saved["weights_path"] == str(path)
+    assert not adapters.LOCAL_ARGS & saved["args"].keys()
+    with pytest.raises(AdapterError) as raised:
+        AdaptiveViT.from_adapter(tmp_path / "adapter")
+    assert f"if you trust that file, pass it: weights={str(path)!r}" in str(raised.value)
+    built = AdaptiveViT.from_adapter(tmp_path / "adapter", weights=path)
+    assert same(built.state_dict(), model.state_dict())
+
+
+def test_the_packages_own_weights_are_no_file_of_the_users(tmp_path: Path) -> None:
+    AdaptiveViT("vit_digits_patch4_32", pretrained=True, prompts=SMALL).save_adapter(tmp_path)
+    assert adapters.read_config(tmp_path)["backbone"]["weights_path"] is None
+    AdaptiveViT.from_adapter(tmp_path)
+
+
+def test_weights_are_for_a_backbone_made_by_its_name(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="weights are for a backbone that is made by its name"):
+        AdaptiveViT.from_adapter(folder, backbone=make_backbone(), weights=tmp_path / "w.pth")
+
+
+def write_weights(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    state = timm_model().state_dict()
+    torch.save(change(state) or state, path)
+    return path
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_files_of_weights(tmp_path: Path, key: str | None) -> None:
+    path = write_weights(tmp_path / "w.pth", lambda state: {key: state, "epoch": 3} if key else state)
+    backbone = timm_model(seed=1, num_classes=9)
+    head = backbone.head.weight.clone()
+    source.load_weights(backbone, path)
+    for name, value in timm_model().state_dict().items():
+        assert torch.equal(backbone.state_dict()[name], value) or name.startswith("head.")
+    assert torch.equal(backbone.head.weight, head)
+
+
+def test_files_of_weights_that_do_not_fit(tmp_path: Path) -> None:
+    def change(state: dict[str, Any]) -> None:
+        del state["norm.weight"]
+        state["extra"] = torch.zeros(1)
+        state["cls_token"] = torch.zeros(1, 1, 5)
+
+    backbone = timm_model(seed=1)
+    before = {name: value.clone() for name, value in backbone.state_dict().items()}
+    with pytest.raises(ValueError, match="do not fit VisionTransformer") as raised:
+        source.load_weights(backbone, write_weights(tmp_path / "w.pth", change))
+    assert str(raised.value).splitlines()[1:] == [
+        "  - norm.weight: missing",
+        "  - cls_token: shape (1, 1, 5), expected (1, 1, 24)",
+        "  - extra: unexpected",
+    ]
+    assert same(backbone.state_dict(), before)
+
+
+def test_files_that_hold_no_weights(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        source.load_weights(timm_model(), tmp_path / "w.pth")
+    for content in (b"", b"x" * 100, (tmp_path.name * 9).encode()):
+        for name in ("w.pth", "w.safetensors"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(ValueError, match="can't be read as a state dict"):
+                source.load_weights(timm_model(), tmp_path / name)
+    with pytest.raises(ValueError, match="can't be read as a state dict"):
+        source.load_weights(timm_model(), write_weights(tmp_path / "w.pth", lambda _: {"code": os.system}))
+    whole = AdaptiveViT(timm_model(), prompts=SMALL).state_dict()
+    with pytest.raises(ValueError, match="of a whole AdaptiveViT"):
+        source.load_weights(timm_model(), write_weights(tmp_path / "w.pth", lambda _: whole))
+
+
+# ---- the backbone in the folder
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224"])
+def test_a_folder_with_its_backbone_needs_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    backbone = timm.create_model(name, num_classes=3, drop_rate=0.1, **TINY)
+    model = AdaptiveViT(backbone, prompts=SMALL).to(dtype).eval()
+    model.save_adapter(tmp_path, include_backbone=True)
+    config = adapters.read_config(tmp_path)
+    digits = config["backbone"]["file_sha256"][:16]
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS, f"backbone-{digits}.safetensors"]
+    monkeypatch.setattr(timm.models._builder, "load_pretrained", lambda *_, **__: pytest.fail("downloaded"))
+    built = AdaptiveViT.from_adapter(tmp_path)
+    assert same(built.state_dict(), model.state_dict())
+    images = torch.randn(2, 3, 32, 32, dtype=dtype)
+    assert torch.equal(built(images), model(images))
+    assert not any(p.requires_grad for n, p in built.named_parameters() if n.startswith("backbone.blocks"))
+    # the adapter alone also goes into a backbone of the user's
+    AdaptiveViT.from_adapter(tmp_path, backbone=copy.deepcopy(backbone))
+
+
+def with_backbone(folder: Path, seed: int = 0) -> tuple[AdaptiveViT, Path]:
+    model = AdaptiveViT(timm_model(seed), prompts=SMALL)
+    model.save_adapter(folder, include_backbone=True)
+    (path,) = folder.glob("backbone-*")
+    return model, path
+
+
+def test_a_damaged_or_missing_backbone_is_refused(tmp_path: Path) -> None:
+    _, path = with_backbone(tmp_path)
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(AdapterError, match="sha256 differs"):
+        AdaptiveViT.from_adapter(tmp_path)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        AdaptiveViT.from_adapter(tmp_path)
+
+
+@pytest.mark.parametrize("digest", ["../../../etc/passwd", "0" * 63, 5])
+def test_an_adapter_may_not_choose_the_backbones_file(tmp_path: Path, digest: Any) -> None:
+    with_backbone(tmp_path)
+    edit_config(tmp_path, lambda c: c["backbone"].update(file_sha256=digest))
+    with pytest.raises(AdapterError, match="file_sha256 is"):
+        AdaptiveViT.from_adapter(tmp_path)
+
+
+def test_a_backbone_never_takes_the_place_of_one_that_is_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, first = with_backbone(tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "replace", 2, DiskFull)  # the adapter itself
+        with pytest.raises(DiskFull):
+            with_backbone(tmp_path, seed=1)
+    with pytest.warns(UserWarning, match="was not saved together with"):
+        assert same(AdaptiveViT.from_adapter(tmp_path).state_dict(), model.state_dict())
+    second_model, second = with_backbone(tmp_path, seed=1)  # and removes the one that no adapter needs
+    assert second != first
+    assert same(AdaptiveViT.from_adapter(tmp_path).state_dict(), second_model.state_dict())
+    second_model.save_adapter(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [CONFIG, WEIGHTS]
+
+
+def test_a_backbone_that_timm_cannot_make_again_is_not_included(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"a backbone that timm.create_model has made; .*backbone="):
+        make_model().save_adapter(tmp_path / "new", include_backbone=True)
+    backbone = timm_model()
+    backbone.blocks[1].attn.proj = nn.Sequential(backbone.blocks[1].attn.proj)
+    model = AdaptiveViT(backbone, prompts=SMALL)
+    with pytest.raises(AdapterError, match=r"which was changed: \['blocks.1.attn.proj.0.weight'"):
+        model.save_adapter(tmp_path / "new", include_backbone=True)
+    assert not (tmp_path / "new").exists()
+
+
+def test_random_weights_are_told(tmp_path: Path) -> None:
+    model = AdaptiveViT("vit_digits_patch4_32", prompts=SMALL)
+    model.save_adapter(tmp_path)
+    with pytest.raises(AdapterError, match=r"pretrained=False.*include_backbone=True"):
+        AdaptiveViT.from_adapter(tmp_path)
+    model.save_adapter(tmp_path, include_backbone=True)
+    assert same(AdaptiveViT.from_adapter(tmp_path).state_dict(), model.state_dict())
+
+
+def test_resampled_positions_come_back(tmp_path: Path) -> None:
+    """From one size to another and back, the backbone is the same, and its adapters fit again."""
+    model = AdaptiveViT(timm_model(), prompts=SMALL).eval()
+    model.set_input_size((64, 48))
+    model.save_adapter(tmp_path / "other")
+    model.set_input_size((96, 96))
+    model.set_input_size((32, 32))
+    assert same(model.backbone.state_dict(), timm_model().state_dict())
+    model.save_adapter(tmp_path / "back")
+    built = AdaptiveViT.from_adapter(tmp_path / "back", backbone=timm_model())
+    assert same(built.state_dict(), model.state_dict())
+    direct = timm_model()
+    direct.set_input_size((64, 48))
+    AdaptiveViT.from_adapter(tmp_path / "other", backbone=direct)
+
+
+def test_positions_of_a_state_dict_are_the_new_originals() -> None:
+    model, other = (AdaptiveViT(timm_model(seed), prompts=SMALL) for seed in (0, 1))
+    for one in (model, other):
+        one.set_input_size((64, 64))
+    model.load_state_dict(other.state_dict())
+    before = timm_model(0).pos_embed
+    model.set_input_size((32, 32))
+    assert not torch.equal(model.backbone.pos_embed, before)
+    expected = timm_model(1)
+    expected.set_input_size((64, 64))
+    expected.set_input_size((32, 32))
+    assert torch.equal(model.backbone.pos_embed, expected.pos_embed)
+
+
+# ---- class names and the preparation of images
+
+
+def test_class_names_and_data_config_travel(tmp_path: Path) -> None:
+    model = AdaptiveViT(timm_model(), prompts=SMALL)
+    data = {"mean": (0.1, 0.2, 0.3), "crop_pct": np.float32(1.0), "crop_mode": "squash"}
+    model.save_adapter(tmp_path / "a", class_names=np.array(["ant", "bee", "cat"]), data_config=data)
+    built = AdaptiveViT.from_adapter(tmp_path / "a", backbone=timm_model())
+    assert built.class_names == ("ant", "bee", "cat")
+    built.save_adapter(tmp_path / "b")
+    for name in ("a", "b"):
+        config = adapters.read_config(tmp_path / name)
+        assert config["class_names"] == ["ant", "bee", "cat"]
+        assert config["data"] == {
+            "input_size": [3, 32, 32],
+            "mean": [0.1, 0.2, 0.3],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "crop_mode": "squash",
+        }
+    built.set_input_size((64, 64))
+    built.save_adapter(tmp_path / "c")
+    assert adapters.read_config(tmp_path / "c")["data"]["input_size"] == [3, 64, 64]
+    built.reset_classifier(3)
+    assert built.class_names is None  # a new head means other classes
+
+
+def test_transform_is_timms(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8)
+    model = AdaptiveViT(timm_model(), prompts=SMALL)
+    config = timm.data.resolve_data_config(pretrained_cfg=model.pretrained_cfg)
+    expected = timm.data.create_transform(**config)(Image.fromarray(pixels))
+    assert torch.equal(model.transform()(Image.fromarray(pixels)), expected)
+    model.save_adapter(tmp_path, data_config={"crop_mode": "squash", "std": [1, 1, 2]})
+    config |= {"crop_mode": "squash", "std": (1.0, 1.0, 2.0)}
+    expected = timm.data.create_transform(**config)(Image.fromarray(pixels))
+    built = AdaptiveViT.from_adapter(tmp_path, backbone=timm_model())
+    assert torch.equal(built.transform()(Image.fromarray(pixels)), expected)
+    grey = Image.fromarray(pixels[..., 0])
+    assert torch.equal(built.transform()(grey), built.transform()(grey.convert("RGB")))
+
+
+def test_transform_for_other_channels() -> None:
+    image = Image.fromarray(np.full((40, 40, 3), 255, dtype=np.uint8))
+    model = AdaptiveViT(timm_model(in_chans=1), prompts=SMALL)
+    assert torch.equal(model.transform()(image), torch.ones(1, 32, 32))
+    with pytest.raises(ValueError, match="images of 5 channels, which PIL does not have"):
+        AdaptiveViT(timm_model(in_chans=5), prompts=SMALL).transform()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_names": ["a", "b"]}, "class_names must be 3, one a class, got 2"),
+        ({"class_names": "abc"}, "class_names must be a list of str, got 'abc'"),
+        ({"class_names": ["a", "b", 3]}, r"class_names must be str, got \[3\]"),
+        ({"data_config": ["mean"]}, "data_config must be a dict, got list"),
+        ({"data_config": {"means": [0, 0, 0]}}, r"unknown keys \['means'\]"),
+        ({"data_config": {"mean": [0, 0]}}, "mean must be 3 numbers, one a channel"),
+        ({"data_config": {"mean": [0, 0, float("nan")]}}, "mean must be finite"),
+        ({"data_config": {"std": [1, 1, 0]}}, "std must be positive"),
+        ({"data_config": {"interpolation": "cubic"}}, "interpolation must be one of"),
+        ({"data_config": {"crop_mode": "random"}}, "crop_mode must be one of"),
+        ({"data_config": {"crop_pct": -1.0}}, "crop_pct must be positive"),
+        ({"data_config": {"input_size": (3, 64, 64)}}, r"input_size must be the model's \[3, 32, 32\]"),
+    ],
+    ids=str,
+)
+def test_class_names_and_data_configs_that_are_none(
+    tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(AdapterError, match=message):
+        AdaptiveViT(timm_model(), prompts=SMALL).save_adapter(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+# ---- numbers of numpy and torch
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array, torch.tensor], ids=str)
+@pytest.mark.parametrize("real", [np.float32, np.array, torch.tensor], ids=str)
+def test_numbers_of_numpy_and_torch(tmp_path: Path, integer: Callable, real: Callable) -> None:
+    model = AdaptiveViT(
+        "vit_tiny_patch16_224",
+        prompts=PromptConfig(num_prompts=integer(2), projector_dropout=real(0.25)),
+        num_classes=integer(3),
+        img_size=(integer(32), integer(32)),
+        depth=integer(2),
+        drop_rate=real(0.5),
+    )
+    model.save_adapter(tmp_path, metadata={"best": real(0.5), "epochs": [integer(7)]}, include_backbone=True)
+    config = adapters.read_config(tmp_path)
+    args = config["backbone"]["args"]
+    assert (args["num_classes"], args["depth"], args["drop_rate"]) == (3, 2, 0.5)
+    assert (config["prompts"]["num_prompts"], config["prompts"]["projector_dropout"]) == (2, 0.25)
+    assert config["metadata"] == {"best": 0.5, "epochs": [7]}
+    assert same(AdaptiveViT.from_adapter(tmp_path).state_dict(), model.state_dict())
+    model.reset_classifier(integer(5))
+    model.set_input_size((integer(64), integer(32)))
+    assert (type(model.num_classes), model.grid) == (int, (4, 2))
+
+
+def test_a_timm_model_with_numpys_number_of_classes(tmp_path: Path) -> None:
+    backbone = timm_model(num_classes=np.int64(4))
+    model = AdaptiveViT(copy.deepcopy(backbone), prompts=SMALL)
+    model.save_adapter(tmp_path)
+    assert AdaptiveViT.from_adapter(tmp_path, backbone=backbone).num_classes == 4
+
+
+# ---- heads with more than parameters
+
+
+def test_buffers_of_the_head_belong_to_the_adapter(tmp_path: Path) -> None:
+    def with_norm(seed: int) -> AdaptiveViT:
+        backbone = timm_model()
+        torch.manual_seed(seed)
+        backbone.head = nn.Sequential(nn.BatchNorm1d(24), nn.Linear(24, 3))
+        return AdaptiveViT(backbone, prompts=SMALL)
+
+    model = with_norm(1).train()
+    before = adapters.backbone_fingerprint(model)
+    model(torch.randn(8, 3, 32, 32))
+    assert adapters.backbone_fingerprint(model) == before
+    model.save_adapter(tmp_path)
+    other = with_norm(2)
+    other.load_adapter(tmp_path)
+    assert same(other.state_dict(), model.state_dict())
+    assert other.backbone.head[0].num_batches_tracked == 1
+
+
+def test_names_of_the_head_before_it_was_a_part_of_its_own(folder: Path) -> None:
+    tensors = safetensors.torch.load_file(folder / WEIGHTS)
+    old = {f"backbone.{n}" if n.startswith("head") else n: value for n, value in tensors.items()}
+    config = json.loads((folder / CONFIG).read_text())
+    config["tensors"] = adapters._tensor_table(safetensors.torch.save(old))
+    for key in ("class_names", "crop_mode"):
+        (config if key in config else config["data"]).pop(key)
+    config["config_sha256"] = adapters._config_sha256(config)
+    (folder / WEIGHTS).write_bytes(safetensors.torch.save(old, {"adapter_config": json.dumps(config)}))
+    (folder / CONFIG).write_text(json.dumps(config))
+    model = make_model(seed=1)
+    model.load_adapter(folder)
+    assert same(learned(model), learned(make_model()))
 
 
 @pytest.mark.parametrize("name", ["checkpoint_path", "pretrained_cfg_overlay"])
@@ -346,11 +748,16 @@ def test_an_adapter_may_not_choose_files(folder: Path, name: str) -> None:
 
 
 def test_arguments_that_json_cannot_express(tmp_path: Path) -> None:
-    class Custom(AdaptiveViT):
-        backbone_args = {"norm_layer": nn.LayerNorm}  # noqa: RUF012
-
-    Custom(make_backbone(), prompts=SMALL).save_adapter(tmp_path)
-    assert adapters.read_config(tmp_path)["backbone"]["args"] is None
+    name = "vit_tiny_patch16_224"
+    model = AdaptiveViT(name, prompts=SMALL, img_size=32, depth=2, drop_rate=0.1, norm_layer=nn.LayerNorm)
+    model.save_adapter(tmp_path)
+    saved = adapters.read_config(tmp_path)["backbone"]
+    assert (saved["args"]["depth"], saved["args"]["drop_rate"]) == (2, 0.1)
+    assert saved["args_left_out"] == ["norm_layer"]
+    with pytest.raises(AdapterError, match=r"\['norm_layer'\], which JSON can't express.*backbone="):
+        AdaptiveViT.from_adapter(tmp_path)
+    with pytest.raises(AdapterError, match=r"include_backbone.*\['norm_layer'\]"):
+        model.save_adapter(tmp_path, include_backbone=True)
 
 
 # ---- misfits
@@ -371,7 +778,7 @@ def test_every_mismatch_is_listed(folder: Path) -> None:
         "num_classes: the adapter has 3, the model 7; call model.reset_classifier(3) first",
         "prompts.blocks.0.table: shape (2, 8), the model has (4, 12)",
         "prompts.blocks.3.norm.weight: the adapter has no such tensor",
-        "prompts.projector.down.weight: the model has no such parameter",
+        "prompts.projector.down.weight: the model has no such tensor",
     )
     assert len(error.problems) == len(str(error).splitlines()) - 1
 
@@ -379,7 +786,11 @@ def test_every_mismatch_is_listed(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"img_size": 20}, "backbone grid: the adapter was made for [4, 4], the model has [5, 5]"),
+        (
+            {"img_size": 20},
+            "made for images of 16x16 pixels, the model takes 20x20; load it into a model of its size, then "
+            "call model.set_input_size((20, 20))",
+        ),
         ({"img_size": 32, "patch_size": 8}, "backbone patch_size: the adapter was made for [4, 4]"),
         ({"reg_tokens": 1}, "backbone num_prefix_tokens: the adapter was made for 1, the model has 2"),
         ({"seed": 1}, "fingerprints differ"),
@@ -537,6 +948,8 @@ def test_edited_config(folder: Path, section: str, key: str, value: Any, message
         (lambda c: c.update(format_version=2), "format_version is 2, and vapt_fast"),
         (lambda c: c.pop("prompts"), "'prompts' is missing"),
         (lambda c: c["prompts"].update(temperature=2), "unknown prompt options ['temperature']"),
+        (lambda c: c["data"].update(std=[0, 1, 1]), "data: data_config std must be positive"),
+        (lambda c: c.update(class_names=["a"]), "class_names must be 3, one a class, got 1"),
         (lambda c: c["prompts"].update(num_prompts=-1), "num_prompts must be at least 0, got -1"),
         (lambda c: c["prompts"].update(conv_kernel="2"), "conv_kernel must be an int, got '2'"),
         (lambda c: c["backbone"].update(num_classes=True), "backbone num_classes is True"),
@@ -548,6 +961,19 @@ def test_edited_config(folder: Path, section: str, key: str, value: Any, message
 def test_forged_config(folder: Path, edit: Callable[[dict[str, Any]], None], message: str) -> None:
     edit_config(folder, edit)
     assert_refused(make_model(seed=1), folder, message)
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda c: c.update(format_version=2),
+        lambda c: c["prompts"].update(rank_dropout=0.0),
+        lambda c: c["prompts"].update(kind="prefix"),
+    ],
+)
+def test_an_adapter_of_another_version_says_which(folder: Path, edit: Callable[[dict], None]) -> None:
+    edit_config(folder, lambda config: [config.update(library_version="7.1"), edit(config)])
+    assert_refused(make_model(), folder, "saved by vapt_fast 7.1", vapt_fast.__version__)
 
 
 def test_config_edited_in_both_files(folder: Path) -> None:

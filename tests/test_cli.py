@@ -11,15 +11,19 @@ import time
 from contextlib import suppress
 
 import pytest
+import timm
 import torch
+from safetensors.torch import save_file
+from timm.models import save_for_hf
 from typer.testing import CliRunner
 
 import vapt_fast.adapters
-from vapt_fast import PromptConfig
+from vapt_fast import AdaptiveViT, PromptConfig
 from vapt_fast.cli import app
 from vapt_fast.cli.pictures import draw, prompt_maps
 from vapt_fast.digits import digit_images
 from vapt_fast.training import UserError, build_model, data_config, digit_splits, eval_transform
+from vapt_fast.training.checkpoint import load_checkpoint
 from vapt_fast.training.comparison import Comparison, compare
 
 QUICK = ["--train-images", "5", "--epochs", "2", "--lr", "1", "--prompts", "2"]
@@ -61,6 +65,7 @@ def test_train_writes_what_it_says(trained):
     assert sorted(os.listdir(trained)) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        "inputs.json",
         "metrics.jsonl",
         "result.json",
         "run.json",
@@ -128,6 +133,16 @@ def test_resume_refuses_other_options(tmp_path, monkeypatch):
     assert invoke("train", "--output", tmp_path, "--resume", "--epochs", "2").exit_code == 0
 
 
+def test_a_finished_run_is_trained_on(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "copy")
+    assert "To train on, give --epochs" in error_of(invoke("train", "--output", folder, "--resume"))
+    assert "got 2" in error_of(invoke("train", "--output", folder, "--resume", "--epochs", "2"))
+    assert invoke("train", "--output", folder, "--resume", "--epochs", "3").exit_code == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert json.loads((folder / "result.json").read_text())["recipe"]["epochs"] == 3
+
+
 def test_ctrl_c_leaves_the_earlier_adapter_and_a_run_to_resume(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "copy")
     adapter = (folder / "adapter_model.safetensors").read_bytes()
@@ -154,7 +169,7 @@ def test_ctrl_c_leaves_the_earlier_adapter_and_a_run_to_resume(trained, tmp_path
     assert "Traceback" not in errors
     assert (folder / "adapter_model.safetensors").read_bytes() == adapter
     assert not list(folder.glob("*.tmp"))
-    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    checkpoint = load_checkpoint(folder / "checkpoint.pt")
     assert checkpoint["current"]["epoch"] >= 1
 
 
@@ -235,6 +250,37 @@ def test_predict_names_the_files_that_are_no_images(trained, digit_files, tmp_pa
 def test_predict_errors(trained, digit_files, tmp_path):
     assert "does not exist" in error_of(invoke("predict", tmp_path / "none", digit_files))
     assert "has no images" in error_of(invoke("predict", trained, tmp_path))
+
+
+def test_predict_after_training_without_timms_weights(tmp_path, digit_files):
+    """The run's folder holds the backbone, and that is told."""
+    weights = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("vit_digits_patch4_32").state_dict(), weights)
+    for name, arguments in (("random", ["--no-pretrained"]), ("file", ["--weights", weights])):
+        result = invoke("train", "--output", tmp_path / name, *QUICK, *arguments)
+        assert result.exit_code == 0, result.output
+        assert "the frozen backbone (1 MB) will be kept" in result.stderr
+    weights.unlink()
+    for name in ("random", "file"):
+        assert invoke("predict", tmp_path / name, digit_files).exit_code == 0
+    result = invoke("train", "--output", tmp_path / "none", *QUICK, "--weights", weights)
+    assert "no such file" in error_of(result)
+    assert not (tmp_path / "none").exists()
+
+
+def test_predict_with_an_adapter_of_the_users_own(tmp_path, digit_files):
+    torch.manual_seed(0)
+    backbone = timm.create_model("vit_digits_patch4_32", num_classes=2)
+    save_for_hf(backbone, tmp_path / "backbone")
+    source = f"local-dir:{tmp_path / 'backbone'}"
+    AdaptiveViT(source, pretrained=True).save_adapter(tmp_path / "adapter")
+    result = invoke("predict", tmp_path / "adapter", digit_files)
+    assert result.exit_code == 2
+    assert f"--backbone {source}" in result.stderr
+    save_file(backbone.state_dict(), tmp_path / "weights.safetensors")
+    for option in (("--backbone", source), ("--weights", tmp_path / "weights.safetensors")):
+        result = invoke("predict", tmp_path / "adapter", digit_files, *option, "--json")
+        assert {one["class"] for one in json.loads(result.stdout)} <= {"0", "1"}
 
 
 def test_predict_with_a_fully_tuned_model(tmp_path, digit_files):

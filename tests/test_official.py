@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -142,8 +143,19 @@ VARIANTS = {
     "adaptive_from_block_0": {"static_depth": 0},
     "three_static": {"static_depth": 3},
     "no_conv": {"conv_kernel": None},
+    "no_conv_no_projector": {"conv_kernel": None, "projector_dim": None},
+    "no_conv_own_projectors": {"conv_kernel": None, "projector_shared": False},
+    "kernel_1": {"conv_kernel": 1},
+    "kernel_4": {"conv_kernel": 4},
     "padded": {"conv_kernel": 3, "conv_padding": 1},
+    "padded_twice": {"conv_kernel": 3, "conv_padding": 2},
     "depthwise": {"conv_shared": False},
+    "depthwise_padded": {"conv_shared": False, "conv_kernel": 3, "conv_padding": 1},
+    "wide_projector": {"projector_dim": 5},
+    "gelu": {"projector_activation": "gelu"},
+    "sigmoid": {"projector_activation": "sigmoid"},
+    "softmax": {"projector_activation": "softmax"},
+    "identity": {"projector_activation": "identity"},
     "no_projector": {"projector_dim": None},
     "own_projectors": {"projector_shared": False},
     "scaled": {"projector_scale_learnable": True},
@@ -172,14 +184,51 @@ def make_model(config: PromptConfig, **vit_options: object) -> AdaptiveViT:
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_round_trip(name: str) -> None:
+    """In both directions, bit for bit; and the same logits and gradients by both ways of computing them."""
     config = PromptConfig(**{"num_prompts": 2, **VARIANTS[name]})
-    model = make_model(config)
+    model = make_model(config).double()
     state = to_official(model)
     again = from_official(state, num_heads=2, prompts=config).eval()
+    assert again.config == config
     assert_same(again.state_dict(), model.state_dict())
     assert_same(to_official(again), state)
-    images = torch.randn(2, 3, 32, 32)
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     assert torch.equal(again(images), model(images))
+    with vapt_fast.use_backend("reference"):
+        expected = model(images)
+    torch.testing.assert_close(again(images), expected, rtol=0, atol=1e-9)
+
+
+def test_names_without_a_convolution() -> None:
+    state = to_official(make_model(PromptConfig(num_prompts=2, conv_kernel=None)))
+    names = {name: tuple(value.shape) for name, value in state.items() if "downsample" in name}
+    assert names == {
+        f"transformer.deep_prompt_downsample.{j}.{leaf}": shape
+        for j in range(3)
+        for leaf, shape in (("weight", (2, 16)), ("bias", (2,)))
+    }
+
+
+def test_what_no_name_can_express_is_refused() -> None:
+    state = to_official(make_model(PromptConfig(num_prompts=2)))
+    with pytest.raises(ValueError, match="pool_prompts=True needs"):
+        from_official(state, num_heads=2, prompts=PromptConfig(num_prompts=2, pool_prompts=True))
+
+
+@pytest.mark.parametrize(("saved", "given"), [(None, 2), (2, None)])
+def test_a_convolution_that_is_not_there(saved: int | None, given: int | None) -> None:
+    state = to_official(make_model(PromptConfig(num_prompts=2, conv_kernel=saved)))
+    with pytest.raises(ValueError, match=f"prompts.conv_kernel is {given}, the tensors tell {saved}"):
+        from_official(state, num_heads=2, prompts=PromptConfig(num_prompts=2, conv_kernel=given))
+
+
+def test_numbers_of_numpy() -> None:
+    config = PromptConfig(num_prompts=2)
+    state = to_official(make_model(config, img_size=(16, 40)))
+    size = (np.int64(16), torch.tensor(40))
+    assert_same(
+        to_official(from_official(state, num_heads=np.int32(2), prompts=config, img_size=size)), state
+    )
 
 
 @pytest.mark.parametrize(

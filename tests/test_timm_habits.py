@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import io
+import json
 import os
 import pickle
 import subprocess
@@ -26,12 +27,17 @@ from timm.models import (
     get_pretrained_cfg,
     group_parameters,
     resolve_model_input_args,
+    save_for_hf,
 )
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3, dispatch_clip_grad, unwrap_model
+<<<<<<< HEAD
 from tiny import assert_same, bare, run, tiny_backbone, tiny_images, tiny_model
+=======
+from tiny import assert_same, randomize, run, tiny_backbone, tiny_images, tiny_model
+>>>>>>> files
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -184,8 +190,8 @@ def test_create_model_zero_says_none() -> None:
 def test_create_model_takes_a_config() -> None:
     config = PromptConfig(kind="deep", num_prompts=4)
     assert timm.create_model(f"vapt_{VIT}", **TINY, prompts=config).config == config
-    model = timm.create_model(f"vapt_{VIT}", **TINY, prompts=config, num_prompts=2)
-    assert model.config == PromptConfig(kind="deep", num_prompts=2)
+    with pytest.raises(TypeError, match="got both"):
+        timm.create_model(f"vapt_{VIT}", **TINY, prompts=config, num_prompts=2)
 
 
 def test_create_model_refuses() -> None:
@@ -227,6 +233,57 @@ def test_train_scripts_way_of_naming() -> None:
     model = timm.create_model(**arguments, **TINY)
     assert model.backbone_name == "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
     assert model.config.num_prompts == 2
+
+
+PUBLISHED = {
+    "defaults": {},
+    "other options": {"kind": "deep", "num_prompts": 3, "prompt_dropout": 0.5},
+    "nothing": {"conv_kernel": 0, "projector_dim": 0},
+    "everything": OTHER_OPTIONS | {"kind": "adaptive", "conv_kernel": 2},
+    "another backbone": {"in_chans": 1, "embed_dim": 48, "img_size": 64},
+}
+
+
+@pytest.mark.parametrize("how", ["create_model", "AdaptiveViT", "timm model"])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_by_timm_and_loaded_again(tmp_path: Path, name: str, how: str) -> None:
+    options = {**TINY, "global_pool": "avg", "num_classes": 5, **PUBLISHED[name]}
+    if how == "create_model":
+        model = timm.create_model(f"vapt_{VIT}", **options)
+    elif how == "AdaptiveViT":
+        model = AdaptiveViT(VIT, **options)
+    else:
+        names = {field.name for field in dataclasses.fields(PromptConfig)} & options.keys()
+        backbone = timm.create_model(VIT, **{k: v for k, v in options.items() if k not in names})
+        model = AdaptiveViT(backbone, **{key: options[key] for key in names})
+    randomize(model, 1)
+    model.eval()
+    save_for_hf(model, str(tmp_path))
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == f"vapt_{VIT}"
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert isinstance(again, AdaptiveViT)
+    assert again.config == model.config
+    assert_same(again.state_dict(), model.state_dict(), 0)
+    images = tiny_images(model)
+    assert torch.equal(again(images), model(images))
+    untrained = timm.create_model(f"local-dir:{tmp_path}", pretrained=False)
+    assert (untrained.config, untrained.grid) == (model.config, model.grid)
+
+
+def test_a_published_model_is_adapted(tmp_path: Path) -> None:
+    """Other classes and another size than were published; and a published model given for a backbone."""
+    model = timm.create_model(f"vapt_{VIT}", **TINY, num_classes=5)
+    randomize(model, 1)
+    save_for_hf(model, str(tmp_path))
+    name = f"local-dir:{tmp_path}"
+    other = timm.create_model(name, pretrained=True, num_classes=7)
+    assert other(tiny_images(other)).shape == (2, 7)
+    assert_same(other.prompts.state_dict(), model.prompts.state_dict(), 0)
+    larger = timm.create_model(name, pretrained=True, img_size=(64, 96))
+    model.set_input_size((64, 96))
+    assert_same(larger.state_dict(), model.state_dict(), 0)
+    with pytest.raises(ValueError, match=r"is a model with prompts already; make it by timm.create_model"):
+        AdaptiveViT(name, pretrained=True)
 
 
 def test_import_is_light() -> None:

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import sys
 from itertools import pairwise
 
@@ -12,9 +13,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.utils.data import Subset, TensorDataset
 
+import vapt_fast.training.checkpoint as checkpoint
 import vapt_fast.training.files as files
 from vapt_fast import PromptConfig
 from vapt_fast.training import (
@@ -442,9 +444,32 @@ def test_checkpoints_hold_no_code(tmp_path):
     torch.save({"code": os.system}, path)
     with pytest.raises(UserError, match="damaged or no checkpoint"):
         load_checkpoint(path)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match="damaged or no checkpoint"):
-        load_checkpoint(path)
+
+
+def test_damaged_checkpoints_are_refused(tmp_path):
+    """Cut anywhere, or with any bit flipped, also in the middle of a tensor."""
+    path = tmp_path / "checkpoint.pt"
+    save_checkpoint(path, {"a": torch.ones(200), "epoch": 3})
+    content = path.read_bytes()
+    rng = random.Random(0)
+    for _ in range(60):
+        at = rng.randrange(len(content))
+        flipped = bytearray(content)
+        flipped[at] ^= 1 << rng.randrange(8)
+        for damaged in (content[:at], bytes(flipped)):
+            path.write_bytes(damaged)
+            with pytest.raises(UserError, match=r"damaged|was written by vapt_fast"):
+                load_checkpoint(path)
+    path.write_bytes(content)
+    assert load_checkpoint(path)["epoch"] == 3
+
+
+def test_a_checkpoint_of_another_version_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "__version__", "0.0.9")
+        save_checkpoint(tmp_path / "checkpoint.pt", {"epoch": 3})
+    with pytest.raises(UserError, match=r"was written by vapt_fast 0\.0\.9, and this is"):
+        load_checkpoint(tmp_path / "checkpoint.pt")
 
 
 class FullDisk:
@@ -580,6 +605,148 @@ def test_a_run_that_fails_leaves_the_earlier_adapter(tmp_path):
     load_model(tmp_path)
 
 
+def stopped_run(image_folder, folder, **changes):
+    """A run on a folder of images that was stopped after one epoch."""
+    with pytest.raises(Stop):
+        run(options(data=str(image_folder), train_images=None, **changes), folder, progress=raise_stop)
+
+
+def rename_class(images):
+    (images / "dark").rename(images / "zebra")  # the rows of the head would change places
+
+
+def remove_class(images):
+    for part in ("dark", "other"):
+        (images / part).mkdir(exist_ok=True)
+        Image.new("RGB", (32, 32)).save(images / part / "0.png")
+    shutil.rmtree(images / "light")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (rename_class, r"classes were \['dark', 'light'\] and are \['light', 'zebra'\]"),
+        (remove_class, r"classes were \['dark', 'light'\] and are \['dark', 'other'\]"),
+        (lambda images: (images / "dark" / "3.png").unlink(), "missing images: dark/3.png"),
+        (
+            lambda images: (images / "dark" / "3.png").rename(images / "light" / "x.png"),
+            "new images: light/x",
+        ),
+    ],
+)
+def test_a_run_goes_on_with_the_same_images_only(image_folder, tmp_path, change, message):
+    stopped_run(image_folder, tmp_path / "out")
+    change(image_folder)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    with pytest.raises(UserError, match=message):
+        run(RunOptions.read(tmp_path / "out"), tmp_path / "out", resume=True)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_a_run_goes_on_with_the_same_weights_only(image_folder, tmp_path):
+    weights = tmp_path / "w.safetensors"
+    save_file(timm.create_model(BACKBONE).state_dict(), weights)
+    stopped_run(image_folder, tmp_path / "out", weights=str(weights))
+    save_file(timm.create_model(BACKBONE).state_dict(), weights)
+    with pytest.raises(UserError, match="the weights to start from are others"):
+        run(RunOptions.read(tmp_path / "out"), tmp_path / "out", resume=True)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"[]", b'{"files": 3}'])
+def test_a_run_whose_inputs_are_lost(image_folder, tmp_path, content):
+    stopped_run(image_folder, tmp_path / "out")
+    path = tmp_path / "out" / "inputs.json"
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(UserError, match=r"inputs.json (does not exist|is damaged)"):
+        run(RunOptions.read(tmp_path / "out"), tmp_path / "out", resume=True)
+
+
+def test_options_of_another_version(tmp_path):
+    options().write(tmp_path)
+    written = json.loads((tmp_path / "run.json").read_text()) | {"library_version": "7.1", "rank": 3}
+    (tmp_path / "run.json").write_text(json.dumps(written))
+    with pytest.raises(UserError, match=r"unknown options \['rank'\]: it was written by vapt_fast 7.1"):
+        RunOptions.read(tmp_path)
+    (tmp_path / "run.json").write_text("[]")
+    with pytest.raises(UserError, match="is damaged"):
+        RunOptions.read(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["vapt", "full"])
+def test_a_finished_run_is_trained_on(tmp_path, method):
+    """The recipe that won goes on along the longer cosine, also if that is stopped at any time."""
+    chosen = options(method=method, base_lrs=[0.1, 1e-6])
+    first = run(chosen, tmp_path)
+    lines = (tmp_path / "metrics.jsonl").read_text()
+    trained = trained_state(load_model(tmp_path)[0])
+    with pytest.raises(UserError, match=r"was trained for 2 epochs\. To train on.*got 2"):
+        RunOptions.read(tmp_path).extended(2, tmp_path)
+    longer = RunOptions.read(tmp_path).extended(5, tmp_path)
+    with pytest.raises(Stop):
+        run(longer, tmp_path, resume=True, progress=raise_stop)
+    assert not (tmp_path / "result.json").exists()
+    assert all(torch.equal(v, trained[n]) for n, v in trained_state(load_model(tmp_path)[0]).items())
+    result = run(RunOptions.read(tmp_path), tmp_path, resume=True)
+    assert result["recipe"] == {**first["recipe"], "epochs": 5}
+    assert result["extended_from_epochs"] == 2
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(lines)
+    new = metrics(tmp_path)[4:]
+    assert [line["epoch"] for line in new] == [3, 4, 5]
+    recipe = Recipe(**result["recipe"])
+    assert [line["lr"] for line in new] == [recipe.learning_rate(epoch - 1, 1) for epoch in (3, 4, 5)]
+
+    model = build_model(method, BACKBONE, 5, prompts=PromptConfig(num_prompts=2))
+    trainer = Trainer(model, recipe, digit_splits(data_config(model.pretrained_cfg), 0, 5).train)
+    trainer.start_from(trained, 2)
+    while not trainer.finished:
+        trainer.run_epoch()
+    for name, tensor in trained_state(load_model(tmp_path)[0]).items():
+        assert torch.equal(tensor, trained_state(model)[name]), name
+
+
+@pytest.mark.parametrize(
+    ("method", "source"), [("vapt", "random"), ("vapt", "file"), ("full", "file"), ("linear", "random")]
+)
+def test_what_was_trained_on_other_weights_needs_nothing_to_be_loaded(tmp_path, method, source, toy):
+    changes = {"pretrained": False}
+    if source == "file":
+        torch.manual_seed(3)
+        torch.save({"state_dict": timm.create_model(BACKBONE).state_dict()}, tmp_path / "w.pth")
+        changes = {"weights": str(tmp_path / "w.pth")}
+    result = run(options(method=method, base_lrs=[0.1], **changes), tmp_path / "out")
+    (tmp_path / "w.pth").unlink(missing_ok=True)
+    assert bool(list((tmp_path / "out").glob("backbone-*"))) == (method != "full")
+    model, metadata = load_model(tmp_path / "out")
+    test = digit_splits(metadata["data_config"], seed=0, num_train=5).test
+    assert evaluate(model, test, batch_size=5).accuracy == result["test_accuracy"]
+
+
+def test_an_adapter_of_the_users_own_is_loaded(tmp_path):
+    model = make_model()
+    model.save_adapter(tmp_path, metadata={"note": 1})
+    loaded, metadata = load_model(tmp_path)
+    assert (metadata["class_names"], metadata["note"]) == (["0", "1", "2"], 1)
+    assert metadata["data_config"]["input_size"] == [3, 32, 32]
+    weights = tmp_path / "w.safetensors"
+    save_file(timm.create_model(BACKBONE, pretrained=True).state_dict(), weights)
+    again, _ = load_model(tmp_path, weights=weights)
+    assert all(torch.equal(v, again.state_dict()[n]) for n, v in loaded.state_dict().items())
+    with pytest.raises(UserError, match="no such file"):
+        load_model(tmp_path, weights=tmp_path / "none")
+    with pytest.raises(UserError, match="can't be made"):
+        load_model(tmp_path, backbone="local-dir:/nowhere")
+
+
+def test_numbers_of_numpy_in_a_run(toy, tmp_path):
+    lrs = np.array([0.1, 1.0])
+    chosen = options(base_lrs=list(lrs), train_images=np.int64(5), validation_share=np.float32(0.25))
+    chosen.write(tmp_path)
+    assert RunOptions.read(tmp_path) == chosen
+    with pytest.raises(Stop):
+        search(make_model, toy, recipes(*lrs), folder=tmp_path / "a", progress=raise_stop)
+    search(make_model, toy, recipes(*lrs), folder=tmp_path / "a", resume=True)
+
+
 def test_images_in_a_folder(image_folder, tmp_path):
     common = {"data": str(image_folder), "train_images": None}
     plain = run(options(**common), tmp_path / "plain")
@@ -602,6 +769,8 @@ def test_images_in_a_folder(image_folder, tmp_path):
         ({"recipe": {"epochs": 0}}, "epochs must be at least 1, got 0"),
         ({"cache": True, "augment": "crop-flip"}, "cache"),
         ({"validation_share": 0.7, "test_share": 0.5}, "together below 1, got 0.7 and 0.5"),
+        ({"weights": "nowhere.pth"}, "weights 'nowhere.pth': no such file"),
+        ({"backend": "cuda"}, "cuda"),
         ({"crop_pct": 1.5}, r"crop_pct must be in \(0, 1\], got 1.5"),
     ],
 )

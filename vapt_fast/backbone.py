@@ -19,7 +19,9 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from .arguments import integer
 from .modules import enclosing, share_tensors
+from .resize import resize_backbone
 
 __all__ = [
     "BeitAttention",
@@ -164,17 +166,20 @@ def set_image_size(
         if patch is not None:
             raise ValueError("patch_size can't be changed on a NaFlexVit backbone; make a new one")
     else:
-        model.set_input_size(img_size=size, patch_size=None if patch is None else patches)
+        resize_backbone(model, size, patches, old_size=current, old_patch=patch_size(model))
     return size
 
 
 def _pair(name: str, value: object, default: tuple[int, int]) -> tuple[int, int]:
     if value is None:
         return default
-    pair = (value, value) if isinstance(value, int) else value
-    pair = tuple(pair) if isinstance(pair, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(side, int) and not isinstance(side, bool) for side in pair):
-        raise TypeError(f"{name} must be (height, width) in pixels, got {value!r}")
+    given = value.tolist() if hasattr(value, "tolist") else value
+    sides = given if isinstance(given, (tuple, list)) else (given, given)
+    try:
+        height, width = (integer(name, side) for side in sides)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be (height, width) in pixels, got {value!r}") from None
+    pair = (height, width)
     if min(pair) < 1:
         raise ValueError(f"{name} must be positive, got {value!r}")
     return pair

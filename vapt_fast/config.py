@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields
+import difflib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .activations import ACTIVATIONS
+from .arguments import boolean, integer, real
 
-__all__ = ["KINDS", "PromptConfig"]
+__all__ = ["KINDS", "PromptConfig", "explain_unexpected", "split_options"]
 
 KINDS = ("adaptive", "deep", "shallow")
 
@@ -60,22 +63,25 @@ class PromptConfig:
 
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, KINDS)
-        _check_int("num_prompts", self.num_prompts, minimum=0)
-        _check_int("static_depth", self.static_depth, minimum=0)
+        self._set("num_prompts", integer("num_prompts", self.num_prompts, minimum=0))
+        self._set("static_depth", integer("static_depth", self.static_depth, minimum=0))
         if self.conv_kernel is not None:
-            _check_int("conv_kernel", self.conv_kernel, minimum=1)
-        _check_int("conv_padding", self.conv_padding, minimum=0)
+            self._set("conv_kernel", integer("conv_kernel", self.conv_kernel, minimum=1))
+        self._set("conv_padding", integer("conv_padding", self.conv_padding, minimum=0))
         if self.conv_padding and (self.conv_kernel is None or self.conv_padding >= self.conv_kernel):
             raise ValueError(
                 f"conv_padding must be smaller than conv_kernel ({self.conv_kernel}), got {self.conv_padding}"
             )
         if self.projector_dim is not None:
-            _check_int("projector_dim", self.projector_dim, minimum=1)
+            self._set("projector_dim", integer("projector_dim", self.projector_dim, minimum=1))
         _check_choice("projector_activation", self.projector_activation, tuple(ACTIVATIONS))
         for name in ("projector_dropout", "prompt_dropout", "channel_dropout"):
-            _check_rate(name, getattr(self, name))
+            self._set(name, _rate(name, getattr(self, name)))
         for name in ("conv_shared", "projector_shared", "projector_scale_learnable", "pool_prompts"):
-            _check_bool(name, getattr(self, name))
+            self._set(name, boolean(name, getattr(self, name)))
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)  # the dataclass is frozen
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> PromptConfig:
@@ -85,6 +91,10 @@ class PromptConfig:
         if unknown:
             raise TypeError(f"unknown prompt options {unknown}, expected some of {known}")
         return cls(**options)
+
+    def as_keywords(self) -> dict[str, Any]:
+        """The options as keywords for timm.create_model, with 0 for None, which it would drop."""
+        return {name: 0 if value is None else value for name, value in asdict(self).items()}
 
     def num_static_blocks(self, depth: int) -> int:
         """How many of ``depth`` blocks, from block 0 on, get their prompts from a learned table."""
@@ -115,6 +125,55 @@ class PromptConfig:
         return height, width
 
 
+def split_options(
+    prompts: PromptConfig | None, options: Mapping[str, Any]
+) -> tuple[PromptConfig, dict[str, Any]]:
+    """The options of the prompts, and all others.
+
+    timm.create_model drops keywords that are None, so 0 says it for the two options where None matters:
+    ``conv_kernel=0`` means no convolution and ``projector_dim=0`` no projector.
+
+    Args:
+        prompts: all options of the prompts, None if ``options`` has them.
+        options: keywords of any sort.
+
+    Raises:
+        TypeError: ``prompts`` is not a PromptConfig, or there are options of the prompts beside it.
+        TypeError, ValueError: as PromptConfig raises.
+    """
+    names = {field.name for field in fields(PromptConfig)}
+    own = {name: value for name, value in options.items() if name in names}
+    if prompts is None:
+        own |= {name: None for name in ("conv_kernel", "projector_dim") if own.get(name) == 0}
+        prompts = PromptConfig(**own)
+    elif not isinstance(prompts, PromptConfig):
+        raise TypeError(f"prompts must be a PromptConfig, got {type(prompts).__name__}")
+    elif own:
+        raise TypeError(
+            f"options of the prompts must be given as keywords or as prompts=PromptConfig(...), got both: "
+            f"{sorted(own)} beside prompts"
+        )
+    return prompts, {name: value for name, value in options.items() if name not in names}
+
+
+# Options of timm's that people mean when they mistype one.
+_TIMM_OPTIONS = ("num_classes", "img_size", "in_chans", "global_pool", "drop_rate", "patch_size", "embed_dim")
+
+
+def explain_unexpected(error: TypeError, options: Collection[str], backbone: str) -> TypeError | None:
+    """What is wrong, if ``error`` is timm's about one of ``options`` that it does not know; else None."""
+    match = re.search(r"unexpected keyword argument(?:\(s\): \[)? ?'(\w+)'", str(error))
+    if match is None or match[1] not in options:
+        return None
+    name, own = match[1], [field.name for field in fields(PromptConfig)]
+    close = difflib.get_close_matches(name, [*own, "backend", "pretrained", *_TIMM_OPTIONS], n=1)
+    meant = f"; did you mean {close[0]!r}?" if close else "."
+    return TypeError(
+        f"{name!r} is an option neither of the prompts nor of timm's {backbone}{meant} The prompts' options "
+        f"are {own}"
+    )
+
+
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str):
         raise TypeError(f"{name} must be a str, one of {choices}, got {value!r}")
@@ -122,20 +181,8 @@ def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
-def _check_int(name: str, value: object, minimum: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
-
-
-def _check_bool(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {value!r}")
-
-
-def _check_rate(name: str, value: object) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a float, got {value!r}")
-    if not (0.0 <= value < 1.0) or math.isnan(value):
-        raise ValueError(f"{name} must be in [0, 1), got {value}")
+def _rate(name: str, value: object) -> float:
+    rate = real(name, value)
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {rate}")
+    return rate

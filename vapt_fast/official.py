@@ -4,8 +4,9 @@ Block i of the backbone is ``transformer.encoder.layer.{i}``. The learned table 
 ``transformer.prompt_embeddings`` (1, P, C); those of the blocks after it are the rows of
 ``transformer.deep_prompt_embeddings`` (count, P, C). Of the j-th adaptive block, j from 0,
 ``transformer.deep_prompt_norm.{j}`` is the LayerNorm and ``transformer.deep_prompt_downsample.{j}`` holds the
-convolution and the token projection. ``transformer.deep_prompt_embeddings_mlp`` is the projector of all
-blocks; where each block has its own, ``.{j}`` follows.
+convolution, ``.conv.kernel``, and the token projection, ``.linear``; without a convolution it is the token
+projection itself. ``transformer.deep_prompt_embeddings_mlp`` is the projector of all blocks; where each block
+has its own, ``.{j}`` follows. No name or shape tells the activation and the dropout rates.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from .arguments import integer
 from .config import PromptConfig
 from .modules import class_of
 from .vit import DEFAULT_ADAPTER, AdaptiveViT
@@ -28,6 +30,10 @@ __all__ = ["from_official", "to_official"]
 
 NORM_EPS = 1e-6
 ADAPTER = f"adapters.{DEFAULT_ADAPTER}."
+
+# Where AdaptiveViT's state dict has what an adapter holds
+PROMPTS = "prompts"
+HEAD = "backbone.head"
 
 PATCHES = "transformer.embeddings.patch_embeddings"
 POSITIONS = "transformer.embeddings.position_embeddings"
@@ -125,9 +131,11 @@ def _renamed(model: AdaptiveViT) -> dict[str, str]:
         for ours, theirs in BLOCK_MODULES.items():
             modules[f"backbone.blocks.{i}.{ours}"] = f"{LAYER}.{i}.{theirs}"
     first = len(model.prompts.blocks) - _num_adaptive(model)
+    convolved = model.config.conv_kernel is not None
     for j in range(_num_adaptive(model)):
-        modules[f"{ADAPTER}prompts.blocks.{first + j}.norm"] = f"{PROMPT_NORM}.{j}"
-        modules[f"{ADAPTER}prompts.blocks.{first + j}.token_projection"] = f"{POOLING}.{j}.linear"
+        block = f"{ADAPTER}prompts.blocks.{first + j}"
+        modules[f"{block}.norm"] = f"{PROMPT_NORM}.{j}"
+        modules[f"{block}.token_projection"] = f"{POOLING}.{j}.linear" if convolved else f"{POOLING}.{j}"
 
     names = {
         "backbone.cls_token": "transformer.embeddings.cls_token",
@@ -135,7 +143,7 @@ def _renamed(model: AdaptiveViT) -> dict[str, str]:
     }
     for ours, theirs in modules.items():
         names |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
-    if model.config.conv_kernel is not None:
+    if convolved:
         for j in range(_num_adaptive(model)):
             names[f"{ADAPTER}prompts.blocks.{first + j}.kernel"] = f"{POOLING}.{j}.conv.kernel"
     for ours, theirs in _projectors(model).items():
@@ -247,16 +255,22 @@ def _find_grid(
             "a square grid of patches; for other images pass img_size=(height, width)",
         )
     else:
-        height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
+        height, width = _sides(img_size)
         grid = (height // patch_size[0], width // patch_size[1])
         origin = f"{grid[0]}x{grid[1]} patches, from img_size={img_size} and patches of {patch_size}"
     _raise_any([f"{POSITIONS}: {num_patches} patches, expected {origin}"] * (math.prod(grid) != num_patches))
     return grid
 
 
+def _sides(img_size: object) -> tuple[int, int]:
+    sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
+    if len(sides) != 2:
+        raise TypeError(f"img_size must be (height, width) in pixels or one side, got {img_size!r}")
+    return integer("img_size", sides[0], minimum=1), integer("img_size", sides[1], minimum=1)
+
+
 def _build_backbone(geometry: _Geometry, num_heads: int) -> VisionTransformer:
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"num_heads must be an int, got {num_heads!r}")
+    num_heads = integer("num_heads", num_heads)
     if num_heads < 1 or geometry.dim % num_heads:
         raise ValueError(f"num_heads must divide the {geometry.dim} channels of the tensors, got {num_heads}")
     return VisionTransformer(

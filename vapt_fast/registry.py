@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict
 from typing import Any
 
 import timm
@@ -16,14 +16,15 @@ from timm.models import (
     DefaultCfg,
     PretrainedCfg,
     get_arch_pretrained_cfgs,
+    load_pretrained,
     register_model,
     split_model_name_tag,
 )
 
 from .config import PromptConfig
+from .data import DATA_KEYS
+from .source import PREFIX
 from .vit import AdaptiveViT
-
-PREFIX = "vapt_"
 
 # The timm modules whose models are all of classes that vapt_fast.backbone serves.
 TIMM_MODULES = (
@@ -35,6 +36,9 @@ TIMM_MODULES = (
     "vision_transformer_hybrid",
     "vitamin",
 )
+
+# timm's sources of whole models
+PUBLISHED = ("hf-hub", "local-dir")
 
 # timm's habit: an entrypoint is an attribute of its module and listed in __all__ (register_model appends it),
 # and its pre-trained configs are in default_cfgs.
@@ -49,18 +53,17 @@ def _entrypoint(name: str) -> Callable[..., AdaptiveViT]:
         prompts: PromptConfig | None = None,
         **options: Any,
     ) -> AdaptiveViT:
-        names = {field.name for field in fields(PromptConfig)} & options.keys()
-        chosen = {key: options.pop(key) for key in names}
-        # timm.create_model drops keywords that are None, so 0 says it for the two options where None matters.
-        chosen |= {key: None for key in ("conv_kernel", "projector_dim") if chosen.get(key) == 0}
         options = {key: value for key, value in options.items() if value is not None}
+        if isinstance(pretrained_cfg, PretrainedCfg):
+            pretrained_cfg = asdict(pretrained_cfg)
+        if isinstance(pretrained_cfg, dict) and pretrained_cfg.get("source") in PUBLISHED:
+            return _published(name, pretrained_cfg, pretrained, prompts, options)
         tagged = name
         if isinstance(pretrained_cfg, str) and pretrained_cfg:
             tagged = f"{name}.{pretrained_cfg}"
         elif pretrained_cfg:
             options["pretrained_cfg"] = _backbone_cfg(pretrained_cfg)
-        config = replace(PromptConfig() if prompts is None else prompts, **chosen)
-        return AdaptiveViT(tagged, prompts=config, pretrained=pretrained, **options)
+        return AdaptiveViT(tagged, prompts=prompts, pretrained=pretrained, **options)
 
     create.__name__ = create.__qualname__ = PREFIX + name
     create.__doc__ = (
@@ -71,9 +74,46 @@ def _entrypoint(name: str) -> Callable[..., AdaptiveViT]:
     return create
 
 
-def _backbone_cfg(cfg: PretrainedCfg | dict[str, Any]) -> dict[str, Any]:
+def _published(
+    name: str,
+    cfg: dict[str, Any],
+    pretrained: bool,
+    prompts: PromptConfig | None,
+    options: dict[str, Any],
+) -> AdaptiveViT:
+    """A whole AdaptiveViT as timm's save_for_hf or push_to_hf_hub wrote it.
+
+    Args:
+        name: timm's name of the backbone's architecture.
+        cfg: timm's description of what was published.
+        pretrained: load the tensors, of the backbone too.
+        prompts, options: as for AdaptiveViT; ``options`` has also what timm adds.
+    """
+    saved = options.pop("pretrained_model_args", {})
+    size = options.get("img_size")
+    if saved.get("img_size") is not None:
+        options["img_size"] = saved["img_size"]
+    tagged = f"{name}.{cfg.get('tag')}"
+    tagged = tagged if tagged in get_arch_pretrained_cfgs(name) else name
+    own = timm.get_pretrained_cfg(tagged)
+    own = {} if own is None else own.to_dict()
+    own |= {key: cfg[key] for key in (*DATA_KEYS, "fixed_input_size") if cfg.get(key) is not None}
+    model = AdaptiveViT(tagged, prompts=prompts, pretrained_cfg=own, **options)
+    if pretrained:
+        load_pretrained(
+            model,
+            cfg,
+            num_classes=model.num_classes,
+            in_chans=model.in_chans,
+            cache_dir=options.get("cache_dir"),
+        )
+    if size is not None:
+        model.set_input_size(size)
+    return model
+
+
+def _backbone_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
     """A pre-trained config that timm looked up under our name, as the backbone's own."""
-    cfg = asdict(cfg) if isinstance(cfg, PretrainedCfg) else dict(cfg)
     return {**cfg, "architecture": (cfg.get("architecture") or "").removeprefix(PREFIX) or None}
 
 

@@ -231,7 +231,7 @@ def _prompt_sources(
 
 
 def can_pool(prompts: Prompts, index: int) -> bool:
-    """Whether the prompts of block ``index`` are computed from the tokens, by modules whose weights may be read."""
+    """Whether the prompts of block ``index`` are pooled from the tokens and their weights may be read."""
     block, projector = prompts.blocks[index], prompts.projector_of(index)
     plain = is_plain(block, AdaptivePrompts)
     plain = plain and is_plain(block.norm, nn.LayerNorm) and is_plain(block.token_projection, nn.Linear)

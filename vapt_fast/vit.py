@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -14,6 +14,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from . import adapters, reference, schedule
+from .arguments import integer, plain
 from .backbone import (
     adopt,
     check_image_size,
@@ -29,10 +30,12 @@ from .backbone import (
     take_heads,
 )
 from .backends import _dispatch
-from .config import PromptConfig
+from .config import PromptConfig, explain_unexpected, split_options
+from .data import eval_transform, full_data_config
 from .modules import tensors_of
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_adaptive_prompts
+from .source import PREFIX, backbone_source, check_state_names, rebuild_args
 
 __all__ = ["DEFAULT_ADAPTER", "AdaptiveViT"]
 
@@ -88,13 +91,14 @@ class AdaptiveViT(nn.Module):
 
     Args:
         backbone: the name of a timm model, as ``"vit_base_patch16_224.augreg_in21k"``, or a timm model.
-        prompts: the options of the prompts; VAPT's defaults if None.
+        prompts: the options of the prompts. None to give them as keywords (``num_prompts=50``); VAPT's
+            defaults for all others.
         backend: "auto", "reference", "torch", "triton", "cuda" or "kernels"; see vapt_fast.use_backend. None
             leaves the choice to the environment variable VAPT_FAST_BACKEND, then "auto".
         pretrained: load the backbone's pre-trained weights; only with a name.
-        timm_options: with a name, anything ``timm.create_model`` takes (``num_classes``, ``img_size``,
-            ``in_chans``, ``global_pool``, ``drop_rate``, ...); with a timm model, only ``num_classes`` and
-            ``global_pool``.
+        options: those of PromptConfig; with a name, anything ``timm.create_model`` takes (``num_classes``,
+            ``img_size``, ``in_chans``, ``global_pool``, ``drop_rate``, ...); with a timm model, only
+            ``num_classes`` and ``global_pool``.
 
     Raises:
         TypeError: arguments of a wrong type.
@@ -109,7 +113,10 @@ class AdaptiveViT(nn.Module):
         config: the PromptConfig.
         backend: what was asked for.
         backbone_name: timm's name of the backbone with its tag; None if it has none.
+        backbone_source: where it comes from; see vapt_fast.source.backbone_source.
         adapter_metadata: what the user stored with the adapter that was loaded last.
+        class_names: a name for each class, as stored with the adapter that was loaded last; None if unknown.
+        data_config: how images are prepared, where not as the backbone's ``pretrained_cfg`` says.
     """
 
     def __init__(
@@ -119,28 +126,29 @@ class AdaptiveViT(nn.Module):
         prompts: PromptConfig | None = None,
         backend: str | None = None,
         pretrained: bool = False,
-        **timm_options: Any,
+        **options: Any,
     ) -> None:
         super().__init__()
-        config = PromptConfig() if prompts is None else prompts
-        if not isinstance(config, PromptConfig):
-            raise TypeError(f"prompts must be a PromptConfig, got {type(config).__name__}")
+        config, options = split_options(prompts, options)
         if backend is not None:
             _dispatch.check_backend(backend)
+        by_name, timm_options = isinstance(backbone, str), plain(options)
         model = _make_backbone(backbone, pretrained, timm_options)
-        num_classes = model.num_classes
-        if not isinstance(backbone, str) and timm_options:
+        num_classes = integer("backbone.num_classes", model.num_classes)
+        if not by_name and timm_options:
             num_classes = timm_options.get("num_classes", num_classes)
-            _reset_classifier(model, num_classes, timm_options.get("global_pool"))
+            num_classes = _reset_classifier(model, num_classes, timm_options.get("global_pool"))
         _check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
 
         self.config = config
         self.backend = backend
-        self.backbone_name = _timm_name(model)
+        self.backbone_source = backbone_source(model, timm_options, pretrained if by_name else None)
+        self.backbone_name = self.backbone_source["name"]
         self.adapter_metadata: dict[str, Any] = {}
+        self.class_names: tuple[str, ...] | None = None
+        self.data_config: dict[str, Any] = {}
         self.grad_checkpointing = False
         self.active_adapter = DEFAULT_ADAPTER
-        self._timm_options = timm_options if isinstance(backbone, str) else {}
         self._image_size = image_size(model)
         prompts = Prompts(
             config,
@@ -195,8 +203,12 @@ class AdaptiveViT(nn.Module):
         return self._adapter.named_parameters()
 
     def adapter_state(self) -> dict[str, Tensor]:
-        """What the file of the active adapter holds: its parameters and buffers, by name."""
-        return self._adapter.state_dict()
+        """What the file of the active adapter holds: its parameters and buffers themselves, by name."""
+        return self._adapter.state_dict(keep_vars=True)
+
+    def transform(self) -> Any:
+        """From a PIL image to the tensor (in_chans, H, W) that the model takes; see vapt_fast.data."""
+        return eval_transform(full_data_config(self.pretrained_cfg, self.data_config))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters to give to an optimizer."""
@@ -397,16 +409,13 @@ class AdaptiveViT(nn.Module):
     @property
     def backbone_args(self) -> dict[str, Any]:
         """Keywords for ``timm.create_model`` that make this backbone again, head and input size included."""
-        args = {
-            **self._timm_options,
-            "num_classes": self.num_classes,
-            "in_chans": self.backbone.in_chans,
-            "global_pool": self.global_pool,
-            "img_size": list(self._image_size),
-        }
-        args.pop("dtype", None)  # the dtype of an adapter's backbone is its user's choice
-        args.pop("device", None)
-        return args
+        return rebuild_args(
+            self.backbone,
+            num_classes=self.num_classes,
+            in_chans=self.backbone.in_chans,
+            global_pool=self.global_pool,
+            img_size=list(self._image_size),
+        )
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
@@ -448,9 +457,10 @@ class AdaptiveViT(nn.Module):
         """
         if global_pool is not None:
             _check_pooling(self.config, global_pool, global_pool == "map")
-        _reset_classifier(self.backbone, num_classes, global_pool)
+        num_classes = _reset_classifier(self.backbone, num_classes, global_pool)
         self._adapter.set_heads(take_heads(self.backbone))
         self._adapter.num_classes = num_classes
+        self.class_names = None
         self.train(self.training)
 
     def prune_intermediate_layers(
@@ -503,6 +513,8 @@ class AdaptiveViT(nn.Module):
         """timm's description of the backbone's weights: mean, std, input size, interpolation, ..."""
         cfg = dict(getattr(self.backbone, "pretrained_cfg", None) or {})
         cfg["input_size"] = (self.backbone.in_chans, *self._image_size)
+        if cfg.get("architecture"):
+            cfg["architecture"] = PREFIX + cfg["architecture"]
         prefixes = {"first_conv": "backbone.", "classifier": f"adapters.{self.active_adapter}."}
         for key, prefix in prefixes.items():
             names = cfg.get(key)
@@ -513,6 +525,21 @@ class AdaptiveViT(nn.Module):
         return cfg
 
     default_cfg = pretrained_cfg
+
+    # What timm's save_for_hf and push_to_hf_hub keep to make a model again. timm.create_model also sets it,
+    # to what it was called with, but the model knows better.
+    @property
+    def _model_args(self) -> dict[str, Any]:
+        return {**self.backbone_args, **self.config.as_keywords()}
+
+    @_model_args.setter
+    def _model_args(self, value: dict[str, Any]) -> None:
+        pass
+
+    @property
+    def _traits(self) -> dict[str, Any]:
+        traits = {**getattr(self.backbone, "_traits", {}), "img_size": self._image_size}
+        return traits | {"first_conv": self.pretrained_cfg.get("first_conv")}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters that timm's optimizers don't decay. All of them are frozen here."""
@@ -535,11 +562,31 @@ class AdaptiveViT(nn.Module):
         """Recompute each block's activations in the backward pass, or keep them."""
         self.grad_checkpointing = enable
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of every module; the weights of a timm model are refused with advice."""
+        check_state_names(state_dict, self.backbone)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     # ---- adapters
 
-    def save_adapter(self, folder: str | PathLike, *, metadata: dict[str, Any] | None = None) -> None:
+    def save_adapter(
+        self,
+        folder: str | PathLike,
+        *,
+        metadata: dict[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        include_backbone: bool = False,
+    ) -> None:
         """Write prompts and head to ``folder``; see vapt_fast.adapters.save."""
-        adapters.save(self, folder, metadata)
+        adapters.save(
+            self,
+            folder,
+            metadata=metadata,
+            class_names=class_names,
+            data_config=data_config,
+            include_backbone=include_backbone,
+        )
 
     def load_adapter(self, folder: str | PathLike, *, check_backbone: bool = True) -> None:
         """Read prompts and head from ``folder``; see vapt_fast.adapters.load."""
@@ -550,12 +597,20 @@ class AdaptiveViT(nn.Module):
         cls,
         folder: str | PathLike,
         *,
-        backbone: nn.Module | None = None,
+        backbone: nn.Module | str | None = None,
+        weights: str | PathLike | None = None,
         check_backbone: bool = True,
         backend: str | None = None,
     ) -> AdaptiveViT:
-        """The model of the adapter in ``folder``; see vapt_fast.adapters.build."""
-        return adapters.build(cls, folder, backbone=backbone, check_backbone=check_backbone, backend=backend)
+        """The model of the adapter in ``folder``, in eval mode; see vapt_fast.adapters.build."""
+        return adapters.build(
+            cls,
+            folder,
+            backbone=backbone,
+            weights=weights,
+            check_backbone=check_backbone,
+            backend=backend,
+        )
 
 
 def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str, Any]) -> nn.Module:
@@ -573,7 +628,18 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
             raise ValueError(
                 f"backbone {backbone!r} is no timm model; similar names: {similar_names(backbone)}"
             )
-        model = timm.create_model(backbone, pretrained=pretrained, **options)
+        try:
+            model = timm.create_model(backbone, pretrained=pretrained, **options)
+        except TypeError as error:
+            explained = explain_unexpected(error, options, backbone)
+            if explained is None:
+                raise
+            raise explained from error
+        if isinstance(model, AdaptiveViT):
+            raise ValueError(
+                f"backbone {backbone!r} is a model with prompts already; make it by "
+                f"timm.create_model({backbone!r}, {pretrained=})"
+            )
         check_supported(model)
         return adopt(model, shared=False)
     check_supported(backbone)
@@ -581,7 +647,10 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
         raise ValueError("pretrained=True needs the name of a backbone; a timm model keeps its own weights")
     unknown = sorted(set(options) - {"num_classes", "global_pool"})
     if unknown:
-        raise TypeError(f"options {unknown} need the name of a backbone; the timm model is used as it is")
+        raise TypeError(
+            f"options {unknown} need the name of a backbone; a timm model is taken as it is, with "
+            "num_classes, global_pool and the options of PromptConfig only"
+        )
     return adopt(backbone, shared=True)
 
 
@@ -590,11 +659,9 @@ def _normed_tokens(backbone: nn.Module, tokens: Tensor, extra: int) -> Tensor:
     return backbone.norm(remove_prompts(tokens, backbone.num_prefix_tokens, extra))
 
 
-def _reset_classifier(model: nn.Module, num_classes: int, global_pool: str | None) -> None:
-    if not isinstance(num_classes, int) or isinstance(num_classes, bool):
-        raise TypeError(f"num_classes must be an int, got {num_classes!r}")
-    if num_classes < 0:
-        raise ValueError(f"num_classes must be at least 0, got {num_classes}")
+def _reset_classifier(model: nn.Module, num_classes: int, global_pool: str | None) -> int:
+    """Another head, and pooling if given, for ``model``; returns the number of classes as an int."""
+    num_classes = integer("num_classes", num_classes, minimum=0)
     before = model.num_classes
     try:
         model.reset_classifier(num_classes, global_pool)
@@ -602,6 +669,7 @@ def _reset_classifier(model: nn.Module, num_classes: int, global_pool: str | Non
         name = type(model).__name__
         model.num_classes = before  # which timm has changed by then
         raise ValueError(f"global_pool={global_pool!r} does not suit {name}: {error}") from error
+    return num_classes
 
 
 def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:
@@ -609,9 +677,3 @@ def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool)
         raise ValueError(
             f"pool_prompts=True needs a backbone with global_pool in {AVERAGING}, got {global_pool!r}"
         )
-
-
-def _timm_name(model: nn.Module) -> str | None:
-    cfg = getattr(model, "pretrained_cfg", None) or {}
-    architecture, tag = cfg.get("architecture"), cfg.get("tag")
-    return f"{architecture}.{tag}" if architecture and tag else architecture

@@ -18,12 +18,23 @@ __all__ = ["predict"]
 
 
 def predict(
-    adapter: Annotated[Path, typer.Argument(help="Folder that vapt-fast train wrote.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder that vapt-fast train or model.save_adapter() wrote.")
+    ],
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     top: Annotated[int, typer.Option(min=1, help="How many classes to name for each image.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="timm's name of the backbone, as local-dir:/folder (default: what the adapter says)."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="File with the backbone's weights, if the adapter's folder has none.")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, reference, torch, triton, cuda or kernels; see vapt-fast info.")
     ] = None,
@@ -32,17 +43,12 @@ def predict(
 
     Files that are no images are reported and left out; the exit code is then 2.
     """
-    from ..training import UserError, load_model
+    from ..training import load_model
     from .train import pick_device
 
     with failures():
         device = pick_device(device)
-        model, metadata = load_model(adapter, backend)
-        missing = [key for key in ("class_names", "data_config") if key not in metadata]
-        if missing:
-            raise UserError(
-                f"{adapter} has no {' and no '.join(missing)}: it was not saved by vapt-fast train"
-            )
+        model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
         paths = _image_files(images)
         predictions, errors = _predict(model.to(device), metadata, paths, top, batch_size, device)
     if as_json:

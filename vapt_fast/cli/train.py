@@ -16,6 +16,7 @@ from .console import failures, out, status
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
+    from ..training.run import RunOptions
     from ..training.trainer import Epoch, Score
 
 __all__ = ["train"]
@@ -43,7 +44,13 @@ def train(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the trained model, metrics and checkpoint.")],
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the stopped run in --output, with its options.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on with the stopped run in --output, with its options. With a larger --epochs, train "
+            "the model of a finished run on: the learning rate goes on along the cosine of the new length, "
+            "so it rises again.",
+        ),
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a run that is in --output.")
@@ -86,6 +93,14 @@ def train(
     ] = False,
     backbone: Annotated[str, _option("timm's name of the backbone.", _MODEL)] = "vit_digits_patch4_32",
     pretrained: Annotated[bool, _option("Start from pre-trained weights.", _MODEL)] = True,
+    weights: Annotated[
+        Path | None,
+        _option(
+            "File with the backbone's weights (safetensors or a PyTorch checkpoint), instead of pre-trained "
+            "ones. The backbone is then kept in --output.",
+            _MODEL,
+        ),
+    ] = None,
     method: Annotated[
         Literal["vapt", "vpt-deep", "vpt-shallow", "linear", "full"], _option("What to train.", _MODEL)
     ] = "vapt",
@@ -179,7 +194,7 @@ def train(
                 resume=resume,
                 device=pick_device(device),
                 workers=workers,
-                on_start=_describe,
+                on_start=lambda model, splits: _describe(model, splits, options),
                 progress=progress,
             )
     _report(result, output)
@@ -236,6 +251,7 @@ def _run_options(given: dict[str, Any]) -> dict[str, Any]:
     own = {option.name for option in fields(RunOptions)} - {"prompts"}
     options = {name: value for name, value in given.items() if name in own}
     options["data"] = given["data"] if given["data"] == "digits" else str(Path(given["data"]).resolve())
+    options["weights"] = None if given["weights"] is None else str(given["weights"].resolve())
     options["prompts"] = prompts
     options["base_lrs"] = list(given["lr"]) if given["lr"] else None
     options["weight_decays"] = list(given["weight_decay"]) if given["weight_decay"] else [1e-4]
@@ -250,7 +266,11 @@ def _resumed(context: typer.Context, output: Path) -> Any:
 
     options = RunOptions.read(output)
     if (output / RESULT_NAME).exists():
-        raise UserError(f"the run in {output} is finished: there is nothing to resume")
+        if context.get_parameter_source("epochs").name != "COMMANDLINE":
+            raise UserError(
+                f"the run in {output} is finished: there is nothing to resume. To train on, give --epochs too"
+            )
+        options = options.extended(context.params["epochs"], output)
     now, then = _flat(_run_options(dict(context.params))), _flat(asdict(options))
     renamed = {"prompts": "num_prompts", "lr": "base_lrs", "weight_decay": "weight_decays"}
     for name in context.params:
@@ -280,7 +300,7 @@ def _check_free(output: Path, overwrite: bool) -> None:
         )
 
 
-def _describe(model: Any, splits: Any) -> None:
+def _describe(model: Any, splits: Any, options: RunOptions) -> None:
     from ..adapters import trainable_summary
 
     test = "no" if splits.test is None else len(splits.test)
@@ -289,6 +309,12 @@ def _describe(model: Any, splits: Any) -> None:
         f"{len(splits.validation)} to choose the learning rate with, {test} to test on"
     )
     status.print(trainable_summary(model))
+    if options.needs_backbone_file:
+        size = sum(tensor.nbytes for tensor in model.backbone.state_dict().values()) / 1e6
+        status.print(
+            f"the frozen backbone ({size:,.0f} MB) will be kept with what is learned, because no name of "
+            "timm's gives its weights"
+        )
 
 
 class _Progress:

@@ -1,18 +1,27 @@
-"""Checkpoints: tensors, numbers, texts, lists and dicts in one file that is never half-written."""
+"""Checkpoints: tensors, numbers, texts, lists and dicts in one file that is never half-written.
+
+The file begins with one line, ``vapt_fast checkpoint, version 0.1.0, sha256 ...``; what torch.save writes
+follows, and the sha256 is that of it.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
-import pickle
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .._version import __version__
 from .errors import UserError
 from .files import write_atomically
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
+
+_HEADER = "vapt_fast checkpoint, version {}, sha256 {}\n"
+_PATTERN = re.compile(_HEADER.format(r"(\S+)", "([0-9a-f]{64})").encode())
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -24,18 +33,31 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     # In memory first: torch.save on a full disk raises a RuntimeError that doesn't say so.
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    write_atomically(path, buffer.getvalue())
+    content = buffer.getvalue()
+    header = _HEADER.format(__version__, hashlib.sha256(content).hexdigest())
+    write_atomically(path, header.encode() + content)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` wrote, on the CPU. Nothing in the file can run code.
+    """What ``save_checkpoint`` of this version wrote, on the CPU. Nothing in the file can run code.
 
     Raises:
-        UserError: there is no such file, or it is damaged.
+        UserError: there is no such file, it is damaged, or another version of this library wrote it.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist: there is nothing to resume") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} is damaged or no checkpoint; start again without --resume") from error
+    header = _PATTERN.match(content)
+    if header is None:
+        raise UserError(f"{path} is damaged or no checkpoint; start again without --resume")
+    version, digest = (part.decode() for part in header.groups())
+    if version != __version__:
+        raise UserError(
+            f"{path} was written by vapt_fast {version}, and this is {__version__}: resume with that "
+            "version, or start again without --resume"
+        )
+    content = content[header.end() :]
+    if hashlib.sha256(content).hexdigest() != digest:
+        raise UserError(f"{path} is damaged (its sha256 differs); start again without --resume")
+    return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

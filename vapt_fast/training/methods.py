@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import timm
 from torch import Tensor, nn
 
 from ..config import PromptConfig
+from ..source import load_weights
 from ..vit import AdaptiveViT
 from .errors import UserError
 
@@ -51,6 +53,7 @@ def build_model(
     prompts: PromptConfig | None = None,
     pretrained: bool = True,
     backend: str | None = None,
+    weights: str | Path | None = None,
     **timm_options: Any,
 ) -> nn.Module:
     """The model that a method trains: an AdaptiveViT, or for "full" a plain timm model.
@@ -62,20 +65,29 @@ def build_model(
         prompts: options of the prompts; the method decides on their kind. None for the defaults.
         pretrained: start from pre-trained weights.
         backend: as for AdaptiveViT.
+        weights: a file with the backbone's weights, in the place of pre-trained ones; see
+            vapt_fast.source.load_weights.
         **timm_options: for ``timm.create_model``.
 
     Raises:
         UserError: an unknown method.
+        FileNotFoundError, ValueError: there is no such file of weights, or they don't fit.
         ValueError, NotImplementedError: as AdaptiveViT raises for a backbone that it can't serve.
     """
     if method not in METHODS:
         raise UserError(f"method must be one of {tuple(METHODS)}, got {method!r}")
     changes = METHODS[method].prompts
+    pretrained = pretrained and weights is None
     timm_options = {"num_classes": num_classes, "pretrained": pretrained, **timm_options}
+    made: str | nn.Module = backbone
+    if changes is None or weights is not None:
+        made, timm_options = timm.create_model(backbone, **timm_options), {}
+    if weights is not None:
+        load_weights(made, weights)
     if changes is None:
-        return timm.create_model(backbone, **timm_options)
+        return made
     config = replace(prompts or PromptConfig(), **changes)
-    return AdaptiveViT(backbone, prompts=config, backend=backend, **timm_options)
+    return AdaptiveViT(made, prompts=config, backend=backend, **timm_options)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

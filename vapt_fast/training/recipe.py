@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+from ..arguments import plain
 from .errors import UserError
 
 __all__ = ["AMP_DTYPES", "Recipe"]
@@ -44,6 +45,10 @@ class Recipe:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(
+                self, option.name, plain(getattr(self, option.name))
+            )  # the dataclass is frozen
         for name, positive in (("base_lr", self.base_lr), ("clip_grad", self.clip_grad)):
             if positive is not None and not 0 < positive < math.inf:
                 raise UserError(f"{name} must be a positive number, got {positive}")

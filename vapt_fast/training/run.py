@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,16 +13,20 @@ import timm
 import torch
 from torch import nn
 
+from .._version import __version__
+from ..arguments import plain
 from ..backbone import similar_names
 from ..config import PromptConfig
 from .errors import UserError
 from .files import write_atomically
+from .inputs import check_inputs, describe_inputs, write_inputs
 from .loader import in_memory
-from .methods import METHODS, build_model
+from .methods import METHODS, build_model, trained_state
 from .recipe import Recipe
-from .saved import save_model
-from .search import CHECKPOINT_NAME, Progress, search
+from .saved import load_model, save_model
+from .search import CHECKPOINT_NAME, METRICS_NAME, Progress, Start, search
 from .splits import Splits, digit_splits, folder_splits
+from .trainer import autocast, seed_everything
 from .transforms import data_config
 
 __all__ = ["OPTIONS_NAME", "RESULT_NAME", "RunOptions", "run"]
@@ -49,7 +53,9 @@ class RunOptions:
         crop_mode, crop_pct: of timm's preparation of images; None for the backbone's.
         cache: keep all images of a folder in memory; not with augmentation.
         pretrained: start from pre-trained weights.
+        weights: a file with the backbone's weights, in the place of pre-trained ones.
         backend: as for AdaptiveViT.
+        extends: of a run that goes on with the model of a finished one: its ``epochs`` and ``metrics_size``.
     """
 
     data: str = "digits"
@@ -67,9 +73,15 @@ class RunOptions:
     crop_pct: float | None = None
     cache: bool = False
     pretrained: bool = True
+    weights: str | None = None
     backend: str | None = None
+    extends: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
+        for option in fields(self):
+            object.__setattr__(
+                self, option.name, plain(getattr(self, option.name))
+            )  # the dataclass is frozen
         if self.method not in METHODS:
             raise UserError(f"method must be one of {tuple(METHODS)}, got {self.method!r}")
         if self.cache and self.augment != "none":
@@ -92,18 +104,54 @@ class RunOptions:
         path = folder / OPTIONS_NAME
         try:
             options = json.loads(path.read_text(encoding="utf-8"))
+            version = options.pop("library_version", None)
         except FileNotFoundError as error:
             raise UserError(f"{path} does not exist: there is no run to resume in {folder}") from error
-        except ValueError as error:
+        except (ValueError, AttributeError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
         unknown = sorted(set(options) - {option.name for option in fields(cls)})
         if unknown:
-            raise UserError(f"{path} has the unknown options {unknown}")
+            raise UserError(
+                f"{path} has the unknown options {unknown}: it was written by vapt_fast {version}, and this "
+                f"is {__version__}"
+            )
         return cls(**options)
 
     def write(self, folder: Path) -> None:
         """Keep the options in ``folder``."""
-        write_atomically(folder / OPTIONS_NAME, json.dumps(asdict(self), indent=2).encode())
+        options = {"library_version": __version__, **asdict(self)}
+        write_atomically(folder / OPTIONS_NAME, json.dumps(options, indent=2).encode())
+
+    @property
+    def needs_backbone_file(self) -> bool:
+        """Whether no name of timm's gives the frozen backbone, so that it has to be kept with the adapter."""
+        frozen = METHODS[self.method].prompts is not None
+        return frozen and (self.weights is not None or not self.pretrained)
+
+    def extended(self, epochs: int, folder: Path) -> RunOptions:
+        """The options to train the model of the finished run in ``folder`` on, up to ``epochs``.
+
+        The recipe that won is the only one. Its learning rate goes along the cosine of the new length from
+        where the old length ended, so it rises again; the optimizer starts without momentum.
+
+        Raises:
+            UserError: the run was as long already, or its result is damaged.
+        """
+        path = folder / RESULT_NAME
+        try:
+            chosen = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+            trained = chosen["epochs"]
+            rates = {"base_lrs": [chosen["base_lr"]], "weight_decays": [chosen["weight_decay"]]}
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        if epochs <= trained:
+            raise UserError(
+                f"the run in {folder} is finished: it was trained for {trained} epochs. To train on, give "
+                f"--epochs with a larger number, got {epochs}"
+            )
+        size = (folder / METRICS_NAME).stat().st_size
+        extends = {"epochs": trained, "metrics_size": size}
+        return replace(self, **rates, recipe={**self.recipe, "epochs": epochs}, extends=extends)
 
     def recipes(self) -> list[Recipe]:
         """One recipe for every candidate."""
@@ -132,7 +180,8 @@ def run(
     Args:
         options: what to compute; with ``resume`` those that ``RunOptions.read`` gives.
         folder: where to write; a model that is there stays until the new one is whole.
-        resume: go on from the checkpoint; a run that was stopped before the first one starts anew.
+        resume: go on from the checkpoint; a run that was stopped before the first one starts anew. With
+            options of ``RunOptions.extended``, start from the finished run's model.
         device: where to compute.
         workers: processes that read images.
         on_start: told the untrained model and the images before training starts.
@@ -156,19 +205,28 @@ def run(
             prompts=prompts,
             pretrained=options.pretrained,
             backend=options.backend,
+            weights=options.weights,
         )
 
     config = _data_config(options)
     splits = _splits(options, config, recipes[0].seed)
     num_classes = len(splits.class_names)
+    seed_everything(recipes[0].seed)
     first = _first_model(make_model, options, num_classes)
+    inputs = describe_inputs(splits, config, first)
+    if resume:
+        check_inputs(folder, inputs)
+    start = _start(options, folder)
+    _try_first_image(first, splits, options, device)
     if on_start is not None:
         on_start(first, splits)
     del first
-    if not resume:
+    extending = start is not None and (folder / RESULT_NAME).exists()
+    if not resume or extending:
+        options.write(folder)  # first: whatever happens now, the run can go on
         for name in (CHECKPOINT_NAME, RESULT_NAME):  # of an earlier run
             (folder / name).unlink(missing_ok=True)
-        options.write(folder)
+        write_inputs(folder, inputs)
     found = search(
         lambda: make_model(num_classes),
         splits,
@@ -177,6 +235,7 @@ def run(
         workers=workers,
         folder=folder,
         resume=resume and (folder / CHECKPOINT_NAME).exists(),
+        start=start,
         progress=progress,
     )
     result = {
@@ -192,8 +251,13 @@ def run(
             "test": 0 if splits.test is None else len(splits.test),
         },
     }
+    if options.extends is not None:
+        result["extended_from_epochs"] = options.extends["epochs"]
     save_model(
-        found.model, folder, {**result, "class_names": list(splits.class_names), "data_config": config}
+        found.model,
+        folder,
+        {**result, "class_names": list(splits.class_names), "data_config": config},
+        include_backbone=options.needs_backbone_file,
     )
     write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
     (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
@@ -235,15 +299,42 @@ def _splits(options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
     )
     if not options.cache:
         return splits
-    test = None if splits.test is None else in_memory(splits.test)
-    return Splits(splits.class_names, in_memory(splits.train), in_memory(splits.validation), test)
+    parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
+    return replace(splits, **{name: in_memory(part) for name, part in parts.items() if part is not None})
 
 
 def _first_model(make_model: Callable[[int], nn.Module], options: RunOptions, num_classes: int) -> nn.Module:
     """A model, made early so that what is wrong with the options shows before anything is written."""
     try:
         return make_model(num_classes)
+    except FileNotFoundError as error:
+        if options.weights is not None:
+            raise UserError(str(error)) from error
+        raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
     except OSError as error:
         raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
+    except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{options.method} with backbone {options.backbone!r}: {error}") from error
+
+
+def _start(options: RunOptions, folder: Path) -> Start | None:
+    """The finished run's model that a run extends, None for a run from the beginning."""
+    if options.extends is None:
+        return None
+    model, _ = load_model(folder, options.backend)
+    return Start(trained_state(model), **options.extends)
+
+
+@torch.no_grad()
+def _try_first_image(
+    model: nn.Module, splits: Splits, options: RunOptions, device: torch.device | str
+) -> None:
+    """One image through the model, so that what can't run shows before anything is written."""
+    image, _ = splits.train[0]
+    try:
+        with autocast(torch.device(device), options.recipe.get("amp")):
+            model.to(device).eval()(image[None].to(device))
+    except UserError:
+        raise
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{options.method} with backbone {options.backbone!r}: {error}") from error

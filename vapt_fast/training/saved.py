@@ -12,6 +12,8 @@ import timm
 from torch import nn
 
 from ..adapters import AdapterError
+from ..data import full_data_config
+from ..source import rebuild_args
 from ..vit import AdaptiveViT
 from .errors import UserError
 from .files import write_atomically
@@ -22,25 +24,31 @@ FULL_MODEL_NAME = "model.safetensors"
 _HEADER_KEY = "vapt_fast_model"
 
 
-def save_model(model: nn.Module, folder: str | Path, metadata: dict[str, Any]) -> None:
+def save_model(
+    model: nn.Module, folder: str | Path, metadata: dict[str, Any], *, include_backbone: bool = False
+) -> None:
     """Write a model as ``load_model`` reads it.
 
     Args:
         model: an AdaptiveViT, of which only prompts and head are written, or a timm model, written whole.
         folder: where to; an earlier model in it stays whole until this one takes its place.
-        metadata: what JSON can express.
+        metadata: what JSON can express; of it, ``class_names`` and ``data_config`` are kept where
+            ``AdaptiveViT.save_adapter`` keeps them.
+        include_backbone: write the frozen backbone too; a model that is written whole holds it anyway.
 
     Raises:
         OSError: the file system's own refusals.
     """
     if isinstance(model, AdaptiveViT):
-        model.save_adapter(folder, metadata=metadata)
+        known = {name: metadata.get(name) for name in ("class_names", "data_config")}
+        own = {name: value for name, value in metadata.items() if name not in known}
+        model.save_adapter(folder, metadata=own, include_backbone=include_backbone, **known)
         return
     cfg = model.pretrained_cfg
     tag = cfg.get("tag")
     description = {
         "backbone": f"{cfg['architecture']}.{tag}" if tag else cfg["architecture"],
-        "num_classes": model.num_classes,
+        "args": rebuild_args(model, num_classes=model.num_classes),
         "metadata": metadata,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -48,25 +56,41 @@ def save_model(model: nn.Module, folder: str | Path, metadata: dict[str, Any]) -
     write_atomically(Path(folder) / FULL_MODEL_NAME, content)
 
 
-def load_model(folder: str | Path, backend: str | None = None) -> tuple[nn.Module, dict[str, Any]]:
+def load_model(
+    folder: str | Path,
+    backend: str | None = None,
+    *,
+    backbone: str | None = None,
+    weights: str | Path | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
     """The model in a folder, in eval mode, and its metadata.
 
     Args:
         folder: what ``save_model`` or ``AdaptiveViT.save_adapter`` wrote.
         backend: as for AdaptiveViT.
+        backbone, weights: timm's name of an adapter's backbone and a file with its weights, as for
+            ``AdaptiveViT.from_adapter``. None for what the adapter says.
+
+    Returns:
+        The model, and the metadata: ``class_names`` (the classes' numbers, as str, for an adapter that was
+        saved without names), ``data_config`` (all of timm's keywords), and what the user stored.
 
     Raises:
-        UserError: no model there, or a damaged one.
+        UserError: no model there, a damaged one, or one whose backbone can't be made.
     """
     folder = Path(folder)
     whole = folder / FULL_MODEL_NAME
     if whole.exists():
+        if backbone is not None or weights is not None:
+            raise UserError(f"{whole} is a whole model: it needs no backbone and no weights, leave them out")
         return _load_full(whole)
     try:
-        model = AdaptiveViT.from_adapter(folder, backend=backend)
+        model = AdaptiveViT.from_adapter(folder, backbone=backbone, weights=weights, backend=backend)
     except AdapterError as error:
         raise UserError(str(error)) from error
-    return model.eval(), model.adapter_metadata
+    names = model.class_names or [str(index) for index in range(model.num_classes)]
+    config = full_data_config(model.pretrained_cfg, model.data_config)
+    return model, {**model.adapter_metadata, "class_names": list(names), "data_config": config}
 
 
 def _load_full(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -74,8 +98,8 @@ def _load_full(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})[_HEADER_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        model = timm.create_model(description["backbone"], num_classes=description["num_classes"])
+        model = timm.create_model(description["backbone"], **description["args"])
         model.load_state_dict(tensors)
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or no model of this library: {error}") from error
     return model.eval(), description["metadata"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .errors import UserError
@@ -18,7 +18,7 @@ from .recipe import Recipe
 from .splits import Splits
 from .trainer import Epoch, Score, Trainer, evaluate, load_trained_state, seed_everything
 
-__all__ = ["CHECKPOINT_NAME", "METRICS_NAME", "Found", "Progress", "search"]
+__all__ = ["CHECKPOINT_NAME", "METRICS_NAME", "Found", "Progress", "Start", "search"]
 
 CHECKPOINT_NAME = "checkpoint.pt"
 METRICS_NAME = "metrics.jsonl"
@@ -46,6 +46,21 @@ class Found:
     candidates: list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
+class Start:
+    """A trained model to train on.
+
+    Attributes:
+        model: what ``trained_state`` gives of it.
+        epochs: how many it was trained for.
+        metrics_size: bytes of the metrics' file that are about these.
+    """
+
+    model: dict[str, Tensor]
+    epochs: int
+    metrics_size: int
+
+
 def search(
     make_model: Callable[[], nn.Module],
     splits: Splits,
@@ -56,6 +71,7 @@ def search(
     validate_every: int = 1,
     folder: Path | None = None,
     resume: bool = False,
+    start: Start | None = None,
     progress: Progress | None = None,
 ) -> Found:
     """Train a new model by each recipe, take the best in validation, and test that one.
@@ -72,6 +88,7 @@ def search(
         validate_every: epochs between scores in validation. The last is always taken and alone decides.
         folder: where the checkpoint and the metrics go, every epoch; None to keep nothing.
         resume: go on from the checkpoint in ``folder``, to the same bits as without the stop.
+        start: where the recipe, which then must be the only one, starts from; None for the beginning.
         progress: told about every epoch.
 
     Raises:
@@ -83,7 +100,7 @@ def search(
         "candidates": [],
         "best": None,
         "current": None,
-        "metrics_size": 0,
+        "metrics_size": 0 if start is None else start.metrics_size,
     }
     if resume:
         state = _load_state(folder / CHECKPOINT_NAME, state["recipes"])
@@ -95,6 +112,8 @@ def search(
         trainer = Trainer(_seeded(make_model, recipe), recipe, splits.train, **options)
         if state["current"] is not None:
             trainer.load_state_dict(state["current"])
+        elif start is not None:
+            trainer.start_from(start.model, start.epochs)
         scoring = {"batch_size": recipe.batch_size, "amp": recipe.amp, **options}
         while not trainer.finished:
             epoch = trainer.run_epoch()

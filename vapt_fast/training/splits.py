@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +34,14 @@ class Splits:
         train: to learn from.
         validation: to choose the learning rate with.
         test: to report; None where the user has none.
+        files: the images of each split in their order, as paths within the data's folder; none for digits.
     """
 
     class_names: tuple[str, ...]
     train: Dataset
     validation: Dataset
     test: Dataset | None
+    files: dict[str, list[str]] = field(default_factory=dict)
 
 
 def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
@@ -141,7 +143,15 @@ def folder_splits(
     if not len(validation):
         raise UserError(f"{root} has too few images to choose a learning rate with: none for validation")
     count = _check_num_train(num_train, len(order), len(train.classes))
-    return Splits(tuple(train.classes), Subset(train, order[:count]), validation, test)
+    parts = {"train": Subset(train, order[:count]), "validation": validation, "test": test}
+    files = {name: _paths(part, root) for name, part in parts.items() if part is not None}
+    return Splits(tuple(train.classes), **parts, files=files)
+
+
+def _paths(part: ImageFolder | Subset, root: Path) -> list[str]:
+    """The images of a split, as paths within ``root``."""
+    folder, indices = (part.dataset, part.indices) if isinstance(part, Subset) else (part, range(len(part)))
+    return [Path(folder.samples[index][0]).relative_to(root).as_posix() for index in indices]
 
 
 def _open_folder(root: Path, transform: Any, classes: Sequence[str] | None = None) -> ImageFolder:

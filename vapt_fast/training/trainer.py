@@ -18,7 +18,7 @@ from .loader import make_loader
 from .methods import param_groups, trained_state
 from .recipe import Recipe
 
-__all__ = ["Epoch", "Score", "Trainer", "evaluate", "seed_everything"]
+__all__ = ["Epoch", "Score", "Trainer", "autocast", "evaluate", "seed_everything"]
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ class Trainer:
     def _step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
         for group in self._optimizer.param_groups:
             group["lr"] = lr
-        with _autocast(self._device, self.recipe.amp):
+        with autocast(self._device, self.recipe.amp):
             logits = self.model(images)
         logits = logits.float()
         loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
@@ -157,6 +157,11 @@ class Trainer:
         self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.diverged = state["epoch"], state["diverged"]
 
+    def start_from(self, trained: dict[str, Tensor], epochs: int) -> None:
+        """Go on from a model that was trained for ``epochs``; the optimizer starts anew, without momentum."""
+        load_trained_state(self.model, trained)
+        self.epoch = epochs
+
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put the tensors of ``trained_state`` back into a model made in the same way."""
@@ -179,7 +184,7 @@ def evaluate(
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for images, labels in make_loader(dataset, batch_size, workers=workers):
         labels = labels.to(device)
-        with _autocast(device, amp):
+        with autocast(device, amp):
             logits = model(images.to(device))
         logits = logits.float()
         totals[0] += (logits.argmax(1) == labels).sum()
@@ -196,5 +201,6 @@ def seed_everything(seed: int, epoch: int = 0) -> int:
     return mixed
 
 
-def _autocast(device: torch.device, amp: str | None) -> torch.autocast:
+def autocast(device: torch.device, amp: str | None) -> torch.autocast:
+    """Mixed precision in the dtype ``amp``, none if that is None."""
     return torch.autocast(device.type, getattr(torch, amp or "bfloat16"), enabled=amp is not None)

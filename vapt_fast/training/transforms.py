@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
-from timm.data import create_transform, resolve_data_config
+from timm.data import resolve_data_config
 from torchvision import transforms
 
+from .. import data
 from .errors import UserError
 
 __all__ = ["AUGMENTATIONS", "data_config", "eval_transform", "open_image", "train_transform"]
@@ -29,7 +30,7 @@ def data_config(pretrained_cfg: dict[str, Any], **changes: Any) -> dict[str, Any
 
 def eval_transform(config: dict[str, Any]) -> Any:
     """From a PIL image to a normalised tensor (3, H, W), with nothing random in it."""
-    return create_transform(**config)
+    return data.eval_transform(config)
 
 
 def train_transform(config: dict[str, Any], augmentation: str) -> Any:

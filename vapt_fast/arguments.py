@@ -1,0 +1,75 @@
+"""Arguments as users have them, numpy's and torch's numbers among them, as Python's own."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+__all__ = ["boolean", "integer", "plain", "real"]
+
+
+def integer(name: str, value: object, minimum: int | None = None) -> int:
+    """The int that ``value`` is: Python's, numpy's, or an array or tensor without dimensions.
+
+    Raises:
+        TypeError: not an integer; a bool is none.
+        ValueError: smaller than ``minimum``.
+    """
+    if isinstance(value, bool) or _kind(value) not in (None, "integer"):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, got {value!r}") from None
+    if minimum is not None and number < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {number}")
+    return number
+
+
+def real(name: str, value: object) -> float:
+    """The float that ``value`` is: Python's or numpy's number, or an array or tensor without dimensions.
+
+    Raises:
+        TypeError: not a real number; a bool is none.
+    """
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number and _kind(value) not in ("integer", "real"):
+        raise TypeError(f"{name} must be a float, got {value!r}")
+    return float(value)
+
+
+def boolean(name: str, value: object) -> bool:
+    """The bool that ``value`` is, Python's or numpy's.
+
+    Raises:
+        TypeError: not a bool; 0 and 1 are none.
+    """
+    if not isinstance(value, bool) and _kind(value) != "bool":
+        raise TypeError(f"{name} must be a bool, got {value!r}")
+    return bool(value)
+
+
+def plain(value: Any) -> Any:
+    """``value`` with Python's numbers in the place of numpy's and torch's; whatever else there is stays.
+
+    Dicts, lists and tuples are gone through.
+    """
+    if type(value) is dict:
+        return {plain(key): plain(entry) for key, entry in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    return value.item() if _kind(value) in ("bool", "integer", "real") else value
+
+
+def _kind(value: object) -> str | None:
+    """What a number of numpy or torch is: "bool", "integer", "real" or "other"; None for anything else."""
+    dtype = getattr(value, "dtype", None)
+    if dtype is None:
+        return None
+    if getattr(value, "ndim", None) != 0:
+        return "other"
+    name = str(dtype).removeprefix("torch.")
+    for kind, beginnings in (("bool", "bool"), ("integer", ("int", "uint")), ("real", ("float", "bfloat"))):
+        if name.startswith(beginnings):
+            return kind
+    return "other"

@@ -1,0 +1,120 @@
+"""How images are prepared for a model: timm's data config, checked, and the transform it describes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from timm.data import create_transform, resolve_data_config
+from torchvision import transforms
+
+from .arguments import integer, plain, real
+
+__all__ = ["DATA_KEYS", "eval_transform", "full_data_config"]
+
+# timm's names, which its create_transform takes as keywords
+DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
+
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
+CROP_MODES = ("center", "squash", "border")
+
+
+def full_data_config(
+    pretrained_cfg: Mapping[str, Any], given: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """All of DATA_KEYS, as JSON has them: from ``given``, else from ``pretrained_cfg``, else timm's defaults.
+
+    Args:
+        pretrained_cfg: timm's description of a model, with the ``input_size`` that it takes.
+        given: any of DATA_KEYS, to differ from it.
+
+    Raises:
+        TypeError: a value of a wrong type.
+        ValueError: an unknown key, a value out of range, or another ``input_size`` than the model's.
+    """
+    given = {} if given is None else given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"data_config must be a dict, got {type(given).__name__}")
+    unknown = sorted(str(key) for key in given if key not in DATA_KEYS)
+    if unknown:
+        raise ValueError(f"data_config has the unknown keys {unknown}, expected some of {DATA_KEYS}")
+    config = resolve_data_config(pretrained_cfg=dict(pretrained_cfg))
+    size = _size(config["input_size"])
+    mean, std = (_each_channel(config[name], size[0]) for name in ("mean", "std"))
+    config |= {"mean": mean, "std": std}
+    config |= {key: plain(value) for key, value in given.items() if value is not None}
+    if _size(config["input_size"]) != size:
+        raise ValueError(f"data_config input_size must be the model's {size}, got {config['input_size']}")
+    return check_data_config({key: config[key] for key in DATA_KEYS})
+
+
+def check_data_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with lists for sequences, if all its values are in range.
+
+    Raises:
+        TypeError, ValueError: which key, what was given, what is expected.
+    """
+    size = _size(config["input_size"])
+    checked: dict[str, Any] = {"input_size": size}
+    for name in ("mean", "std"):
+        checked[name] = _numbers(name, config[name], size[0])
+    if min(checked["std"]) <= 0:
+        raise ValueError(f"data_config std must be positive, got {checked['std']}")
+    for name, choices in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
+        if config[name] not in choices:
+            raise ValueError(f"data_config {name} must be one of {choices}, got {config[name]!r}")
+        checked[name] = config[name]
+    checked["crop_pct"] = real("data_config crop_pct", config["crop_pct"])
+    if not 0 < checked["crop_pct"] < math.inf:
+        raise ValueError(f"data_config crop_pct must be positive, got {checked['crop_pct']}")
+    return {key: checked[key] for key in DATA_KEYS}
+
+
+def eval_transform(config: Mapping[str, Any]) -> transforms.Compose:
+    """From a PIL image to a normalised tensor (in_chans, H, W), with nothing random in it.
+
+    Images in colour become grey for a model of one channel.
+
+    Args:
+        config: of ``full_data_config``.
+
+    Raises:
+        ValueError: PIL has no images of that many channels.
+    """
+    channels = config["input_size"][0]
+    if channels not in (1, 3):
+        raise ValueError(
+            f"the model takes images of {channels} channels, which PIL does not have; expected 1 or 3. "
+            "Prepare them yourself: resize, then subtract the data config's mean and divide by its std"
+        )
+    steps = create_transform(**{**config, "input_size": tuple(config["input_size"])}).transforms
+    mode = transforms.Grayscale() if channels == 1 else transforms.Lambda(_to_rgb)
+    return transforms.Compose([mode, *steps])
+
+
+def _to_rgb(image: Any) -> Any:
+    return image.convert("RGB")
+
+
+def _size(value: Any) -> list[int]:
+    value = plain(value)
+    if not isinstance(value, (list, tuple)) or len(value) != 3:
+        raise TypeError(f"data_config input_size must be (channels, height, width), got {value!r}")
+    return [integer("data_config input_size", side, minimum=1) for side in value]
+
+
+def _numbers(name: str, value: Any, channels: int) -> list[float]:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    if not isinstance(value, (list, tuple)) or len(value) != channels:
+        raise ValueError(f"data_config {name} must be {channels} numbers, one a channel, got {value!r}")
+    numbers = [real(f"data_config {name}", number) for number in value]
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"data_config {name} must be finite, got {value!r}")
+    return numbers
+
+
+def _each_channel(values: Any, channels: int) -> list[float]:
+    """A number for each channel; where there are others than the backbone was trained on, their average."""
+    values = list(values)
+    return values if len(values) == channels else [sum(values) / len(values)] * channels

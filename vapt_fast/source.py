@@ -1,0 +1,154 @@
+"""Where a backbone comes from: the names by which timm makes it again, and files of weights."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from timm.models import get_arch_pretrained_cfgs, load_state_dict
+from torch import nn
+
+from .arguments import plain
+
+__all__ = [
+    "LOCAL_ARGS",
+    "PREFIX",
+    "backbone_source",
+    "check_state_names",
+    "is_local",
+    "load_weights",
+    "rebuild_args",
+]
+
+# of the names under which timm knows an architecture with prompts
+PREFIX = "vapt_"
+
+# Arguments of timm.create_model that say where one machine finds the weights. Another machine has no use for
+# them, and an adapter from a stranger must not choose which files are opened.
+LOCAL_ARGS = {"cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"}
+
+
+def backbone_source(
+    backbone: nn.Module, options: Mapping[str, Any] | None = None, pretrained: bool | None = None
+) -> dict[str, Any]:
+    """What is known about the origin of a timm model.
+
+    Args:
+        backbone: the timm model.
+        options: the keywords that timm.create_model was given, if that is known.
+        pretrained: whether it was to load weights, if that is known.
+
+    Returns:
+        ``name``: what timm.create_model takes to make it, as "vit_base_patch16_224.augreg_in21k",
+        "hf-hub:owner/name" or "local-dir:/folder"; None for a model that timm did not make.
+        ``architecture``: timm's name of the architecture alone.
+        ``weights_path``: a file of weights that was loaded into it, None if there was none.
+        ``pretrained``: as given.
+    """
+    cfg = getattr(backbone, "pretrained_cfg", None) or {}
+    architecture, tag, file = cfg.get("architecture"), cfg.get("tag"), cfg.get("file")
+    name = f"{architecture}.{tag}" if architecture and tag else architecture
+    if cfg.get("source") == "local-dir":
+        name, file = f"local-dir:{file}", None
+    elif cfg.get("source") == "hf-hub":
+        name, file = f"hf-hub:{cfg.get('hf_hub_id')}", None
+    elif file and any(known.file == file for known in get_arch_pretrained_cfgs(architecture).values()):
+        file = None  # timm's own entry for that name
+    path = (options or {}).get("checkpoint_path") or file
+    return {
+        "name": name,
+        "architecture": architecture,
+        "weights_path": None if path is None else str(path),
+        "pretrained": pretrained,
+    }
+
+
+def is_local(name: str) -> bool:
+    """Whether timm looks for this model in a folder of this machine."""
+    return name.partition(":")[0].strip().lower() == "local-dir"
+
+
+def rebuild_args(backbone: nn.Module, **current: Any) -> dict[str, Any]:
+    """The keywords with which timm makes the architecture again.
+
+    Args:
+        backbone: a model that timm.create_model has made, or another of its classes.
+        **current: what is known better than timm remembers it: num_classes, img_size, ...
+    """
+    args = {**getattr(backbone, "_model_args", {}), **current}
+    # dtype and device are the choice of whoever uses the backbone
+    return {key: plain(value) for key, value in args.items() if key not in LOCAL_ARGS | {"dtype", "device"}}
+
+
+def load_weights(backbone: nn.Module, path: str | PathLike) -> None:
+    """Load a timm model's weights from a file, all but the head's, or change nothing.
+
+    Weights of another image size are resampled, and the names of other code bases translated, as timm does
+    when it loads pre-trained weights. The model's ``pretrained_cfg`` says from then on which file it was.
+
+    Args:
+        backbone: the timm model.
+        path: a safetensors file, or a checkpoint of torch.save: a state dict, or a dict with one under
+            "state_dict", "model", "state_dict_ema" or "model_ema". Nothing in it can run code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not such a file, or tensors that are missing, unexpected or of another shape; lists all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {str(path)!r}: no such file")
+    try:
+        state = load_state_dict(str(path), weights_only=True)
+    except Exception as error:  # for damaged files, torch's unpickler raises whatever it comes upon
+        raise ValueError(f"weights {str(path)!r} can't be read as a state dict: {error}") from error
+    if any(name.startswith("backbone.") for name in state):
+        raise ValueError(
+            f"weights {str(path)!r} are those of a whole AdaptiveViT (names begin with 'backbone.'); "
+            "expected the weights of a timm model without prompts"
+        )
+    translate = getattr(sys.modules[type(backbone).__module__], "checkpoint_filter_fn", None)
+    if translate is not None:
+        state = translate(state, backbone)
+    own = backbone.state_dict()
+    head = tuple(f"{name}." for name in ("head", "head_dist"))
+    own, state = (
+        {name: value for name, value in of.items() if not name.startswith(head)} for of in (own, state)
+    )
+    problems = [f"{name}: missing" for name in own if name not in state]
+    for name, value in state.items():
+        if name not in own:
+            problems.append(f"{name}: unexpected")
+        elif getattr(value, "shape", None) != own[name].shape:
+            problems.append(
+                f"{name}: shape {tuple(getattr(value, 'shape', ()))}, expected {tuple(own[name].shape)}"
+            )
+    if problems:
+        raise ValueError(
+            "\n  - ".join([f"weights {str(path)!r} do not fit {type(backbone).__name__}:", *problems])
+        )
+    backbone.load_state_dict(state, strict=False)  # the head's are the only ones missing
+    # timm's key for where the weights came from
+    backbone.pretrained_cfg = {
+        **(getattr(backbone, "pretrained_cfg", None) or {}),
+        "file": str(path.absolute()),
+    }
+
+
+def check_state_names(state: Mapping[str, Any], backbone: nn.Module) -> None:
+    """Raise if a state dict meant for an AdaptiveViT is one of its backbone as timm has it.
+
+    Raises:
+        RuntimeError: it is, as torch's own refusals of state dicts; with what to do.
+    """
+    known = state.keys() & backbone.state_dict().keys()
+    if known and not any(name.startswith(("backbone.", "prompts.", "adapters.")) for name in state):
+        raise RuntimeError(
+            f"the state dict is one of a timm model without prompts: it has {sorted(known)[0]!r}, which is "
+            f"'backbone.{sorted(known)[0]}' here. Make the timm model with these weights first: "
+            "AdaptiveViT(timm.create_model(name, checkpoint_path=...)). In timm's own scripts, give them as "
+            "--pretrained --pretrained-path FILE instead of --initial-checkpoint"
+        )
