@@ -21,20 +21,10 @@ from timm.models import (
 )
 
 from .config import PromptConfig
+from .names import TIMM_MODULES
 from .vit import AdaptiveViT
 
 PREFIX = "vapt_"
-
-# The timm modules whose models are all of classes that vapt_fast.backbone serves.
-TIMM_MODULES = (
-    "beit",
-    "deit",
-    "eva",
-    "naflexvit",
-    "vision_transformer",
-    "vision_transformer_hybrid",
-    "vitamin",
-)
 
 # timm's habit: an entrypoint is an attribute of its module and listed in __all__ (register_model appends it),
 # and its pre-trained configs are in default_cfgs.

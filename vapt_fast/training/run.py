@@ -13,17 +13,20 @@ import timm
 import torch
 from torch import nn
 
-from ..backbone import similar_names
+from ..backbone import FAMILIES, patch_size
+from ..backends import _dispatch
 from ..config import PromptConfig
-from .errors import UserError
+from ..names import similar_names
+from .errors import UserError, check_types
 from .files import write_atomically
+from .images import check_images
 from .loader import in_memory
-from .methods import METHODS, build_model
+from .methods import METHODS, build_model, method_name
 from .recipe import Recipe
 from .saved import save_model
 from .search import CHECKPOINT_NAME, Progress, search
-from .splits import Splits, digit_splits, folder_splits
-from .transforms import data_config
+from .splits import Splits, digit_splits, folder_splits, image_files
+from .transforms import Augmentation, data_config
 
 __all__ = ["OPTIONS_NAME", "RESULT_NAME", "RunOptions", "run"]
 
@@ -38,14 +41,15 @@ class RunOptions:
     Attributes:
         data: "digits" or a folder of images; see ``folder_splits``.
         backbone: timm's name.
-        method: key of METHODS.
+        method: key of METHODS, or a kind of prompts.
         prompts: options of PromptConfig; the method decides on the kind.
         base_lrs: candidates, at a batch size of 256; None for the method's own.
-        weight_decays: candidates; tried with every learning rate.
+        weight_decays: candidates; tried with every learning rate. None for 1e-4, or 0.01 with AdamW.
         recipe: the other numbers of Recipe, by name.
         train_images: how many images to train on; None for all.
         validation_share, test_share: of a folder that is not split already.
-        augment: of the training images.
+        augment, crop_scale, color_jitter, random_erasing: of the training images; see Augmentation.
+        image_size: side of the images, in pixels, a multiple of the patch size; None for the backbone's.
         crop_mode, crop_pct: of timm's preparation of images; None for the backbone's.
         cache: keep all images of a folder in memory; not with augmentation.
         pretrained: start from pre-trained weights.
@@ -57,12 +61,16 @@ class RunOptions:
     method: str = "vapt"
     prompts: dict[str, Any] = field(default_factory=dict)
     base_lrs: list[float] | None = None
-    weight_decays: list[float] = field(default_factory=lambda: [1e-4])
+    weight_decays: list[float] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     train_images: int | None = None
     validation_share: float = 0.2
     test_share: float = 0.2
     augment: str = "none"
+    crop_scale: float | None = None
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    image_size: int | None = None
     crop_mode: str | None = None
     crop_pct: float | None = None
     cache: bool = False
@@ -70,10 +78,12 @@ class RunOptions:
     backend: str | None = None
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise UserError(f"method must be one of {tuple(METHODS)}, got {self.method!r}")
-        if self.cache and self.augment != "none":
-            raise UserError(f"cache keeps every image as it is first read: not with augment={self.augment!r}")
+        check_types(self)
+        object.__setattr__(self, "method", method_name(self.method))
+        if self.augmentation.random and self.cache:
+            raise UserError(f"cache keeps every image as it is first read: not with {self.augmentation}")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"image_size must be at least 1, got {self.image_size}")
         if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:
             raise UserError(
                 "validation_share and test_share must be at least 0 and together below 1, got "
@@ -107,11 +117,29 @@ class RunOptions:
 
     def recipes(self) -> list[Recipe]:
         """One recipe for every candidate."""
-        base_lrs = METHODS[self.method].base_lrs if self.base_lrs is None else self.base_lrs
+        base_lrs, weight_decays = self.base_lrs, self.weight_decays
+        try:
+            optimizer = Recipe(base_lr=1.0, **self.recipe).optimizer
+        except TypeError as error:  # an unknown name
+            raise UserError(f"recipe: {error}") from error
+        if base_lrs is None:
+            base_lrs = METHODS[self.method].base_lrs[optimizer]
+        if weight_decays is None:
+            weight_decays = [0.01 if optimizer == "adamw" else 1e-4]
         return [
             Recipe(base_lr=base_lr, weight_decay=weight_decay, **self.recipe)
-            for base_lr, weight_decay in product(base_lrs, self.weight_decays)
+            for base_lr, weight_decay in product(base_lrs, weight_decays)
         ]
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is changed at random in training images."""
+        return Augmentation(self.augment, self.crop_scale, self.color_jitter, self.random_erasing)
+
+    @property
+    def timm_options(self) -> dict[str, Any]:
+        """What timm is told about the backbone beside its name."""
+        return {} if self.image_size is None else {"img_size": self.image_size}
 
 
 def run(
@@ -121,6 +149,7 @@ def run(
     resume: bool = False,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    on_check: Callable[[int, int], None] | None = None,
     on_start: Callable[[nn.Module, Splits], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -135,6 +164,7 @@ def run(
         resume: go on from the checkpoint; a run that was stopped before the first one starts anew.
         device: where to compute.
         workers: processes that read images.
+        on_check: told how many images were read, of how many: all are, once, before training starts.
         on_start: told the untrained model and the images before training starts.
         progress: told about every epoch.
 
@@ -145,6 +175,7 @@ def run(
         UserError: options that can't be carried out.
         OSError: the disk is full, or the like.
     """
+    _check_backend(options)
     recipes = options.recipes()
     prompts = _prompts(options)
 
@@ -156,12 +187,17 @@ def run(
             prompts=prompts,
             pretrained=options.pretrained,
             backend=options.backend,
+            **options.timm_options,
         )
 
     config = _data_config(options)
+    _check_image_size(options)
     splits = _splits(options, config, recipes[0].seed)
     num_classes = len(splits.class_names)
     first = _first_model(make_model, options, num_classes)
+    check_images(image_files(splits.train, splits.validation, splits.test), workers, on_check)
+    if options.cache:
+        splits = _cached(splits)
     if on_start is not None:
         on_start(first, splits)
     del first
@@ -192,9 +228,8 @@ def run(
             "test": 0 if splits.test is None else len(splits.test),
         },
     }
-    save_model(
-        found.model, folder, {**result, "class_names": list(splits.class_names), "data_config": config}
-    )
+    metadata = {**result, "class_names": list(splits.class_names), "data_config": config}
+    save_model(found.model, folder, metadata, options.image_size)
     write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
     (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
     return result
@@ -209,32 +244,67 @@ def _prompts(options: RunOptions) -> PromptConfig:
 
 def _data_config(options: RunOptions) -> dict[str, Any]:
     if not timm.is_model(options.backbone.partition(".")[0]):
+        similar = similar_names(options.backbone)
         raise UserError(
-            f"backbone must be the name of a timm model, got {options.backbone!r}; "
-            f"similar: {similar_names(options.backbone)}"
+            f"backbone must be the name of a timm model, got {options.backbone!r}"
+            f"{'; similar: ' if similar else ''}{', '.join(similar)}"
         )
     try:
         cfg = timm.get_pretrained_cfg(options.backbone)
     except RuntimeError as error:
         raise UserError(f"backbone {options.backbone!r}: {error}") from error
     pretrained_cfg = {} if cfg is None else cfg.to_dict()
-    return data_config(pretrained_cfg, crop_mode=options.crop_mode, crop_pct=options.crop_pct)
+    size = None if options.image_size is None else (3, options.image_size, options.image_size)
+    return data_config(
+        pretrained_cfg, input_size=size, crop_mode=options.crop_mode, crop_pct=options.crop_pct
+    )
+
+
+def _check_backend(options: RunOptions) -> None:
+    try:
+        if options.backend is not None:
+            _dispatch.check_backend(options.backend)
+        _dispatch.resolve(options.backend)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_image_size(options: RunOptions) -> None:
+    """Raise unless the backbone takes images of this size; without allocating it or loading weights."""
+    size = options.image_size
+    if size is None:
+        return
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(options.backbone, img_size=size)
+    except (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"backbone {options.backbone!r} can't be made with image_size={size}: {error}"
+        ) from error
+    if isinstance(model, FAMILIES):
+        patch = patch_size(model)
+        if any(size % side for side in patch):
+            raise UserError(
+                f"image_size must be a multiple of the patch size of {options.backbone!r}, "
+                f"{patch[0]}x{patch[1]} pixels, got {size}"
+            )
 
 
 def _splits(options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
     if options.data == "digits":
-        return digit_splits(config, seed, options.train_images)
-    splits = folder_splits(
+        return digit_splits(config, seed, options.train_images, options.augmentation)
+    return folder_splits(
         options.data,
         config,
         seed,
         num_train=options.train_images,
         validation_share=options.validation_share,
         test_share=options.test_share,
-        augmentation=options.augment,
+        augmentation=options.augmentation,
     )
-    if not options.cache:
-        return splits
+
+
+def _cached(splits: Splits) -> Splits:
     test = None if splits.test is None else in_memory(splits.test)
     return Splits(splits.class_names, in_memory(splits.train), in_memory(splits.validation), test)
 
@@ -245,5 +315,7 @@ def _first_model(make_model: Callable[[int], nn.Module], options: RunOptions, nu
         return make_model(num_classes)
     except OSError as error:
         raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
+    except UserError:
+        raise
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
         raise UserError(f"{options.method} with backbone {options.backbone!r}: {error}") from error

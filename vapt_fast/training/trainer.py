@@ -88,9 +88,7 @@ class Trainer:
         self._data = train_data
         self._device = torch.device(device)
         self._workers = workers
-        self._optimizer = torch.optim.SGD(
-            param_groups(model, recipe.weight_decay), lr=recipe.base_lr, momentum=recipe.momentum
-        )
+        self._optimizer = _make_optimizer(model, recipe)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=recipe.amp == "float16")
 
     @property
@@ -156,6 +154,13 @@ class Trainer:
         self._optimizer.load_state_dict(state["optimizer"])
         self._scaler.load_state_dict(state["scaler"])
         self.epoch, self.diverged = state["epoch"], state["diverged"]
+
+
+def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    groups = param_groups(model, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=recipe.base_lr, momentum=recipe.momentum)
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
