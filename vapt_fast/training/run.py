@@ -318,4 +318,5 @@ def _first_model(make_model: Callable[[int], nn.Module], options: RunOptions, nu
     except UserError:
         raise
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{options.method} with backbone {options.backbone!r}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{options.method} with backbone {options.backbone!r}: {reason}") from error

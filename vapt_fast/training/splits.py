@@ -197,11 +197,11 @@ def folder_splits(
 def evaluation_data(
     root: str | Path, config: dict[str, Any], class_names: Sequence[str], split: str | None = None
 ) -> Dataset:
-    """Images to evaluate a model on, in folders named after its classes.
+    """Images to evaluate a model on, labelled with its classes by their names.
 
     Args:
         root: a folder that is split already, as for ``folder_splits``, or one with one folder a class, all of
-            whose images are taken.
+            whose images are taken; or "digits", of which there are test images only.
         config: of ``data_config``.
         class_names: the model's, by index. Folders are matched by name; the model may know more classes.
         split: "train", "validation" or "test", of a folder that is split already; None for "test".
@@ -209,6 +209,8 @@ def evaluation_data(
     Raises:
         UserError: no such folder or split, a folder named after no class of the model, or no images.
     """
+    if root == "digits":
+        return _digits_to_test(config, class_names, split)
     root = Path(root)
     if not root.is_dir():
         raise _no_folder(root)
@@ -226,17 +228,29 @@ def evaluation_data(
     else:
         folder = root
     dataset = _open_folder(folder, eval_transform(config), allow_empty=True)
-    unknown = sorted(set(dataset.classes) - set(class_names))
-    if unknown:
-        raise UserError(
-            f"{printable(folder)} has folders that are no class of the model: {unknown}; its classes: "
-            f"{list(class_names)}"
-        )
+    labels = _matched(dataset.classes, class_names, printable(folder))
     if not len(dataset):
         raise UserError(f"{printable(folder)} has no images; expected files that end in {IMAGE_EXTENSIONS}")
-    index = {name: i for i, name in enumerate(class_names)}
-    dataset.target_transform = [index[name] for name in dataset.classes].__getitem__
+    dataset.target_transform = labels.__getitem__
     return dataset
+
+
+def _digits_to_test(config: dict[str, Any], class_names: Sequence[str], split: str | None) -> Dataset:
+    if split not in (None, "test"):
+        raise UserError(f"the digits have no split {split!r} that depends on no seed, only 'test'")
+    splits = digit_splits(config, seed=0)
+    images, labels = splits.test.tensors
+    return TensorDataset(images, torch.tensor(_matched(splits.class_names, class_names, "digits"))[labels])
+
+
+def _matched(names: Sequence[str], class_names: Sequence[str], where: str) -> list[int]:
+    """The index of each name among the model's classes."""
+    unknown = sorted(set(names) - set(class_names))
+    if unknown:
+        raise UserError(
+            f"{where} has classes that the model doesn't know: {unknown}; it knows {list(class_names)}"
+        )
+    return [class_names.index(name) for name in names]
 
 
 def _no_folder(root: Path) -> UserError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from .loader import make_loader
 from .methods import param_groups, trained_state
 from .recipe import Recipe
 
-__all__ = ["Epoch", "Score", "Trainer", "evaluate", "seed_everything"]
+__all__ = ["Epoch", "Score", "Trainer", "classify", "evaluate", "seed_everything"]
 
 
 @dataclass(frozen=True)
@@ -169,6 +170,28 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
+def classify(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    amp: str | None = None,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, classes), float32, and labels (B,) of a data set, batch by batch, both on ``device``.
+
+    The model is left in eval mode.
+    """
+    device = torch.device(device)
+    model.eval()
+    for images, labels in make_loader(dataset, batch_size, workers=workers):
+        with _autocast(device, amp):
+            logits = model(images.to(device))
+        yield logits.float(), labels.to(device)
+
+
+@torch.no_grad()
 def evaluate(
     model: nn.Module,
     dataset: Dataset,
@@ -179,14 +202,9 @@ def evaluate(
     workers: int = 0,
 ) -> Score:
     """Accuracy and loss of a model, which is left in eval mode, on a data set."""
-    device = torch.device(device)
-    model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for images, labels in make_loader(dataset, batch_size, workers=workers):
-        labels = labels.to(device)
-        with _autocast(device, amp):
-            logits = model(images.to(device))
-        logits = logits.float()
+    batches = classify(model, dataset, batch_size=batch_size, device=device, amp=amp, workers=workers)
+    for logits, labels in batches:
         totals[0] += (logits.argmax(1) == labels).sum()
         totals[1] += F.cross_entropy(logits, labels, reduction="sum")
     return Score(*(totals / len(dataset)).tolist())
