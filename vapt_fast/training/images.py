@@ -53,7 +53,7 @@ def open_image(path: str | Path) -> Image.Image:
             # uncompressed gray TIFF whose orientation swaps width and height wrong.
             with open(path, "rb") as file, Image.open(file) as image:
                 image.load()
-                return _as_rgb(_upright(image))
+                return _as_rgb(_upright(image), _is_unsigned(image))
     except FileNotFoundError as error:
         raise UserError(f"{printable(path)} does not exist") from error
     except UnidentifiedImageError as error:
@@ -119,9 +119,9 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _as_rgb(image: Image.Image) -> Image.Image:
+def _as_rgb(image: Image.Image, unsigned: bool) -> Image.Image:
     if image.mode[0] in "IF":  # "I", "I;16", "I;16B", ..., "F"
-        return Image.fromarray(_brightness(image)).convert("RGB")
+        return Image.fromarray(_brightness(image, unsigned)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
         return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
@@ -131,10 +131,10 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _brightness(image: Image.Image) -> np.ndarray:
+def _brightness(image: Image.Image, unsigned: bool) -> np.ndarray:
     """The pixels (H, W), uint8, of a gray picture with more than 8 bits."""
     numbers = np.asarray(image)
-    if image.mode == "I" and _is_unsigned(image):
+    if image.mode == "I" and unsigned:
         numbers = numbers.view(np.uint32)
     values = numbers.astype(np.float64)
     if not np.isfinite(values).all():
