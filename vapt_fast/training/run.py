@@ -228,8 +228,9 @@ def run(
             "test": 0 if splits.test is None else len(splits.test),
         },
     }
-    metadata = {**result, "class_names": list(splits.class_names), "data_config": config}
-    save_model(found.model, folder, metadata, options.image_size)
+    save_model(
+        found.model, folder, {**result, "class_names": list(splits.class_names), "data_config": config}
+    )
     write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
     (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
     return result

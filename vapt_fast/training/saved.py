@@ -9,6 +9,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import timm
+from timm.models import get_model_args
 from torch import nn
 
 from ..adapters import AdapterError
@@ -22,16 +23,13 @@ FULL_MODEL_NAME = "model.safetensors"
 _HEADER_KEY = "vapt_fast_model"
 
 
-def save_model(
-    model: nn.Module, folder: str | Path, metadata: dict[str, Any], image_size: int | None = None
-) -> None:
+def save_model(model: nn.Module, folder: str | Path, metadata: dict[str, Any]) -> None:
     """Write a model as ``load_model`` reads it.
 
     Args:
         model: an AdaptiveViT, of which only prompts and head are written, or a timm model, written whole.
         folder: where to; an earlier model in it stays whole until this one takes its place.
         metadata: what JSON can express.
-        image_size: that a timm model was made with, if not its own; an AdaptiveViT knows it.
 
     Raises:
         OSError: the file system's own refusals.
@@ -44,7 +42,7 @@ def save_model(
     description = {
         "backbone": f"{cfg['architecture']}.{tag}" if tag else cfg["architecture"],
         "num_classes": model.num_classes,
-        "image_size": image_size,
+        "img_size": get_model_args(model).get("img_size"),
         "metadata": metadata,
     }
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
@@ -78,9 +76,8 @@ def _load_full(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})[_HEADER_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        image_size = description.get("image_size")
-        options = {} if image_size is None else {"img_size": image_size}
-        model = timm.create_model(description["backbone"], num_classes=description["num_classes"], **options)
+        args = {key: description.get(key) for key in ("num_classes", "img_size")}
+        model = timm.create_model(description["backbone"], **args)  # which leaves out what is None
         model.load_state_dict(tensors)
     except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or no model of this library: {error}") from error
