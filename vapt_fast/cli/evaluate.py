@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
 from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -138,9 +139,9 @@ def _show(result: Evaluation) -> None:
 def _matrix(result: Evaluation) -> Table:
     rows = [[f"{number:,}" if number else "" for number in row] for row in result.confusion.tolist()]
     table = Table()
-    table.add_column("class \\ taken for", overflow="fold")
+    table.add_column("class \\ taken for", overflow="fold", max_width=24)
     for name, column in zip(result.class_names, zip(*rows, strict=True), strict=True):
-        table.add_column(cell(name), justify="right", overflow="fold", min_width=max(map(len, column)))
+        table.add_column(cell(name), justify="right", overflow="fold", max_width=max(10, *map(len, column)))
     for name, row in zip(result.class_names, rows, strict=True):
         table.add_row(cell(name), *row)
     return table
@@ -155,8 +156,8 @@ def _confusions(result: Evaluation) -> Table:
 
 def _print_whole(table: Table) -> None:
     """Print a table with no number broken, if need be wider than the terminal."""
-    needed = Measurement.get(out, out.options.update(max_width=10_000), table).minimum
-    out.print(table, width=max(out.width, needed), crop=False)
+    needed = Measurement.get(out, out.options.update(max_width=10_000), table).maximum
+    Console(file=out.file, width=max(out.width, needed)).print(table)
 
 
 def _csv(result: Evaluation) -> str:
