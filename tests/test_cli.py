@@ -1,18 +1,25 @@
 """The command line: what it prints, what it writes, and how it fails."""
 
+import argparse
 import errno
+import importlib.util
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
+from rich.console import Console
 from safetensors.torch import save_file
 from timm.models import save_for_hf
 from typer.testing import CliRunner
@@ -20,11 +27,13 @@ from typer.testing import CliRunner
 import vapt_fast.adapters
 from vapt_fast import AdaptiveViT, PromptConfig
 from vapt_fast.cli import app
+from vapt_fast.cli.console import count
 from vapt_fast.cli.pictures import draw, prompt_maps
 from vapt_fast.digits import digit_images
 from vapt_fast.training import UserError, build_model, data_config, digit_splits, eval_transform
 from vapt_fast.training.checkpoint import load_checkpoint
 from vapt_fast.training.comparison import Comparison, compare
+from vapt_fast.training.evaluation import Evaluation
 
 QUICK = ["--train-images", "5", "--epochs", "2", "--lr", "1", "--prompts", "2"]
 
@@ -93,6 +102,11 @@ def test_train_tells_the_result(tmp_path):
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--lr", "-1"], "base_lr must be a positive number, got -1.0"),
         (["--train-images", "9999"], "training images must be between 5, one a class, and 300"),
+        (["--backbone", "vit_bse_patch16_224"], "similar: vit_base_patch16_224, "),
+        (["--image-size", "30"], "image_size must be a multiple of the patch size"),
+        (["--augment", "rand-augment", "--color-jitter", "0.4"], "color_jitter can't be combined with"),
+        (["--crop-scale", "0.5"], "crop_scale needs an augmentation of"),
+        (["--random-erasing", "1.5"], "random_erasing must be in [0, 1], got 1.5"),
         (["--device", "toaster"], "--device 'toaster' is not usable here"),
         (["--backend", "fortran"], "fortran"),
         (["--resume"], "there is no run to resume"),
@@ -128,8 +142,17 @@ def test_resume_refuses_other_options(tmp_path, monkeypatch):
         patch.setattr("vapt_fast.training.trainer.Trainer.run_epoch", stopped)
         message = error_of(invoke("train", "--output", tmp_path, *QUICK), code=130)
     assert f"stopped. Go on with: vapt-fast train --resume --output {tmp_path}" in message
-    refused = error_of(invoke("train", "--output", tmp_path, "--resume", "--epochs", "7"))
-    assert "--epochs was 2 when the run" in refused
+    for flag, other, then in (
+        ("--epochs", "7", "2"),
+        ("--optimizer", "adamw", "sgd"),
+        ("--image-size", "64", "None"),
+        ("--augment", "flip", "none"),
+        ("--random-erasing", "0.5", "0.0"),
+        ("--method", "deep", "vapt"),
+    ):
+        refused = error_of(invoke("train", "--output", tmp_path, "--resume", flag, other))
+        assert f"{flag} was {then} when the run" in refused
+    assert invoke("train", "--output", tmp_path, "--resume", "--method", "adaptive", "--help").exit_code == 0
     assert invoke("train", "--output", tmp_path, "--resume", "--epochs", "2").exit_code == 0
 
 
@@ -290,7 +313,346 @@ def test_predict_with_a_fully_tuned_model(tmp_path, digit_files):
     assert len(json.loads(result.stdout)) == 20
 
 
+# ---- names and paths
+
+ODD = [os.fsdecode(b"red] caf\xe9"), "dark [b] :smile:"]
+
+
+@pytest.fixture(scope="module")
+def odd_folder(tmp_path_factory):
+    """Two classes of pictures, with names that are markup, end lines or can't be decoded."""
+    folder = tmp_path_factory.mktemp("odd") / "pictures["  # and "red]" after a slash: the end of a style
+    for level, name in ((60, ODD[0]), (190, ODD[1])):
+        (folder / name).mkdir(parents=True)
+        for index in range(8):
+            pixels = np.random.default_rng(index).integers(level - 50, level + 50, (16, 16)) * 257
+            file = os.fsdecode(b"scan[%d]\n\xff.png" % index)
+            Image.fromarray(pixels.astype(np.uint16)).save(folder / name / file)
+    return folder
+
+
+ESCAPED = ["red] caf\\udce9", "dark [b] :smile:"]
+
+
+@pytest.fixture(scope="module")
+def odd_run(odd_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("odd") / "run[2]"
+    arguments = ["--epochs", "2", "--lr", "1", "--prompts", "2", "--batch-size", "4"]
+    result = invoke("train", "--data", odd_folder, "--output", folder, *arguments, "--workers", "2")
+    assert result.exit_code == 0, result.output
+    assert f"wrote {folder}" in result.stdout
+    return folder
+
+
+def test_predict_prints_names_as_they_are(odd_folder, odd_run, monkeypatch):
+    monkeypatch.setattr(sys.modules["vapt_fast.cli.predict"], "out", Console(width=300))
+    result = invoke("predict", odd_run, odd_folder)
+    assert result.exit_code == 0, result.output
+    for name in ESCAPED:
+        assert f"{odd_folder}/{name}/scan[3]\\n\\udcff.png" in result.stdout
+        assert result.stdout.count(f" {name} ") == 8
+    predictions = json.loads(invoke("predict", odd_run, odd_folder, "--json").stdout)
+    assert {one["class"] for one in predictions} == set(ODD)
+    assert all(os.path.exists(one["file"]) for one in predictions)
+
+
+def test_evaluate_prints_names_as_they_are(odd_folder, odd_run, tmp_path):
+    result = invoke("evaluate", odd_run, "--data", odd_folder, "--output", tmp_path / "[b].csv")
+    assert result.exit_code == 0, result.output
+    assert all(result.stdout.count(f" {name} ") >= 2 for name in ESCAPED)  # by class, and a row
+    assert f"wrote {tmp_path}/[b].csv" in result.stdout
+    assert f"{odd_folder} was split for the training of this model" in result.stderr
+    assert f"{ESCAPED[1]},8,1.0,8,0" in (tmp_path / "[b].csv").read_text()
+
+
+def test_long_names_are_broken_but_whole(trained, digit_files, tmp_path):
+    file = shutil.copy(digit_files / "00.png", tmp_path / f"{'a_long_name_' * 15}.png")
+    shown = invoke("predict", trained, file).stdout
+    column = [line.split("│")[1].strip() for line in shown.splitlines() if line.startswith("│")]
+    assert "".join(column) == str(file)
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_train_names_all_pictures_that_can_not_be_read(odd_folder, workers, tmp_path):
+    folder = shutil.copytree(odd_folder, tmp_path / "pictures")
+    (folder / ODD[1] / "empty\n.png").touch()
+    (folder / ODD[1] / "notes[red].png").write_text("no image")
+    result = invoke("train", "--data", folder, "--output", tmp_path / "out", "--workers", workers)
+    assert error_of(result) == "error: 2 of 18 images can't be read:"
+    assert f"  - {folder}/{ESCAPED[1]}/empty\\n.png is not an image" in result.stderr
+    assert f"  - {folder}/{ESCAPED[1]}/notes[red].png is not an image" in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_evaluate_names_a_picture_that_can_not_be_read(odd_folder, odd_run, workers, tmp_path):
+    folder = shutil.copytree(odd_folder, tmp_path / "pictures")
+    (folder / ODD[1] / "notes[red].png").write_text("no image")
+    result = invoke("evaluate", odd_run, "--data", folder, "--workers", workers)
+    assert error_of(result).startswith(f"error: {folder}/{ESCAPED[1]}/notes[red].png is not an image")
+
+
+def test_errors_of_wrong_use_survive_odd_names(tmp_path):
+    odd = os.fsdecode(b"\xff[/red]")
+    assert "\\udcff[/red]/adapter_config.json does not exist" in error_of(invoke("predict", odd, tmp_path))
+    assert "\\udcff[/red]" in error_of(invoke("train", "--output", tmp_path / "out", "--data", odd))
+    assert "\\udcff[/red]" in error_of(invoke("train", "--output", tmp_path / "out", "--backbone", odd))
+
+
+# ---- evaluate
+
+
+def test_evaluate_gives_the_test_accuracy_of_training(trained):
+    expected = json.loads((trained / "result.json").read_text())["test_accuracy"]
+    result = invoke("evaluate", trained, "--data", "digits")
+    assert result.exit_code == 0, result.output
+    assert f"accuracy: {expected:.1%} of 400 images" in result.stdout
+    found = json.loads(invoke("evaluate", trained, "--data", "digits", "--json").stdout)
+    assert found["accuracy"] == pytest.approx(expected)
+    assert [entry["class"] for entry in found["classes"]] == ["5", "6", "7", "8", "9"]
+    assert sum(map(sum, found["confusion"])) == found["images"] == 400
+
+
+@pytest.fixture
+def two_digits(tmp_path):
+    """The digits 9 and 6 in folders of these names, in the split "test"; the adapter knows 5 to 9."""
+    for digit in (9, 6):
+        (tmp_path / "data" / "test" / str(digit)).mkdir(parents=True)
+        for index, image in enumerate(digit_images([digit])[0][:10]):
+            image.save(tmp_path / "data" / "test" / str(digit) / f"{index}.png")
+    return tmp_path / "data"
+
+
+def test_evaluate_agrees_with_predict_class_by_class(trained, two_digits, tmp_path):
+    predictions = json.loads(invoke("predict", trained, two_digits, "--json").stdout)
+    right = {"6": 0, "9": 0}
+    for one in predictions:
+        right[os.path.basename(os.path.dirname(one["file"]))] += one["class"] in one["file"].split(os.sep)
+    result = invoke("evaluate", trained, "--data", two_digits, "--output", tmp_path / "found.json")
+    assert result.exit_code == 0, result.output
+    assert "without images here: 3 classes: 5, 7, 8" in result.stderr
+    found = json.loads((tmp_path / "found.json").read_text())
+    by_class = {entry["class"]: entry for entry in found["classes"]}
+    for digit, hits in right.items():
+        assert by_class[digit]["accuracy"] == pytest.approx(hits / 10)
+    assert by_class["7"] == {"class": "7", "images": 0, "accuracy": None}
+
+
+def test_evaluate_errors(trained, two_digits, tmp_path):
+    (two_digits / "test" / "cat").mkdir()
+    unknown = error_of(invoke("evaluate", trained, "--data", two_digits))
+    assert "classes that the model doesn't know: ['cat']; it knows ['5', '6', '7', '8', '9']" in unknown
+    assert "no images of the split 'train'" in error_of(
+        invoke("evaluate", trained, "--data", two_digits, "--split", "train")
+    )
+    missing = error_of(invoke("evaluate", trained, "--data", tmp_path / "none"))
+    assert "data must be 'digits' or a folder" in missing
+    refused = error_of(invoke("evaluate", trained, "--data", "digits", "--output", tmp_path / "a.txt"))
+    assert "--output must end in one of ('.json', '.csv')" in refused
+    assert "does not exist" in error_of(invoke("evaluate", tmp_path / "none", "--data", "digits"))
+
+
+def test_of_many_classes_the_largest_confusions_are_shown(monkeypatch):
+    module = sys.modules["vapt_fast.cli.evaluate"]
+    confusion = 5 * torch.eye(30, dtype=torch.int64)
+    confusion[3, 7], confusion[20, 1] = 12, 11
+    result = Evaluation(tuple(f"class[{index}]" for index in range(30)), confusion, 0.5)
+    output = io.StringIO()
+    monkeypatch.setattr(module, "out", Console(file=output, width=60))
+    module._show(result)
+    lines = [line.split() for line in output.getvalue().splitlines()]
+    assert ["│", "class[3]", "│", "class[7]", "│", "12", "│"] in lines
+    assert ["│", "class[20]", "│", "class[1]", "│", "11", "│"] in lines
+
+
+def test_a_matrix_is_never_broken(monkeypatch):
+    module = sys.modules["vapt_fast.cli.evaluate"]
+    confusion = torch.full((20, 20), 12_345)
+    output = io.StringIO()
+    monkeypatch.setattr(module, "out", Console(file=output, width=40))
+    module._show(Evaluation(tuple(f"class {index}" for index in range(20)), confusion, 0.5))
+    assert sum(line.count("12,345") == 20 for line in output.getvalue().splitlines()) == 20
+
+
+# ---- timm's scripts and checkpoints
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A script that does what timm's validate.py does, with a module beside it."""
+    (tmp_path / "scripts").mkdir()
+    (tmp_path / "scripts" / "helper_of_this_test.py").write_text("CODE = 7\n")
+    path = tmp_path / "scripts" / "validate.py"
+    path.write_text(
+        textwrap.dedent(
+            """
+            import argparse, sys
+            import timm
+            from helper_of_this_test import CODE
+
+            parser = argparse.ArgumentParser(description="the script's own help")
+            parser.add_argument("data")
+            parser.add_argument("--model")
+            args = parser.parse_args()
+            if __name__ == "__main__":
+                model = timm.create_model(args.model, num_classes=3, img_size=32, num_prompts=2)
+                print(args.data, type(model).__name__, sys.argv[0])
+                sys.exit(CODE)
+            """
+        )
+    )
+    return path
+
+
+def test_timm_scripts_know_the_names(script):
+    argv, path = list(sys.argv), list(sys.path)
+    result = invoke("timm", script, "some/data", "--model", "vapt_test_vit")
+    assert result.exit_code == 7, result.output
+    assert result.stdout.split() == ["some/data", "AdaptiveViT", str(script)]
+    assert (sys.argv, sys.path) == (argv, path)
+    assert "the script's own help" in invoke("timm", script, "--help").stdout
+    assert "SCRIPT must be a Python file" in error_of(invoke("timm", script.parent / "none.py", "--x"))
+
+
+def timm_checkpoint(path, trained, ema=None, **arguments):
+    """What timm's CheckpointSaver writes."""
+    args = argparse.Namespace(
+        model="vapt_vit_digits", num_classes=3, gp=None, img_size=None, pretrained=True, mean=[0.4] * 3
+    )
+    args.__dict__.update(arguments)
+    state = {"epoch": 3, "arch": args.model, "state_dict": trained.state_dict(), "version": 2, "args": args}
+    if ema is not None:
+        state["state_dict_ema"] = {f"module.{name}": tensor for name, tensor in ema.state_dict().items()}
+    torch.save(state, path)
+
+
+VIT = {"num_classes": 3, "num_prompts": 2, "embed_dim": 32, "depth": 2, "num_heads": 2, "img_size": 32}
+NAME = "vapt_vit_tiny_patch16_224"
+
+
+@pytest.fixture
+def timm_trained(tmp_path):
+    """A checkpoint with averaged weights, and the two models that are in it."""
+    torch.manual_seed(0)
+    models = [timm.create_model(NAME, **VIT) for _ in range(2)]
+    for model in models:
+        for parameter in model.trainable_parameters():
+            torch.nn.init.normal_(parameter, std=0.3)
+    models[1].load_state_dict(models[0].state_dict() | dict(models[1].named_adapter_parameters()))
+    kwargs = {name: VIT[name] for name in ("num_prompts", "embed_dim", "depth", "num_heads")}
+    timm_checkpoint(tmp_path / "last.pth.tar", *models, model=NAME, img_size=32, model_kwargs=kwargs)
+    return tmp_path / "last.pth.tar", models
+
+
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_an_adapter_of_a_timm_checkpoint(timm_trained, use_ema, tmp_path):
+    checkpoint, models = timm_trained
+    (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
+    flags = ["--use-ema"] if use_ema else []
+    result = invoke(
+        "timm-adapter",
+        checkpoint,
+        "--output",
+        tmp_path / "out",
+        "--class-names",
+        tmp_path / "names.txt",
+        *flags,
+    )
+    assert result.exit_code == 0, result.output
+    loaded = AdaptiveViT.from_adapter(tmp_path / "out", backbone=models[0].backbone).eval()
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(loaded(images), models[use_ema].eval()(images))
+    assert loaded.adapter_metadata["class_names"] == ["cat", "dog", "owl"]
+    config = loaded.adapter_metadata["data_config"]
+    assert config["input_size"] == [3, 32, 32]
+    assert config["mean"] == [0.4] * 3
+    assert eval_transform(config)(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+
+
+def test_an_adapter_of_a_state_dict(timm_trained, tmp_path):
+    _, models = timm_trained
+    torch.save(models[0].state_dict(), tmp_path / "state.pt")
+    options = [f"--model-kwarg={name}={VIT[name]}" for name in ("embed_dim", "depth", "num_heads")]
+    command = ["timm-adapter", tmp_path / "state.pt", "--output", tmp_path / "out", "--image-size", "32"]
+    result = invoke(*command, "--model", NAME, "--model-kwarg", "num_prompts=2", *options)
+    assert result.exit_code == 0, result.output
+    assert "no --class-names were given" in result.stderr
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["metadata"]["class_names"] == [
+        "0",
+        "1",
+        "2",
+    ]
+    assert "doesn't tell its model: give --model vapt_NAME" in error_of(invoke(*command))
+    assert "the checkpoint doesn't fit" in error_of(invoke(*command, "--model", NAME))
+    assert "must be KEY=VALUE, got 'depth'" in error_of(invoke(*command, "--model-kwarg", "depth"))
+
+
+def test_timm_checkpoints_that_make_no_adapter(timm_trained, tmp_path):
+    checkpoint, models = timm_trained
+    out = ["--output", tmp_path / "out"]
+    torch.save({"state_dict": {}, "code": os.system}, tmp_path / "code.pth")
+    (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:1000])
+    timm_checkpoint(tmp_path / "plain.pth", models[0], model="vit_tiny_patch16_224")
+    for name, message in (
+        ("code.pth", "is damaged or no checkpoint"),
+        ("cut.pth", "is damaged or no checkpoint"),
+        ("none.pth", "does not exist"),
+        ("plain.pth", "one of timm's names with vapt_ before it, got 'vit_tiny_patch16_224'"),
+    ):
+        assert message in error_of(invoke("timm-adapter", tmp_path / name, *out))
+    no_ema = error_of(invoke("timm-adapter", tmp_path / "plain.pth", "--use-ema", *out))
+    assert "has no averaged weights" in no_ema
+    (tmp_path / "names.txt").write_text("cat\n")
+    wrong = error_of(invoke("timm-adapter", checkpoint, *out, "--class-names", tmp_path / "names.txt"))
+    assert "must have the names of 3 classes, those of the model; it has 1" in wrong
+    assert not (tmp_path / "out").exists()
+
+
 # ---- demo and info
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "sklearn"])
+def test_the_demo_misses_a_package_at_its_start(missing, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    package = {"sklearn": "scikit-learn"}.get(missing, missing)
+    message = error_of(invoke("demo", "--output", tmp_path / "out"))
+    assert f"the demo needs {package}, which is not installed" in message
+    assert f"pip install {package}" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "evaluate", "demo"])
+def test_a_mistyped_backend_is_found_first(command, trained, digit_files, tmp_path, monkeypatch):
+    arguments = {
+        "train": ["--output", tmp_path / "out"],
+        "predict": [trained, digit_files],
+        "evaluate": [trained, "--data", "digits"],
+        "demo": ["--output", tmp_path / "out"],
+    }[command]
+    monkeypatch.setenv("VAPT_FAST_BACKEND", "tritn")
+    assert "VAPT_FAST_BACKEND must be one of" in error_of(invoke(command, *arguments))
+    if command != "demo":
+        assert "--backend must be one of" in error_of(invoke(command, *arguments, "--backend", "fortran"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_version():
+    result = invoke("--version")
+    assert result.exit_code == 0
+    assert result.stdout == f"vapt-fast {vapt_fast.__version__}\n"
+
+
+def test_counts():
+    assert [count(number, "image") for number in (0, 1, 2, 1200)] == [
+        "0 images",
+        "1 image",
+        "2 images",
+        "1,200 images",
+    ]
+    assert count(1, "class", "classes") == "1 class"
 
 
 def test_comparison_and_picture(tmp_path):
@@ -344,7 +706,7 @@ def test_info():
 def test_python_m_vapt_fast_shows_help():
     result = subprocess.run([sys.executable, "-m", "vapt_fast", "--help"], capture_output=True, text=True)
     assert result.returncode == 0
-    for command in ("train", "predict", "demo", "info"):
+    for command in ("train", "predict", "evaluate", "demo", "info", "timm-adapter", "timm"):
         assert command in result.stdout
 
 

@@ -36,11 +36,12 @@ from vapt_fast.training import (
     search,
 )
 from vapt_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from vapt_fast.training.evaluation import evaluate_by_class
 from vapt_fast.training.loader import in_memory, make_loader
-from vapt_fast.training.methods import param_groups, trained_state
+from vapt_fast.training.methods import KINDS, method_name, param_groups, trained_state
 from vapt_fast.training.run import RunOptions, run
-from vapt_fast.training.splits import stratified_order
-from vapt_fast.training.transforms import train_transform
+from vapt_fast.training.splits import evaluation_data, image_files, stratified_order
+from vapt_fast.training.transforms import AUGMENTATIONS, Augmentation, train_transform
 
 BACKBONE = "vit_digits_patch4_32"
 CLASSES = 3
@@ -195,6 +196,83 @@ def test_transforms(config):
         train_transform(config, "mixup")
 
 
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("kind", AUGMENTATIONS)
+def test_augmentations_are_random_and_nothing_else_is(kind, crop_mode, config):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 60, 3), dtype=np.uint8))
+    transform = train_transform(config | {"crop_pct": 0.8, "crop_mode": crop_mode}, kind)
+    torch.manual_seed(0)
+    outputs = [transform(image) for _ in range(10)]
+    assert {output.shape for output in outputs} == {(3, 32, 32)}
+    different = len({output.numpy().tobytes() for output in outputs})
+    assert different == {"none": 1, "flip": 2}.get(kind, different)
+    assert (different > 2) == (kind not in ("none", "flip"))
+    assert Augmentation(kind).random == (kind != "none")
+
+
+@pytest.mark.parametrize("options", [{"color_jitter": 0.5}, {"random_erasing": 0.9}])
+@pytest.mark.parametrize("kind", ["none", "crop-flip", "random-resized-crop"])
+def test_colours_and_erasing_go_with_crops(kind, options, config):
+    image = Image.fromarray(np.full((50, 60, 3), 99, np.uint8))  # on which a crop and a flip change nothing
+    plain, changed = Augmentation(kind), Augmentation(kind, **options)
+    assert len({train_transform(config, plain)(image).numpy().tobytes() for _ in range(5)}) == 1
+    assert len({train_transform(config, changed)(image).numpy().tobytes() for _ in range(5)}) > 1
+    assert changed.random
+
+
+def test_the_smallest_crop(config):
+    left_is_dark = np.zeros((64, 64, 3), np.uint8)
+    left_is_dark[:, 32:] = 255
+    image = Image.fromarray(left_is_dark)
+    torch.manual_seed(0)
+    large = train_transform(config, Augmentation("random-resized-crop", crop_scale=0.9))
+    small = train_transform(config, Augmentation("random-resized-crop", crop_scale=0.01))
+    assert all(large(image).std() > 0.5 for _ in range(20))  # both halves are in every crop
+    assert any(small(image).std() < 0.1 for _ in range(20))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kind": "mixup"}, "augmentation must be one of"),
+        ({"kind": "flip", "crop_scale": 0.5}, "crop_scale needs an augmentation of"),
+        ({"kind": "rand-augment", "crop_scale": 0.0}, r"crop_scale must be in \(0, 1\], got 0.0"),
+        ({"kind": "rand-augment", "color_jitter": 0.4}, "color_jitter can't be combined with 'rand-augment'"),
+        ({"color_jitter": -1.0}, r"color_jitter must be in \[0, 1\], got -1.0"),
+        ({"random_erasing": 2.0}, r"random_erasing must be in \[0, 1\], got 2.0"),
+        ({"random_erasing": "often"}, "random_erasing must be float, got 'often'"),
+    ],
+)
+def test_bad_augmentations(options, message):
+    with pytest.raises(UserError, match=message):
+        Augmentation(**options)
+
+
+def test_digits_can_be_augmented(config, digits):
+    augmented = digit_splits(config, seed=0, num_train=20, augmentation="random-resized-crop")
+    assert len(augmented.train) == 20
+    assert not torch.equal(augmented.train[0][0], augmented.train[0][0])
+    assert [label for _, label in augmented.train] == digits.train.tensors[1].tolist()
+    assert torch.equal(augmented.test.tensors[0], digits.test.tensors[0])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_image_that_can_not_be_read_is_named_in_one_line(workers, image_folder, config):
+    splits = folder_splits(image_folder, config, seed=0)
+    (image_folder / "dark" / "3.png").write_bytes(b"no image")
+    with pytest.raises(UserError) as raised:
+        [list(make_loader(part, 4, workers=workers)) for part in splits_of(splits)]
+    assert str(raised.value) == f"{image_folder / 'dark' / '3.png'} is not an image that Pillow can read"
+
+
+def test_the_files_of_splits(image_folder, config):
+    splits = folder_splits(image_folder, config, seed=0)
+    files = image_files(*splits_of(splits), None)
+    assert sorted(files) == sorted(map(str, image_folder.rglob("*.png")))
+    assert files[0] == splits.train.dataset.samples[splits.train.indices[0]][0]
+    assert image_files(TensorDataset(torch.zeros(2)), Subset(TensorDataset(torch.zeros(2)), [0])) == []
+
+
 def test_loader_gives_every_image_once(toy):
     for dataset in (toy.train, Subset(toy.train, range(12))):
         batches = list(make_loader(dataset, 5, shuffle_seed=1))
@@ -232,6 +310,11 @@ def test_learning_rate_warms_up_then_falls_to_zero():
         ({"clip_grad": 0.0}, "clip_grad must be a positive number"),
         ({"amp": "int8"}, "amp must be one of"),
         ({"seed": -1}, "seed must be in"),
+        ({"optimizer": "lion"}, "optimizer must be one of"),
+        ({"epochs": "5"}, "epochs must be int, got '5'"),
+        ({"batch_size": 2.5}, "batch_size must be int, got 2.5"),
+        ({"clip_grad": "no"}, r"clip_grad must be float \| None, got 'no'"),
+        ({"base_lr": True}, "base_lr must be float, got True"),
     ],
 )
 def test_bad_recipes(options, message):
@@ -267,9 +350,36 @@ def test_everything_decays_but_the_bias_of_the_head(method):
     assert len(decayed["params"]) + 1 == sum(p.requires_grad for p in model.parameters())
 
 
+def test_a_method_may_be_called_by_its_kind_of_prompts():
+    for kind, method in KINDS.items():
+        assert method_name(kind) == method_name(method) == method
+        assert make_model(kind).config.kind == kind
+    with pytest.raises(UserError, match=r"'adaptive' for 'vapt'.*got 'adaptiv'"):
+        make_model("adaptiv")
+
+
+@pytest.mark.parametrize("num_classes", ["3", 2.0, 0, True, None])
+def test_numbers_of_classes_that_are_none(num_classes):
+    with pytest.raises(UserError, match=f"num_classes must be a positive int, got {num_classes!r}"):
+        build_model("full", BACKBONE, num_classes)
+
+
+def test_adamw(toy):
+    """The steps of torch's own AdamW at the recipe's learning rate, momentum and weight decay."""
+    recipe = recipes(0.01, optimizer="adamw", weight_decay=0.3, momentum=0.8)[0]
+    trainer = Trainer(make_model("full"), recipe, toy.train)
+    optimizer = trainer._optimizer
+    assert type(optimizer) is torch.optim.AdamW
+    decayed, exempt = optimizer.param_groups
+    assert decayed["betas"] == (0.8, 0.999)
+    assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
+    assert trainer.run_epoch().lr == pytest.approx(0.01 * 5 / 256)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 @pytest.mark.parametrize("method", ["vapt", "full"])
-def test_resumed_training_gives_the_same_bits(method, toy):
-    recipe = recipes(1.0 if method == "vapt" else 0.1, epochs=4, seed=7)[0]
+def test_resumed_training_gives_the_same_bits(method, optimizer, toy):
+    recipe = recipes(1.0 if method == "vapt" else 0.1, epochs=4, seed=7, optimizer=optimizer)[0]
 
     def trainer():
         torch.manual_seed(0)
@@ -312,6 +422,80 @@ def test_evaluate_counts_right(toy):
     assert score.accuracy == pytest.approx((logits.argmax(1) == toy.test.tensors[1]).float().mean().item())
     loss = torch.nn.functional.cross_entropy(logits, toy.test.tensors[1]).item()
     assert score.loss == pytest.approx(loss, rel=1e-5)
+
+
+class Named(torch.nn.Module):
+    """Says the class that an image's first pixel is the number of."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.num_classes = num_classes
+
+    def forward(self, images):
+        return 5.0 * torch.nn.functional.one_hot(images[:, 0, 0, 0].long(), self.num_classes)
+
+
+def test_evaluation_by_class():
+    said = torch.tensor([0, 0, 1, 1, 1, 3, 3])
+    labels = torch.tensor([0, 0, 0, 1, 1, 1, 3])
+    images = said.float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    seen = []
+    result = evaluate_by_class(
+        Named(4),
+        TensorDataset(images, labels),
+        ["a", "b", "c", "d"],
+        batch_size=3,
+        progress=lambda *done: seen.append(done),
+    )
+    assert result.confusion.tolist() == [[2, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
+    assert result.num_images == 7
+    assert result.accuracy == pytest.approx(5 / 7)
+    assert result.class_counts == [3, 3, 0, 1]
+    assert result.class_accuracy == [pytest.approx(2 / 3), pytest.approx(2 / 3), None, 1.0]
+    assert result.mean_class_accuracy == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
+    assert result.largest_confusions(5) == [("a", "b", 1), ("b", "d", 1)]
+    assert result.largest_confusions(1) == [("a", "b", 1)]
+    loss = torch.nn.functional.cross_entropy(Named(4)(images), labels)
+    assert result.loss == pytest.approx(loss.item(), rel=1e-5)
+    assert json.loads(json.dumps(result.as_dict()))["classes"][2] == {
+        "class": "c",
+        "images": 0,
+        "accuracy": None,
+    }
+    assert seen == [(3, 7), (6, 7), (7, 7)]
+    with pytest.raises(UserError, match="tells 4 classes apart, but has 3 class names"):
+        evaluate_by_class(Named(4), TensorDataset(images, labels), ["a", "b", "c"])
+
+
+def test_evaluation_matches_classes_by_name(image_folder, config):
+    names = ["light", "unseen", "dark"]  # another order than the folders'
+    dataset = evaluation_data(image_folder, config, names)
+    assert [label for _, label in dataset] == [2] * 10 + [0] * 10
+    with pytest.raises(UserError, match=r"images has classes that the model doesn't know: \['dark'\]"):
+        evaluation_data(image_folder, config, ["light"])
+    with pytest.raises(UserError, match="no folder val/: leave the split out"):
+        evaluation_data(image_folder, config, names, "validation")
+
+
+def test_evaluation_of_a_split(image_folder, config):
+    root = image_folder.parent / "split"
+    (root / "valid").mkdir(parents=True)
+    image_folder.rename(root / "train")
+    (root / "train" / "dark").rename(root / "valid" / "dark")
+    (root / "train" / "empty").mkdir()
+    names = ["dark", "light", "empty"]
+    assert {label for _, label in evaluation_data(root, config, names, "train")} == {1}
+    assert {label for _, label in evaluation_data(root, config, names, "validation")} == {0}
+    with pytest.raises(UserError, match=r"no images of the split 'test', it has \['train', 'validation'\]"):
+        evaluation_data(root, config, names)
+
+
+def test_evaluation_of_the_digits(config):
+    names = [str(digit) for digit in reversed(range(10))]
+    images, labels = evaluation_data("digits", config, names).tensors
+    splits = digit_splits(config, seed=0)
+    assert torch.equal(images, splits.test.tensors[0])
+    assert torch.equal(labels, 9 - 5 - splits.test.tensors[1])
 
 
 # ---- search
@@ -766,6 +950,16 @@ def test_images_in_a_folder(image_folder, tmp_path):
         ({"prompts": {"num_prompts": -1}}, "num_prompts must be at least 0, got -1"),
         ({"prompts": {"conv_kernel": 9}}, "conv_kernel=9 .* does not fit the 8x8 patch grid"),
         ({"backend": "fortran"}, "fortran"),
+        ({"backbone": "vit_bse_patch16_224"}, "similar: vit_base_patch16_224, "),
+        ({"image_size": 30}, "image_size must be a multiple of the patch size.*4x4 pixels, got 30"),
+        ({"image_size": 0}, "image_size must be at least 1, got 0"),
+        ({"image_size": "64"}, r"image_size must be int \| None, got '64'"),
+        ({"image_size": 64, "backbone": "resnet18"}, "'resnet18' can't be made with image_size=64"),
+        ({"color_jitter": 2.0}, r"color_jitter must be in \[0, 1\]"),
+        ({"train_images": "5"}, "train_images must be int"),
+        ({"base_lrs": [1.0, "high"]}, r"base_lrs must be list\[float\] \| None, got \[1.0, 'high'\]"),
+        ({"recipe": {"momentun": 0.9}}, "recipe: .*momentun"),
+        ({"recipe": {"epochs": "2"}}, "epochs must be int, got '2'"),
         ({"recipe": {"epochs": 0}}, "epochs must be at least 1, got 0"),
         ({"cache": True, "augment": "crop-flip"}, "cache"),
         ({"validation_share": 0.7, "test_share": 0.5}, "together below 1, got 0.7 and 0.5"),
@@ -778,3 +972,41 @@ def test_bad_options_write_nothing(changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         run(options(**changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_mistyped_backend_in_the_environment_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("VAPT_FAST_BACKEND", "tritn")
+    with pytest.raises(UserError, match=r"VAPT_FAST_BACKEND must be one of .*, got 'tritn'"):
+        run(options(), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_damaged_images_are_found_before_training(workers, image_folder, tmp_path):
+    for name in ("dark/0.png", "light/5.png", "light/6.png"):
+        (image_folder / name).write_bytes(b"no image")
+    with pytest.raises(UserError) as raised:
+        run(options(data=str(image_folder), train_images=None), tmp_path / "out", workers=workers)
+    first, *lines = str(raised.value).splitlines()
+    assert first == "3 of 20 images can't be read:"
+    assert sorted(line.split()[1] for line in lines) == [
+        str(image_folder / name) for name in ("dark/0.png", "light/5.png", "light/6.png")
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["vapt", "full"])
+def test_images_of_another_size(method, tmp_path):
+    result = run(options(method=method, base_lrs=[0.05], image_size=40), tmp_path)
+    model, metadata = load_model(tmp_path)
+    assert metadata["data_config"]["input_size"] == [3, 40, 40]
+    dataset = evaluation_data("digits", metadata["data_config"], metadata["class_names"])
+    assert dataset[0][0].shape == (3, 40, 40)
+    assert evaluate(model, dataset).accuracy == result["test_accuracy"]
+
+
+def test_what_adamw_tries_by_itself():
+    for method, optimizer in ((method, optimizer) for method in METHODS for optimizer in ("sgd", "adamw")):
+        found = options(method=method, base_lrs=None, recipe={"optimizer": optimizer}).recipes()
+        assert {recipe.base_lr for recipe in found} == set(METHODS[method].base_lrs[optimizer])
+        assert {recipe.weight_decay for recipe in found} == {0.01 if optimizer == "adamw" else 1e-4}

@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-import timm
 import torch
 from timm.models import beit, get_model_traits
 from timm.models.beit import Beit
@@ -39,7 +38,6 @@ __all__ = [
     "patch_size",
     "remove_prompts",
     "set_image_size",
-    "similar_names",
     "take_heads",
 ]
 
@@ -212,11 +210,6 @@ def num_pooled_rows(model: nn.Module) -> int | None:
         return 2
     by_token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
     return 1 if by_token else None
-
-
-def similar_names(name: str) -> list[str]:
-    """A few names of timm models that begin like ``name``, for messages."""
-    return timm.list_models(f"*{name.partition('.')[0][:8]}*")[:5]
 
 
 def remove_prompts(tokens: Tensor, num_prefix: int, count: int) -> Tensor:

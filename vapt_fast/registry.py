@@ -23,19 +23,9 @@ from timm.models import (
 
 from .config import PromptConfig
 from .data import DATA_KEYS
+from .names import TIMM_MODULES
 from .source import PREFIX
 from .vit import AdaptiveViT
-
-# The timm modules whose models are all of classes that vapt_fast.backbone serves.
-TIMM_MODULES = (
-    "beit",
-    "deit",
-    "eva",
-    "naflexvit",
-    "vision_transformer",
-    "vision_transformer_hybrid",
-    "vitamin",
-)
 
 # timm's sources of whole models
 PUBLISHED = ("hf-hub", "local-dir")

@@ -26,13 +26,13 @@ from .backbone import (
     patch_size,
     remove_prompts,
     set_image_size,
-    similar_names,
     take_heads,
 )
 from .backends import _dispatch
 from .config import PromptConfig, explain_unexpected, split_options
 from .data import eval_transform, full_data_config
 from .modules import tensors_of
+from .names import similar_names
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_adaptive_prompts
 from .source import PREFIX, backbone_source, check_state_names, rebuild_args

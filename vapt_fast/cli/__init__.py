@@ -1,28 +1,55 @@
-"""The command ``vapt-fast``: train, predict, demo, bench, info."""
+"""The command ``vapt-fast``: train, predict, evaluate, demo, bench, info; timm's scripts and checkpoints."""
 
 from __future__ import annotations
 
+import io
+import sys
+from typing import Annotated
+
 import typer
 
+from .._version import __version__
 from .bench import bench
 from .demo import demo
+from .evaluate import evaluate
 from .info import info
 from .predict import predict
+from .scripts import timm
+from .timm_adapter import timm_adapter
 from .train import train
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="vapt-fast",
-    help="Adapt frozen timm Vision Transformers with prompts computed from each image (VAPT).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, demo, bench, info):
+for command in (train, predict, evaluate, demo, bench, info, timm_adapter):
     app.command()(command)
+# Whatever comes after the script's name is the script's, its --help too.
+app.command(context_settings={"allow_interspersed_args": False})(timm)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"vapt-fast {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Adapt frozen timm Vision Transformers with prompts computed from each image (VAPT)."""
 
 
 def main() -> None:
     """Entry point. Exits with 0, 1 (the machine failed: a full disk), 2 (wrong use) or 130 (Ctrl-C)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # for terminals that lack a letter of a name
     app()

@@ -10,14 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from rich.table import Table
 
-from .console import failures, out, status
+from .console import cell, failures, out, say, status
 
 if TYPE_CHECKING:
     from ..benchmark import Row, Setting, Variant
 
 __all__ = ["bench"]
-
-KINDS = {"vapt": "adaptive", "vpt-deep": "deep", "vpt-shallow": "shallow"}
 
 
 def bench(
@@ -30,9 +28,10 @@ def bench(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="Images a step (default: 8 on a CPU, 64 on a GPU).")
     ] = None,
-    method: Annotated[Literal["vapt", "vpt-deep", "vpt-shallow"], typer.Option(help="Kind of prompts.")] = (
-        "vapt"
-    ),
+    method: Annotated[
+        Literal["vapt", "vpt-deep", "vpt-shallow", "adaptive", "deep", "shallow"],
+        typer.Option(help="Method, or its kind of prompts: adaptive is VAPT, deep and shallow are VPT."),
+    ] = "vapt",
     prompts: Annotated[
         list[int] | None, typer.Option(min=1, help="Prompts a block; may be given several times.")
     ] = None,
@@ -61,6 +60,7 @@ def bench(
     from ..benchmark import MODES, Comparison, Setting, describe
     from ..training import UserError
     from ..training.files import write_atomically
+    from ..training.methods import METHODS, method_name
     from .train import pick_device
 
     with failures(), status.status("start") as bar:
@@ -75,11 +75,13 @@ def bench(
         )
         variants, unavailable = _variants(
             setting,
-            KINDS[method],
+            METHODS[method_name(method)].prompts["kind"],
             prompts if prompts else [10],
             ("bfloat16-autocast" if on_gpu else "float32") if precision is None else precision,
         )
-        comparison = Comparison(setting, variants, memory=memory, progress=bar.update)
+        comparison = Comparison(
+            setting, variants, memory=memory, progress=lambda line: bar.update(cell(line))
+        )
         rows = {mode: comparison.measure(mode, rounds=rounds) for mode in MODES}
         first = rows[MODES[0]][0]
         if first.error is not None:  # of the reference, which can run everywhere
@@ -92,9 +94,9 @@ def bench(
         out.print(_table(title, measured, setting.batch))
     failed = {f"{row.variant.backend}: {row.error}" for of in rows.values() for row in of if row.error}
     for line in (*unavailable, *sorted(failed)):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line)
     if output is not None:
-        out.print(f"wrote {output}", soft_wrap=True)
+        say(f"wrote {output}")
     if any(row.wrong for measured in rows.values() for row in measured):
         raise typer.Exit(1)
 
@@ -126,9 +128,9 @@ def _table(title: str, rows: list[Row], batch: int) -> Table:
     from ..benchmark import as_table
 
     header, cells = as_table(rows, batch, lambda variant: variant.backend)
-    table = Table(title=title)
+    table = Table(title=cell(title))
     for index, name in enumerate(header):
-        table.add_column(name, justify="left" if index == 0 else "right")
+        table.add_column(cell(name), justify="left" if index == 0 else "right")
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(cell, row))
     return table

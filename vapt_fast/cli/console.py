@@ -1,4 +1,8 @@
-"""What all commands share: where they print, and how they fail."""
+"""What all commands share: where and how they print, and how they fail.
+
+Whatever comes from users (paths, names of classes, messages about them) is printed by ``say`` or stands in a
+``cell``. A string that is given to rich as it is would be read as its markup: "scan[1].png" loses a part.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,13 @@ from typing import NoReturn
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from ..adapters import AdapterError
-from ..backends._dispatch import BackendUnavailable
-from ..training.errors import UserError
+from ..backends import _dispatch
+from ..training.errors import UserError, printable
 
-__all__ = ["fail", "failures", "out", "status"]
+__all__ = ["cell", "check_backend", "count", "fail", "failures", "out", "say", "status"]
 
 out = Console()
 """For results."""
@@ -25,10 +30,45 @@ status = Console(stderr=True)
 INTERRUPTED = 130  # as shells report a program stopped by Ctrl-C
 
 
+def say(message: str, console: Console | None = None, style: str = "") -> None:
+    """Print a message, as it is and without breaking its lines, to ``out`` or another console."""
+    (out if console is None else console).print(_as_data(message, style), soft_wrap=True)
+
+
+def cell(text: object) -> Text:
+    """A text in a table, as it is, in one line."""
+    return Text(printable(str(text)))
+
+
+def count(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with what it counts: "1 image", "1,200 images"."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
+def _as_data(message: str, style: str = "") -> Text:
+    return Text("\n".join(map(printable, message.split("\n"))), style)
+
+
 def fail(message: str, code: int = 2) -> NoReturn:
     """Print one error and exit."""
-    status.print(f"error: {message}", style="red", markup=False, highlight=False, soft_wrap=True)
+    say(f"error: {message}", status, "red")
     raise typer.Exit(code)
+
+
+def check_backend(name: str | None) -> None:
+    """Check ``--backend``, or the environment variable where it is not given, before anything is done.
+
+    Raises:
+        UserError: not the name of a backend.
+        BackendUnavailable: it can't run here.
+    """
+    try:
+        if name is None:
+            _dispatch.resolve()
+        else:
+            _dispatch.check_backend(name, "--backend")
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 @contextmanager
@@ -40,7 +80,7 @@ def failures(advice: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, AdapterError, BackendUnavailable, ModuleNotFoundError) as error:
+    except (UserError, AdapterError, _dispatch.BackendUnavailable, ModuleNotFoundError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail(f"stopped. {advice}".strip(), INTERRUPTED)

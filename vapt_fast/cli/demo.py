@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from dataclasses import asdict
@@ -12,7 +13,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .console import failures, out, status
+from .console import check_backend, count, failures, out, say, status
 
 if TYPE_CHECKING:
     from ..training.comparison import Comparison, Outcome
@@ -34,13 +35,22 @@ def demo(
     A small backbone, pre-trained on the digits 0 to 4, learns 5 to 9 from few images. Learning rates are
     chosen on validation images; the test images only give the numbers in the table.
     """
+    with failures():
+        _check_packages()
+        check_backend(None)
+
     from ..training.comparison import Comparison, compare
     from ..training.files import write_atomically
     from .pictures import draw
 
     comparison = Comparison(seeds=tuple(range(seeds)))
     jobs = len(comparison.methods) * len(comparison.epochs)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     started = time.monotonic()
     with failures(), Progress(*columns, console=status) as bars:
         task = bars.add_task("training", total=jobs)
@@ -51,9 +61,23 @@ def demo(
         largest = max(comparison.epochs)
         draw(outcomes, output / "models" / f"vapt-{largest}", picture)
     out.print(_table(comparison, outcomes))
-    out.print(f"{time.monotonic() - started:.0f} s; wrote:")
+    say(f"{time.monotonic() - started:.0f} s; wrote:")
     for path in (results, picture, output / "models"):
-        out.print(f"  {path}", soft_wrap=True)
+        say(f"  {path}")
+
+
+def _check_packages() -> None:
+    """Raise at once what the demo would fail for at its end, after minutes of training."""
+    from ..training.errors import UserError
+
+    packages = {"sklearn": "scikit-learn", "matplotlib": "matplotlib"}
+    missing = [package for module, package in packages.items() if importlib.util.find_spec(module) is None]
+    if missing:
+        verb = "is" if len(missing) == 1 else "are"
+        raise UserError(
+            f"the demo needs {' and '.join(missing)}, which {verb} not installed; install with: "
+            f"pip install {' '.join(missing)}"
+        )
 
 
 def _table(comparison: Comparison, outcomes: list[Outcome]) -> Table:
@@ -61,7 +85,7 @@ def _table(comparison: Comparison, outcomes: list[Outcome]) -> Table:
 
     table = Table(
         title="Test accuracy in %, mean ± standard deviation over "
-        f"{len(comparison.seeds)} seeds, by number of training images"
+        f"{count(len(comparison.seeds), 'seed')}, by number of training images"
     )
     table.add_column("method")
     table.add_column("weights trained", justify="right")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from .. import info as machine
-from .console import failures, out
+from .console import failures, say
 
 __all__ = ["info"]
 
@@ -18,10 +18,10 @@ def info(
     ] = None,
 ) -> None:
     """Show versions, devices and backends, and why a backend can't run here."""
-    out.print(machine.report(), markup=False, highlight=False, soft_wrap=True)
+    say(machine.report())
     if model is not None:
         from ..vit import AdaptiveViT
 
         with failures():
             report = machine.forward_report(AdaptiveViT(model))
-        out.print(f"{model}\n{report}", markup=False, highlight=False, soft_wrap=True)
+        say(f"{model}\n{report}")

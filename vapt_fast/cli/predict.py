@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
-from .console import failures, out, status
+from .console import cell, check_backend, failures, out, say, status
 
 if TYPE_CHECKING:
     from torch import nn
@@ -47,6 +48,7 @@ def predict(
     from .train import pick_device
 
     with failures():
+        check_backend(backend)
         device = pick_device(device)
         model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
         paths = _image_files(images)
@@ -56,25 +58,24 @@ def predict(
     else:
         _print_table(predictions)
     for error in errors:
-        status.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        say(f"error: {error}", status, "red")
     if errors:
         raise typer.Exit(2)
 
 
 def _image_files(given: list[Path]) -> list[Path]:
     """The files themselves, and the images in the folders, sorted."""
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
     from ..training import UserError
+    from ..training.images import IMAGE_EXTENSIONS
 
     paths: list[Path] = []
     for path in given:
         if not path.is_dir():
             paths.append(path)
             continue
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMG_EXTENSIONS)
+        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
         if not inside:
-            raise UserError(f"{path} has no images; expected files that end in one of {IMG_EXTENSIONS}")
+            raise UserError(f"{path} has no images; expected files that end in one of {IMAGE_EXTENSIONS}")
         paths += inside
     return paths
 
@@ -114,11 +115,14 @@ def _predict(
 
 
 def _print_table(predictions: list[dict[str, Any]]) -> None:
-    table = Table("file", "class", "probability")
+    table = Table()
+    table.add_column("file", overflow="fold")
+    table.add_column("class", overflow="fold")
+    table.add_column("probability")
     for prediction in predictions:
         table.add_row(
-            prediction["file"],
-            "\n".join(entry["class"] for entry in prediction["top"]),
+            cell(prediction["file"]),
+            Text("\n").join(cell(entry["class"]) for entry in prediction["top"]),
             "\n".join(f"{entry['probability']:.1%}" for entry in prediction["top"]),
         )
     if predictions:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shlex
+import time
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -12,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..config import PromptConfig
-from .console import failures, out, status
+from .console import check_backend, count, failures, out, say, status
 
 if TYPE_CHECKING:
     from ..training.recipe import Recipe
@@ -24,9 +26,21 @@ __all__ = ["train"]
 # What a resumed run may change: it decides where and how fast a run computes, not what.
 _FREE = {"output", "resume", "overwrite", "device", "threads", "workers"}
 
-_RECIPE = ("epochs", "warmup_epochs", "batch_size", "momentum", "label_smoothing", "clip_grad", "amp", "seed")
+_RECIPE = (
+    "epochs",
+    "warmup_epochs",
+    "batch_size",
+    "optimizer",
+    "momentum",
+    "label_smoothing",
+    "clip_grad",
+    "amp",
+    "seed",
+)
 
 _DEFAULTS = PromptConfig()
+
+_MOMENT = 1.0  # seconds
 
 
 def _option(help: str, panel: str, *names: str) -> Any:
@@ -79,8 +93,29 @@ def train(
         float, _option("Share split off for the test, if there is no train/.", _DATA)
     ] = 0.2,
     augment: Annotated[
-        Literal["none", "crop-flip"], _option("Augmentation of training images.", _DATA)
+        Literal["none", "flip", "crop-flip", "random-resized-crop", "rand-augment", "auto-augment"],
+        _option(
+            "Random changes of training images: mirrored; cropped at a random place; cropped with random "
+            "size and shape; this and timm's RandAugment or AutoAugment. All but none mirror half of them.",
+            _DATA,
+        ),
     ] = "none",
+    crop_scale: Annotated[
+        float | None,
+        _option("Smallest share of the area that a crop of random size has (default: 0.08).", _DATA),
+    ] = None,
+    color_jitter: Annotated[
+        float, _option("Largest relative change of brightness, contrast and saturation, 0 to 1.", _DATA)
+    ] = 0.0,
+    random_erasing: Annotated[
+        float, _option("Probability that a rectangle of a training image becomes noise.", _DATA)
+    ] = 0.0,
+    image_size: Annotated[
+        int | None,
+        _option(
+            "Side of the images, pixels, a multiple of the patch size (default: the backbone's own).", _DATA
+        ),
+    ] = None,
     crop_mode: Annotated[
         Literal["center", "squash"] | None,
         _option("Cut the image to a square or squash it (default: as the backbone was trained).", _DATA),
@@ -102,7 +137,12 @@ def train(
         ),
     ] = None,
     method: Annotated[
-        Literal["vapt", "vpt-deep", "vpt-shallow", "linear", "full"], _option("What to train.", _MODEL)
+        Literal["vapt", "vpt-deep", "vpt-shallow", "linear", "full", "adaptive", "deep", "shallow"],
+        _option(
+            "What to train. The kinds of PromptConfig are other names of the first three: adaptive is vapt, "
+            "deep vpt-deep, shallow vpt-shallow.",
+            _MODEL,
+        ),
     ] = "vapt",
     backend: Annotated[
         str | None, _option("auto, reference, torch, triton, cuda or kernels; see vapt-fast info.", _MODEL)
@@ -148,19 +188,26 @@ def train(
     lr: Annotated[
         list[float] | None,
         _option(
-            "A learning rate to try, at a batch size of 256: lr * batch size / 256 is used. Give it several "
-            "times; validation chooses (default: a few that suit the method).",
+            "A learning rate to try, at a batch size of 256: lr * batch size / 256 is used, with either "
+            "optimizer. Give it several times; validation chooses (default: a few that suit the method and "
+            "the optimizer).",
             _TRAINING,
         ),
     ] = None,
     weight_decay: Annotated[
         list[float] | None,
-        _option("A weight decay to try; may be given several times (default: 1e-4).", _TRAINING),
+        _option(
+            "A weight decay to try; may be given several times (default: 1e-4, or 0.01 with adamw).",
+            _TRAINING,
+        ),
     ] = None,
+    optimizer: Annotated[
+        Literal["sgd", "adamw"], _option("SGD with momentum, as in the papers, or AdamW.", _TRAINING)
+    ] = "sgd",
     epochs: Annotated[int, _option("Passes over the training images.", _TRAINING)] = 100,
     warmup_epochs: Annotated[int, _option("Epochs in which the learning rate rises.", _TRAINING)] = 10,
     batch_size: Annotated[int, _option("Images a step.", _TRAINING)] = 64,
-    momentum: Annotated[float, _option("Momentum of SGD.", _TRAINING)] = 0.9,
+    momentum: Annotated[float, _option("Momentum of SGD; beta 1 of AdamW.", _TRAINING)] = 0.9,
     label_smoothing: Annotated[
         float, _option("Share of the target spread over all classes.", _TRAINING)
     ] = 0.0,
@@ -181,6 +228,7 @@ def train(
 
     again = f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"
     with failures(again):
+        check_backend(backend)
         given = dict(context.params)
         options = _resumed(context, output) if resume else RunOptions(**_run_options(given))
         if not resume:
@@ -194,6 +242,7 @@ def train(
                 resume=resume,
                 device=pick_device(device),
                 workers=workers,
+                on_check=progress.check,
                 on_start=lambda model, splits: _describe(model, splits, options),
                 progress=progress,
             )
@@ -238,6 +287,7 @@ def pick_device(name: str) -> str:
 def _run_options(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of RunOptions from those of the command."""
     from ..training.errors import UserError
+    from ..training.methods import method_name
     from ..training.run import RunOptions
 
     prompts = {option.name: given[option.name] for option in fields(PromptConfig) if option.name in given}
@@ -253,8 +303,9 @@ def _run_options(given: dict[str, Any]) -> dict[str, Any]:
     options["data"] = given["data"] if given["data"] == "digits" else str(Path(given["data"]).resolve())
     options["weights"] = None if given["weights"] is None else str(given["weights"].resolve())
     options["prompts"] = prompts
+    options["method"] = method_name(given["method"])
     options["base_lrs"] = list(given["lr"]) if given["lr"] else None
-    options["weight_decays"] = list(given["weight_decay"]) if given["weight_decay"] else [1e-4]
+    options["weight_decays"] = list(given["weight_decay"]) if given["weight_decay"] else None
     options["recipe"] = {name: given[name] for name in _RECIPE}
     return options
 
@@ -303,28 +354,45 @@ def _check_free(output: Path, overwrite: bool) -> None:
 def _describe(model: Any, splits: Any, options: RunOptions) -> None:
     from ..adapters import trainable_summary
 
-    test = "no" if splits.test is None else len(splits.test)
-    status.print(
-        f"{len(splits.class_names)} classes; {len(splits.train)} images to train on, "
-        f"{len(splits.validation)} to choose the learning rate with, {test} to test on"
+    test = "none" if splits.test is None else f"{len(splits.test):,}"
+    say(
+        f"{count(len(splits.class_names), 'class', 'classes')}; {count(len(splits.train), 'image')} to train "
+        f"on, {len(splits.validation):,} to choose the learning rate with, {test} to test on",
+        status,
     )
-    status.print(trainable_summary(model))
+    say(trainable_summary(model), status)
     if options.needs_backbone_file:
         size = sum(tensor.nbytes for tensor in model.backbone.state_dict().values()) / 1e6
-        status.print(
+        say(
             f"the frozen backbone ({size:,.0f} MB) will be kept with what is learned, because no name of "
-            "timm's gives its weights"
+            "timm's gives its weights",
+            status,
         )
 
 
 class _Progress:
-    """A bar for the epochs of all candidates."""
+    """Bars for reading the images and for the epochs of all candidates."""
 
     def __init__(self, recipes: list[Recipe]) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+        )
         self.bars = Progress(*columns, console=status)
         self._recipes = recipes
         self._tasks: dict[int, Any] = {}
+        self._check: Any = None
+        self._started = math.inf
+
+    def check(self, done: int, total: int) -> None:
+        """Show how many images were read, if that takes more than a moment."""
+        self._started = min(self._started, time.monotonic())
+        if self._check is None and time.monotonic() > self._started + _MOMENT:
+            self._check = self.bars.add_task("reading all images once", total=total)
+        if self._check is not None:
+            self.bars.update(self._check, completed=done, visible=done < total)
 
     def __call__(self, candidate: int, epoch: Epoch, score: Score | None) -> None:
         if candidate not in self._tasks:
@@ -348,7 +416,8 @@ def _report(result: dict[str, Any], output: Path) -> None:
         )
     out.print(table)
     chosen = result["recipe"]
-    out.print(f"chosen: learning rate {chosen['base_lr']:g}, weight decay {chosen['weight_decay']:g}")
+    say(f"chosen: learning rate {chosen['base_lr']:g}, weight decay {chosen['weight_decay']:g}")
     if result["test_accuracy"] is not None:
-        out.print(f"test accuracy: {result['test_accuracy']:.1%} of {result['num_images']['test']} images")
-    out.print(f"wrote {output}", soft_wrap=True)
+        tested = count(result["num_images"]["test"], "image")
+        say(f"test accuracy: {result['test_accuracy']:.1%} of {tested}")
+    say(f"wrote {output}")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 
 __all__ = ["WEIGHTS", "vit_digits_patch4_32"]
 
@@ -43,5 +43,9 @@ def vit_digits_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTrans
     """
     options = {"img_size": 32, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2}
     return build_model_with_cfg(
-        VisionTransformer, "vit_digits_patch4_32", pretrained, **{**options, **kwargs}
+        VisionTransformer,
+        "vit_digits_patch4_32",
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,  # resamples the positions for images of another size
+        **{**options, **kwargs},
     )

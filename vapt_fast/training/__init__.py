@@ -1,13 +1,14 @@
 """Training, choosing a learning rate and saving, for VAPT and the methods it is compared with."""
 
 from .errors import UserError
+from .images import open_image
 from .methods import METHODS, build_model
 from .recipe import Recipe
 from .saved import load_model, save_model
 from .search import Found, search
 from .splits import Splits, digit_splits, folder_splits
 from .trainer import Score, Trainer, evaluate
-from .transforms import data_config, eval_transform, open_image
+from .transforms import data_config, eval_transform
 
 __all__ = [
     "METHODS",

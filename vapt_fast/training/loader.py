@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -10,7 +14,10 @@ from torch.utils.data import (
     RandomSampler,
     SequentialSampler,
     TensorDataset,
+    default_collate,
 )
+
+from .errors import UserError
 
 __all__ = ["in_memory", "make_loader"]
 
@@ -21,9 +28,47 @@ def in_memory(dataset: Dataset) -> TensorDataset:
     return TensorDataset(torch.stack(images), torch.tensor(labels))
 
 
+class Batches:
+    """The batches of a DataLoader. An image that can't be read is the UserError that names it.
+
+    A worker hands errors over as values: raised, they would arrive wrapped in its traceback.
+    """
+
+    def __init__(self, loader: DataLoader) -> None:
+        self._loader = loader
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in self._loader:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+
+
+class _ErrorsAsValues(Dataset):
+    def __init__(self, dataset: Dataset) -> None:
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        try:
+            return self._dataset[index]
+        except UserError as error:
+            return error
+
+
+def _collate(samples: list[Any]) -> Any:
+    error = next((sample for sample in samples if isinstance(sample, UserError)), None)
+    return default_collate(samples) if error is None else error
+
+
 def make_loader(
     dataset: Dataset, batch_size: int, *, shuffle_seed: int | None = None, workers: int = 0
-) -> DataLoader:
+) -> Batches:
     """Batches of (images (B, 3, H, W), labels (B,)).
 
     Args:
@@ -31,6 +76,9 @@ def make_loader(
         batch_size: images a batch; the last batch may have fewer.
         shuffle_seed: of the order and of the workers' own randomness; None for the stored order.
         workers: processes that read images; 0 reads in this one. Data in memory needs none.
+
+    Raises:
+        UserError: while iterating, an image that can't be read; the message names it.
     """
     if shuffle_seed is None:
         sampler = SequentialSampler(dataset)
@@ -41,12 +89,14 @@ def make_loader(
     if isinstance(dataset, TensorDataset):
         # One indexing a batch instead of one an image.
         batches = BatchSampler(sampler, batch_size, drop_last=False)
-        return DataLoader(dataset, batch_size=None, sampler=batches, generator=generator)
-    return DataLoader(
-        dataset,
+        return Batches(DataLoader(dataset, batch_size=None, sampler=batches, generator=generator))
+    loader = DataLoader(
+        _ErrorsAsValues(dataset),
         batch_size=batch_size,
         sampler=sampler,
         generator=generator,
         num_workers=workers,
+        collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
     )
+    return Batches(loader)

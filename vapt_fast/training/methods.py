@@ -14,7 +14,7 @@ from ..source import load_weights
 from ..vit import AdaptiveViT
 from .errors import UserError
 
-__all__ = ["METHODS", "Method", "build_model", "param_groups", "trained_state"]
+__all__ = ["KINDS", "METHODS", "Method", "build_model", "method_name", "param_groups", "trained_state"]
 
 
 @dataclass(frozen=True)
@@ -25,24 +25,43 @@ class Method:
         title: for tables.
         prompts: what differs from the user's PromptConfig; None for a model without prompts and with every
             weight trained.
-        base_lrs: the learning rates tried if the user gives none, at a batch size of 256.
+        base_lrs: by optimizer, the learning rates tried if the user gives none, at a batch size of 256.
     """
 
     title: str
     prompts: dict[str, Any] | None
-    base_lrs: tuple[float, ...]
+    base_lrs: dict[str, tuple[float, ...]]
 
 
 # The papers search ten learning rates from 0.05 to 50 for prompts. These are a coarse walk over that range.
-_PROMPT_LRS = (10.0, 2.5, 0.5, 0.1)
+_PROMPT_LRS = {"sgd": (10.0, 2.5, 0.5, 0.1), "adamw": (0.04, 0.01, 0.0025, 0.0006)}
+_FULL_LRS = {"sgd": (0.1, 0.02, 0.004), "adamw": (0.001, 0.0002, 0.00004)}
 
 METHODS = {
     "vapt": Method("VAPT", {"kind": "adaptive"}, _PROMPT_LRS),
     "vpt-deep": Method("VPT-deep", {"kind": "deep"}, _PROMPT_LRS),
     "vpt-shallow": Method("VPT-shallow", {"kind": "shallow"}, _PROMPT_LRS),
     "linear": Method("linear probe", {"num_prompts": 0}, _PROMPT_LRS),
-    "full": Method("full fine-tuning", None, (0.1, 0.02, 0.004)),
+    "full": Method("full fine-tuning", None, _FULL_LRS),
 }
+
+KINDS = {"adaptive": "vapt", "deep": "vpt-deep", "shallow": "vpt-shallow"}
+"""The method of each ``PromptConfig.kind``. Where a method is asked for, its kind says the same."""
+
+
+def method_name(name: str) -> str:
+    """The key of METHODS for a method, or for the kind of its prompts.
+
+    Raises:
+        UserError: neither.
+    """
+    method = KINDS.get(name, name) if isinstance(name, str) else name
+    if method not in tuple(METHODS):
+        kinds = ", ".join(f"{kind!r} for {method!r}" for kind, method in KINDS.items())
+        raise UserError(
+            f"method must be one of {tuple(METHODS)}, or a kind of prompts ({kinds}), got {name!r}"
+        )
+    return method
 
 
 def build_model(
@@ -59,7 +78,7 @@ def build_model(
     """The model that a method trains: an AdaptiveViT, or for "full" a plain timm model.
 
     Args:
-        method: a key of METHODS.
+        method: a key of METHODS or of KINDS.
         backbone: timm's name of the backbone.
         num_classes: of the new head.
         prompts: options of the prompts; the method decides on their kind. None for the defaults.
@@ -70,13 +89,13 @@ def build_model(
         **timm_options: for ``timm.create_model``.
 
     Raises:
-        UserError: an unknown method.
+        UserError: an unknown method, or a number of classes that is none.
         FileNotFoundError, ValueError: there is no such file of weights, or they don't fit.
         ValueError, NotImplementedError: as AdaptiveViT raises for a backbone that it can't serve.
     """
-    if method not in METHODS:
-        raise UserError(f"method must be one of {tuple(METHODS)}, got {method!r}")
-    changes = METHODS[method].prompts
+    changes = METHODS[method_name(method)].prompts
+    if not isinstance(num_classes, int) or isinstance(num_classes, bool) or num_classes < 1:
+        raise UserError(f"num_classes must be a positive int, got {num_classes!r}")
     pretrained = pretrained and weights is None
     timm_options = {"num_classes": num_classes, "pretrained": pretrained, **timm_options}
     made: str | nn.Module = backbone

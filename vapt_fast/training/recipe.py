@@ -6,31 +6,35 @@ import math
 from dataclasses import dataclass, fields
 
 from ..arguments import plain
-from .errors import UserError
+from .errors import UserError, check_types
 
-__all__ = ["AMP_DTYPES", "Recipe"]
+__all__ = ["AMP_DTYPES", "OPTIMIZERS", "Recipe"]
 
 AMP_DTYPES = ("bfloat16", "float16")
+OPTIMIZERS = ("sgd", "adamw")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: SGD with momentum (not Nesterov), a linear warm-up, then a cosine down to zero.
+    """How to train: an optimizer, a linear warm-up of its learning rate, then a cosine down to zero.
 
     Attributes:
-        base_lr: the learning rate at a batch size of 256. The one used is ``base_lr * batch_size / 256``.
-        weight_decay: for all that is trained but the head's bias.
+        base_lr: the learning rate at a batch size of 256. The one used is ``base_lr * batch_size / 256``,
+            with either optimizer.
+        weight_decay: for all that is trained but the head's bias. SGD adds this share of the weights to their
+            gradient, AdamW takes the learning rate times this share off them at each step.
         epochs: passes over the training images.
         warmup_epochs: of these, how many the learning rate takes to rise; at most half of them all.
         batch_size: images a step.
-        momentum: of SGD.
+        momentum: of SGD; with AdamW, the decay of the mean of the gradients (beta 1; beta 2 is 0.999).
         label_smoothing: share of the target that is spread over all classes.
         clip_grad: largest norm of the gradient of all parameters together; None for no limit.
         amp: compute in "bfloat16" or "float16" where that is safe (autocast); None for float32 throughout.
         seed: of the initialisation, the order of the images, augmentation and dropout.
+        optimizer: "sgd" (with momentum, not Nesterov's) or "adamw".
 
     Raises:
-        UserError: a number out of range.
+        UserError: a value of the wrong type or out of range.
     """
 
     base_lr: float
@@ -43,12 +47,12 @@ class Recipe:
     clip_grad: float | None = None
     amp: str | None = None
     seed: int = 0
+    optimizer: str = "sgd"
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            object.__setattr__(
-                self, option.name, plain(getattr(self, option.name))
-            )  # the dataclass is frozen
+        for option in fields(self):  # the dataclass is frozen
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
+        check_types(self)
         for name, positive in (("base_lr", self.base_lr), ("clip_grad", self.clip_grad)):
             if positive is not None and not 0 < positive < math.inf:
                 raise UserError(f"{name} must be a positive number, got {positive}")
@@ -64,6 +68,8 @@ class Recipe:
                 raise UserError(f"{name} must be in [0, 1), got {getattr(self, name)}")
         if self.amp not in (None, *AMP_DTYPES):
             raise UserError(f"amp must be one of {AMP_DTYPES} or None, got {self.amp!r}")
+        if self.optimizer not in OPTIMIZERS:
+            raise UserError(f"optimizer must be one of {OPTIMIZERS}, got {self.optimizer!r}")
         if not 0 <= self.seed < 2**32:
             raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
 

@@ -15,19 +15,22 @@ from torch import nn
 
 from .._version import __version__
 from ..arguments import plain
-from ..backbone import similar_names
+from ..backbone import FAMILIES, patch_size
+from ..backends import _dispatch
 from ..config import PromptConfig
-from .errors import UserError
+from ..names import similar_names
+from .errors import UserError, check_types
 from .files import write_atomically
+from .images import check_images
 from .inputs import check_inputs, describe_inputs, write_inputs
 from .loader import in_memory
-from .methods import METHODS, build_model, trained_state
+from .methods import METHODS, build_model, method_name, trained_state
 from .recipe import Recipe
 from .saved import load_model, save_model
 from .search import CHECKPOINT_NAME, METRICS_NAME, Progress, Start, search
-from .splits import Splits, digit_splits, folder_splits
+from .splits import Splits, digit_splits, folder_splits, image_files
 from .trainer import autocast, seed_everything
-from .transforms import data_config
+from .transforms import Augmentation, data_config
 
 __all__ = ["OPTIONS_NAME", "RESULT_NAME", "RunOptions", "run"]
 
@@ -42,14 +45,15 @@ class RunOptions:
     Attributes:
         data: "digits" or a folder of images; see ``folder_splits``.
         backbone: timm's name.
-        method: key of METHODS.
+        method: key of METHODS, or a kind of prompts.
         prompts: options of PromptConfig; the method decides on the kind.
         base_lrs: candidates, at a batch size of 256; None for the method's own.
-        weight_decays: candidates; tried with every learning rate.
+        weight_decays: candidates; tried with every learning rate. None for 1e-4, or 0.01 with AdamW.
         recipe: the other numbers of Recipe, by name.
         train_images: how many images to train on; None for all.
         validation_share, test_share: of a folder that is not split already.
-        augment: of the training images.
+        augment, crop_scale, color_jitter, random_erasing: of the training images; see Augmentation.
+        image_size: side of the images, in pixels, a multiple of the patch size; None for the backbone's.
         crop_mode, crop_pct: of timm's preparation of images; None for the backbone's.
         cache: keep all images of a folder in memory; not with augmentation.
         pretrained: start from pre-trained weights.
@@ -63,12 +67,16 @@ class RunOptions:
     method: str = "vapt"
     prompts: dict[str, Any] = field(default_factory=dict)
     base_lrs: list[float] | None = None
-    weight_decays: list[float] = field(default_factory=lambda: [1e-4])
+    weight_decays: list[float] | None = None
     recipe: dict[str, Any] = field(default_factory=dict)
     train_images: int | None = None
     validation_share: float = 0.2
     test_share: float = 0.2
     augment: str = "none"
+    crop_scale: float | None = None
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    image_size: int | None = None
     crop_mode: str | None = None
     crop_pct: float | None = None
     cache: bool = False
@@ -78,14 +86,14 @@ class RunOptions:
     extends: dict[str, int] | None = None
 
     def __post_init__(self) -> None:
-        for option in fields(self):
-            object.__setattr__(
-                self, option.name, plain(getattr(self, option.name))
-            )  # the dataclass is frozen
-        if self.method not in METHODS:
-            raise UserError(f"method must be one of {tuple(METHODS)}, got {self.method!r}")
-        if self.cache and self.augment != "none":
-            raise UserError(f"cache keeps every image as it is first read: not with augment={self.augment!r}")
+        for option in fields(self):  # the dataclass is frozen
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
+        check_types(self)
+        object.__setattr__(self, "method", method_name(self.method))
+        if self.augmentation.random and self.cache:
+            raise UserError(f"cache keeps every image as it is first read: not with {self.augmentation}")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"image_size must be at least 1, got {self.image_size}")
         if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:
             raise UserError(
                 "validation_share and test_share must be at least 0 and together below 1, got "
@@ -155,11 +163,29 @@ class RunOptions:
 
     def recipes(self) -> list[Recipe]:
         """One recipe for every candidate."""
-        base_lrs = METHODS[self.method].base_lrs if self.base_lrs is None else self.base_lrs
+        base_lrs, weight_decays = self.base_lrs, self.weight_decays
+        try:
+            optimizer = Recipe(base_lr=1.0, **self.recipe).optimizer
+        except TypeError as error:  # an unknown name
+            raise UserError(f"recipe: {error}") from error
+        if base_lrs is None:
+            base_lrs = METHODS[self.method].base_lrs[optimizer]
+        if weight_decays is None:
+            weight_decays = [0.01 if optimizer == "adamw" else 1e-4]
         return [
             Recipe(base_lr=base_lr, weight_decay=weight_decay, **self.recipe)
-            for base_lr, weight_decay in product(base_lrs, self.weight_decays)
+            for base_lr, weight_decay in product(base_lrs, weight_decays)
         ]
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is changed at random in training images."""
+        return Augmentation(self.augment, self.crop_scale, self.color_jitter, self.random_erasing)
+
+    @property
+    def timm_options(self) -> dict[str, Any]:
+        """What timm is told about the backbone beside its name."""
+        return {} if self.image_size is None else {"img_size": self.image_size}
 
 
 def run(
@@ -169,6 +195,7 @@ def run(
     resume: bool = False,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    on_check: Callable[[int, int], None] | None = None,
     on_start: Callable[[nn.Module, Splits], None] | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -184,6 +211,7 @@ def run(
             options of ``RunOptions.extended``, start from the finished run's model.
         device: where to compute.
         workers: processes that read images.
+        on_check: told how many images were read, of how many: all are, once, before training starts.
         on_start: told the untrained model and the images before training starts.
         progress: told about every epoch.
 
@@ -194,6 +222,7 @@ def run(
         UserError: options that can't be carried out.
         OSError: the disk is full, or the like.
     """
+    _check_backend(options)
     recipes = options.recipes()
     prompts = _prompts(options)
 
@@ -206,9 +235,11 @@ def run(
             pretrained=options.pretrained,
             backend=options.backend,
             weights=options.weights,
+            **options.timm_options,
         )
 
     config = _data_config(options)
+    _check_image_size(options)
     splits = _splits(options, config, recipes[0].seed)
     num_classes = len(splits.class_names)
     seed_everything(recipes[0].seed)
@@ -216,8 +247,11 @@ def run(
     inputs = describe_inputs(splits, config, first)
     if resume:
         check_inputs(folder, inputs)
+    check_images(image_files(splits.train, splits.validation, splits.test), workers, on_check)
     start = _start(options, folder)
     _try_first_image(first, splits, options, device)
+    if options.cache:
+        splits = _cached(splits)
     if on_start is not None:
         on_start(first, splits)
     del first
@@ -273,32 +307,67 @@ def _prompts(options: RunOptions) -> PromptConfig:
 
 def _data_config(options: RunOptions) -> dict[str, Any]:
     if not timm.is_model(options.backbone.partition(".")[0]):
+        similar = similar_names(options.backbone)
         raise UserError(
-            f"backbone must be the name of a timm model, got {options.backbone!r}; "
-            f"similar: {similar_names(options.backbone)}"
+            f"backbone must be the name of a timm model, got {options.backbone!r}"
+            f"{'; similar: ' if similar else ''}{', '.join(similar)}"
         )
     try:
         cfg = timm.get_pretrained_cfg(options.backbone)
     except RuntimeError as error:
         raise UserError(f"backbone {options.backbone!r}: {error}") from error
     pretrained_cfg = {} if cfg is None else cfg.to_dict()
-    return data_config(pretrained_cfg, crop_mode=options.crop_mode, crop_pct=options.crop_pct)
+    size = None if options.image_size is None else (3, options.image_size, options.image_size)
+    return data_config(
+        pretrained_cfg, input_size=size, crop_mode=options.crop_mode, crop_pct=options.crop_pct
+    )
+
+
+def _check_backend(options: RunOptions) -> None:
+    try:
+        if options.backend is not None:
+            _dispatch.check_backend(options.backend)
+        _dispatch.resolve(options.backend)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _check_image_size(options: RunOptions) -> None:
+    """Raise unless the backbone takes images of this size; without allocating it or loading weights."""
+    size = options.image_size
+    if size is None:
+        return
+    try:
+        with torch.device("meta"):
+            model = timm.create_model(options.backbone, img_size=size)
+    except (TypeError, ValueError, RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"backbone {options.backbone!r} can't be made with image_size={size}: {error}"
+        ) from error
+    if isinstance(model, FAMILIES):
+        patch = patch_size(model)
+        if any(size % side for side in patch):
+            raise UserError(
+                f"image_size must be a multiple of the patch size of {options.backbone!r}, "
+                f"{patch[0]}x{patch[1]} pixels, got {size}"
+            )
 
 
 def _splits(options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
     if options.data == "digits":
-        return digit_splits(config, seed, options.train_images)
-    splits = folder_splits(
+        return digit_splits(config, seed, options.train_images, options.augmentation)
+    return folder_splits(
         options.data,
         config,
         seed,
         num_train=options.train_images,
         validation_share=options.validation_share,
         test_share=options.test_share,
-        augmentation=options.augment,
+        augmentation=options.augmentation,
     )
-    if not options.cache:
-        return splits
+
+
+def _cached(splits: Splits) -> Splits:
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     return replace(splits, **{name: in_memory(part) for name, part in parts.items() if part is not None})
 
@@ -313,8 +382,11 @@ def _first_model(make_model: Callable[[int], nn.Module], options: RunOptions, nu
         raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
     except OSError as error:
         raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
+    except UserError:
+        raise
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{options.method} with backbone {options.backbone!r}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{options.method} with backbone {options.backbone!r}: {reason}") from error
 
 
 def _start(options: RunOptions, folder: Path) -> Start | None:
@@ -337,4 +409,5 @@ def _try_first_image(
     except UserError:
         raise
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{options.method} with backbone {options.backbone!r}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"{options.method} with backbone {options.backbone!r}: {reason}") from error

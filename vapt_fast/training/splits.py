@@ -8,21 +8,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import Dataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from ..digits import digit_images
-from .errors import UserError
-from .transforms import eval_transform, open_image, train_transform
+from .errors import UserError, printable
+from .images import IMAGE_EXTENSIONS, open_image
+from .transforms import Augmentation, eval_transform, train_transform
 
-__all__ = ["NEW_DIGITS", "Splits", "digit_splits", "folder_splits", "stratified_order"]
+__all__ = [
+    "NEW_DIGITS",
+    "Splits",
+    "digit_splits",
+    "evaluation_data",
+    "folder_splits",
+    "image_files",
+    "stratified_order",
+]
 
 NEW_DIGITS = range(5, 10)  # the digits backbone was pre-trained on the others
 _DIGITS_TEST = 400
 _DIGITS_VALIDATION = 196
 _DIGITS_TEST_SEED = 2501  # the test images are the same for every seed of a run
 
-_SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
+SPLIT_FOLDERS = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,31 @@ class Splits:
     files: dict[str, list[str]] = field(default_factory=dict)
 
 
+def image_files(*datasets: Dataset | None) -> list[str]:
+    """The paths of the image files that the data sets read; none for images in memory and for None."""
+    paths: list[str] = []
+    for dataset in datasets:
+        if isinstance(dataset, Subset):
+            whole = image_files(dataset.dataset)
+            paths += [whole[index] for index in dataset.indices] if whole else []
+        elif isinstance(dataset, ImageFolder):
+            paths += [path for path, _ in dataset.samples]
+    return paths
+
+
+class _Transformed(Dataset):
+    """Images in memory that are transformed anew whenever they are read."""
+
+    def __init__(self, images: Sequence[Image.Image], labels: Sequence[int], transform: Any) -> None:
+        self._images, self._labels, self._transform = images, labels, transform
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self._transform(self._images[index]), self._labels[index]
+
+
 def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
     """A random order of all indices in which every beginning has the classes in their proportions."""
     generator = torch.Generator().manual_seed(seed)
@@ -59,7 +95,12 @@ def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
     return sorted(shuffled, key=place.__getitem__)
 
 
-def digit_splits(config: dict[str, Any], seed: int, num_train: int | None = None) -> Splits:
+def digit_splits(
+    config: dict[str, Any],
+    seed: int,
+    num_train: int | None = None,
+    augmentation: Augmentation | str = "none",
+) -> Splits:
     """The real digit images 5 to 9: 400 for test, 196 for validation, the rest, at most 300, to train on.
 
     The test images are always the same; ``seed`` deals out the others. A smaller training set is the
@@ -69,6 +110,7 @@ def digit_splits(config: dict[str, Any], seed: int, num_train: int | None = None
         config: of ``data_config``.
         seed: of the split.
         num_train: training images; None for all 300.
+        augmentation: of the training images.
 
     Raises:
         UserError: more training images than there are, or fewer than classes.
@@ -84,9 +126,15 @@ def digit_splits(config: dict[str, Any], seed: int, num_train: int | None = None
     rest = rest[stratified_order(labels[rest].tolist(), seed)]
     validation, train = rest[:_DIGITS_VALIDATION], rest[_DIGITS_VALIDATION:]
     train = train[: _check_num_train(num_train, len(train), len(NEW_DIGITS))]
+    learning: Dataset = TensorDataset(pixels[train], labels[train])
+    if isinstance(augmentation, str):
+        augmentation = Augmentation(augmentation)
+    if augmentation.random:
+        shown = [images[index] for index in train.tolist()]
+        learning = _Transformed(shown, labels[train].tolist(), train_transform(config, augmentation))
     return Splits(
         class_names=tuple(str(digit) for digit in NEW_DIGITS),
-        train=TensorDataset(pixels[train], labels[train]),
+        train=learning,
         validation=TensorDataset(pixels[validation], labels[validation]),
         test=TensorDataset(pixels[test], labels[test]),
     )
@@ -100,7 +148,7 @@ def folder_splits(
     num_train: int | None = None,
     validation_share: float = 0.2,
     test_share: float = 0.2,
-    augmentation: str = "none",
+    augmentation: Augmentation | str = "none",
 ) -> Splits:
     """Images in folders named after their classes.
 
@@ -114,14 +162,14 @@ def folder_splits(
         seed: of the split.
         num_train: training images to use, stratified; None for all.
         validation_share, test_share: of the images that are split.
-        augmentation: of the training images, one of AUGMENTATIONS.
+        augmentation: of the training images; a kind of AUGMENTATIONS says the same as Augmentation(kind).
 
     Raises:
         UserError: a folder that is missing, empty or has other classes than the training folder.
     """
     root = Path(root)
     if not root.is_dir():
-        raise UserError(f"data must be 'digits' or a folder with one folder of images a class, got {root}")
+        raise _no_folder(root)
     learning, fixed = train_transform(config, augmentation), eval_transform(config)
     if not (root / "train").is_dir():
         order = stratified_order(_open_folder(root, fixed).targets, seed)
@@ -130,7 +178,7 @@ def folder_splits(
         validation: Dataset = Subset(_open_folder(root, fixed), order[num_test : num_test + num_validation])
         train, order = _open_folder(root, learning), order[num_test + num_validation :]
     else:
-        folders = {split: _find_folder(root, names) for split, names in _SPLIT_FOLDERS.items()}
+        folders = {split: _find_folder(root, names) for split, names in SPLIT_FOLDERS.items()}
         train = _open_folder(folders["train"], learning)
         order = stratified_order(train.targets, seed)
         test = None if folders["test"] is None else _open_folder(folders["test"], fixed, train.classes)
@@ -141,7 +189,9 @@ def folder_splits(
             validation = Subset(_open_folder(folders["train"], fixed), order[:num_validation])
             order = order[num_validation:]
     if not len(validation):
-        raise UserError(f"{root} has too few images to choose a learning rate with: none for validation")
+        raise UserError(
+            f"{printable(root)} has too few images to choose a learning rate with: none for validation"
+        )
     count = _check_num_train(num_train, len(order), len(train.classes))
     parts = {"train": Subset(train, order[:count]), "validation": validation, "test": test}
     files = {name: _paths(part, root) for name, part in parts.items() if part is not None}
@@ -154,16 +204,91 @@ def _paths(part: ImageFolder | Subset, root: Path) -> list[str]:
     return [Path(folder.samples[index][0]).relative_to(root).as_posix() for index in indices]
 
 
-def _open_folder(root: Path, transform: Any, classes: Sequence[str] | None = None) -> ImageFolder:
+def evaluation_data(
+    root: str | Path, config: dict[str, Any], class_names: Sequence[str], split: str | None = None
+) -> Dataset:
+    """Images to evaluate a model on, labelled with its classes by their names.
+
+    Args:
+        root: a folder that is split already, as for ``folder_splits``, or one with one folder a class, all of
+            whose images are taken; or "digits", of which there are test images only.
+        config: of ``data_config``.
+        class_names: the model's, by index. Folders are matched by name; the model may know more classes.
+        split: "train", "validation" or "test", of a folder that is split already; None for "test".
+
+    Raises:
+        UserError: no such folder or split, a folder named after no class of the model, or no images.
+    """
+    if root == "digits":
+        return _digits_to_test(config, class_names, split)
+    root = Path(root)
+    if not root.is_dir():
+        raise _no_folder(root)
+    found = {name: _find_folder(root, names) for name, names in SPLIT_FOLDERS.items()}
+    if any(name in class_names for names in SPLIT_FOLDERS.values() for name in names):
+        found = dict.fromkeys(found)  # these are classes
+    if any(found.values()):
+        chosen = "test" if split is None else split
+        folder = found[chosen]
+        if folder is None:
+            there = [name for name, path in found.items() if path is not None]
+            raise UserError(f"{printable(root)} has no images of the split {chosen!r}, it has {there}")
+    elif split is not None:
+        raise UserError(f"{printable(root)} has no folder {SPLIT_FOLDERS[split][0]}/: leave the split out")
+    else:
+        folder = root
+    dataset = _open_folder(folder, eval_transform(config), allow_empty=True)
+    labels = _matched(dataset.classes, class_names, printable(folder))
+    if not len(dataset):
+        raise UserError(f"{printable(folder)} has no images; expected files that end in {IMAGE_EXTENSIONS}")
+    dataset.target_transform = labels.__getitem__
+    return dataset
+
+
+def _digits_to_test(config: dict[str, Any], class_names: Sequence[str], split: str | None) -> Dataset:
+    if split not in (None, "test"):
+        raise UserError(f"the digits have no split {split!r} that depends on no seed, only 'test'")
+    splits = digit_splits(config, seed=0)
+    images, labels = splits.test.tensors
+    return TensorDataset(images, torch.tensor(_matched(splits.class_names, class_names, "digits"))[labels])
+
+
+def _matched(names: Sequence[str], class_names: Sequence[str], where: str) -> list[int]:
+    """The index of each name among the model's classes."""
+    unknown = sorted(set(names) - set(class_names))
+    if unknown:
+        raise UserError(
+            f"{where} has classes that the model doesn't know: {unknown}; it knows {list(class_names)}"
+        )
+    return [class_names.index(name) for name in names]
+
+
+def _no_folder(root: Path) -> UserError:
+    return UserError(
+        f"data must be 'digits' or a folder with one folder of images a class, got {printable(root)}"
+    )
+
+
+def _open_folder(
+    root: Path, transform: Any, classes: Sequence[str] | None = None, *, allow_empty: bool = False
+) -> ImageFolder:
     try:
-        dataset = ImageFolder(str(root), transform, loader=open_image)
+        dataset = ImageFolder(
+            str(root), transform, loader=open_image, is_valid_file=_is_image, allow_empty=allow_empty
+        )
     except FileNotFoundError as error:
         raise UserError(
-            f"{root} must have one folder of images a class: {str(error).splitlines()[0]}"
+            f"{printable(root)} must have one folder of images a class: {str(error).splitlines()[0]}"
         ) from error
     if classes is not None and dataset.classes != list(classes):
-        raise UserError(f"{root} has the classes {dataset.classes}, but the training images {list(classes)}")
+        raise UserError(
+            f"{printable(root)} has the classes {dataset.classes}, but the training images {list(classes)}"
+        )
     return dataset
+
+
+def _is_image(path: str) -> bool:
+    return path.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def _find_folder(root: Path, names: Sequence[str]) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +19,7 @@ from .loader import make_loader
 from .methods import param_groups, trained_state
 from .recipe import Recipe
 
-__all__ = ["Epoch", "Score", "Trainer", "autocast", "evaluate", "seed_everything"]
+__all__ = ["Epoch", "Score", "Trainer", "autocast", "classify", "evaluate", "seed_everything"]
 
 
 @dataclass(frozen=True)
@@ -88,9 +89,7 @@ class Trainer:
         self._data = train_data
         self._device = torch.device(device)
         self._workers = workers
-        self._optimizer = torch.optim.SGD(
-            param_groups(model, recipe.weight_decay), lr=recipe.base_lr, momentum=recipe.momentum
-        )
+        self._optimizer = _make_optimizer(model, recipe)
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=recipe.amp == "float16")
 
     @property
@@ -163,9 +162,38 @@ class Trainer:
         self.epoch = epochs
 
 
+def _make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    groups = param_groups(model, recipe.weight_decay)
+    if recipe.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=recipe.base_lr, betas=(recipe.momentum, 0.999))
+    return torch.optim.SGD(groups, lr=recipe.base_lr, momentum=recipe.momentum)
+
+
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Put the tensors of ``trained_state`` back into a model made in the same way."""
     model.load_state_dict({**model.state_dict(), **state})
+
+
+@torch.no_grad()
+def classify(
+    model: nn.Module,
+    dataset: Dataset,
+    *,
+    batch_size: int = 64,
+    device: torch.device | str = "cpu",
+    amp: str | None = None,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits (B, classes), float32, and labels (B,) of a data set, batch by batch, both on ``device``.
+
+    The model is left in eval mode.
+    """
+    device = torch.device(device)
+    model.eval()
+    for images, labels in make_loader(dataset, batch_size, workers=workers):
+        with autocast(device, amp):
+            logits = model(images.to(device))
+        yield logits.float(), labels.to(device)
 
 
 @torch.no_grad()
@@ -179,14 +207,9 @@ def evaluate(
     workers: int = 0,
 ) -> Score:
     """Accuracy and loss of a model, which is left in eval mode, on a data set."""
-    device = torch.device(device)
-    model.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)
-    for images, labels in make_loader(dataset, batch_size, workers=workers):
-        labels = labels.to(device)
-        with autocast(device, amp):
-            logits = model(images.to(device))
-        logits = logits.float()
+    batches = classify(model, dataset, batch_size=batch_size, device=device, amp=amp, workers=workers)
+    for logits, labels in batches:
         totals[0] += (logits.argmax(1) == labels).sum()
         totals[1] += F.cross_entropy(logits, labels, reduction="sum")
     return Score(*(totals / len(dataset)).tolist())

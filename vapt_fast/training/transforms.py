@@ -1,20 +1,69 @@
-"""Images as a model wants them: from a file or a PIL image to a normalised tensor."""
+"""Images as a model wants them: from a PIL image to a normalised tensor."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-from timm.data import resolve_data_config
+from timm.data import create_transform, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import CenterCropOrPad, RandomCropOrPad
 from torchvision import transforms
 
 from .. import data
-from .errors import UserError
+from .errors import UserError, check_types
 
-__all__ = ["AUGMENTATIONS", "data_config", "eval_transform", "open_image", "train_transform"]
+__all__ = ["AUGMENTATIONS", "Augmentation", "data_config", "eval_transform", "train_transform"]
 
-AUGMENTATIONS = ("none", "crop-flip")
+AUGMENTATIONS = ("none", "flip", "crop-flip", "random-resized-crop", "rand-augment", "auto-augment")
+
+# timm's names: RandAugment with two operations of magnitude 9, and AutoAugment's policy for ImageNet.
+_POLICIES = {"rand-augment": "rand-m9-mstd0.5-inc1", "auto-augment": "original"}
+_RESIZED_CROPS = ("random-resized-crop", *_POLICIES)
+_SMALLEST_CROP = 0.08
+
+_RANDOM_CROPS = {transforms.CenterCrop: transforms.RandomCrop, CenterCropOrPad: RandomCropOrPad}
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is changed at random in training images.
+
+    Attributes:
+        kind: "none"; "flip" (left and right, half the time); "crop-flip" (a crop of the size that the model
+            takes, at a random place of the resized image, and flip); "random-resized-crop" (a crop of random
+            size and shape, and flip); "rand-augment" and "auto-augment" (the same, then timm's policies).
+        crop_scale: the smallest share of the image's area that a crop of random size has; None for 0.08.
+        color_jitter: largest relative change of brightness, contrast and saturation.
+        random_erasing: probability that a random rectangle is overwritten with noise.
+
+    Raises:
+        UserError: an unknown kind, a value out of range, or one that the kind has no use for.
+    """
+
+    kind: str = "none"
+    crop_scale: float | None = None
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_types(self)
+        if self.kind not in AUGMENTATIONS:
+            raise UserError(f"augmentation must be one of {AUGMENTATIONS}, got {self.kind!r}")
+        if self.crop_scale is not None and self.kind not in _RESIZED_CROPS:
+            raise UserError(f"crop_scale needs an augmentation of {_RESIZED_CROPS}, got {self.kind!r}")
+        if self.crop_scale is not None and not 0 < self.crop_scale <= 1:
+            raise UserError(f"crop_scale must be in (0, 1], got {self.crop_scale}")
+        for name in ("color_jitter", "random_erasing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        if self.color_jitter and self.kind in _POLICIES:
+            raise UserError(f"color_jitter can't be combined with {self.kind!r}, which changes colors itself")
+
+    @property
+    def random(self) -> bool:
+        """Whether an image differs from one epoch to the next."""
+        return self.kind != "none" or self.color_jitter > 0 or self.random_erasing > 0
 
 
 def data_config(pretrained_cfg: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -33,37 +82,31 @@ def eval_transform(config: dict[str, Any]) -> Any:
     return data.eval_transform(config)
 
 
-def train_transform(config: dict[str, Any], augmentation: str) -> Any:
-    """As ``eval_transform`` for "none"; "crop-flip" crops at a random place and flips at random.
+def train_transform(config: dict[str, Any], augmentation: Augmentation | str) -> Any:
+    """As ``eval_transform``, with an augmentation, which may be given by its kind.
 
     Raises:
-        UserError: an unknown augmentation.
+        UserError: an unknown kind.
     """
-    if augmentation not in AUGMENTATIONS:
-        raise UserError(f"augmentation must be one of {AUGMENTATIONS}, got {augmentation!r}")
-    fixed = eval_transform(config)
-    if augmentation == "none":
-        return fixed
-    size = config["input_size"][-2:]
-    steps = []
-    for step in fixed.transforms:
-        crop = isinstance(step, transforms.CenterCrop)
-        steps += [transforms.RandomCrop(size), transforms.RandomHorizontalFlip()] if crop else [step]
-    return transforms.Compose(steps)
-
-
-def open_image(path: str | Path) -> Image.Image:
-    """The image in a file, as RGB.
-
-    Raises:
-        UserError: the file is missing, is no image or is damaged; the message names it.
-    """
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path} is not an image that Pillow can read") from error
-    except (OSError, SyntaxError, ValueError) as error:  # what Pillow's decoders raise for damaged files
-        raise UserError(f"{path} can't be read as an image: {error}") from error
+    chosen = Augmentation(augmentation) if isinstance(augmentation, str) else augmentation
+    if chosen.kind in _RESIZED_CROPS:
+        return create_transform(
+            **config,
+            is_training=True,
+            scale=(_SMALLEST_CROP if chosen.crop_scale is None else chosen.crop_scale, 1.0),
+            color_jitter=chosen.color_jitter or None,
+            auto_augment=_POLICIES.get(chosen.kind),
+            re_prob=chosen.random_erasing,
+            re_mode="pixel",
+        )
+    steps = eval_transform(config).transforms
+    crop = next(i for i, step in enumerate(steps) if type(step) in _RANDOM_CROPS)
+    random_crop = _RANDOM_CROPS[type(steps[crop])](config["input_size"][-2:])
+    changes = [
+        random_crop if chosen.kind == "crop-flip" else steps[crop],
+        *([transforms.RandomHorizontalFlip()] if chosen.kind != "none" else []),
+        *([transforms.ColorJitter(*[chosen.color_jitter] * 3)] if chosen.color_jitter else []),
+    ]
+    erasing = RandomErasing(chosen.random_erasing, mode="pixel", device="cpu")
+    last = [erasing] if chosen.random_erasing else []
+    return transforms.Compose([*steps[:crop], *changes, *steps[crop + 1 :], *last])

@@ -1,0 +1,81 @@
+"""``vapt-fast timm-adapter``."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .console import count, failures, say, status
+
+__all__ = ["timm_adapter"]
+
+
+def timm_adapter(
+    checkpoint: Annotated[Path, typer.Argument(help="File that timm's train.py wrote, or a state dict.")],
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    use_ema: Annotated[
+        bool, typer.Option("--use-ema", help="Take the averaged weights (of --model-ema).")
+    ] = False,
+    class_names: Annotated[
+        Path | None,
+        typer.Option(
+            help="The training folder with one folder a class, or a text file with one name a line (default: "
+            "numbers)."
+        ),
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="vapt_ and timm's name (default: as in the checkpoint).")
+    ] = None,
+    model_kwarg: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="KEY=VALUE, of the prompts or the backbone, as num_prompts=50; may be given several times "
+            "(default: as in the checkpoint)."
+        ),
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(min=1, help="Classes (default: as in the checkpoint).")
+    ] = None,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, help="Side of the images, pixels (default: as in the checkpoint).")
+    ] = None,
+) -> None:
+    """Make an adapter folder, for predict and evaluate, of a checkpoint of timm's train.py."""
+    from ..training.timm_checkpoint import read_class_names, read_timm_checkpoint, timm_model
+
+    with failures():
+        options = dict(map(_parse, model_kwarg or []))
+        state, args = read_timm_checkpoint(checkpoint, use_ema=use_ema)
+        built, data_config = timm_model(
+            state, args, model=model, num_classes=num_classes, image_size=image_size, options=options
+        )
+        if class_names is None:
+            names = [str(index) for index in range(built.num_classes)]
+        else:
+            names = read_class_names(class_names, built.num_classes)
+        built.save_adapter(output, metadata={"class_names": names, "data_config": data_config})
+    if class_names is None:
+        say("no --class-names were given: the classes are called by their numbers", status)
+    if not args.get("pretrained", True):
+        say(
+            "the training did not start from timm's pre-trained weights: to load the adapter, give it the "
+            "backbone that it was trained on",
+            status,
+        )
+    say(f"{built.backbone_name}, {count(len(names), 'class', 'classes')}; wrote {output}")
+
+
+def _parse(text: str) -> tuple[str, Any]:
+    """A name and a value: a Python literal, else a str."""
+    from ..training.errors import UserError
+
+    name, sign, value = text.partition("=")
+    if not name or not sign:
+        raise UserError(f"--model-kwarg must be KEY=VALUE, got {text!r}")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value

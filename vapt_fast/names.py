@@ -1,0 +1,48 @@
+"""Names of backbones: which of timm's modules are served, and what a mistyped name may have meant."""
+
+from __future__ import annotations
+
+import difflib
+
+import timm
+
+__all__ = ["TIMM_MODULES", "similar_names"]
+
+# The timm modules whose models are all of classes that vapt_fast.backbone serves.
+TIMM_MODULES = (
+    "beit",
+    "deit",
+    "eva",
+    "naflexvit",
+    "vision_transformer",
+    "vision_transformer_hybrid",
+    "vitamin",
+)
+
+_OWN = "vit_digits_*"  # vapt_fast.digits
+
+
+def similar_names(name: str, count: int = 5) -> list[str]:
+    """The names of supported backbones that are nearest to ``name``, the nearest first, for messages.
+
+    Args:
+        name: what was given, with a tag or without.
+        count: the most names to give.
+
+    Returns:
+        Names with a tag where one was given and the backbone has pre-trained weights. Of a backbone whose
+        name is right and whose tag is not, the tags it has.
+    """
+    architecture, _, tag = name.removeprefix("vapt_").partition(".")
+    known = [*timm.list_models(module=TIMM_MODULES), *timm.list_models(_OWN)]
+    near = difflib.get_close_matches(architecture, known, n=count, cutoff=0.6)
+    if not tag:
+        return near
+    if architecture in near:
+        return _nearest_tags(architecture, tag, count)
+    return [(_nearest_tags(match, tag, 1) or [match])[0] for match in near]
+
+
+def _nearest_tags(architecture: str, tag: str, count: int) -> list[str]:
+    tagged = timm.list_pretrained(architecture)
+    return difflib.get_close_matches(f"{architecture}.{tag}", tagged, n=count, cutoff=0.0)

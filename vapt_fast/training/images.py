@@ -1,0 +1,158 @@
+"""Image files, read as a person sees them, in 8 bits and three colours.
+
+How numbers become brightness, the same in training, evaluation and prediction:
+
+- 16-bit gray pictures are divided by the largest number of the smallest depth, of 8, 10, 12, 14 and 16
+  bits, that holds their brightest pixel: 12-bit data in a 16-bit file by 4095. So are 32-bit integers of
+  which none is negative or needs more than 16 bits.
+- Floats within [0, 1] are multiplied by 255.
+- Other floats and integers are stretched from their minimum to their maximum; a constant picture is black.
+- NaN and infinities are refused.
+
+The depth and the range are a picture's own. Where brightness has to be comparable between pictures that
+differ in these, convert them to 8 bits first.
+
+Transparent pixels are composed on white, an EXIF orientation is applied, and of several frames the first is
+read.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from .errors import UserError, printable
+
+__all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image"]
+
+IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
+"""Endings, in lower case, of the files in a folder that are taken for images."""
+
+_DEPTHS = (8, 10, 12, 14, 16)
+_SAMPLE_FORMAT = 339  # TIFF tag: 1 is unsigned, 2 signed
+_SHOWN = 20
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """The image in a file, as RGB; see the top of this module.
+
+    Raises:
+        UserError: the file is missing, is no image, is damaged or is too large; the message names it.
+    """
+    try:
+        with warnings.catch_warnings():
+            # Of Pillow, about tags that don't matter here and about sizes below its limit.
+            warnings.simplefilter("ignore")
+            # Not by its name: Pillow 13 maps a file that it knows the name of into memory, and gets an
+            # uncompressed gray TIFF whose orientation swaps width and height wrong.
+            with open(path, "rb") as file, Image.open(file) as image:
+                image.load()
+                return _as_rgb(_upright(image), _is_unsigned(image))
+    except FileNotFoundError as error:
+        raise UserError(f"{printable(path)} does not exist") from error
+    except UnidentifiedImageError as error:
+        raise UserError(f"{printable(path)} is not an image that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise UserError(
+            f"{printable(path)} is too large, it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: "
+            "make it smaller first"
+        ) from error
+    except Exception as error:  # for damaged files, Pillow's decoders raise almost anything
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{printable(path)} can't be read as an image: {printable(reason)}") from error
+
+
+def check_images(
+    paths: Sequence[str | Path], workers: int = 0, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Read every image once.
+
+    Args:
+        paths: the files.
+        workers: processes that read them; 0 reads in this one.
+        progress: told after each image how many were read, of how many.
+
+    Raises:
+        UserError: some can't be read; the message names the first 20, each in a line, and how many more.
+    """
+    errors = []
+    for index, error in enumerate(DataLoader(_Errors(paths), batch_size=None, num_workers=workers)):
+        if error:
+            errors.append(error)
+        if progress is not None:
+            progress(index + 1, len(paths))
+    if len(errors) == 1:
+        raise UserError(errors[0])
+    if errors:
+        more = len(errors) - _SHOWN
+        lines = [*errors[:_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
+        raise UserError("\n  - ".join([f"{len(errors):,} of {len(paths):,} images can't be read:", *lines]))
+
+
+class _Errors(Dataset):
+    """What is wrong with each file: a message, empty for an image that can be read."""
+
+    def __init__(self, paths: Sequence[str | Path]) -> None:
+        self._paths = paths
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            open_image(self._paths[index])
+        except UserError as error:
+            return str(error)
+        return ""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # the pixels are read already: only the EXIF data are damaged, which viewers ignore
+        return image
+
+
+def _as_rgb(image: Image.Image, unsigned: bool) -> Image.Image:
+    if image.mode[0] in "IF":  # "I", "I;16", "I;16B", ..., "F"
+        return Image.fromarray(_brightness(image, unsigned)).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if image.mode[-1] in "Aa" or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _brightness(image: Image.Image, unsigned: bool) -> np.ndarray:
+    """The pixels (H, W), uint8, of a gray picture with more than 8 bits."""
+    numbers = np.asarray(image)
+    if image.mode == "I" and unsigned:
+        numbers = numbers.view(np.uint32)
+    values = numbers.astype(np.float64)
+    if not np.isfinite(values).all():
+        raise ValueError("it has pixels that are NaN or infinite")
+    low, high = values.min(), values.max()
+    if image.mode == "F":
+        low, high = (0.0, 1.0) if low >= 0 and high <= 1 else (low, high)
+    elif low >= 0 and high < 2 ** _DEPTHS[-1]:
+        low, high = 0.0, next(2.0**depth - 1 for depth in _DEPTHS if high < 2**depth)
+    # Halves, so that the range of the largest floats is no overflow.
+    share = (values / 2 - low / 2) / (high / 2 - low / 2) if high > low else np.zeros_like(values)
+    gray = (255 * share).round().astype(np.uint8)
+    if "transparency" in image.info:  # a number, of the one brightness that is transparent
+        gray[values == image.info["transparency"]] = 255
+    return gray
+
+
+def _is_unsigned(image: Image.Image) -> bool:
+    """Whether 32-bit integers, which Pillow takes for signed ones, are unsigned."""
+    tags = getattr(image, "tag_v2", None)
+    return tags is not None and tags.get(_SAMPLE_FORMAT, (1,)) in (1, (1,))
