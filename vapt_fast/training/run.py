@@ -16,12 +16,11 @@ from torch import nn
 from ..backbone import FAMILIES, patch_size
 from ..backends import _dispatch
 from ..config import PromptConfig
-from ..names import similar_names
 from .errors import UserError, check_types
 from .files import write_atomically
 from .images import check_images
 from .loader import in_memory
-from .methods import METHODS, build_model, method_name
+from .methods import METHODS, build_model, check_backbone, method_name
 from .recipe import Recipe
 from .saved import save_model
 from .search import CHECKPOINT_NAME, Progress, search
@@ -244,16 +243,8 @@ def _prompts(options: RunOptions) -> PromptConfig:
 
 
 def _data_config(options: RunOptions) -> dict[str, Any]:
-    if not timm.is_model(options.backbone.partition(".")[0]):
-        similar = similar_names(options.backbone)
-        raise UserError(
-            f"backbone must be the name of a timm model, got {options.backbone!r}"
-            f"{'; similar: ' if similar else ''}{', '.join(similar)}"
-        )
-    try:
-        cfg = timm.get_pretrained_cfg(options.backbone)
-    except RuntimeError as error:
-        raise UserError(f"backbone {options.backbone!r}: {error}") from error
+    check_backbone(options.backbone)
+    cfg = timm.get_pretrained_cfg(options.backbone)
     pretrained_cfg = {} if cfg is None else cfg.to_dict()
     size = None if options.image_size is None else (3, options.image_size, options.image_size)
     return data_config(
@@ -315,7 +306,7 @@ def _first_model(make_model: Callable[[int], nn.Module], options: RunOptions, nu
     try:
         return make_model(num_classes)
     except OSError as error:
-        raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
+        raise UserError(f"the weights of {options.backbone!r} can't be loaded: {error}") from error
     except UserError:
         raise
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:
