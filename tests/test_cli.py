@@ -639,6 +639,10 @@ def test_a_mistyped_backend_is_found_first(command, trained, digit_files, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_bench_suggests_backbones():
+    assert "similar: vit_base_patch16_224" in error_of(invoke("bench", "--backbone", "vit_bse_patch16_224"))
+
+
 def test_version():
     result = invoke("--version")
     assert result.exit_code == 0

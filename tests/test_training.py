@@ -151,6 +151,13 @@ def test_one_folder_is_split_in_three(image_folder, config):
     assert folder_splits(image_folder, config, seed=1).train.indices != splits.train.indices
 
 
+def test_without_a_share_there_is_no_test(image_folder, config):
+    splits = folder_splits(image_folder, config, seed=0, test_share=0.0)
+    assert (len(splits.train), len(splits.validation), splits.test) == (16, 4, None)
+    with pytest.raises(UserError, match="none is left for validation"):
+        folder_splits(image_folder, config, seed=0, validation_share=0.0)
+
+
 def test_a_folder_that_is_split_already(image_folder, config):
     root = image_folder.parent / "split"
     for part in ("train", "val", "test"):
@@ -951,6 +958,7 @@ def test_images_in_a_folder(image_folder, tmp_path):
         ({"prompts": {"conv_kernel": 9}}, "conv_kernel=9 .* does not fit the 8x8 patch grid"),
         ({"backend": "fortran"}, "fortran"),
         ({"backbone": "vit_bse_patch16_224"}, "similar: vit_base_patch16_224, "),
+        ({"backbone": "vit_tiny_patch16_224.augreg_in21"}, "similar: vit_tiny_patch16_224.augreg_in21k, "),
         ({"image_size": 30}, "image_size must be a multiple of the patch size.*4x4 pixels, got 30"),
         ({"image_size": 0}, "image_size must be at least 1, got 0"),
         ({"image_size": "64"}, r"image_size must be int \| None, got '64'"),

@@ -60,10 +60,11 @@ def bench(
     from ..benchmark import MODES, Comparison, Setting, describe
     from ..training import UserError
     from ..training.files import write_atomically
-    from ..training.methods import METHODS, method_name
+    from ..training.methods import METHODS, check_backbone, method_name
     from .train import pick_device
 
     with failures(), status.status("start") as bar:
+        check_backbone(backbone)
         device = pick_device(device)
         on_gpu = torch.device(device).type == "cuda"
         setting = Setting(

@@ -10,11 +10,21 @@ import timm
 from torch import Tensor, nn
 
 from ..config import PromptConfig
+from ..names import similar_names
 from ..source import load_weights
 from ..vit import AdaptiveViT
 from .errors import UserError
 
-__all__ = ["KINDS", "METHODS", "Method", "build_model", "method_name", "param_groups", "trained_state"]
+__all__ = [
+    "KINDS",
+    "METHODS",
+    "Method",
+    "build_model",
+    "check_backbone",
+    "method_name",
+    "param_groups",
+    "trained_state",
+]
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,25 @@ METHODS = {
 
 KINDS = {"adaptive": "vapt", "deep": "vpt-deep", "shallow": "vpt-shallow"}
 """The method of each ``PromptConfig.kind``. Where a method is asked for, its kind says the same."""
+
+
+def check_backbone(name: str) -> None:
+    """Check that timm knows a backbone, and its tag if it has one.
+
+    Raises:
+        UserError: it doesn't; the message suggests similar names.
+    """
+    if timm.is_model(name.partition(".")[0]):
+        try:
+            timm.get_pretrained_cfg(name)
+        except RuntimeError as error:
+            problem = f"backbone {name!r}: {error}"
+        else:
+            return
+    else:
+        problem = f"backbone must be the name of a timm model, got {name!r}"
+    similar = ", ".join(similar_names(name))
+    raise UserError(f"{problem}; similar: {similar}" if similar else problem)
 
 
 def method_name(name: str) -> str:

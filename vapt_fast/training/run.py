@@ -18,13 +18,12 @@ from ..arguments import plain
 from ..backbone import FAMILIES, patch_size
 from ..backends import _dispatch
 from ..config import PromptConfig
-from ..names import similar_names
 from .errors import UserError, check_types
 from .files import write_atomically
 from .images import check_images
 from .inputs import check_inputs, describe_inputs, write_inputs
 from .loader import in_memory
-from .methods import METHODS, build_model, method_name, trained_state
+from .methods import METHODS, build_model, check_backbone, method_name, trained_state
 from .recipe import Recipe
 from .saved import load_model, save_model
 from .search import CHECKPOINT_NAME, METRICS_NAME, Progress, Start, search
@@ -306,16 +305,8 @@ def _prompts(options: RunOptions) -> PromptConfig:
 
 
 def _data_config(options: RunOptions) -> dict[str, Any]:
-    if not timm.is_model(options.backbone.partition(".")[0]):
-        similar = similar_names(options.backbone)
-        raise UserError(
-            f"backbone must be the name of a timm model, got {options.backbone!r}"
-            f"{'; similar: ' if similar else ''}{', '.join(similar)}"
-        )
-    try:
-        cfg = timm.get_pretrained_cfg(options.backbone)
-    except RuntimeError as error:
-        raise UserError(f"backbone {options.backbone!r}: {error}") from error
+    check_backbone(options.backbone)
+    cfg = timm.get_pretrained_cfg(options.backbone)
     pretrained_cfg = {} if cfg is None else cfg.to_dict()
     size = None if options.image_size is None else (3, options.image_size, options.image_size)
     return data_config(
@@ -381,7 +372,7 @@ def _first_model(make_model: Callable[[int], nn.Module], options: RunOptions, nu
             raise UserError(str(error)) from error
         raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
     except OSError as error:
-        raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
+        raise UserError(f"the weights of {options.backbone!r} can't be loaded: {error}") from error
     except UserError:
         raise
     except (TypeError, ValueError, NotImplementedError, RuntimeError) as error:

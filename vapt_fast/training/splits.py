@@ -174,7 +174,7 @@ def folder_splits(
     if not (root / "train").is_dir():
         order = stratified_order(_open_folder(root, fixed).targets, seed)
         num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
-        test: Dataset | None = Subset(_open_folder(root, fixed), order[:num_test])
+        test: Dataset | None = Subset(_open_folder(root, fixed), order[:num_test]) if num_test else None
         validation: Dataset = Subset(_open_folder(root, fixed), order[num_test : num_test + num_validation])
         train, order = _open_folder(root, learning), order[num_test + num_validation :]
     else:
@@ -190,7 +190,8 @@ def folder_splits(
             order = order[num_validation:]
     if not len(validation):
         raise UserError(
-            f"{printable(root)} has too few images to choose a learning rate with: none for validation"
+            f"{printable(root)} has too few images, none is left for validation, which chooses the learning "
+            "rate: add images, or give a larger validation share"
         )
     count = _check_num_train(num_train, len(order), len(train.classes))
     parts = {"train": Subset(train, order[:count]), "validation": validation, "test": test}
