@@ -15,23 +15,8 @@ PACKAGE = Path(vapt_fast.__file__).parent
 # Layers from the bottom up; a module may import from its own layer's siblings only where listed as free.
 LAYERS = [
     {"kernels"},
-<<<<<<< HEAD
     {"_version", "activations", "arguments", "config", "modules", "data", "source"},
     {"prompts", "resize", "backbone", "blocks"},
-=======
-    {
-        "_version",
-        "activations",
-        "arguments",
-        "config",
-        "data",
-        "source",
-        "prompts",
-        "dropout",
-        "resize",
-        "backbone",
-    },
->>>>>>> files
     {"backends"},
     {"functional"},
     {"reference", "schedule"},

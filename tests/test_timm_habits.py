@@ -33,11 +33,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask
 from timm.utils import CheckpointSaver, ModelEmaV2, ModelEmaV3, dispatch_clip_grad, unwrap_model
-<<<<<<< HEAD
-from tiny import assert_same, bare, run, tiny_backbone, tiny_images, tiny_model
-=======
-from tiny import assert_same, randomize, run, tiny_backbone, tiny_images, tiny_model
->>>>>>> files
+from tiny import assert_same, bare, randomize, run, tiny_backbone, tiny_images, tiny_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
