@@ -1317,3 +1317,33 @@ def test_no_pickle() -> None:
         assert not re.search(r"pickle|(?<!safetensors\.)torch\.(load|save)", (package / name).read_text()), (
             name
         )
+
+
+# ---- the format, which later versions read
+
+
+def test_format_1_is_read() -> None:
+    """An adapter as the first version wrote it, with its backbone and the logits it gave in float64."""
+    model = AdaptiveViT.from_adapter(HERE / "golden" / "adapter_format_1")
+    images = torch.linspace(-1, 1, 3 * 32 * 32, dtype=torch.float64).view(1, 3, 32, 32)
+    expected = torch.tensor([model.adapter_metadata["logits"]], dtype=torch.float64)
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-9)
+    assert model.class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_names_in_the_file(tmp_path: Path, options: dict[str, Any]) -> None:
+    """They are promised: adapters.py says them."""
+    make_model(replace(SMALL, **options)).save_adapter(tmp_path)
+    projector = r"projector\.(down\.weight|up\.weight|scale)"
+    block = rf"(table|norm\.(weight|bias)|kernel|token_projection\.(weight|bias)|{projector})"
+    promised = re.compile(rf"prompts\.(blocks\.\d+\.{block}|{projector})|head\.(weight|bias)")
+    names = safetensors.torch.load_file(tmp_path / WEIGHTS).keys()
+    assert [name for name in names if not promised.fullmatch(name)] == []
+
+
+def test_keys_of_the_config(folder: Path) -> None:
+    config = adapters.read_config(folder)
+    described = adapters.__doc__
+    for key in (*config, *config["backbone"], *config["data"], *config["tensors"]["head.bias"]):
+        assert f"``{key}``" in described, key
