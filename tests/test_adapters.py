@@ -568,7 +568,8 @@ def test_resampled_positions_come_back(tmp_path: Path) -> None:
     model.save_adapter(tmp_path / "other")
     model.set_input_size((96, 96))
     model.set_input_size((32, 32))
-    assert same(model.backbone.state_dict(), timm_model().state_dict())
+    original = AdaptiveViT(timm_model(), prompts=SMALL)
+    assert same(model.backbone.state_dict(), original.backbone.state_dict())
     model.save_adapter(tmp_path / "back")
     built = AdaptiveViT.from_adapter(tmp_path / "back", backbone=timm_model())
     assert same(built.state_dict(), model.state_dict())
@@ -719,7 +720,7 @@ def test_buffers_of_the_head_belong_to_the_adapter(tmp_path: Path) -> None:
     other = with_norm(2)
     other.load_adapter(tmp_path)
     assert same(other.state_dict(), model.state_dict())
-    assert other.backbone.head[0].num_batches_tracked == 1
+    assert other.head[0].num_batches_tracked == 1
 
 
 def test_names_of_the_head_before_it_was_a_part_of_its_own(folder: Path) -> None:
@@ -829,11 +830,11 @@ def test_fingerprint_sees_every_frozen_tensor() -> None:
     assert expected == adapters.backbone_fingerprint(make_model().to(torch.bfloat16))
     model.backbone.register_buffer("scale", torch.ones(1))
     assert adapters.backbone_fingerprint(model) != expected
-    for name, _ in make_backbone().named_parameters():
+    for name, parameter in make_model().named_parameters():
         changed = make_model()
         with torch.no_grad():
-            changed.backbone.get_parameter(name).flatten()[-1] += 1
-        assert (adapters.backbone_fingerprint(changed) == expected) == name.startswith("head.")
+            changed.get_parameter(name).flatten()[-1] += 1
+        assert (adapters.backbone_fingerprint(changed) == expected) == parameter.requires_grad
 
 
 def test_fingerprint_is_the_same_after_training() -> None:
@@ -1316,3 +1317,33 @@ def test_no_pickle() -> None:
         assert not re.search(r"pickle|(?<!safetensors\.)torch\.(load|save)", (package / name).read_text()), (
             name
         )
+
+
+# ---- the format, which later versions read
+
+
+def test_format_1_is_read() -> None:
+    """An adapter as the first version wrote it, with its backbone and the logits it gave in float64."""
+    model = AdaptiveViT.from_adapter(HERE / "golden" / "adapter_format_1")
+    images = torch.linspace(-1, 1, 3 * 32 * 32, dtype=torch.float64).view(1, 3, 32, 32)
+    expected = torch.tensor([model.adapter_metadata["logits"]], dtype=torch.float64)
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=1e-9)
+    assert model.class_names == ("ant", "bee")
+
+
+@pytest.mark.parametrize("options", CONFIGS.values(), ids=CONFIGS)
+def test_names_in_the_file(tmp_path: Path, options: dict[str, Any]) -> None:
+    """They are promised: adapters.py says them."""
+    make_model(replace(SMALL, **options)).save_adapter(tmp_path)
+    projector = r"projector\.(down\.weight|up\.weight|scale)"
+    block = rf"(table|norm\.(weight|bias)|kernel|token_projection\.(weight|bias)|{projector})"
+    promised = re.compile(rf"prompts\.(blocks\.\d+\.{block}|{projector})|head\.(weight|bias)")
+    names = safetensors.torch.load_file(tmp_path / WEIGHTS).keys()
+    assert [name for name in names if not promised.fullmatch(name)] == []
+
+
+def test_keys_of_the_config(folder: Path) -> None:
+    config = adapters.read_config(folder)
+    described = adapters.__doc__
+    for key in (*config, *config["backbone"], *config["data"], *config["tensors"]["head.bias"]):
+        assert f"``{key}``" in described, key

@@ -31,10 +31,6 @@ __all__ = ["from_official", "to_official"]
 NORM_EPS = 1e-6
 ADAPTER = f"adapters.{DEFAULT_ADAPTER}."
 
-# Where AdaptiveViT's state dict has what an adapter holds
-PROMPTS = "prompts"
-HEAD = "backbone.head"
-
 PATCHES = "transformer.embeddings.patch_embeddings"
 POSITIONS = "transformer.embeddings.position_embeddings"
 LAYER = "transformer.encoder.layer"
