@@ -61,9 +61,7 @@ def bare_norm(dtype: torch.dtype, dim: int) -> Callable[[], Any]:
     return run
 
 
-def pool(
-    dtype: torch.dtype, rows: int, autocast: bool = False, affine: bool = True
-) -> Callable[[], Any]:
+def pool(dtype: torch.dtype, rows: int, autocast: bool = False, affine: bool = True) -> Callable[[], Any]:
     """prompt_pool of a ViT-B/16 at 224 x 224 pixels, forward and backward."""
 
     def run() -> None:
