@@ -1,15 +1,17 @@
 """Bad calls: the exact exception, a message with what was given and what is expected, no change."""
 
 import json
+import math
 import re
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
 import vapt_fast
-from vapt_fast import AdapterError, AdaptiveViT, BackendUnavailable, PromptConfig, functional
+from vapt_fast import AdapterError, AdaptiveViT, BackendUnavailable, PromptConfig, functional, use_backend
 
 Z = torch.zeros
 
@@ -250,18 +252,23 @@ def pool(x=(2, 6, 4), matrix=(3, 5), weight=(4,), bias=(4,), num_prefix=1, dtype
     return functional.prompt_pool(*tensors, num_prefix=num_prefix, **residual)
 
 
+def pool_with(num_prefix=1, **options):
+    return functional.prompt_pool(Z(2, 6, 4), Z(3, 5), Z(4), Z(4), num_prefix=num_prefix, **options)
+
+
 def project(pooled=(2, 3, 4), bias=(3,), down=(5, 4), up=(4, 5), **options):
     weights = [None if shape is None else Z(shape) for shape in (down, up)]
     return functional.prompt_projector(Z(pooled), Z(bias), *weights, **options)
 
 
 def attend(q=(2, 5, 4, 3), k=(2, 5, 4, 3), v=(2, 5, 4, 3), pk=(2, 1, 4, 3), pv=(2, 1, 4, 3), **options):
-    return functional.prompt_attention(Z(q), Z(k), Z(v), Z(pk), Z(pv), scale=1.0, **options)
+    tensors = (Z(shape) for shape in (q, k, v, pk, pv))
+    return functional.prompt_attention(*tensors, **{"scale": 1.0} | options)
 
 
 def attend_packed(qkv=(2, 5, 24), prompt_kv=(2, 1, 12), num_heads=4, num_kv_heads=2, **options):
     return functional.prompt_attention_packed(
-        Z(qkv), Z(prompt_kv), num_heads=num_heads, num_kv_heads=num_kv_heads, scale=1.0, **options
+        Z(qkv), Z(prompt_kv), num_heads=num_heads, num_kv_heads=num_kv_heads, **{"scale": 1.0} | options
     )
 
 
@@ -270,7 +277,8 @@ def mlp(x=(2, 5, 4), w1=(8, 4), b1=(8,), w2=(4, 8), b2=(4,), dtype=torch.float32
 
 
 def attend_cls(q=(2, 1, 4, 3), x=(2, 5, 6), prompts=(2, 1, 6), wk=(4, 3, 6), wv=(4, 3, 6), **options):
-    return functional.cls_attention(Z(q), Z(x), Z(prompts), Z(wk), Z(wv), scale=1.0, **options)
+    tensors = (Z(shape) for shape in (q, x, prompts, wk, wv))
+    return functional.cls_attention(*tensors, **{"scale": 1.0} | options)
 
 
 def matrices(weight=(2, 3, 6), kernel=(2, 2, 2), grid=(3, 4), **options):
@@ -346,7 +354,7 @@ OPS = [
     (lambda: functional.mlp(Z(1, 2, 3), None, None, Z(3, 4), None), TypeError, "fc1_weight must be a tensor"),
     (lambda: pool(x=(2, 6)), ValueError, "x must be (B, T, C) = ('any', 'any', 'any'), got (2, 6)"),
     (lambda: pool(num_prefix=6), ValueError, "num_prefix must leave at least one of 6 tokens, got 6"),
-    (lambda: pool(num_prefix=-1), ValueError, "num_prefix must leave at least one of 6 tokens, got -1"),
+    (lambda: pool(num_prefix=-1), ValueError, "num_prefix must be at least 0, got -1"),
     (lambda: pool(matrix=(3, 6)), ValueError, "matrix must be (R, N) = ('any', 5), got (3, 6)"),
     (lambda: pool(weight=(5,)), ValueError, "weight must be (C,) = (4,), got (5,)"),
     (lambda: pool(bias=(1, 4)), ValueError, "bias must be (C,) = (4,), got (1, 4)"),
@@ -386,7 +394,7 @@ OPS = [
     (
         lambda: project(scale="1"),
         TypeError,
-        "scale must be a number or a tensor (1,), got '1'",
+        "scale must be a finite number or a tensor (1,), got '1'",
     ),
     (
         lambda: project(dtype=torch.int32),
@@ -444,6 +452,172 @@ OPS = [
     ),
 ]
 
+# What every op that takes a backend is called with.
+CALLS_OF_OPS = {
+    "add_norm": lambda **o: functional.add_norm(Z(1, 2, 3), None, **o),
+    "prompt_pool": pool_with,
+    "prompt_projector": project,
+    "prompt_attention": attend,
+    "prompt_attention_packed": attend_packed,
+    "cls_attention": attend_cls,
+    "mlp": lambda **o: functional.mlp(Z(1, 2, 3), Z(4, 3), None, Z(3, 4), None, **o),
+}
+
+OPS += [
+    # the affine of a norm
+    (
+        lambda: pool(norm_weight=(4,)),
+        ValueError,
+        "norm_weight and norm_bias must be given both or not at all, got norm_weight alone",
+    ),
+    (lambda: pool(norm_weight=(4,), norm_bias=(1,)), ValueError, "norm_bias must be (C,) = (4,), got (1,)"),
+    (lambda: project(eps=1.0, norm_bias=Z(4)), ValueError, "norm_weight and norm_bias must be given both or"),
+    (lambda: project(norm_weight=Z(4), norm_bias=Z(4)), ValueError, "norm_weight must be None where eps is"),
+    (
+        lambda: project(eps=1.0, norm_weight=Z(5), norm_bias=Z(4)),
+        ValueError,
+        "norm_weight must be (C,) = (4,), got (5,)",
+    ),
+    # tensors that are none
+    (
+        lambda: project(eps=1.0, norm_weight=[1.0] * 4, norm_bias=Z(4)),
+        TypeError,
+        "norm_weight must be a tensor (C,), got list",
+    ),
+    (
+        lambda: functional.add_norm(Z(1, 2, 3), None, [1.0] * 3, Z(3)),
+        TypeError,
+        "weight must be a tensor (C,), got list",
+    ),
+    (
+        lambda: functional.mlp(Z(1, 2, 3), Z(4, 3), [0.0], Z(3, 4), None),
+        TypeError,
+        "fc1_bias must be a tensor (D,), got list",
+    ),
+    (
+        lambda: project(channel_mask=np.zeros((2, 1, 4))),
+        TypeError,
+        "channel_mask must be a tensor (B, 1, C), got ndarray",
+    ),
+    (lambda: attend(bias=[0.0]), TypeError, "bias must be a tensor (..., 5, 5), got list"),
+    (lambda: attend(bias=np.zeros((5, 5))), TypeError, "bias must be a tensor (..., 5, 5), got ndarray"),
+    (
+        lambda: functional.prompt_matrices([[[1.0]]], None, (1, 1)),
+        TypeError,
+        "weight must be a tensor (A, P, H'W'), got list",
+    ),
+    (
+        lambda: functional.prompt_matrices(Z(2, 3, 6), np.zeros((2, 2, 2)), (3, 4)),
+        TypeError,
+        "kernel must be a tensor (A, K, K), got ndarray",
+    ),
+    # numbers and names
+    *(
+        (lambda n=number: pool_with(num_prefix=n), TypeError, f"num_prefix must be an int, got {number!r}")
+        for number in (1.5, True, "1")
+    ),
+    *(
+        (
+            lambda op=op, name=name, number=number: CALLS_OF_OPS[op](**{name: number}),
+            error,
+            f"{name} must be a finite number of at least 0",
+        )
+        for op, name in [
+            ("add_norm", "eps"),
+            ("prompt_pool", "eps"),
+            ("prompt_pool", "prompt_eps"),
+            ("prompt_projector", "eps"),
+        ]
+        for number, error in [
+            (-1.0, ValueError),
+            (math.nan, ValueError),
+            (math.inf, ValueError),
+            ("x", TypeError),
+            (True, TypeError),
+            (Z(1), TypeError),
+        ]
+    ),
+    *(
+        (
+            lambda op=op, scale=scale: CALLS_OF_OPS[op](scale=scale),
+            error,
+            "scale must be a finite number",
+        )
+        for op in ("prompt_projector", "prompt_attention", "prompt_attention_packed", "cls_attention")
+        for scale, error in [
+            ("x", TypeError),
+            (True, TypeError),
+            (math.nan, ValueError),
+            (-math.inf, ValueError),
+        ]
+    ),
+    (lambda: attend_packed(num_heads=True), TypeError, "num_heads must be an int, got True"),
+    (lambda: attend_packed(num_kv_heads="2"), TypeError, "num_kv_heads must be an int, got '2'"),
+    (lambda: project(dtype="float32"), TypeError, "dtype must be a torch.dtype, as torch.float32, got 'flo"),
+    (lambda: project(activation=3), TypeError, "activation must be a str, one of ('relu', 'gelu', "),
+    (lambda: project(activation=["relu"]), TypeError, "activation must be a str, one of ('relu', 'gelu', "),
+    (lambda: matrices(kernel=(2, 5, 5)), ValueError, "kernel must fit into grid (3, 4) with padding 0, got"),
+    (lambda: matrices(grid=(3, 4.5)), TypeError, "grid[1] must be an int, got 4.5"),
+    (lambda: matrices(grid=(0, 4)), ValueError, "grid[0] must be at least 1, got 0"),
+    (lambda: matrices(grid=(3, 4, 1)), ValueError, "grid must be (H, W), got (3, 4, 1)"),
+    (lambda: matrices(grid=12), TypeError, "grid must be a tuple (H, W), got 12"),
+    (lambda: matrices(padding=1.0), TypeError, "padding must be an int, got 1.0"),
+    (lambda: matrices(padding=True), TypeError, "padding must be an int, got True"),
+    (lambda: matrices(padding=-1), ValueError, "padding must be at least 0, got -1"),
+    (lambda: matrices(depthwise=1), TypeError, "depthwise must be True or False, got 1"),
+    # a bias of scores
+    (lambda: attend(bias=Z(3, 4, 5, 5)), ValueError, "bias must be broadcastable to (2, 4, 5, 5), got (3, 4"),
+    (
+        lambda: attend(bias=Z(1, 1, 1, 5, 5)),
+        ValueError,
+        "bias must be broadcastable to (2, 4, 5, 5), got (1",
+    ),
+    (
+        lambda: attend_cls(bias=Z(2, 4, 1, 5)),
+        ValueError,
+        "bias must be broadcastable to (1, 4, 1, 5), got (",
+    ),
+    # dtypes
+    *(
+        (
+            lambda backend=backend: functional.prompt_attention(
+                Z(2, 5, 4, 3).half(), *[Z(2, 5, 4, 3)] * 4, scale=1.0, backend=backend
+            ),
+            TypeError,
+            "must be of one dtype, unless autocast casts them, got q torch.float16, k torch.float32",
+        )
+        for backend in (None, "torch", "auto")
+    ),
+    (
+        lambda: functional.prompt_attention_packed(
+            Z(2, 5, 24).half(), Z(2, 1, 12), num_heads=4, num_kv_heads=2, scale=1.0
+        ),
+        TypeError,
+        "got qkv torch.float16, prompt_kv torch.float32",
+    ),
+    (
+        lambda: functional.cls_attention(
+            Z(2, 1, 4, 3), Z(2, 5, 6).half(), Z(2, 1, 6), Z(4, 3, 6), Z(4, 3, 6), scale=1.0
+        ),
+        TypeError,
+        "got q torch.float32, x torch.float16, prompts torch.float32, key_weight",
+    ),
+    (
+        lambda: functional.mlp(Z(1, 2, 3), Z(4, 3).bfloat16(), None, Z(3, 4), None),
+        TypeError,
+        "got x torch.float32, fc1_weight torch.bfloat16, fc2_weight torch.float32",
+    ),
+    # backends
+    *(
+        (
+            lambda call=call: call(backend="reference"),
+            ValueError,
+            f"{op.removesuffix('_packed')} has no backend 'reference', which is that of a whole model",
+        )
+        for op, call in CALLS_OF_OPS.items()
+    ),
+]
+
 
 @pytest.mark.parametrize(
     ("call", "error", "message"), OPS, ids=lambda v: v[:40] if isinstance(v, str) else ""
@@ -452,6 +626,38 @@ def test_ops(call, error, message):
     with pytest.raises(error, match=re.escape(message)) as caught:
         call()
     assert caught.type is error
+
+
+@pytest.mark.parametrize("op", CALLS_OF_OPS)
+def test_an_op_within_the_reference_needs_a_backend(op):
+    with use_backend("reference"):
+        with pytest.raises(ValueError, match=r"has no backend 'reference', .* give the op backend='torch'"):
+            CALLS_OF_OPS[op]()
+        CALLS_OF_OPS[op](backend="torch")
+
+
+def test_numbers_of_numpy_are_numbers():
+    x, matrix = torch.randn(2, 6, 4), torch.randn(3, 5)
+    expected = functional.prompt_pool(x, matrix, Z(4), Z(4), num_prefix=1, eps=0.5, prompt_eps=1.0)
+    numbers = {"num_prefix": np.int64(1), "eps": np.float32(0.5), "prompt_eps": np.int32(1)}
+    actual = functional.prompt_pool(x, matrix, Z(4), Z(4), **numbers)
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert torch.equal(ours, theirs)
+    heads = {"num_heads": np.int64(4), "num_kv_heads": np.uint8(2), "scale": np.float16(0.5)}
+    assert attend_packed(**heads).shape == (2, 5, 4, 3)
+    grid = (np.int64(3), np.int64(4))
+    assert matrices(grid=grid, padding=np.int64(0)).shape == (2, 3, 12)
+    assert functional.add_norm(x, None, eps=0)[1].isfinite().all()
+
+
+def test_under_autocast_dtypes_may_differ():
+    with torch.autocast("cpu", torch.bfloat16):
+        out = functional.mlp(Z(1, 2, 3), Z(4, 3).bfloat16(), None, Z(3, 4), None)
+        assert out.dtype == torch.bfloat16
+        tensors = (Z(2, 5, 4, 3).bfloat16(), *[Z(2, 5, 4, 3)] * 4)
+        assert functional.prompt_attention(*tensors, scale=1.0).shape == (2, 5, 4, 3)
+        with pytest.raises(TypeError, match="unless autocast casts them, got x"):
+            functional.mlp(Z(1, 2, 3).double(), Z(4, 3), None, Z(3, 4), None)
 
 
 # ---- files and folders

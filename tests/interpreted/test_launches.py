@@ -156,7 +156,7 @@ def test_launches_are_on_the_device_of_their_input(op):
 )
 def test_results_of_more_than_2_31_elements(op, sizes, narrow, leaves):
     """The last program of each launch finds its place, and no integer of 32 bits overflows on the way."""
-    # As many images as leave the last program of each launch the same rows: BLAS rounds each row in its own way.
+    # As many as leave the last program of each launch the same rows: BLAS rounds each row in its own way.
     function, tensors, options = expanded(op, 64, sizes, leaves, narrow)
     width = max(tensor[0].numel() for tensor in tensors if tensor.shape[0] == 64)
     expected = forward_and_backward(function, tensors, options)

@@ -28,12 +28,17 @@ def choose(op: str, backend: str | None, *args: Any) -> str:
         args: of the op, validated, the first one a tensor.
 
     Raises:
-        TypeError, ValueError: ``backend`` is no such name.
+        TypeError, ValueError: ``backend`` is no such name, or is "reference", the whole model's.
         BackendUnavailable: it was named and can't run here, or not with these arguments ("auto" and
             "kernels", which are mixes, take "torch" then).
     """
     known = _dispatch.IMPLEMENTATIONS[op]
     name = _dispatch.resolve() if backend is None else _dispatch.check_backend(backend, also=known)
+    if name == "reference":
+        raise ValueError(
+            f"{op} has no backend 'reference', which is that of a whole model: give the op backend='torch', "
+            "or call a model within vapt_fast.use_backend('reference')"
+        )
     device = args[0].device
     if name == "auto":
         return _preferred(op, device, args, [e for e in _preferences.PREFERENCES if e.measured is not None])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_affine, check_float, check_residual, check_same_device, check_shape
+from ._checks import check_affine, check_float, check_number, check_residual, check_same_device, check_shape
 from ._implementation import run
 
 __all__ = ["add_norm"]
@@ -45,6 +45,7 @@ def add_norm(
     check_shape("x", x, "(B, T, C)", None, None, None)
     check_residual(x, delta, gain)
     check_affine(x.shape[-1], weight=weight, bias=bias)
+    eps = check_number("eps", eps, "a finite number of at least 0", least=0)
     check_float(x=x, delta=delta, weight=weight, bias=bias, gain=gain)
     check_same_device(x=x, delta=delta, weight=weight, bias=bias, gain=gain)
     return run("add_norm", backend, x, delta, weight, bias, gain, eps)

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_float, check_same_device, check_shape
+from ._checks import (
+    check_float,
+    check_number,
+    check_one_dtype,
+    check_same_device,
+    check_score_bias,
+    check_shape,
+)
 from ._implementation import run
 
 __all__ = ["cls_attention"]
@@ -31,6 +38,7 @@ def cls_attention(
         x: (B, T, C), tokens as the projections read them (normalised).
         prompts: (B, P, C) likewise, or (1, P, C) where they are the same for every image.
         key_weight, value_weight: (h, d, C). Biases of keys change nothing, those of values are the caller's.
+            All these tensors are of one floating dtype, unless autocast casts them.
         scale: factor of the scores.
         bias: broadcastable to (1, h, R, T), added to the tokens' scores; the prompts' is zero.
         backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
@@ -51,8 +59,10 @@ def cls_attention(
         raise ValueError(f"prompts must have a batch of 1 or {batch}, got {prompts.shape[0]}")
     check_shape("key_weight", key_weight, "(h, d, C)", heads, head_dim, dim)
     check_shape("value_weight", value_weight, "(h, d, C)", heads, head_dim, dim)
-    if bias is not None and bias.shape[-2:] != (rows, num_tokens):
-        raise ValueError(f"bias must be (..., {rows}, {num_tokens}), got {tuple(bias.shape)}")
-    check_float(q=q, x=x, prompts=prompts, key_weight=key_weight, value_weight=value_weight, bias=bias)
-    check_same_device(q=q, x=x, prompts=prompts, key_weight=key_weight, value_weight=value_weight, bias=bias)
+    check_score_bias(bias, 1, heads, rows, num_tokens)
+    scale = check_number("scale", scale)
+    tensors = {"q": q, "x": x, "prompts": prompts, "key_weight": key_weight, "value_weight": value_weight}
+    check_float(**tensors, bias=bias)
+    check_same_device(**tensors, bias=bias)
+    check_one_dtype(**tensors)
     return run("cls_attention", backend, q, x, prompts, key_weight, value_weight, scale, bias)

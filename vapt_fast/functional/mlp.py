@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_float, check_same_device, check_shape
+from ._checks import check_float, check_one_dtype, check_same_device, check_shape
 from ._implementation import run
 
 __all__ = ["mlp"]
@@ -24,7 +24,8 @@ def mlp(
     Args:
         x: (B, T, C), tokens as fc1 reads them (normalised).
         fc1_weight, fc1_bias: (D, C) and (D,), or None without bias.
-        fc2_weight, fc2_bias: (E, D) and (E,), or None without bias; E is C as a rule.
+        fc2_weight, fc2_bias: (E, D) and (E,), or None without bias; E is C as a rule. All tensors are of one
+            floating dtype, unless autocast casts them.
         backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
@@ -53,4 +54,5 @@ def mlp(
     }
     check_float(**tensors)
     check_same_device(**tensors)
+    check_one_dtype(**tensors)
     return run("mlp", backend, x, fc1_weight, fc1_bias, fc2_weight, fc2_bias)

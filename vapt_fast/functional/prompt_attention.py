@@ -5,7 +5,15 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backends._packed import unpack
-from ._checks import check_float, check_same_device, check_shape
+from ._checks import (
+    check_float,
+    check_integer,
+    check_number,
+    check_one_dtype,
+    check_same_device,
+    check_score_bias,
+    check_shape,
+)
 from ._implementation import choose, function, run
 
 __all__ = ["prompt_attention", "prompt_attention_packed"]
@@ -33,6 +41,7 @@ def prompt_attention(
         q: (B, Tq, h, d).
         k, v: (B, T, g, d); g divides h, and each g serves h / g heads in a row (grouped queries).
         prompt_k, prompt_v: (B, P, g, d), or (1, P, g, d) where they are the same for every image.
+            All these tensors are of one floating dtype, unless autocast casts them.
         scale: factor of the scores.
         bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
         backend: "auto", "kernels", "torch", "triton" or "cuda"; "cudnn" or "flash" for PyTorch's attention by
@@ -58,9 +67,12 @@ def prompt_attention(
     check_shape("prompt_v", prompt_v, "(B or 1, P, g, d)", *prompt_k.shape)
     if prompt_k.shape[0] not in (1, batch):
         raise ValueError(f"prompt_k must have a batch of 1 or {batch}, got {prompt_k.shape[0]}")
-    _check_bias(bias, num_queries, num_tokens)
-    check_float(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias)
-    check_same_device(q=q, k=k, v=v, prompt_k=prompt_k, prompt_v=prompt_v, bias=bias)
+    check_score_bias(bias, batch, heads, num_queries, num_tokens)
+    scale = check_number("scale", scale)
+    tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+    check_float(**tensors, bias=bias)
+    check_same_device(**tensors, bias=bias)
+    check_one_dtype(**tensors)
     return run("prompt_attention", backend, q, k, v, prompt_k, prompt_v, scale, bias)
 
 
@@ -93,11 +105,8 @@ def prompt_attention_packed(
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailable: the backend can't run here, or not with these arguments.
     """
-    for name, count in (("num_heads", num_heads), ("num_kv_heads", num_kv_heads)):
-        if not isinstance(count, int):
-            raise TypeError(f"{name} must be an int, got {count!r}")
-        if count < 1:
-            raise ValueError(f"{name} must be at least 1, got {count}")
+    num_heads = check_integer("num_heads", num_heads, least=1)
+    num_kv_heads = check_integer("num_kv_heads", num_kv_heads, least=1)
     if num_heads % num_kv_heads:
         raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
     check_shape("qkv", qkv, "(B, T, (h + 2g) * d)", None, None, None)
@@ -109,17 +118,14 @@ def prompt_attention_packed(
     check_shape("prompt_kv", prompt_kv, "(B or 1, P, 2g * d)", None, None, prompt_width)
     if prompt_kv.shape[0] not in (1, batch):
         raise ValueError(f"prompt_kv must have a batch of 1 or {batch}, got {prompt_kv.shape[0]}")
-    _check_bias(bias, num_tokens, num_tokens)
+    check_score_bias(bias, batch, num_heads, num_tokens, num_tokens)
+    scale = check_number("scale", scale)
     check_float(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
     check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
+    check_one_dtype(qkv=qkv, prompt_kv=prompt_kv)
     separate = (*unpack(qkv, prompt_kv, num_heads, num_kv_heads), scale, bias)
     name = choose("prompt_attention", backend, *separate)
     if name in WITH_PACKED_FORM:
         packed = function("prompt_attention_packed", name)
         return packed(qkv, prompt_kv, num_heads, num_kv_heads, scale, bias)
     return function("prompt_attention", name)(*separate)
-
-
-def _check_bias(bias: Tensor | None, num_queries: int, num_tokens: int) -> None:
-    if bias is not None and bias.shape[-2:] != (num_queries, num_tokens):
-        raise ValueError(f"bias must be (..., {num_queries}, {num_tokens}), got {tuple(bias.shape)}")

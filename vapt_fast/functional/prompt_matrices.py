@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._checks import check_float, check_same_device, check_shape
+from ._checks import check_bool, check_float, check_grid, check_integer, check_same_device, check_shape
 
 __all__ = ["prompt_matrices"]
 
@@ -28,7 +28,7 @@ def prompt_matrices(
     weighted sum of K*K matrices that don't: M_c = sum_s k_c[s] M_s, with M_s the projection shifted by s.
 
     Args:
-        weight: (A, P, H'W'), the projections over the positions of the convolved grid.
+        weight: (A, P, H'W'), floating, the projections over the positions of the convolved grid.
         kernel: (A, K, K) shared kernels; (A, C, K, K) where ``depthwise``; None without convolution.
         grid: (H, W), patches along each side; H' = H + 2 * padding - K + 1, likewise W'.
         padding: zero padding on each side, in patches.
@@ -41,18 +41,27 @@ def prompt_matrices(
     Raises:
         TypeError, ValueError: an argument of a wrong type or shape.
     """
-    check_float(weight=weight, kernel=kernel)
-    check_same_device(weight=weight, kernel=kernel)
+    grid, padding = check_grid(grid), check_integer("padding", padding, least=0)
+    check_bool("depthwise", depthwise)
+    check_shape("weight", weight, "(A, P, H'W')", None, None, None)
     if kernel is None:
         check_shape("weight", weight, "(A, P, H*W)", None, None, math.prod(grid))
+        check_float(weight=weight)
         return weight
-    blocks, size = weight.shape[0], kernel.shape[-1]
+    blocks = weight.shape[0]
+    size = kernel.shape[-1] if isinstance(kernel, Tensor) and kernel.ndim else None
     if depthwise:
         check_shape("kernel", kernel, "(A, C, K, K)", blocks, None, size, size)
     else:
         check_shape("kernel", kernel, "(A, K, K)", blocks, size, size)
     out = [side + 2 * padding - size + 1 for side in grid]
+    if min(out) < 1:
+        raise ValueError(
+            f"kernel must fit into grid {grid} with padding {padding}, got {tuple(kernel.shape)}"
+        )
     check_shape("weight", weight, "(A, P, H'W')", blocks, None, math.prod(out))
+    check_float(weight=weight, kernel=kernel)
+    check_same_device(weight=weight, kernel=kernel)
     prompts = weight.shape[1]
     maps = weight.unflatten(-1, out)
     if not depthwise:

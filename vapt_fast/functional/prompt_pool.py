@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_affine, check_float, check_residual, check_same_device, check_shape
+from ._checks import (
+    check_affine,
+    check_float,
+    check_integer,
+    check_number,
+    check_residual,
+    check_same_device,
+    check_shape,
+)
 from ._implementation import run
 
 __all__ = ["prompt_pool"]
@@ -59,13 +67,16 @@ def prompt_pool(
     """
     check_shape("x", x, "(B, T, C)", None, None, None)
     _, num_tokens, dim = x.shape
-    if not 0 <= num_prefix < num_tokens:
+    num_prefix = check_integer("num_prefix", num_prefix, least=0)
+    if num_prefix >= num_tokens:
         raise ValueError(f"num_prefix must leave at least one of {num_tokens} tokens, got {num_prefix}")
     check_shape("matrix", matrix, "(R, N)", None, num_tokens - num_prefix)
     check_shape("weight", weight, "(C,)", dim)
     check_shape("bias", bias, "(C,)", dim)
     check_affine(dim, norm_weight=norm_weight, norm_bias=norm_bias)
     check_residual(x, delta, gain)
+    eps = check_number("eps", eps, "a finite number of at least 0", least=0)
+    prompt_eps = check_number("prompt_eps", prompt_eps, "a finite number of at least 0", least=0)
     tensors = {
         "x": x,
         "matrix": matrix,

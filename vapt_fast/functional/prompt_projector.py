@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from ..activations import ACTIVATIONS
-from ._checks import check_affine, check_float, check_same_device, check_shape
+from ._checks import (
+    check_affine,
+    check_choice,
+    check_dtype,
+    check_float,
+    check_number,
+    check_same_device,
+    check_shape,
+)
 from ._implementation import run
 
 __all__ = ["prompt_projector"]
@@ -68,11 +76,13 @@ def prompt_projector(
         check_shape("up", up, "(C, r)", dim, down.shape[0])
     if isinstance(scale, Tensor):
         check_shape("scale", scale, "(1,)", 1)
-    elif not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or a tensor (1,), got {scale!r}")
+    else:
+        scale = check_number("scale", scale, "a finite number or a tensor (1,)")
     if eps is None and (norm_weight is not None or norm_bias is not None):
         given = "norm_bias" if norm_weight is None else "norm_weight"
         raise ValueError(f"{given} must be None where eps is, got a tensor: without eps there is no norm")
+    if eps is not None:
+        eps = check_number("eps", eps, "a finite number of at least 0 or None", least=0)
     check_affine(dim, norm_weight=norm_weight, norm_bias=norm_bias)
     if channel_mask is not None:
         check_shape("channel_mask", channel_mask, "(B, 1, C)", batch, 1, dim)
@@ -80,10 +90,9 @@ def prompt_projector(
         if down is None:
             raise ValueError("feature_mask must be None without down and up, whose features it drops")
         check_shape("feature_mask", feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {tuple(ACTIVATIONS)}, got {activation!r}")
-    if dtype is not None and not dtype.is_floating_point:
-        raise TypeError(f"dtype must be a floating dtype, got {dtype}")
+    check_choice("activation", activation, tuple(ACTIVATIONS))
+    if dtype is not None:
+        check_dtype("dtype", dtype)
     tensors = {
         "pooled": pooled,
         "bias": bias,

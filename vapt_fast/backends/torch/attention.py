@@ -117,7 +117,7 @@ def cls_attention(
         u = torch.einsum("brhd,hdc->bhrc", q.to(dtype) * scale, key_weight.to(dtype)).flatten(1, 2)
         prompt_scores, scores = u @ prompts.transpose(1, 2), u @ x.transpose(1, 2)
         if bias is not None:
-            scores = scores + bias.expand(1, heads, rows, -1).flatten(1, 2)
+            scores = scores + bias.to(dtype).expand(1, heads, rows, -1).flatten(1, 2)
         p = torch.cat([prompt_scores, scores], dim=-1).softmax(dim=-1)
         y = p[..., :num_prompts] @ prompts + p[..., num_prompts:] @ x
         out = torch.einsum("bhrc,hdc->brhd", y.unflatten(1, (heads, rows)), value_weight.to(dtype))

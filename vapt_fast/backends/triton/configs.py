@@ -112,9 +112,9 @@ def cls_attention(dtype: torch.dtype, num_queries: int) -> Launch:
 # By bytes of an element and features at most: channels and warps of a program of each kernel.
 _PROMPT_PROJECTOR = {
     (2, 16): {"project": (64, 4), "project_backward": (64, 4), "weights_backward": (64, 4)},
-    (2, 64): {"project": (64, 8), "project_backward": (32, 8), "weights_backward": (32, 8)},
-    (4, 16): {"project": (32, 4), "project_backward": (32, 4), "weights_backward": (32, 4)},
-    (4, 64): {"project": (32, 8), "project_backward": (16, 4), "weights_backward": (32, 4)},
+    (2, 64): {"project": (32, 8), "project_backward": (32, 8), "weights_backward": (32, 8)},
+    (4, 16): {"project": (64, 4), "project_backward": (32, 4), "weights_backward": (32, 4)},
+    (4, 64): {"project": (32, 8), "project_backward": (32, 8), "weights_backward": (32, 4)},
     (8, 16): {"project": (32, 4), "project_backward": (16, 4), "weights_backward": (16, 4)},
     (8, 64): {"project": (16, 8), "project_backward": (16, 8), "weights_backward": (16, 8)},
 }
