@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .arguments import integer
-from .modules import enclosing, share_tensors
+from .modules import enclosing, has_global_hooks, share_tensors, why_not_by_token
 from .resize import resize_backbone
 
 __all__ = [
@@ -42,6 +42,11 @@ __all__ = [
 ]
 
 FAMILIES = (VisionTransformer, Eva, Beit, NaFlexVit)
+# How timm pools tokens; a family may lack one of these.
+_POOLING = {
+    family: {name: getattr(family, name, None) for name in ("forward_head", "pool", "_pool")}
+    for family in FAMILIES
+}
 SUPPORTED = (
     "VisionTransformer (ViT, DeiT and distilled DeiT, CLIP, SigLIP, DINOv2, MAE, hybrids, ViTamin, ...), "
     "Eva (EVA02, DINOv3, PE, RoPE ViTs), Beit and NaFlexVit (fixed grid)"
@@ -205,11 +210,22 @@ def head_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
 
 
 def num_pooled_rows(model: nn.Module) -> int | None:
-    """How many first tokens are all that the head reads, None if it reads the patch tokens too."""
+    """How many first tokens are all that the head reads, None if it reads the patch tokens too, or might.
+
+    It might if the final norm or the pooling is not timm's.
+    """
+    if has_global_hooks() or why_not_by_token(model.norm, "norm") is not None:
+        return None
     if isinstance(model, VisionTransformerDistilled):
         return 2
     by_token = model.global_pool == "token" and getattr(model, "attn_pool", None) is None
-    return 1 if by_token else None
+    return 1 if by_token and _pools_as_timm(model) else None
+
+
+def _pools_as_timm(model: nn.Module) -> bool:
+    family = next(family for family in FAMILIES if isinstance(model, family))
+    pooling = _POOLING[family].items()
+    return all(name not in model.__dict__ and getattr(type(model), name, None) is it for name, it in pooling)
 
 
 def remove_prompts(tokens: Tensor, num_prefix: int, count: int) -> Tensor:
@@ -272,6 +288,7 @@ def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions]:
         tokens = torch.cat([model.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         if model.pos_embed is not None:
             tokens = tokens + model.pos_embed
+        tokens = model.pos_drop(tokens)
         return tokens, Positions(bias=model.rel_pos_bias() if model.rel_pos_bias is not None else None)
     return model.norm_pre(model._pos_embed(model.patch_embed(images))), Positions()
 

@@ -15,15 +15,14 @@ from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
 from .backbone import BeitAttention
-from .modules import drops, has_global_hooks, is_observed, is_plain, remember_forward
+from .modules import has_global_hooks, is_plain, remember_forward, why_not_by_token
 
 __all__ = ["StandardBlock", "standard_block", "why_whole"]
 
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block)
 ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, BeitAttention)
 NOT_CALLED = (nn.Identity, nn.Dropout, DropPath)  # when they are off
-remember_forward(*BLOCKS, *ATTENTIONS, beit.Attention, *NOT_CALLED, GELU, nn.GELU, Mlp)
-remember_forward(nn.Linear, nn.LayerNorm, LayerNorm, LayerScale)
+remember_forward(*BLOCKS, *ATTENTIONS, beit.Attention)
 _beit_forward = beit.Attention.forward
 
 Weights = tuple[Tensor, Tensor | None]  # weight and bias of a Linear
@@ -32,9 +31,8 @@ Weights = tuple[Tensor, Tensor | None]  # weight and bias of a Linear
 def why_whole(block: nn.Module) -> str | None:
     """Why ``block`` must be called as it is; None if it can be taken apart.
 
-    Modules that others put in the place of a Linear (LoRA, quantised or sharded ones) are taken to act on
-    each token by itself, as a Linear does, and are called with the tokens that are needed. What has hooks,
-    whose wishes are unknown, gets the whole sequence.
+    Only modules that are known to act on each token by itself, as a Linear does, are called with the tokens
+    that are needed. What others put in their place or hooked to them gets the whole sequence.
     """
     if type(block) not in BLOCKS:
         return f"it is a {type(block).__name__}, not one of timm's standard blocks"
@@ -53,14 +51,20 @@ def why_whole(block: nn.Module) -> str | None:
             return f"{name} is not timm's"
     if has_global_hooks():
         return "there are hooks on all modules"
-    if any(is_observed(module) or drops(module) for module in block.modules()):
-        for name, module in block.named_modules():
-            if is_observed(module):
-                return f"{name} has hooks or another forward"
-            if drops(module):
-                return f"{name} drops"
-    if getattr(attn, "q_bias", None) is not None and not is_plain(attn.qkv, nn.Linear):
-        return "attn.qkv is no plain Linear, whose weight timm's attention reads"
+    if attn.training and attn.attn_drop.p > 0:  # timm's fused attention asks for its own mode alone
+        return "attn drops"
+    for parent, prefix in ((block, ""), (attn, "attn.")):
+        for name, module in parent.named_children():
+            reason = None if module is attn else why_not_by_token(module, prefix + name)
+            if reason is not None:
+                return reason
+    if getattr(attn, "q_bias", None) is not None:
+        if not is_plain(attn.qkv, nn.Linear):
+            return "attn.qkv is no plain Linear, whose weight timm's attention reads"
+        if attn.qkv.bias is not None:
+            return "attn.qkv has a bias beside q_bias"
+    if hasattr(attn, "attn_dim") and attn.attn_dim != attn.num_heads * attn.head_dim:
+        return "attn has not as many heads as it has channels for"
     return None
 
 

@@ -13,7 +13,19 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any
 
-from timm.layers import DropPath
+from timm.layers import (
+    GELU,
+    DropPath,
+    GELUTanh,
+    GluMlp,
+    LayerNorm,
+    LayerScale,
+    Mlp,
+    QuickGELU,
+    RmsNorm,
+    SwiGLU,
+)
+from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -31,6 +43,7 @@ __all__ = [
     "remember_forward",
     "share_tensors",
     "tensors_of",
+    "why_not_by_token",
 ]
 
 # The packages whose hooks bring a module's weights to where they are needed, or compute them (FSDP, pruning,
@@ -38,6 +51,17 @@ __all__ = [
 WEIGHT_HOOKS = ("torch.distributed.", "torch.nn.utils.", "accelerate.hooks")
 # These only look.
 WATCHERS = ("torch.utils.module_tracker",)
+
+# What timm's blocks are made of, besides attention. Each acts on every token by itself.
+BY_TOKEN = (
+    *(nn.Identity, nn.Linear, nn.Dropout, DropPath, LayerScale),
+    *(nn.LayerNorm, LayerNorm, nn.RMSNorm, RmsNorm),
+    *(nn.GELU, GELU, GELUTanh, QuickGELU, nn.SiLU, nn.ReLU),
+    *(Mlp, GluMlp, GeGluMlp, SwiGLU, nn.Sequential),
+)
+# So do the layers of these packages, which take the place of a Linear.
+BY_TOKEN_PACKAGES = ("peft.tuners.",)
+CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # are never called
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
@@ -72,6 +96,41 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
         and not any(getattr(module, name) for name in _HOOKS)
         and all(_is_ordinary(parameter) for parameter in module._parameters.values())
     )
+
+
+def why_not_by_token(module: nn.Module, name: str) -> str | None:
+    """Why a call of ``module`` with some of the tokens might not give the rows of a call with all of them.
+
+    None if it does. What is not known to act on every token by itself might not: modules of the user's own,
+    those whose class was given another forward, hooks, dropouts that are on, weights of unknown classes
+    (quantised ones may scale by the largest of all tokens).
+    """
+    if all(_acts_by_token(part) and not drops(part) and not is_observed(part) for part in module.modules()):
+        return None  # without making their names
+    for path, part in module.named_modules(prefix=name):
+        if is_observed(part):
+            return f"{path} has hooks or another forward"
+        if drops(part):
+            return f"{path} drops"
+        if not _acts_by_token(part):
+            return f"{path} is a {type(part).__name__} that may use several tokens at once"
+    return None
+
+
+def _acts_by_token(part: nn.Module) -> bool:
+    cls = type(part)
+    if cls in CONTAINERS or cls.__module__.startswith(BY_TOKEN_PACKAGES):
+        return True
+    if cls not in BY_TOKEN:
+        # Sharded and parametrised modules are of subclasses, without a forward of their own.
+        bases = (base for base in BY_TOKEN if isinstance(part, base) and base.forward is cls.forward)
+        cls = next(bases, None)
+    known = cls in _FORWARDS and cls.forward is _FORWARDS[cls]
+    return known and all(_is_ordinary(tensor) or _is_sharded(tensor) for tensor in part._parameters.values())
+
+
+def _is_sharded(tensor: Tensor) -> bool:
+    return type(tensor).__module__.startswith("torch.distributed.")
 
 
 def _is_ordinary(tensor: Tensor | None) -> bool:
@@ -119,6 +178,9 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
         for value in chain(part._parameters.values(), part.__dict__.values()):
             if isinstance(value, Tensor):
                 yield value
+
+
+remember_forward(*BY_TOKEN)
 
 
 class Enclosing:

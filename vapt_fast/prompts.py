@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
 from .config import PromptConfig
-from .modules import is_plain, remember_forward, tensors_of
+from .modules import has_global_hooks, is_plain, remember_forward, tensors_of
 
 __all__ = ["AdaptivePrompts", "Masks", "Projector", "Prompts", "StaticPrompts"]
 
@@ -250,9 +250,10 @@ def _mask(module: nn.Module, rate: float, *shape: int, **options: Any) -> Tensor
 
 def _call(module: nn.Module, x: Tensor) -> Tensor:
     """``module(x)`` in x's dtype; where the module is not plain, in that of its weights."""
-    if is_plain(module, nn.Linear):
+    observed = has_global_hooks()
+    if not observed and is_plain(module, nn.Linear):
         return F.linear(x, *_cast(module, x.dtype))
-    if is_plain(module, nn.LayerNorm):
+    if not observed and is_plain(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, *_cast(module, x.dtype), module.eps)
     dtypes = (tensor.dtype for tensor in tensors_of(module) if tensor.is_floating_point())
     return module(x.to(next(dtypes, x.dtype))).to(x.dtype)

@@ -32,7 +32,7 @@ from .functional import (
     prompt_pool,
     prompt_projector,
 )
-from .modules import is_plain
+from .modules import has_global_hooks, is_plain
 from .prompts import AdaptivePrompts, Masks, Projector, Prompts
 
 __all__ = ["can_pool", "forward_tokens"]
@@ -203,7 +203,7 @@ class _PooledSource:
             scale=1.0 if projector is None else projector.scale,
             channel_mask=self.masks.channels,
             feature_mask=self.masks.features,
-            activation=config.projector_activation,
+            activation="identity" if projector is None else projector.activation,
             dtype=dtype,
             backend=self.backend,
             **_affine(norm, otherwise=None),
@@ -233,12 +233,19 @@ def _prompt_sources(
 def can_pool(prompts: Prompts, index: int) -> bool:
     """Whether the prompts of block ``index`` are pooled from the tokens and their weights may be read."""
     block, projector = prompts.blocks[index], prompts.projector_of(index)
-    plain = is_plain(block, AdaptivePrompts)
-    plain = plain and is_plain(block.norm, nn.LayerNorm) and is_plain(block.token_projection, nn.Linear)
+    if has_global_hooks() or not is_plain(block, AdaptivePrompts):
+        return False
+    plain = _is_affine(block.norm, nn.LayerNorm) and _is_affine(block.token_projection, nn.Linear)
     if plain and projector is not None:
         plain = is_plain(projector, Projector)
-        plain = plain and all(is_plain(part, nn.Linear) for part in (projector.down, projector.up))
+        plain = plain and all(
+            is_plain(part, nn.Linear) and part.bias is None for part in (projector.down, projector.up)
+        )
     return plain
+
+
+def _is_affine(module: nn.Module, cls: type[nn.Module]) -> bool:
+    return is_plain(module, cls) and module.weight is not None and module.bias is not None
 
 
 def _matrices(blocks: list[AdaptivePrompts], dtype: torch.dtype) -> Tensor:

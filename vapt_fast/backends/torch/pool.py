@@ -93,6 +93,7 @@ class _PromptPool(torch.autograd.Function):
 
     @staticmethod
     def forward(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps):
+        # PyTorch 2.14 doesn't compile forward(*arguments).
         return _pool(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps)
 
     @staticmethod
