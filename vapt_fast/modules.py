@@ -87,13 +87,16 @@ def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
     modules are), neither it nor its class was given another forward, it has no hooks, and its weights are
     ordinary tensors.
     """
+    return type(module) in classes and _is_untouched(module)
+
+
+def _is_untouched(module: nn.Module) -> bool:
     cls = type(module)
     return (
-        cls in classes
-        and cls in _FORWARDS
-        and cls.forward is _FORWARDS[cls]
+        _FORWARDS.get(cls) is cls.forward
         and "forward" not in module.__dict__  # PyTorch 2.8 doesn't compile vars(module)
-        and not any(getattr(module, name) for name in _HOOKS)
+        and not (module._forward_pre_hooks or module._forward_hooks)
+        and not (module._backward_pre_hooks or module._backward_hooks)
         and all(_is_ordinary(parameter) for parameter in module._parameters.values())
     )
 
@@ -105,8 +108,8 @@ def why_not_by_token(module: nn.Module, name: str) -> str | None:
     those whose class was given another forward, hooks, dropouts that are on, weights of unknown classes
     (quantised ones may scale by the largest of all tokens).
     """
-    if all(_acts_by_token(part) and not drops(part) and not is_observed(part) for part in module.modules()):
-        return None  # without making their names
+    if _is_plainly_by_token(module):
+        return None
     for path, part in module.named_modules(prefix=name):
         if is_observed(part):
             return f"{path} has hooks or another forward"
@@ -115,6 +118,17 @@ def why_not_by_token(module: nn.Module, name: str) -> str | None:
         if not _acts_by_token(part):
             return f"{path} is a {type(part).__name__} that may use several tokens at once"
     return None
+
+
+def _is_plainly_by_token(module: nn.Module) -> bool:
+    """Whether nobody has touched any part of ``module``: the usual case, asked in every call, so fast."""
+    parts = [module]
+    while parts:
+        part = parts.pop()
+        if type(part) not in BY_TOKEN or not _is_untouched(part) or (part.training and drops(part)):
+            return False
+        parts.extend(child for child in part._modules.values() if child is not None)
+    return True
 
 
 def _acts_by_token(part: nn.Module) -> bool:
@@ -136,7 +150,8 @@ def _is_sharded(tensor: Tensor) -> bool:
 def _is_ordinary(tensor: Tensor | None) -> bool:
     return (
         tensor is None
-        or type(tensor) in (Tensor, nn.Parameter)
+        or type(tensor) is nn.Parameter
+        or type(tensor) is Tensor
         or isinstance(tensor, (FakeTensor, FunctionalTensor))
     )
 
