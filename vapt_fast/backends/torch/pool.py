@@ -92,8 +92,9 @@ class _PromptPool(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments):
-        return _pool(*arguments)
+    def forward(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps):
+        # By name: without gradients torch.compile counts the parameters, to see whether one is a context.
+        return _pool(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
