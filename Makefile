@@ -25,11 +25,7 @@ demo: $(BIN)/.installed ## adapt a ViT to digits it has never seen; writes a tab
 test: $(BIN)/.installed ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-<<<<<<< HEAD
-mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have changed; writes tests/mutants.json
-=======
 mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have changed
->>>>>>> ops
 	$(BIN)/python tests/kill_mutants.py
 	$(BIN)/python tests/cuda_mutants.py
 	$(BIN)/python tests/cuda_mutants_pool.py

@@ -95,11 +95,7 @@ class _PromptPool(torch.autograd.Function):
 
     @staticmethod
     def forward(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps):
-<<<<<<< HEAD
-        # PyTorch 2.14 doesn't compile forward(*arguments).
-=======
         # By name: without gradients torch.compile counts the parameters, to see whether one is a context.
->>>>>>> ops
         return _pool(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps)
 
     @staticmethod
