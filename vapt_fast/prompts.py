@@ -108,6 +108,7 @@ class AdaptivePrompts(nn.Module):
     def __init__(self, config: PromptConfig, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.config = config
+        self.dim = dim
         self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=PROMPT_NORM_EPS)
         size = config.conv_kernel
@@ -130,8 +131,8 @@ class AdaptivePrompts(nn.Module):
 
     def draw_masks(self, batch: int, **options: Any) -> Masks:
         """Masks for ``batch`` images with the dtype and device in ``options``; none in eval mode."""
-        config, dim = self.config, self.norm.normalized_shape[0]
-        channels = _mask(self, config.channel_dropout, batch, 1, dim, **options)
+        config = self.config
+        channels = _mask(self, config.channel_dropout, batch, 1, self.dim, **options)
         features = None
         if config.projector_dim is not None:
             shape = batch, config.num_prompts, config.projector_dim
