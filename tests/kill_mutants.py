@@ -1,8 +1,8 @@
 """Mutation tests of the Triton kernels: each small change of a kernel's source has to be noticed.
 
 ``python tests/kill_mutants.py [FILE ...]`` makes the mutants of files of kernels/, runs a few quick checks on
-each of them, prints which check notices it, and fails where more than 5% survive: mutants.md says which may. It
-takes about a second a mutant, in a process of its own that is forked from this one: torch and the expected
+each of them, prints which check notices it, and fails where more than 5% survive; mutants.md says which may.
+It takes about a second a mutant, in a process of its own that is forked from this one: torch and the expected
 results are there already.
 """
 
@@ -275,9 +275,8 @@ def main() -> None:
         picked = chosen(file, arguments.count)
         names = survivors(file, picked)
         total, survived = total + len(picked), survived + len(names)
-        print(
-            f"{file}: {len(picked) - len(names)} of {len(picked)} were noticed, all but", *names, sep="\n    "
-        )
+        noticed = len(picked) - len(names)
+        print(f"{file}: {noticed} of {len(picked)} were noticed, all but", *names, sep="\n    ")
     if survived > MOST_SURVIVORS * total:
         sys.exit(f"{survived} of {total} mutants survived")
 

@@ -10,8 +10,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from compiled import COMPILED_IN_TESTS, SHARED_MEMORY, resources  # noqa: E402 (imports kernels)
 
-# Bytes a thread. Releases of the compiler differ by a few registers, which it spills even where others are free;
-# a block that is too large for the registers spills hundreds of bytes.
+# Bytes a thread. Releases of the compiler differ by a few registers, which it spills even where others are
+# free; a block that is too large for the registers spills hundreds of bytes.
 MOST_SPILLED = 32
 
 
