@@ -22,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors.torch import save_file
 from timm.models import save_for_hf
+from tiny import assert_same
 from typer.testing import CliRunner
 
 import vapt_fast.adapters
@@ -30,7 +31,14 @@ from vapt_fast.cli import app
 from vapt_fast.cli.console import count
 from vapt_fast.cli.pictures import draw, prompt_maps
 from vapt_fast.digits import digit_images
-from vapt_fast.training import UserError, build_model, data_config, digit_splits, eval_transform
+from vapt_fast.training import (
+    UserError,
+    build_model,
+    data_config,
+    digit_splits,
+    eval_transform,
+    load_model,
+)
 from vapt_fast.training.checkpoint import load_checkpoint
 from vapt_fast.training.comparison import Comparison, compare
 from vapt_fast.training.evaluation import Evaluation
@@ -304,6 +312,8 @@ def test_predict_with_an_adapter_of_the_users_own(tmp_path, digit_files):
     for option in (("--backbone", source), ("--weights", tmp_path / "weights.safetensors")):
         result = invoke("predict", tmp_path / "adapter", digit_files, *option, "--json")
         assert {one["class"] for one in json.loads(result.stdout)} <= {"0", "1"}
+        result = invoke("evaluate", tmp_path / "adapter", "--data", "digits", *option)
+        assert "classes that the model doesn't know" in error_of(result)
 
 
 def test_predict_with_a_fully_tuned_model(tmp_path, digit_files):
@@ -539,7 +549,8 @@ def timm_trained(tmp_path):
     for model in models:
         for parameter in model.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    models[1].load_state_dict(models[0].state_dict() | dict(models[1].named_adapter_parameters()))
+    frozen = {name: value for name, value in models[0].state_dict().items() if name.startswith("backbone.")}
+    models[1].load_state_dict(models[1].state_dict() | frozen)
     kwargs = {name: VIT[name] for name in ("num_prompts", "embed_dim", "depth", "num_heads")}
     timm_checkpoint(tmp_path / "last.pth.tar", *models, model=NAME, img_size=32, model_kwargs=kwargs)
     return tmp_path / "last.pth.tar", models
@@ -564,11 +575,10 @@ def test_an_adapter_of_a_timm_checkpoint(timm_trained, use_ema, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded(images), models[use_ema].eval()(images))
-    assert loaded.adapter_metadata["class_names"] == ["cat", "dog", "owl"]
-    config = loaded.adapter_metadata["data_config"]
-    assert config["input_size"] == [3, 32, 32]
-    assert config["mean"] == [0.4] * 3
-    assert eval_transform(config)(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+    assert loaded.class_names == ("cat", "dog", "owl")
+    assert loaded.data_config["mean"] == [0.4] * 3
+    assert loaded.transform()(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+    assert not list((tmp_path / "out").glob("backbone-*"))
 
 
 def test_an_adapter_of_a_state_dict(timm_trained, tmp_path):
@@ -579,11 +589,10 @@ def test_an_adapter_of_a_state_dict(timm_trained, tmp_path):
     result = invoke(*command, "--model", NAME, "--model-kwarg", "num_prompts=2", *options)
     assert result.exit_code == 0, result.output
     assert "no --class-names were given" in result.stderr
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["metadata"]["class_names"] == [
-        "0",
-        "1",
-        "2",
-    ]
+    assert "the frozen backbone is kept" in result.stderr  # nothing tells where it comes from
+    loaded, metadata = load_model(tmp_path / "out")
+    assert metadata["class_names"] == ["0", "1", "2"]
+    assert_same(loaded.state_dict(), models[0].state_dict(), 0)
     assert "doesn't tell its model: give --model vapt_NAME" in error_of(invoke(*command))
     assert "the checkpoint doesn't fit" in error_of(invoke(*command, "--model", NAME))
     assert "must be KEY=VALUE, got 'depth'" in error_of(invoke(*command, "--model-kwarg", "depth"))

@@ -18,12 +18,12 @@ from timm.layers import to_2tuple
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from ..vit import AdaptiveViT
+from ..vit import DEFAULT_ADAPTER, AdaptiveViT
 from .errors import UserError, printable
 
 __all__ = ["read_class_names", "read_timm_checkpoint", "timm_model"]
 
-_HEADS = ("backbone.head.weight", "head.weight")
+_HEADS = (f"adapters.{DEFAULT_ADAPTER}.head.weight", "head.weight")
 
 
 def read_timm_checkpoint(
