@@ -34,6 +34,7 @@ from vapt_fast.training import UserError, build_model, data_config, digit_splits
 from vapt_fast.training.checkpoint import load_checkpoint
 from vapt_fast.training.comparison import Comparison, compare
 from vapt_fast.training.evaluation import Evaluation
+from vapt_fast.training.methods import trained_state
 
 QUICK = ["--train-images", "5", "--epochs", "2", "--lr", "1", "--prompts", "2"]
 
@@ -539,7 +540,7 @@ def timm_trained(tmp_path):
     for model in models:
         for parameter in model.trainable_parameters():
             torch.nn.init.normal_(parameter, std=0.3)
-    models[1].load_state_dict(models[0].state_dict() | dict(models[1].named_adapter_parameters()))
+    models[1].load_state_dict(models[0].state_dict() | trained_state(models[1]))
     kwargs = {name: VIT[name] for name in ("num_prompts", "embed_dim", "depth", "num_heads")}
     timm_checkpoint(tmp_path / "last.pth.tar", *models, model=NAME, img_size=32, model_kwargs=kwargs)
     return tmp_path / "last.pth.tar", models
@@ -564,11 +565,25 @@ def test_an_adapter_of_a_timm_checkpoint(timm_trained, use_ema, tmp_path):
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
         assert torch.equal(loaded(images), models[use_ema].eval()(images))
-    assert loaded.adapter_metadata["class_names"] == ["cat", "dog", "owl"]
-    config = loaded.adapter_metadata["data_config"]
-    assert config["input_size"] == [3, 32, 32]
-    assert config["mean"] == [0.4] * 3
-    assert eval_transform(config)(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+    assert list(loaded.class_names) == ["cat", "dog", "owl"]
+    assert loaded.data_config["mean"] == [0.4] * 3
+    assert loaded.transform()(Image.new("RGB", (50, 40))).shape == (3, 32, 32)
+
+
+def test_an_adapter_of_a_checkpoint_without_pretrained_weights_holds_the_backbone(digit_files, tmp_path):
+    model = timm.create_model(NAME, **VIT)
+    kwargs = {name: VIT[name] for name in ("num_prompts", "embed_dim", "depth", "num_heads", "img_size")}
+    timm_checkpoint(tmp_path / "last.pth", model, model=NAME, model_kwargs=kwargs, pretrained=False)
+    result = invoke("timm-adapter", tmp_path / "last.pth", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "the frozen backbone is kept too" in result.stderr
+    predictions = json.loads(invoke("predict", tmp_path / "out", digit_files, "--json").stdout)
+    assert {one["class"] for one in predictions} <= {"0", "1", "2"}
+    data = tmp_path / "data" / "2"
+    shutil.copytree(digit_files, data)
+    found = json.loads(invoke("evaluate", tmp_path / "out", "--data", data.parent, "--json").stdout)
+    right = sum(one["class"] == "2" for one in predictions)
+    assert found["accuracy"] == right / len(predictions)
 
 
 def test_an_adapter_of_a_state_dict(timm_trained, tmp_path):
@@ -579,11 +594,8 @@ def test_an_adapter_of_a_state_dict(timm_trained, tmp_path):
     result = invoke(*command, "--model", NAME, "--model-kwarg", "num_prompts=2", *options)
     assert result.exit_code == 0, result.output
     assert "no --class-names were given" in result.stderr
-    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["metadata"]["class_names"] == [
-        "0",
-        "1",
-        "2",
-    ]
+    loaded = AdaptiveViT.from_adapter(tmp_path / "out", backbone=models[0].backbone)
+    assert list(loaded.class_names) == ["0", "1", "2"]
     assert "doesn't tell its model: give --model vapt_NAME" in error_of(invoke(*command))
     assert "the checkpoint doesn't fit" in error_of(invoke(*command, "--model", NAME))
     assert "must be KEY=VALUE, got 'depth'" in error_of(invoke(*command, "--model-kwarg", "depth"))

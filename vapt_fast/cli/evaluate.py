@@ -27,7 +27,9 @@ _SUFFIXES = (".json", ".csv")
 
 
 def evaluate(
-    adapter: Annotated[Path, typer.Argument(help="Folder that vapt-fast train wrote.")],
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder that vapt-fast train or model.save_adapter() wrote.")
+    ],
     data: Annotated[
         str,
         typer.Option(
@@ -40,6 +42,15 @@ def evaluate(
         typer.Option(help="Of a folder that is split already (default: test)."),
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    backbone: Annotated[
+        str | None,
+        typer.Option(
+            help="timm's name of the backbone, as local-dir:/folder (default: what the adapter says)."
+        ),
+    ] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="File with the backbone's weights, if the adapter's folder has none.")
+    ] = None,
     backend: Annotated[
         str | None, typer.Option(help="auto, reference, torch, triton, cuda or kernels; see vapt-fast info.")
     ] = None,
@@ -73,7 +84,7 @@ def evaluate(
         if output is not None and output.suffix.lower() not in _SUFFIXES:
             raise UserError(f"--output must end in one of {_SUFFIXES}, got {output}")
         device = pick_device(device)
-        model, metadata = load_model(adapter, backend)
+        model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
         missing = [key for key in ("class_names", "data_config") if key not in metadata]
         if missing:
             raise UserError(f"{adapter} has no {' and no '.join(missing)}: save them with the adapter")

@@ -56,15 +56,12 @@ def timm_adapter(
             names = [str(index) for index in range(built.num_classes)]
         else:
             names = read_class_names(class_names, built.num_classes)
-        built.save_adapter(output, metadata={"class_names": names, "data_config": data_config})
+        from_timm = args.get("pretrained", True)
+        built.save_adapter(output, class_names=names, data_config=data_config, include_backbone=not from_timm)
     if class_names is None:
         say("no --class-names were given: the classes are called by their numbers", status)
-    if not args.get("pretrained", True):
-        say(
-            "the training did not start from timm's pre-trained weights: to load the adapter, give it the "
-            "backbone that it was trained on",
-            status,
-        )
+    if not from_timm:
+        say("the frozen backbone is kept too, because no name of timm's gives its weights", status)
     say(f"{built.backbone_name}, {count(len(names), 'class', 'classes')}; wrote {output}")
 
 

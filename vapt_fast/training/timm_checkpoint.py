@@ -23,8 +23,6 @@ from .errors import UserError, printable
 
 __all__ = ["read_class_names", "read_timm_checkpoint", "timm_model"]
 
-_HEADS = ("backbone.head.weight", "head.weight")
-
 
 def read_timm_checkpoint(
     path: str | Path, *, use_ema: bool = False
@@ -98,7 +96,7 @@ def timm_model(
     if image_size is not None:
         chosen["img_size"] = image_size
     if "num_classes" not in chosen:
-        heads = [state[head] for head in _HEADS if head in state]
+        heads = [t for name, t in state.items() if name.startswith("adapters.") and "head.weight" in name]
         if not heads:
             raise UserError("the checkpoint doesn't tell how many classes it has: give --num-classes")
         chosen["num_classes"] = len(heads[0])
