@@ -8,6 +8,7 @@ import timm
 import torch
 
 from vapt_fast import AdaptiveViT, PromptConfig
+from vapt_fast.config import METHOD_KINDS
 
 
 def test_the_default_is_the_papers_recipe():
@@ -121,3 +122,11 @@ def test_weights_of_a_timm_model_are_refused_with_advice(tmp_path):
     overlay = {"file": str(path), "num_classes": -1}  # as timm's train.py does with --pretrained-path
     model = timm.create_model("vapt_test_vit", pretrained=True, num_classes=2, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.backbone.cls_token, torch.load(path)["cls_token"])
+
+
+@pytest.mark.parametrize(("method", "kind"), METHOD_KINDS.items())
+def test_the_name_of_a_method_is_answered_with_its_kind(method, kind):
+    with pytest.raises(
+        ValueError, match=f"kind must be one of .*, got '{method}'; that method's kind is '{kind}'"
+    ):
+        PromptConfig(kind=method)

@@ -15,6 +15,9 @@ __all__ = ["KINDS", "PromptConfig", "explain_unexpected", "split_options"]
 
 KINDS = ("adaptive", "deep", "shallow")
 
+METHOD_KINDS = {"vapt": "adaptive", "vpt-deep": "deep", "vpt-shallow": "shallow"}
+"""The kind of prompts of each method, by its name on the command line."""
+
 
 @dataclass(frozen=True)
 class PromptConfig:
@@ -62,6 +65,11 @@ class PromptConfig:
     pool_prompts: bool = False
 
     def __post_init__(self) -> None:
+        if self.kind in tuple(METHOD_KINDS):
+            raise ValueError(
+                f"kind must be one of {KINDS}, got {self.kind!r}; that method's kind is "
+                f"{METHOD_KINDS[self.kind]!r}"
+            )
         _check_choice("kind", self.kind, KINDS)
         self._set("num_prompts", integer("num_prompts", self.num_prompts, minimum=0))
         self._set("static_depth", integer("static_depth", self.static_depth, minimum=0))

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from ..config import PromptConfig
+from ..config import METHOD_KINDS, PromptConfig
 from ..names import similar_names
 from ..source import load_weights
 from ..vit import AdaptiveViT
@@ -48,14 +48,14 @@ _PROMPT_LRS = {"sgd": (10.0, 2.5, 0.5, 0.1), "adamw": (0.04, 0.01, 0.0025, 0.000
 _FULL_LRS = {"sgd": (0.1, 0.02, 0.004), "adamw": (0.001, 0.0002, 0.00004)}
 
 METHODS = {
-    "vapt": Method("VAPT", {"kind": "adaptive"}, _PROMPT_LRS),
-    "vpt-deep": Method("VPT-deep", {"kind": "deep"}, _PROMPT_LRS),
-    "vpt-shallow": Method("VPT-shallow", {"kind": "shallow"}, _PROMPT_LRS),
+    "vapt": Method("VAPT", {"kind": METHOD_KINDS["vapt"]}, _PROMPT_LRS),
+    "vpt-deep": Method("VPT-deep", {"kind": METHOD_KINDS["vpt-deep"]}, _PROMPT_LRS),
+    "vpt-shallow": Method("VPT-shallow", {"kind": METHOD_KINDS["vpt-shallow"]}, _PROMPT_LRS),
     "linear": Method("linear probe", {"num_prompts": 0}, _PROMPT_LRS),
     "full": Method("full fine-tuning", None, _FULL_LRS),
 }
 
-KINDS = {"adaptive": "vapt", "deep": "vpt-deep", "shallow": "vpt-shallow"}
+KINDS = {kind: method for method, kind in METHOD_KINDS.items()}
 """The method of each ``PromptConfig.kind``. Where a method is asked for, its kind says the same."""
 
 

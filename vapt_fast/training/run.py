@@ -319,7 +319,7 @@ def _check_backend(options: RunOptions) -> None:
         if options.backend is not None:
             _dispatch.check_backend(options.backend)
         _dispatch.resolve(options.backend)
-    except ValueError as error:
+    except (ValueError, _dispatch.BackendUnavailable) as error:
         raise UserError(str(error)) from error
 
 
@@ -370,7 +370,7 @@ def _first_model(make_model: Callable[[int], nn.Module], options: RunOptions, nu
     except FileNotFoundError as error:
         if options.weights is not None:
             raise UserError(str(error)) from error
-        raise UserError(f"the weights of {options.backbone!r} can't be had: {error}") from error
+        raise UserError(f"the weights of {options.backbone!r} can't be loaded: {error}") from error
     except OSError as error:
         raise UserError(f"the weights of {options.backbone!r} can't be loaded: {error}") from error
     except UserError:
