@@ -297,11 +297,28 @@ def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions]:
 def call_block(model: nn.Module, index: int, tokens: Tensor, positions: Positions) -> Tensor:
     """Block ``index`` as timm defines it, on a sequence that holds ``positions.num_extra`` prompt tokens."""
     block = model.blocks[index]
+    _check_offloading(block)
     if isinstance(model, Beit):
         return block(tokens, shared_rel_pos_bias=positions.bias)
     if positions.rope is not None:
         return block(tokens, rope=positions.sequence_rope(index))
     return block(tokens)
+
+
+def _check_offloading(block: nn.Module) -> None:
+    """Raise where timm would compute with a weight that accelerate has not brought back.
+
+    Its attentions with a bias of their own read the weight of qkv, and don't call it.
+    """
+    attn = getattr(block, "attn", None)
+    if getattr(attn, "q_bias", None) is None or attn.qkv_bias_separate:
+        return
+    if hasattr(attn.qkv, "_hf_hook") and attn.qkv.weight.is_meta:
+        name = type(block).__name__
+        raise RuntimeError(
+            f"{type(attn).__name__} reads attn.qkv.weight, which is offloaded and comes back only in calls "
+            f"of attn.qkv; offload blocks as a whole, with preload_module_classes=[{name!r}]"
+        )
 
 
 class BeitAttention(beit.Attention):
