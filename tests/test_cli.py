@@ -651,8 +651,13 @@ def test_a_mistyped_backend_is_found_first(command, trained, digit_files, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_bench_suggests_backbones():
-    assert "similar: vit_base_patch16_224" in error_of(invoke("bench", "--backbone", "vit_bse_patch16_224"))
+@pytest.mark.parametrize("command", [["bench", "--backbone"], ["info"]])
+def test_other_commands_suggest_backbones_too(command):
+    assert "similar: vit_base_patch16_224" in error_of(invoke(*command, "vit_bse_patch16_224"))
+
+
+def test_info_about_a_backbone_that_is_not_supported():
+    assert "ResNet (family 'resnet') is not supported" in error_of(invoke("info", "resnet18"))
 
 
 def test_version():
