@@ -25,7 +25,7 @@ demo: $(BIN)/.installed ## adapt a ViT to digits it has never seen; writes a tab
 test: $(BIN)/.installed ## all tests
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
 
-mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have changed; writes tests/mutants.json
+mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have changed
 	$(BIN)/python tests/kill_mutants.py
 	$(BIN)/python tests/cuda_mutants.py
 	$(BIN)/python tests/cuda_mutants_pool.py

@@ -219,6 +219,10 @@ def refusals(kernels: Kernels) -> str | None:
     arguments, _, _ = kernels.forward_arguments([t[..., :8].contiguous() for t in tensors], 0.3)
     if kernels.launch("prompt_attention_forward", arguments).code != OK:
         return "a right stride is refused"
+    arguments, _, _ = kernels.forward_arguments([t[:1] for t in tensors], 0.3)
+    arguments.q.batch = 1
+    if kernels.launch("prompt_attention_forward", arguments).code != OK:
+        return "the stride of a single image is refused"
     return None
 
 
@@ -283,6 +287,7 @@ NO_MUTANT = "it does not compile"
 
 def _tried(noticed: Callable[[Path], str | None], sources: list[Path], mutant: Mutant | None) -> str | None:
     torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a compiler says of a mutant is of no use
     with tempfile.TemporaryDirectory() as name:
         for source in sources:
             mutated = mutant is not None and mutant.source == source

@@ -1,14 +1,12 @@
 """Mutants of the Triton kernels: which small changes of a kernel's source there are.
 
-Each of them has to be noticed by the checks of kill_mutants.py, which writes what noticed it to mutants.json.
-What survives is explained in mutants.md.
+Each of them has to be noticed by the checks of kill_mutants.py, unless it computes the same; see mutants.md.
 """
 
 from __future__ import annotations
 
 import ast
 import copy
-import hashlib
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -17,10 +15,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-__all__ = ["FOLDER", "OPERATORS", "TABLE", "Mutant", "chosen", "mutants", "mutants_of", "source_hash"]
+__all__ = ["OPERATORS", "Mutant", "chosen", "mutants", "mutants_of"]
 
 FOLDER = Path(__file__).parent.parent / "kernels"
-TABLE = Path(__file__).with_name("mutants.json")
 
 # Mutants of a file that are tried.
 PER_FILE = 60
@@ -250,20 +247,6 @@ def _without_docstrings(tree: ast.Module) -> ast.Module:
         if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
             node.body = node.body[1:]
     return tree
-
-
-def source_hash(source: str) -> str:
-    """Of what a source computes: the same for other comments, docstrings and line breaks, on every Python."""
-    structure = _structure(_without_docstrings(ast.parse(source)))
-    return hashlib.sha256(repr(structure).encode()).hexdigest()[:16]
-
-
-def _structure(value: Any) -> Any:
-    """A syntax tree as lists, without what is absent, which not every Python has a name for."""
-    if isinstance(value, ast.AST):
-        fields = [(name, _structure(field)) for name, field in ast.iter_fields(value)]
-        return [type(value).__name__, *(field for field in fields if field[1] not in (None, []))]
-    return [_structure(item) for item in value] if isinstance(value, list) else value
 
 
 def chosen(file: str, count: int = PER_FILE) -> list[Mutant]:

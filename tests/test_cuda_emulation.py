@@ -549,3 +549,12 @@ def test_conversions_are_those_of_pytorch(kernels, dtype, number):
     pointers = (c_void_p(t.data_ptr()) for t in (given, rounded))
     kernels.library.from_float(number, c_int64(len(given)), *pointers)
     assert_equal([rounded.view(dtype)], [given.to(dtype)])
+
+
+def test_the_stride_of_an_axis_of_length_1_does_not_matter(kernels):
+    tensors = [torch.randn(1, 3, 2, 8).half() for _ in INPUTS]
+    arguments, out, _ = kernels.forward_arguments(tensors, 0.3)
+    arguments.q.batch = 1
+    status = kernels.launch("prompt_attention_forward", arguments)
+    assert status.code == OK, status.message
+    assert_equal([out], [kernels.forward(tensors, 0.3)[0]])

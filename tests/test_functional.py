@@ -1,6 +1,7 @@
 """The ops against their formulas in eager PyTorch: values, gradients, layouts, extremes, low precision."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -215,6 +216,9 @@ def test_a_compiled_function_has_the_right_gradients(make, sizes, dynamic):
     compiled = torch.compile(Module(op, options), fullgraph=True, dynamic=dynamic, backend="aot_eager")
     for given in (tensors, more):
         assert_same_results(results(compiled, given, {}), results(formula, given, options), 1e-10)
+        with torch.no_grad():
+            outputs = [f(*given) for f in (compiled, partial(formula, **options))]
+        torch.testing.assert_close(*outputs, rtol=1e-10, atol=1e-10)
 
 
 # ---- extremes

@@ -972,7 +972,6 @@ def test_images_in_a_folder(image_folder, tmp_path):
         ({"cache": True, "augment": "crop-flip"}, "cache"),
         ({"validation_share": 0.7, "test_share": 0.5}, "together below 1, got 0.7 and 0.5"),
         ({"weights": "nowhere.pth"}, "weights 'nowhere.pth': no such file"),
-        ({"backend": "cuda"}, "cuda"),
         ({"crop_pct": 1.5}, r"crop_pct must be in \(0, 1\], got 1.5"),
     ],
 )

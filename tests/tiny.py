@@ -117,3 +117,10 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
         assert actual[name].dtype == tensor.dtype, name
         error = (actual[name] - tensor).abs().max().item() / max(1.0, tensor.abs().max().item())
         assert error <= tolerance, f"{name} is off by {error:.1e}"
+
+
+def assert_alike(actual: dict[str, Tensor | None], expected: dict[str, Tensor | None]) -> None:
+    """The same numbers; no gradient where the literal method gives none."""
+    unused = {name for name, tensor in expected.items() if tensor is None}
+    assert unused == {name for name, tensor in actual.items() if tensor is None}
+    assert_same(*({n: t for n, t in results.items() if n not in unused} for results in (actual, expected)))

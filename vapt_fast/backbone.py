@@ -290,7 +290,8 @@ def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions]:
             tokens = tokens + model.pos_embed
         tokens = model.pos_drop(tokens)
         return tokens, Positions(bias=model.rel_pos_bias() if model.rel_pos_bias is not None else None)
-    return model.norm_pre(model._pos_embed(model.patch_embed(images))), Positions()
+    tokens = model.patch_drop(model._pos_embed(model.patch_embed(images)))
+    return model.norm_pre(tokens), Positions()
 
 
 def call_block(model: nn.Module, index: int, tokens: Tensor, positions: Positions) -> Tensor:

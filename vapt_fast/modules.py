@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any
 
@@ -42,7 +42,7 @@ __all__ = [
     "is_plain",
     "remember_forward",
     "share_tensors",
-    "tensors_of",
+    "weights_of",
     "why_not_by_token",
 ]
 
@@ -187,12 +187,22 @@ def drops(module: nn.Module) -> bool:
     return isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0
 
 
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """The parameters of ``module``, also where they are plain attributes, as in replicas of DataParallel."""
+def weights_of(module: nn.Module, most: int | None = None) -> list[Tensor]:
+    """The floating-point parameters of ``module``; in replicas of DataParallel they are plain attributes.
+
+    Args:
+        module: any.
+        most: stop after this many.
+    """
+    found: list[Tensor] = []
     for part in module.modules():
-        for value in chain(part._parameters.values(), part.__dict__.values()):
-            if isinstance(value, Tensor):
-                yield value
+        replica = "_is_replica" in part.__dict__
+        for value in part.__dict__.values() if replica else part._parameters.values():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                found.append(value)
+        if most is not None and len(found) >= most:
+            return found[:most]
+    return found
 
 
 remember_forward(*BY_TOKEN)

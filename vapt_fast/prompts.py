@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .activations import ACTIVATIONS
 from .config import PromptConfig
-from .modules import has_global_hooks, is_plain, remember_forward, tensors_of
+from .modules import has_global_hooks, is_plain, remember_forward, weights_of
 
 __all__ = ["AdaptivePrompts", "Masks", "Projector", "Prompts", "StaticPrompts"]
 
@@ -108,6 +108,7 @@ class AdaptivePrompts(nn.Module):
     def __init__(self, config: PromptConfig, dim: int, grid: tuple[int, int]) -> None:
         super().__init__()
         self.config = config
+        self.dim = dim
         self.grid = grid
         self.norm = nn.LayerNorm(dim, eps=PROMPT_NORM_EPS)
         size = config.conv_kernel
@@ -130,8 +131,8 @@ class AdaptivePrompts(nn.Module):
 
     def draw_masks(self, batch: int, **options: Any) -> Masks:
         """Masks for ``batch`` images with the dtype and device in ``options``; none in eval mode."""
-        config, dim = self.config, self.norm.normalized_shape[0]
-        channels = _mask(self, config.channel_dropout, batch, 1, dim, **options)
+        config = self.config
+        channels = _mask(self, config.channel_dropout, batch, 1, self.dim, **options)
         features = None
         if config.projector_dim is not None:
             shape = batch, config.num_prompts, config.projector_dim
@@ -148,9 +149,8 @@ class AdaptivePrompts(nn.Module):
         """
         masks = Masks() if masks is None else masks
         dtype = torch.promote_types(patches.dtype, torch.float32)
-        for tensor in tensors_of(self):
-            if tensor.is_floating_point():
-                dtype = torch.promote_types(dtype, tensor.dtype)
+        for weight in weights_of(self):
+            dtype = torch.promote_types(dtype, weight.dtype)
         with torch.autocast(patches.device.type, enabled=False):
             z = _call(self.norm, patches.to(dtype))
             batch, _, dim = z.shape
@@ -255,8 +255,8 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
         return F.linear(x, *_cast(module, x.dtype))
     if not observed and is_plain(module, nn.LayerNorm):
         return F.layer_norm(x, module.normalized_shape, *_cast(module, x.dtype), module.eps)
-    dtypes = (tensor.dtype for tensor in tensors_of(module) if tensor.is_floating_point())
-    return module(x.to(next(dtypes, x.dtype))).to(x.dtype)
+    weights = weights_of(module, most=1)
+    return module(x.to(weights[0].dtype if weights else x.dtype)).to(x.dtype)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

@@ -74,10 +74,11 @@ def forward_tokens(
     num_prefix = model.num_prefix_tokens
     depth = len(model.blocks)
     config = prompts.config
-    sources = _prompt_sources(prompts, masks, tokens.dtype, backend)
+    num_blocks = depth if num_blocks is None else num_blocks
+    sources = _prompt_sources(prompts, masks[:num_blocks], tokens.dtype, backend)
     stream = _Stream(tokens)
     travelling = 0
-    for index in range(depth if num_blocks is None else num_blocks):
+    for index in range(num_blocks):
         last = index == depth - 1
         source = sources[index] if index < len(sources) else None
         if source is not None and (config.kind == "shallow" or (last and config.pool_prompts)):

@@ -31,7 +31,7 @@ from .backbone import (
 from .backends import _dispatch
 from .config import PromptConfig, explain_unexpected, split_options
 from .data import eval_transform, full_data_config
-from .modules import tensors_of
+from .modules import weights_of
 from .names import similar_names
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_adaptive_prompts
@@ -389,7 +389,7 @@ class AdaptiveViT(nn.Module):
                 f"images must be of a floating dtype, got {images.dtype}; normalise them as the backbone's "
                 "pretrained_cfg says"
             )
-        weight = next(tensor for tensor in tensors_of(self.backbone) if tensor.is_floating_point())
+        (weight,) = weights_of(self.backbone, most=1)
         if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
             raise TypeError(
                 f"images must be of the backbone's dtype {weight.dtype}, got {images.dtype}; convert "

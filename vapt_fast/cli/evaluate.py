@@ -44,9 +44,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
     backbone: Annotated[
         str | None,
-        typer.Option(
-            help="timm's name of the backbone, as local-dir:/folder (default: what the adapter says)."
-        ),
+        typer.Option(help="timm's name of the backbone, as local-dir:/folder (default: the adapter's)."),
     ] = None,
     weights: Annotated[
         Path | None, typer.Option(help="File with the backbone's weights, if the adapter's folder has none.")
@@ -85,9 +83,6 @@ def evaluate(
             raise UserError(f"--output must end in one of {_SUFFIXES}, got {output}")
         device = pick_device(device)
         model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
-        missing = [key for key in ("class_names", "data_config") if key not in metadata]
-        if missing:
-            raise UserError(f"{adapter} has no {' and no '.join(missing)}: save them with the adapter")
         chosen = "validation" if split == "val" else split
         dataset = evaluation_data(data, metadata["data_config"], metadata["class_names"], chosen)
         if split is None and _was_trained_on(adapter, data):

@@ -12,6 +12,9 @@ from .console import count, failures, say, status
 
 __all__ = ["timm_adapter"]
 
+# train.py's options for a backbone that no name of timm's gives
+_OWN_WEIGHTS = ("pretrained_path", "initial_checkpoint")
+
 
 def timm_adapter(
     checkpoint: Annotated[Path, typer.Argument(help="File that timm's train.py wrote, or a state dict.")],
@@ -52,17 +55,18 @@ def timm_adapter(
         built, data_config = timm_model(
             state, args, model=model, num_classes=num_classes, image_size=image_size, options=options
         )
-        if class_names is None:
-            names = [str(index) for index in range(built.num_classes)]
-        else:
-            names = read_class_names(class_names, built.num_classes)
-        from_timm = args.get("pretrained", True)
-        built.save_adapter(output, class_names=names, data_config=data_config, include_backbone=not from_timm)
+        names = None if class_names is None else read_class_names(class_names, built.num_classes)
+        timms = args.get("pretrained") and not any(args.get(name) for name in _OWN_WEIGHTS)
+        built.save_adapter(output, class_names=names, data_config=data_config, include_backbone=not timms)
     if class_names is None:
         say("no --class-names were given: the classes are called by their numbers", status)
-    if not from_timm:
-        say("the frozen backbone is kept too, because no name of timm's gives its weights", status)
-    say(f"{built.backbone_name}, {count(len(names), 'class', 'classes')}; wrote {output}")
+    if not timms:
+        say(
+            "the frozen backbone is kept with the adapter, because the checkpoint doesn't tell that it has "
+            "timm's pre-trained weights",
+            status,
+        )
+    say(f"{built.backbone_name}, {count(built.num_classes, 'class', 'classes')}; wrote {output}")
 
 
 def _parse(text: str) -> tuple[str, Any]:

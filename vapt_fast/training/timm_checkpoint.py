@@ -18,10 +18,12 @@ from timm.layers import to_2tuple
 from timm.models import clean_state_dict
 from torch import Tensor
 
-from ..vit import AdaptiveViT
+from ..vit import DEFAULT_ADAPTER, AdaptiveViT
 from .errors import UserError, printable
 
 __all__ = ["read_class_names", "read_timm_checkpoint", "timm_model"]
+
+_HEADS = (f"adapters.{DEFAULT_ADAPTER}.head.weight", "head.weight")
 
 
 def read_timm_checkpoint(
@@ -96,7 +98,7 @@ def timm_model(
     if image_size is not None:
         chosen["img_size"] = image_size
     if "num_classes" not in chosen:
-        heads = [t for name, t in state.items() if name.startswith("adapters.") and "head.weight" in name]
+        heads = [state[head] for head in _HEADS if head in state]
         if not heads:
             raise UserError("the checkpoint doesn't tell how many classes it has: give --num-classes")
         chosen["num_classes"] = len(heads[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,7 +95,7 @@ class _PromptPool(torch.autograd.Function):
 
     @staticmethod
     def forward(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps):
-        # PyTorch 2.14 doesn't compile forward(*arguments).
+        # By name: without gradients torch.compile counts the parameters, to see whether one is a context.
         return _pool(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps)
 
     @staticmethod
@@ -106,30 +108,37 @@ class _PromptPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_normed, grad_pooled, *_):
-        xhat, r, s, matrix, weight, bias, norm_weight, raw = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        grad_x = grad_matrix = grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
-        weighted = scaled = products = None
-        if grad_pooled is not None:
-            weighted, scaled = matrix * s.unsqueeze(1), grad_pooled * weight
-            # Inner products over the channels: they give dM, and the mean of b * xhat in _grad_x.
-            products = scaled @ xhat[:, ctx.num_prefix :].transpose(1, 2)
-            if needed[1]:
-                grad_matrix = (products * s.unsqueeze(1)).sum(dim=0)
-                grad_matrix = grad_matrix + (grad_pooled * bias).sum(dim=(0, 2)).unsqueeze(-1)
-            if needed[2]:
-                grad_weight = (grad_pooled * raw).sum(dim=(0, 1))
-            if needed[3]:
-                grad_bias = (grad_pooled * matrix.sum(dim=1, keepdim=True)).sum(dim=(0, 1))
-        if grad_normed is not None:
-            if needed[4]:
-                grad_norm_weight = (grad_normed * xhat).sum(dim=(0, 1))
-            if needed[5]:
-                grad_norm_bias = grad_normed.sum(dim=(0, 1))
-        if needed[0]:
-            grad_x = _grad_x(grad_normed, norm_weight, weighted, scaled, products, xhat, r, s, ctx.num_prefix)
-        grads = (grad_x, grad_matrix, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias)
+        # Within autocast, too: the forward's products were not cast.
+        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
+            grads = _gradients(ctx, grad_normed, grad_pooled)
         return *differentiable_once("prompt_pool", *grads), None, None, None
+
+
+def _gradients(ctx: Any, grad_normed: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Of the tensors that _PromptPool takes, None where not needed."""
+    xhat, r, s, matrix, weight, bias, norm_weight, raw = ctx.saved_tensors
+    needed = ctx.needs_input_grad
+    grad_x = grad_matrix = grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
+    weighted = scaled = products = None
+    if grad_pooled is not None:
+        weighted, scaled = matrix * s.unsqueeze(1), grad_pooled * weight
+        # Inner products over the channels: they give dM, and the mean of b * xhat in _grad_x.
+        products = scaled @ xhat[:, ctx.num_prefix :].transpose(1, 2)
+        if needed[1]:
+            grad_matrix = (products * s.unsqueeze(1)).sum(dim=0)
+            grad_matrix = grad_matrix + (grad_pooled * bias).sum(dim=(0, 2)).unsqueeze(-1)
+        if needed[2]:
+            grad_weight = (grad_pooled * raw).sum(dim=(0, 1))
+        if needed[3]:
+            grad_bias = (grad_pooled * matrix.sum(dim=1, keepdim=True)).sum(dim=(0, 1))
+    if grad_normed is not None:
+        if needed[4]:
+            grad_norm_weight = (grad_normed * xhat).sum(dim=(0, 1))
+        if needed[5]:
+            grad_norm_bias = grad_normed.sum(dim=(0, 1))
+    if needed[0]:
+        grad_x = _grad_x(grad_normed, norm_weight, weighted, scaled, products, xhat, r, s, ctx.num_prefix)
+    return (grad_x, grad_matrix, grad_weight, grad_bias, grad_norm_weight, grad_norm_bias)
 
 
 def _grad_x(
