@@ -456,6 +456,8 @@ def test_evaluate_errors(trained, two_digits, tmp_path):
     assert "no images of the split 'train'" in error_of(
         invoke("evaluate", trained, "--data", two_digits, "--split", "train")
     )
+    no_split = error_of(invoke("evaluate", trained, "--data", "digits", "--split", "train"))
+    assert "only the split 'test' is the same in every run; got 'train'" in no_split
     missing = error_of(invoke("evaluate", trained, "--data", tmp_path / "none"))
     assert "data must be 'digits' or a folder" in missing
     refused = error_of(invoke("evaluate", trained, "--data", "digits", "--output", tmp_path / "a.txt"))
@@ -596,6 +598,15 @@ def test_an_adapter_of_a_state_dict(timm_trained, tmp_path):
     assert "doesn't tell its model: give --model vapt_NAME" in error_of(invoke(*command))
     assert "the checkpoint doesn't fit" in error_of(invoke(*command, "--model", NAME))
     assert "must be KEY=VALUE, got 'depth'" in error_of(invoke(*command, "--model-kwarg", "depth"))
+
+
+def test_a_timm_checkpoint_opens_no_other_file(timm_trained, tmp_path):
+    _, models = timm_trained
+    kwargs = {name: VIT[name] for name in ("num_prompts", "embed_dim", "depth", "num_heads", "img_size")}
+    kwargs["checkpoint_path"] = str(tmp_path / "elsewhere.pth")  # timm would look for it
+    timm_checkpoint(tmp_path / "last.pth", models[0], model=NAME, model_kwargs=kwargs)
+    result = invoke("timm-adapter", tmp_path / "last.pth", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
 
 
 def test_timm_checkpoints_that_make_no_adapter(timm_trained, tmp_path):
