@@ -18,7 +18,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .arguments import integer
+from .arguments import size_pair
 from .modules import enclosing, has_global_hooks, share_tensors, why_not_by_token
 from .resize import resize_backbone
 
@@ -160,8 +160,8 @@ def set_image_size(
         img_size, patch: new sizes in pixels; None leaves them.
         check_grid: called with the new grid before anything is changed; may raise.
     """
-    size = _pair("img_size", img_size, current)
-    patches = _pair("patch_size", patch, patch_size(model))
+    size = current if img_size is None else size_pair("img_size", img_size)
+    patches = patch_size(model) if patch is None else size_pair("patch_size", patch)
     if any(pixels % side for pixels, side in zip(size, patches, strict=True)):
         raise ValueError(f"img_size must be a multiple of the patch size {patches}, got {size}")
     check_grid((size[0] // patches[0], size[1] // patches[1]))
@@ -171,21 +171,6 @@ def set_image_size(
     else:
         resize_backbone(model, size, patches, old_size=current, old_patch=patch_size(model))
     return size
-
-
-def _pair(name: str, value: object, default: tuple[int, int]) -> tuple[int, int]:
-    if value is None:
-        return default
-    given = value.tolist() if hasattr(value, "tolist") else value
-    sides = given if isinstance(given, (tuple, list)) else (given, given)
-    try:
-        height, width = (integer(name, side) for side in sides)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be (height, width) in pixels, got {value!r}") from None
-    pair = (height, width)
-    if min(pair) < 1:
-        raise ValueError(f"{name} must be positive, got {value!r}")
-    return pair
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
