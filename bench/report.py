@@ -25,7 +25,7 @@ END = "<!-- end of what bench/report.py writes -->\n"
 
 WIDTH = 118  # of the README's lines
 
-OURS = ("triton", "cuda", "kernels")
+OURS = ("triton", "cuda", "auto")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

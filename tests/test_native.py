@@ -75,24 +75,6 @@ def test_machine_code(native, stack_of, architecture):
         assert not some("LDL", "STL"), f"{kernel} spills"
 
 
-@pytest.mark.parametrize("prompts", [10, 50, 100])
-def test_a_vit_b_fits_into_the_shared_memory_of_every_gpu(native, prompts):
-    sizes = native.PromptAttentionSizes(
-        dtype="bfloat16",
-        batch=64,
-        queries=197,
-        tokens=197,
-        prompts=prompts,
-        heads=12,
-        groups=12,
-        head_dim=64,
-    )
-    smallest = 99 * 1024  # of sm_86, sm_89 and sm_120
-    assert native.prompt_attention_forward_shared_memory(sizes) <= smallest
-    assert native.prompt_attention_backward_shared_memory(sizes, prompts_only=True) <= smallest
-    assert native.prompt_attention_backward_shared_memory(sizes, prompts_only=False) <= smallest
-
-
 # ---- why it can't run
 
 
