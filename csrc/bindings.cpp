@@ -179,5 +179,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CUDA kernels of vapt_fast: their launchers, by addresses.";
   module.attr("architectures") = VAPT_FAST_ARCHITECTURES;  // those of CMAKE_CUDA_ARCHITECTURES, by commas
   module.attr("runtime_version") = CUDART_VERSION;         // of CUDA, 13000 for 13.0; also of the compiler
+  module.def(
+      "unsupported_because", [](int device) { return std::string(vf::prompt_pool_supported(device).message); },
+      py::arg("device"), "Why a device, which becomes current, can't run the kernels; empty if it can.");
   bind_prompt_pool(module);
 }

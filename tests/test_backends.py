@@ -232,9 +232,7 @@ def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
 def test_auto_takes_the_next_where_the_fastest_can_not_run(h100, monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
     monkeypatch.setitem(sys.modules, "vapt_fast._C", None)
-    with pytest.warns(
-        RuntimeWarning, match="'cuda', the fastest on this GPU, can't run: .*without its"
-    ) as said:
+    with pytest.warns(RuntimeWarning, match="'cuda', the fastest on this GPU, can't run: ") as said:
         assert [choose("prompt_pool", "auto", *h100) for _ in range(2)] == ["triton"] * 2
     assert len(said) == 1
 

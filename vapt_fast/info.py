@@ -77,8 +77,7 @@ def _block_range(indices: list[int]) -> str:
 def _compiled_kernels() -> str:
     if _native.missing_because():
         return "none, see backend cuda"
-    version, architectures = _native.native().runtime_version, _native.native().architectures
-    return f"by CUDA {_native.readable(version)} for {architectures.replace(',', ', ')}"
+    return f"by CUDA {_native.compiled_by()} for {_native.native().architectures.replace(',', ', ')}"
 
 
 def _version(package: str) -> str:

@@ -237,6 +237,11 @@ inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b
   }
 }
 
+template <typename... Parameters>
+Status supported(void (*)(Parameters...), int) {
+  return {};
+}
+
 struct Device {
   Status status;
   std::int64_t shared_memory;

@@ -117,12 +117,9 @@ def _tools_missing(compiler: str | None, path: str | None, cache_dir: str) -> li
 @torch.compiler.assume_constant_result
 def _cuda_unavailable_because() -> list[str]:
     missing = _native.missing_because()
-    reasons = missing if missing else _native.driver_lacks()
     if torch.version.cuda is None or not torch.cuda.is_available():
-        return [*reasons, "its kernels need a CUDA GPU"]
-    if missing:
-        return reasons
-    return reasons + device_lacks("cuda", torch.device("cuda", torch.cuda.current_device()))
+        return [*missing, "its kernels need a CUDA GPU"]
+    return missing or device_lacks("cuda", torch.device("cuda", torch.cuda.current_device()))
 
 
 @torch.compiler.assume_constant_result
@@ -137,7 +134,7 @@ def device_lacks(name: str, device: torch.device) -> list[str]:
         given, needed = (".".join(map(str, c)) for c in (capability(device), MINIMUM_CAPABILITY))
         return [f"{device} has compute capability {given}, its kernels need {needed}"]
     if name == "cuda":
-        return _native.device_lacks(capability(device))
+        return _native.device_lacks(torch.cuda.current_device() if device.index is None else device.index)
     return []
 
 

@@ -69,7 +69,7 @@ class Measurement:
 # The first entry that matches decides. What is compared is the time of an op's kernels on the GPU, within
 # forward passes and training steps of a ViT-B/16 in bfloat16, with 64 images and 50 prompts; float16 was not
 # measured. What PyTorch's pooling takes with its backward is the difference of whole steps. There is no entry
-# for mlp: Triton's takes 390 µs, forward and backward, where PyTorch's takes 300.
+# for mlp: a product with GELU takes 170 + 220 µs, forward and backward, in Triton, and 144 + 156 in PyTorch.
 MEASUREMENTS: tuple[Measurement, ...] = (
     Measurement("add_norm", "triton", 1.9, "0.49 ms of a training step against 0.92"),
     Measurement(

@@ -231,6 +231,20 @@ inline Status cuda_status(cudaError_t error) {
   return status;
 }
 
+// ok if there is code of ``kernel`` for ``device``, which becomes current: it is loaded, and compiled if it is PTX.
+template <typename... Parameters>
+Status supported(void (*kernel)(Parameters...), int device) {
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch, anyone's, would report it
+  }
+  return cuda_status(error);
+}
+
 // What of a device decides between kernels.
 struct Device {
   Status status;
