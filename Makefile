@@ -28,7 +28,6 @@ test: $(BIN)/.installed ## all tests
 mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have changed
 	$(BIN)/python tests/kill_mutants.py
 	$(BIN)/python tests/cuda_mutants.py
-	$(BIN)/python tests/cuda_mutants_pool.py
 
 lint: $(BIN)/.installed ## style
 	$(BIN)/ruff check .

@@ -45,7 +45,7 @@ FOUND_ERRORS = 86  # exit code of compute-sanitizer, so that it is told from a c
 # What is prepared beside the tests, each in a process: it compiles, and a crash shows before it can take
 # the other figures along.
 PREPARED = {
-    "all": ("triton, bfloat16", "triton, bfloat16-autocast", "cuda, bfloat16", "kernels, bfloat16"),
+    "all": ("triton, bfloat16", "triton, bfloat16-autocast", "cuda, bfloat16", "auto, bfloat16"),
     "compiled": tuple(f"{name}, bfloat16, compiled" for name in ("reference", "torch", "triton")),
 }
 

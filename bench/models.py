@@ -32,7 +32,7 @@ from vapt_fast.benchmark import (
 )
 from vapt_fast.training.files import write_atomically
 
-OURS = ("triton", "cuda", "kernels", "auto")
+OURS = ("triton", "cuda", "auto")
 
 # The literal method in all the ways that people run it, then the rewrites in plain PyTorch.
 LITERAL = (

@@ -25,7 +25,7 @@ END = "<!-- end of what bench/report.py writes -->\n"
 
 WIDTH = 118  # of the README's lines
 
-OURS = ("triton", "cuda", "kernels")
+OURS = ("triton", "cuda", "auto")
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -278,8 +278,9 @@ def _unmeasured(gpu: list[dict[str, Any]]) -> list[str]:
     return [
         where,
         paragraph(
-            "**Nothing has been measured on a GPU yet.** `make gpu OUT=folder` does, against every rival, "
-            "and runs the tests that need one."
+            "**A GPU's results are not among them yet**, only single figures of an H200 "
+            "([`docs/roofline.md`](docs/roofline.md)). `make gpu OUT=folder` measures all, against every "
+            "rival, and runs the tests that need one."
         ),
     ]
 

@@ -11,7 +11,6 @@
 #include <stdexcept>
 #include <string>
 
-#include "vapt_fast/prompt_attention.h"
 #include "vapt_fast/prompt_pool.h"
 
 namespace py = pybind11;
@@ -29,19 +28,6 @@ bool load_view(handle source, std::uintptr_t& address, std::array<std::int64_t, 
   for (std::size_t i = 0; i < STRIDES; ++i) strides[i] = items[i + 1].cast<std::int64_t>();
   return true;
 }
-
-template <>
-struct type_caster<vf::Tensor4> {
-  PYBIND11_TYPE_CASTER(vf::Tensor4, const_name("tuple[int, int, int, int] | None"));
-
-  bool load(handle source, bool) {
-    std::uintptr_t address = 0;
-    std::array<std::int64_t, 3> strides{};
-    if (!load_view(source, address, strides)) return false;
-    value = {reinterpret_cast<void*>(address), strides[0], strides[1], strides[2]};
-    return true;
-  }
-};
 
 template <>
 struct type_caster<vf::Tensor3> {
@@ -81,14 +67,6 @@ vf::Dtype dtype(const std::string& name) {
 
 std::string name(vf::Dtype dtype) { return dtype == vf::Dtype::float16 ? "float16" : "bfloat16"; }
 
-std::string describe(const vf::PromptAttentionSizes& sizes) {
-  return "dtype=" + name(sizes.dtype) + ", batch=" + std::to_string(sizes.batch) +
-         ", queries=" + std::to_string(sizes.queries) +
-         ", tokens=" + std::to_string(sizes.tokens) + ", prompts=" + std::to_string(sizes.prompts) +
-         ", heads=" + std::to_string(sizes.heads) + ", groups=" + std::to_string(sizes.groups) +
-         ", head_dim=" + std::to_string(sizes.head_dim);
-}
-
 std::string describe(const vf::PromptPoolSizes& sizes) {
   return "dtype=" + name(sizes.dtype) + ", float32_tokens=" + (sizes.float32_tokens ? "True" : "False") +
          ", batch=" + std::to_string(sizes.batch) + ", prefix=" + std::to_string(sizes.prefix) +
@@ -113,74 +91,6 @@ void launch(const char* op, vf::Status (*launcher)(const Arguments&, vf::Stream)
     throw py::error_already_set();
   }
   throw std::runtime_error(message);
-}
-
-void bind_prompt_attention(py::module_& module) {
-  using Sizes = vf::PromptAttentionSizes;
-  using py::arg;
-
-  py::class_<Sizes>(module, "PromptAttentionSizes", py::module_local(), "Sizes of prompt_attention; see csrc/include.")
-      .def(py::init([](const std::string& dtype_name, std::int64_t batch, std::int64_t queries, std::int64_t tokens,
-                       std::int64_t prompts, std::int64_t heads, std::int64_t groups, std::int64_t head_dim) {
-             return Sizes{dtype(dtype_name), batch, queries, tokens, prompts, heads, groups, head_dim};
-           }),
-           py::kw_only(), arg("dtype"), arg("batch"), arg("queries"), arg("tokens"), arg("prompts"), arg("heads"),
-           arg("groups"), arg("head_dim"))
-      .def("__repr__", [](const Sizes& sizes) { return "PromptAttentionSizes(" + describe(sizes) + ")"; });
-
-  module.def(
-      "prompt_attention_forward",
-      [](const Sizes& sizes, float scale, vf::Tensor4 q, vf::Tensor4 k, vf::Tensor4 v, vf::Tensor4 prompt_k,
-         vf::Tensor4 prompt_v, vf::Tensor4 out, std::uintptr_t lse, std::uintptr_t stream) {
-        const vf::PromptAttentionForward arguments{.sizes = sizes,
-                                                   .scale = scale,
-                                                   .q = q,
-                                                   .k = k,
-                                                   .v = v,
-                                                   .prompt_k = prompt_k,
-                                                   .prompt_v = prompt_v,
-                                                   .out = out,
-                                                   .lse = reinterpret_cast<float*>(lse)};
-        launch("prompt_attention_forward", vf::launch_prompt_attention_forward, arguments, stream);
-      },
-      py::kw_only(), arg("sizes"), arg("scale"), arg("q"), arg("k"), arg("v"), arg("prompt_k"), arg("prompt_v"),
-      arg("out"), arg("lse"), arg("stream"));
-
-  module.def(
-      "prompt_attention_backward",
-      [](const Sizes& sizes, float scale, vf::Tensor4 q, vf::Tensor4 k, vf::Tensor4 v, vf::Tensor4 prompt_k,
-         vf::Tensor4 prompt_v, vf::Tensor4 out, std::uintptr_t lse, vf::Tensor4 grad_out, vf::Tensor4 grad_q,
-         vf::Tensor4 grad_k, vf::Tensor4 grad_v, vf::Tensor4 grad_prompt_k, vf::Tensor4 grad_prompt_v,
-         bool float32_prompt_grads, std::int64_t shared_memory, std::uintptr_t workspace, std::uintptr_t stream) {
-        const vf::PromptAttentionBackward arguments{.sizes = sizes,
-                                                    .scale = scale,
-                                                    .q = q,
-                                                    .k = k,
-                                                    .v = v,
-                                                    .prompt_k = prompt_k,
-                                                    .prompt_v = prompt_v,
-                                                    .out = out,
-                                                    .lse = reinterpret_cast<const float*>(lse),
-                                                    .grad_out = grad_out,
-                                                    .grad_q = grad_q,
-                                                    .grad_k = grad_k,
-                                                    .grad_v = grad_v,
-                                                    .grad_prompt_k = grad_prompt_k,
-                                                    .grad_prompt_v = grad_prompt_v,
-                                                    .float32_prompt_grads = float32_prompt_grads,
-                                                    .shared_memory = shared_memory,
-                                                    .workspace = reinterpret_cast<float*>(workspace)};
-        launch("prompt_attention_backward", vf::launch_prompt_attention_backward, arguments, stream);
-      },
-      py::kw_only(), arg("sizes"), arg("scale"), arg("q"), arg("k"), arg("v"), arg("prompt_k"), arg("prompt_v"),
-      arg("out"), arg("lse"), arg("grad_out"), arg("grad_q"), arg("grad_k"), arg("grad_v"), arg("grad_prompt_k"),
-      arg("grad_prompt_v"), arg("float32_prompt_grads"), arg("shared_memory"), arg("workspace"), arg("stream"));
-
-  module.def("prompt_attention_forward_shared_memory", vf::prompt_attention_forward_shared_memory, arg("sizes"));
-  module.def("prompt_attention_backward_shared_memory", vf::prompt_attention_backward_shared_memory, arg("sizes"),
-             py::kw_only(), arg("prompts_only"));
-  module.def("prompt_attention_backward_workspace", vf::prompt_attention_backward_workspace, arg("sizes"),
-             py::kw_only(), arg("prompts_only"), arg("shared_memory"));
 }
 
 void bind_prompt_pool(py::module_& module) {
@@ -269,6 +179,8 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "CUDA kernels of vapt_fast: their launchers, by addresses.";
   module.attr("architectures") = VAPT_FAST_ARCHITECTURES;  // those of CMAKE_CUDA_ARCHITECTURES, by commas
   module.attr("runtime_version") = CUDART_VERSION;         // of CUDA, 13000 for 13.0; also of the compiler
-  bind_prompt_attention(module);
+  module.def(
+      "unsupported_because", [](int device) { return std::string(vf::prompt_pool_supported(device).message); },
+      py::arg("device"), "Why a device, which becomes current, can't run the kernels; empty if it can.");
   bind_prompt_pool(module);
 }

@@ -418,6 +418,8 @@ Status forward(const PromptPoolForward& arguments, Stream stream) {
 
 }  // namespace
 
+Status prompt_pool_supported(int device) { return supported(normalise<float, BFloat16>, device); }
+
 Status launch_prompt_pool_forward(const PromptPoolForward& arguments, Stream stream) {
   const PromptPoolSizes& sizes = arguments.sizes;
   Check check(sizes);

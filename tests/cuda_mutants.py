@@ -1,13 +1,15 @@
-"""Mutation tests of prompt_attention's CUDA kernels, by hand: small changes of the source have to be noticed.
+"""Mutation tests of the CUDA kernels, by hand: small changes of a source have to be noticed.
 
 ``python tests/cuda_mutants.py [--count N] [--seed N]`` changes the kernels in N places, one at a time. It
-compiles each mutant for a CPU (see csrc/emulation), runs a few quick checks on it, then AddressSanitizer and
-ThreadSanitizer, and prints what noticed it. That takes a few seconds a mutant. See cuda_mutants.md.
+compiles each mutant for a CPU (see csrc/emulation), runs the quickest tests of test_cuda_emulation_pool.py,
+then AddressSanitizer and ThreadSanitizer, and prints what noticed it. That takes a few
+seconds a mutant. See cuda_mutants.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import random
 import re
@@ -16,17 +18,16 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from ctypes import c_int64
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import emulation
+import test_cuda_emulation_pool as tests
 import torch
-from emulation import CSRC, GRADS, INPUTS, INVALID, OK, Kernels, Tensor4
-from ops import attention_formula
+from emulation import CSRC
+from emulation_pool import PoolKernels
 
-SOURCES = [CSRC / "prompt_attention.cu"]
+SOURCES = [CSRC / name for name in ("prompt_pool.cuh", "prompt_pool_forward.cu", "prompt_pool_backward.cu")]
 SECONDS = 200  # for all checks of a mutant
 
 # ---- mutants
@@ -69,161 +70,70 @@ def mutants(source: Path) -> Iterator[Mutant]:
                 yield Mutant(source, number + 1, changed, text)
 
 
-# ---- checks of a library: what is wrong, or None
+# ---- checks of a library
 
-SIZES = [
-    # B, queries, tokens, prompts, heads, groups, d, shared
-    (2, 37, 20, 5, 4, 2, 72, False),
-    (1, 150, 33, 16, 1, 1, 64, True),
-    (2, 18, 47, 1, 1, 1, 8, True),
-    (1, 5, 290, 3, 2, 1, 64, False),
-    (1, 3, 0, 33, 1, 1, 24, False),
-    (1, 16, 30, 150, 1, 1, 128, False),
-]
+Check = Callable[[PoolKernels], None]
 
 
-def inside(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor in the midst of memory full of NaN."""
-    batch, rows, heads, dim = shape
-    memory = torch.full((batch + 1, rows + 1, heads + 1, dim + 8), float("nan"), dtype=dtype)
-    return memory[:batch, :rows, :heads, :dim]
+def policy(one_pass: bool, **sizes: int) -> Check:
+    """The policy for low precision, of one shape."""
 
-
-def around(tensor: torch.Tensor) -> torch.Tensor:
-    """What of ``inside`` is not the tensor."""
-    mask = torch.ones(tensor._base.shape, dtype=torch.bool)
-    mask[tuple(slice(length) for length in tensor.shape)] = False
-    return tensor._base[mask]
-
-
-def values(sizes: tuple[int, ...]) -> Callable[[Kernels], str | None]:
-    """Results against the formula, strided tensors, and nothing written beside them."""
-    batch, queries, tokens, prompts, heads, groups, dim, shared = sizes
-    torch.manual_seed(0)
-    one = 1 if shared else batch
-    shapes = [
-        (batch, queries, heads, dim),
-        *[(batch, tokens, groups, dim)] * 2,
-        *[(one, prompts, groups, dim)] * 2,
-    ]
-    tensors = [inside(shape, torch.float16).copy_(torch.randn(shape)) for shape in shapes]
-    grad_out = inside(shapes[0], torch.float16).copy_(torch.randn(shapes[0]))
-    leaves = [t.double().requires_grad_() for t in tensors]
-    exact = attention_formula(*leaves, scale=0.3)
-    exact_grads = torch.autograd.grad(exact, leaves, grad_out.double())
-    expected = [exact.detach(), *exact_grads]
-
-    def check(kernels: Kernels) -> str | None:
-        arguments, _, lse = kernels.forward_arguments(tensors, 0.3)
-        out = inside(shapes[0], torch.float16)
-        arguments.out = Tensor4.of(out, batch)
-        if kernels.launch("prompt_attention_forward", arguments).code != OK:
-            return "forward refused"
-        grads = [
-            inside((batch, *t.shape[1:]), torch.float32 if one < batch and i > 2 else torch.float16)
-            for i, t in enumerate(tensors)
-        ]
-        arguments, _ = kernels.backward_arguments(tensors, 0.3, out, lse, grad_out)
-        for name, grad in zip(GRADS, grads, strict=True):
-            setattr(arguments, name, Tensor4.of(grad, batch))
-        if kernels.launch("prompt_attention_backward", arguments).code != OK:
-            return "backward refused"
-        alone = kernels.backward(tensors, 0.3, out, lse, grad_out, prompts_only=True)[3:]
-        summed = [
-            g.sum(dim=0, keepdim=True) if g.shape != t.shape else g
-            for g, t in zip(grads, tensors, strict=True)
-        ]
-        for name, mine, right in zip(
-            ("out", *GRADS, *GRADS[3:]), (out, *summed, *alone), (*expected, *expected[4:]), strict=True
-        ):
-            error = (mine.double() - right).abs()
-            if not bool(
-                (error <= 3 * torch.finfo(torch.float16).eps * right.abs().max()).all()
-                if mine.numel()
-                else True
-            ):
-                return f"{name} is wrong"
-        if not all(around(t).isnan().all() for t in (out, *grads)):
-            return "something is written beside the results"
-        return None
+    def check(kernels: PoolKernels) -> None:
+        kernels.one_pass = one_pass
+        cases = [tests.case(kernels, **sizes, seed=seed) for seed in range(3)]
+        tests.assert_policy(tests.pool_case, cases, torch.float16)
 
     return check
 
 
-def overflow(kernels: Kernels) -> str | None:
-    """Scores of -inf, in the first chunk of keys or in the last one, hide them and no others."""
-    none = torch.zeros(1, 0, 1, 8, dtype=torch.bfloat16)
-    for hidden in (slice(40), slice(30, 70)):
-        q, k, v = torch.full((1, 1, 1, 8), 1e20), torch.zeros(1, 70, 1, 8), torch.ones(1, 70, 1, 8)
-        k[:, hidden], v[:, hidden] = -1e20, 0
-        out, _ = kernels.forward((*(t.bfloat16() for t in (q, k, v)), none, none), 1.0)
-        if not bool((out == 1).all()):
-            return "a score of -inf is wrong"
-    return None
+def for_both(test: Callable[[PoolKernels], None]) -> Check:
+    """A test that takes turns with and without clusters."""
+
+    def check(kernels: PoolKernels) -> None:
+        for kernels.one_pass in (True, False):
+            test(kernels)
+
+    return check
 
 
-def extremes(kernels: Kernels) -> str | None:
-    """Gradients are finite where lse is far below -128, and exp2 of a padded key's 0 less lse is inf."""
-    for keys, dim in ((22, 32), (150, 128)):  # in one pass, in two
-        q, k = (torch.full((1, rows, 1, dim), size).half() for rows, size in ((5, 20.0), (keys, -20.0)))
-        none = torch.zeros(1, 0, 1, dim).half()
-        tensors = [q, k, torch.ones(k.shape).half(), none, none]
-        out, lse = kernels.forward(tensors, 1.0)
-        grads = kernels.backward(tensors, 1.0, out, lse, torch.ones_like(out))
-        if not all(t.isfinite().all() for t in (out, *grads)):
-            return "an extreme score gives no finite gradient"
-    return None
+def fallbacks(kernels: PoolKernels) -> None:
+    for sizes, on in tests.TOO_MUCH_FOR_A_CLUSTER:
+        tests.test_clusters_only_where_they_fit_in_the_backward(kernels, sizes, on)
 
 
-def passes(kernels: Kernels) -> str | None:
-    """With less shared memory the keys take more passes, no more than they must, and all is the same."""
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, rows, heads, 64).half() for rows, heads in ((37, 4), (60, 2), (60, 2))]
-    tensors += [torch.randn(2, 12, 2, 64).half() for _ in range(2)]
-    out, lse = kernels.forward(tensors, 0.3)
-    expected = kernels.backward(tensors, 0.3, out, lse, out)
-    try:
-        for kernels.shared_memory in (26 * 1024, 48 * 1024, 56 * 1024):  # for 16, 48 and all keys at a time
-            kernels.library.set_shared_memory_limit(c_int64(kernels.shared_memory))
-            arguments, grads = kernels.backward_arguments(tensors, 0.3, out, lse, out)
-            if kernels.launch("prompt_attention_backward", arguments).code != OK:
-                return "backward refused"
-            if not all(map(torch.equal, grads, expected)):
-                return "less shared memory makes a difference"
-            if (arguments.keeps[-1].numel() > 0) != (kernels.shared_memory < 56 * 1024):
-                return "one pass would do"
-            arguments.workspace = None
-            status = kernels.launch("prompt_attention_backward", arguments)
-            if (status.code == OK) != (arguments.keeps[-1].numel() == 0):
-                return "no workspace is taken"
-    finally:
-        kernels.shared_memory = 227 * 1024
-        kernels.library.set_shared_memory_limit(c_int64(kernels.shared_memory))
-    return None
+def agreement(kernels: PoolKernels) -> None:
+    for sizes in tests.FOR_A_CLUSTER:
+        tests.test_both_ways_of_the_backward_agree(kernels, sizes, torch.float16, torch.float32)
 
 
-def banks(kernels: Kernels) -> str | None:
-    """No two rows of a matrix lie in the same banks of shared memory."""
-    return "rows lie in the same banks" if kernels.bank_conflicts() else None
-
-
-def refusals(kernels: Kernels) -> str | None:
-    """Rows that begin at no multiple of 16 bytes are refused, heads of 72 channels are not."""
-    torch.manual_seed(0)
-    tensors = [torch.randn(2, 4, 2, 72).half() for _ in INPUTS]
-    for field, step in (("data", 2), ("batch", 4), ("token", 4), ("head", 4)):
-        arguments, _, _ = kernels.forward_arguments(tensors, 0.3)
-        setattr(arguments.q, field, getattr(arguments.q, field) + step)
-        if kernels.launch("prompt_attention_forward", arguments).code != INVALID:
-            return f"a wrong {field} is taken"
-    arguments, _, _ = kernels.forward_arguments([t[..., :8].contiguous() for t in tensors], 0.3)
-    if kernels.launch("prompt_attention_forward", arguments).code != OK:
-        return "a right stride is refused"
-    arguments, _, _ = kernels.forward_arguments([t[:1] for t in tensors], 0.3)
-    arguments.q.batch = 1
-    if kernels.launch("prompt_attention_forward", arguments).code != OK:
-        return "the stride of a single image is refused"
-    return None
+CHECKS: dict[str, Check] = {
+    "2 images, 33 patches, 136 channels, 35 rows": policy(True, batch=2, patches=33, dim=136, rows=35),
+    "the same in two passes": policy(False, batch=2, patches=33, dim=136, rows=35),
+    "70 tokens, 24 channels, 3 rows": policy(False, batch=1, prefix=5, patches=65, dim=24, rows=3),
+    "the same, 5 images, in one pass": policy(True, batch=5, prefix=5, patches=65, dim=24, rows=3),
+    "72 channels, 129 rows": policy(True, batch=1, patches=65, dim=72, rows=129),
+    "129 rows in two passes": policy(False, batch=1, patches=3, dim=8, rows=129),
+    "a small variance": for_both(tests.test_both_eps_where_the_variance_is_small),
+    "clusters that do not fit": tests.test_clusters_only_where_they_fit,
+    "clusters that do not fit in the backward": fallbacks,
+    "long tokens": tests.test_fewer_long_tokens_are_normalised_at_once,
+    "banks": tests.test_rows_of_a_matrix_lie_in_different_banks,
+    "one pass and two": agreement,
+    "chunks of images": tests.test_chunks_of_images_change_no_image,
+    "constant rows": for_both(tests.test_constant_rows),
+    "NaN": for_both(tests.test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled),
+    "NaN in the gradient": for_both(tests.test_nan_in_the_gradient_leaves_prefix_tokens_alone),
+    "an image alone": for_both(tests.test_an_image_does_not_depend_on_the_others),
+    "rounding of normed": for_both(tests.test_normed_is_rounded_once),
+    "what is pooled": for_both(tests.test_what_is_pooled_is_without_the_affine_of_the_norm),
+    "layouts": for_both(tests.test_layouts_make_no_difference),
+    "absent gradients": for_both(tests.test_absent_gradients_and_factors),
+    "no rows": for_both(tests.test_no_rows),
+    "far from zero": for_both(
+        lambda kernels: tests.test_float32_tokens_as_under_autocast(kernels, torch.float16, 1e4)
+    ),
+    "many images": for_both(tests.test_many_images_share_a_chunk),
+}
 
 
 def noticed_by(check: Callable[[], str | None]) -> str | None:
@@ -260,23 +170,28 @@ def noticed_by_sanitizers(folder: Path, sources: list[Path], words: list[tuple[i
 
 
 SANITIZED = [
-    (1, 37, 20, 5, 2, 1, 72, 0, 227),
-    (2, 17, 47, 16, 4, 2, 64, 1, 40),
-    (1, 3, 150, 3, 1, 1, 128, 0, 227),
+    (0, 1, 1, 1, 1, 1, 1, 9, 136, 3),
+    (0, 0, 1, 1, 1, 1, 60, 6, 8, 129),
+    (0, 1, 1, 0, 0, 3, 1, 20, 136, 17),
 ]
 
 
 def noticed(folder: Path) -> str | None:
     """What is wrong with the kernels in ``folder``; None if nothing is noticed."""
-    sources, exports = [folder / source.name for source in SOURCES], CSRC / "emulation" / "exports.cpp"
-    library = emulation.build(folder / "attention.so", [*sources, exports], "-O0", "-w", "-shared")
+    sources = [folder / source.name for source in SOURCES if source.suffix == ".cu"]
+    exports = CSRC / "emulation" / "exports.cpp"
+    library = emulation.build(folder / "pool.so", [*sources, exports], "-O0", "-w", "-shared")
 
     def first_failure() -> str | None:
-        kernels = Kernels(library)
-        checks = [*(values(sizes) for sizes in SIZES), overflow, extremes, refusals, banks, passes]
-        return next(filter(None, (check(kernels) for check in checks)), None)
+        loaded = ctypes.CDLL(str(library))
+        for name, check in CHECKS.items():
+            try:
+                check(PoolKernels(loaded))
+            except (AssertionError, RuntimeError):
+                return name
+        return None
 
-    program = [*sources, CSRC / "emulation" / "attention.cpp"]
+    program = [*sources, CSRC / "emulation" / "pool.cpp"]
     return noticed_by(first_failure) or noticed_by_sanitizers(folder, program, SANITIZED)
 
 
@@ -285,11 +200,12 @@ def noticed(folder: Path) -> str | None:
 NO_MUTANT = "it does not compile"
 
 
-def _tried(noticed: Callable[[Path], str | None], sources: list[Path], mutant: Mutant | None) -> str | None:
+def tried(mutant: Mutant | None) -> str | None:
+    """What notices a mutant, or the kernels as they are."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what a compiler says of a mutant is of no use
     with tempfile.TemporaryDirectory() as name:
-        for source in sources:
+        for source in SOURCES:
             mutated = mutant is not None and mutant.source == source
             Path(name, source.name).write_text(mutant.text if mutated else source.read_text())
         try:
@@ -298,27 +214,26 @@ def _tried(noticed: Callable[[Path], str | None], sources: list[Path], mutant: M
             return NO_MUTANT
 
 
-def run(noticed: Callable[[Path], str | None], sources: list[Path], description: str) -> None:
-    """The program for the kernels in ``sources``, given what is wrong with those in a folder."""
-    parser = argparse.ArgumentParser(description=description.splitlines()[0])
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=100, help="mutants to try")
     parser.add_argument("--seed", type=int, default=0, help="chooses them")
     arguments = parser.parse_args()
-    every = [mutant for source in sources for mutant in mutants(source)]
+    every = [mutant for source in SOURCES for mutant in mutants(source)]
     picked = random.Random(arguments.seed).sample(every, min(arguments.count, len(every)))
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        wrong = pool.submit(_tried, noticed, sources, None).result()
+        wrong = pool.submit(tried, None).result()
         if wrong:
             raise SystemExit(f"the kernels themselves: {wrong}")
-        running = [(mutant, pool.submit(_tried, noticed, sources, mutant)) for mutant in picked]
-        tried: list[Any] = []
+        running = [(mutant, pool.submit(tried, mutant)) for mutant in picked]
+        results: list[str | None] = []
         for mutant, result in running:
             if result.result() != NO_MUTANT:
-                tried.append(result.result())
-                print(f"{mutant}\n    {tried[-1] or 'SURVIVED'}", flush=True)
-    count = sum(how is not None for how in tried)
-    print(f"{count} of {len(tried)} mutants were noticed; there are {len(every)} places to change")
+                results.append(result.result())
+                print(f"{mutant}\n    {results[-1] or 'SURVIVED'}", flush=True)
+    count = sum(how is not None for how in results)
+    print(f"{count} of {len(results)} mutants were noticed; there are {len(every)} places to change")
 
 
 if __name__ == "__main__":
-    run(noticed, SOURCES, __doc__)
+    main()

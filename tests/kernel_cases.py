@@ -180,22 +180,6 @@ KERNELS = {
             (ONE_HEAD | {"batch": 1, "queries": 1, "tokens": 162, "bias": True}, 3, 2**24 - 8),
         ],
         [({"queries": 4, "tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(5), range(5))],
-        cuda_sizes={
-            "batch": [1, 2, 5],
-            "queries": [1, 16, 17, 33, 197, 257],
-            "tokens": [1, 15, 49, 197, 257, 290],
-            "heads": [4],
-            "groups": [1, 2, 4],
-            "dim": [8, 32, 40, 64, 72, 80, 88, 96, 128],
-            "prompts": [1, 10, 50, 100],
-            "shared": YES_OR_NO,
-        },
-        cuda_quick=[
-            {"batch": 2, "queries": 37, "tokens": 20, "heads": 4, "groups": 2, "dim": 72, "prompts": 5},
-            {"batch": 1, "queries": 5, "tokens": 290, "heads": 2, "groups": 1, "dim": 64, "prompts": 3},
-            {"batch": 2, "queries": 18, "tokens": 47, "heads": 1, "groups": 1, "dim": 8, "shared": True},
-            {"batch": 1, "queries": 16, "tokens": 30, "heads": 1, "groups": 1, "dim": 128, "prompts": 150},
-        ],
     ),
     "prompt_attention_packed": Kernels(
         packed_case,
@@ -219,10 +203,6 @@ KERNELS = {
             (ONE_HEAD | {"batch": 1, "tokens": 162, "prompts": 1}, 1, 2**24 - 8),
         ],
         [({"tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(2), range(2))],
-        cuda_quick=[
-            {"batch": 2, "tokens": 37, "heads": 4, "groups": 2, "dim": 40, "prompts": 5},
-            {"batch": 3, "tokens": 20, "heads": 2, "groups": 2, "dim": 64, "prompts": 17, "shared": True},
-        ],
     ),
     "cls_attention": Kernels(
         cls_case,

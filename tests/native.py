@@ -61,7 +61,7 @@ def _by(heading: str, dump: str) -> list[tuple[str, str]]:
 
 
 def _readable(symbols: list[str]) -> dict[str, str]:
-    """Symbol -> "prompt_attention forward<BFloat16, 64>": its file, its function."""
+    """Symbol -> "prompt_pool_forward normalise<BFloat16>": its file, its function."""
     command = [find_tool("c++filt"), "--no-params"]
     demangled = subprocess.run(
         command, input="\n".join(symbols), capture_output=True, text=True, check=True

@@ -5,14 +5,13 @@ import sys
 import threading
 import types
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 import vapt_fast
 from vapt_fast import AdaptiveViT, BackendUnavailable, PromptConfig, reference, schedule, use_backend
-from vapt_fast.backends import _dispatch, _preferences
+from vapt_fast.backends import _dispatch, _measurements
 from vapt_fast.functional import _implementation
 from vapt_fast.functional._implementation import choose
 from vapt_fast.info import report
@@ -129,7 +128,6 @@ def test_the_interpreter_makes_triton_available():
     assert not _dispatch.unavailable_because("triton")
 
 
-RESULTS = Path(__file__).parent.parent / "bench" / "results"
 POOL = (torch.zeros(1, 2, 4), torch.zeros(3, 2), torch.ones(4), torch.zeros(4), *[None] * 4, 0, 1e-6, 1e-5)
 
 
@@ -176,41 +174,38 @@ def test_the_device_and_the_arguments_have_a_say():
         choose("prompt_pool", "flash", *POOL)
 
 
-def preference(**changes):
-    """An entry for prompt_pool on Triton that was measured."""
-    entry = _preferences.Preference(
-        "prompt_pool", "triton", ((9, 0),), (torch.bfloat16,), "a model", measured="a measurement"
-    )
-    return replace(entry, **changes)
+def measured(**changes):
+    """An entry for prompt_pool on Triton, for one architecture and one dtype."""
+    entry = _measurements.Measurement("prompt_pool", "triton", 2.0, "one against two", (torch.bfloat16,))
+    return replace(entry, inheriting=(), **changes)
 
 
-def prefer(monkeypatch, *entries):
-    monkeypatch.setattr(_preferences, "PREFERENCES", entries)
+def measure(monkeypatch, *entries):
+    monkeypatch.setattr(_measurements, "MEASUREMENTS", entries)
 
 
 def test_auto_takes_the_first_entry_that_holds(h100, monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
-    entry = preference()
+    entry = measured()
+    measure(monkeypatch)
     assert choose("prompt_pool", "auto", *h100) == "torch"
-    prefer(monkeypatch, entry)
+    measure(monkeypatch, entry)
     assert choose("prompt_pool", "auto", *h100) == "triton"
     assert choose("prompt_pool", "auto", *POOL) == "torch"  # on the CPU
     monkeypatch.setattr(h100[0], "dtype", torch.float32)
     assert choose("prompt_pool", "auto", *h100) == "torch"
     monkeypatch.setattr(h100[0], "dtype", torch.bfloat16)
     few_rows = replace(entry, fits=lambda x, matrix, *_: matrix.shape[0] < 3)
-    prefer(monkeypatch, few_rows)
+    measure(monkeypatch, few_rows)
     assert choose("prompt_pool", "auto", *h100) == "torch"
-    prefer(monkeypatch, few_rows, entry)
+    measure(monkeypatch, few_rows, entry)
     assert choose("prompt_pool", "auto", *h100) == "triton"
-    prefer(monkeypatch, replace(entry, implementation="torch"), entry)
-    assert choose("prompt_pool", "auto", *h100) == "torch"
     assert not _dispatch._said
 
 
 def test_auto_passes_over_what_can_not_take_the_arguments(h100, monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
-    prefer(monkeypatch, preference())
+    measure(monkeypatch, measured())
     assert choose("prompt_pool", "auto", h100[0], h100[1].half(), *h100[2:]) == "torch"
     assert not _dispatch._said
 
@@ -218,13 +213,13 @@ def test_auto_passes_over_what_can_not_take_the_arguments(h100, monkeypatch):
 @pytest.mark.parametrize("what", ["no triton", "old triton", "another GPU"])
 def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
-    prefer(monkeypatch, preference(capabilities=((9, 0), (10, 0))))
+    measure(monkeypatch, measured())
     if what == "another GPU":
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (13, 0))
         message = "nothing is known of GPUs of compute capability 13.0"
     elif what == "no triton":
         monkeypatch.setitem(sys.modules, "triton", None)
-        message = "'triton', preferred on this GPU, can't run: triton is not installed"
+        message = "'triton', the fastest on this GPU, can't run: triton is not installed"
     else:
         monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__="3.5.1"))
         message = "triton 3.5.1 is too old"
@@ -234,43 +229,17 @@ def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
     assert len(said) == 1
 
 
-def test_auto_goes_by_measurements_alone_and_kernels_by_models_too(h100, monkeypatch):
+def test_auto_takes_the_next_where_the_fastest_can_not_run(h100, monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
-    prefer(monkeypatch, preference(measured=None))
-    assert choose("prompt_pool", "auto", *h100) == "torch"
-    assert choose("prompt_pool", "kernels", *h100) == "triton"
-    prefer(monkeypatch, preference(measured=None), preference(implementation="torch"))
-    assert choose("prompt_pool", "auto", *h100) == "torch"
-    assert choose("prompt_pool", "kernels", *h100) == "triton"
-    assert choose("mlp", "kernels", h100[0]) == "torch"  # no entry
-    assert not _dispatch._said
-
-
-@pytest.mark.usefixtures("h100")
-def test_kernels_by_name_do_not_run_on_a_cpu():
-    pytest.importorskip("triton", minversion="3.6")
-    with pytest.raises(BackendUnavailable, match="'kernels': its kernels run on CUDA tensors; got cpu"):
-        choose("prompt_pool", "kernels", *POOL)
-
-
-@pytest.mark.usefixtures("no_gpu")
-def test_kernels_can_run_where_either_backend_can(monkeypatch):
-    with pytest.raises(BackendUnavailable, match=r"'kernels' can't run: its kernels need a CUDA GPU$"):
-        vapt_fast.functional.prompt_projector(torch.zeros(1, 1, 2), torch.zeros(1), backend="kernels")
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    for name in ("triton", "cuda"):
-        monkeypatch.setattr(_dispatch, f"_{name}_unavailable_because", lambda name=name: [f"no {name}"])
-    assert _dispatch.unavailable_because("kernels") == ["no triton", "no cuda"]
-    for name in ("triton", "cuda"):
-        with monkeypatch.context() as patch:
-            patch.setattr(_dispatch, f"_{name}_unavailable_because", lambda: [])
-            assert not _dispatch.unavailable_because("kernels")
+    monkeypatch.setitem(sys.modules, "vapt_fast._C", None)
+    with pytest.warns(RuntimeWarning, match="'cuda', the fastest on this GPU, can't run: ") as said:
+        assert [choose("prompt_pool", "auto", *h100) for _ in range(2)] == ["triton"] * 2
+    assert len(said) == 1
 
 
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_kernels_are_chosen_for_what_a_model_computes(dtype, capability, monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_auto_takes_kernels_for_what_a_model_computes_in_16_bits(dtype, capability, monkeypatch):
     """With the arguments that the ops of a model in ``dtype`` are called with."""
     called = []
 
@@ -287,20 +256,32 @@ def test_kernels_are_chosen_for_what_a_model_computes(dtype, capability, monkeyp
     monkeypatch.setattr(_implementation, "_why_not", lambda *args: [])
     monkeypatch.setattr(_dispatch, "_said", set())
     cuda = torch.device("cuda", 0)
-    chosen = {op: _implementation._preferred(op, cuda, args, _preferences.PREFERENCES) for op, args in called}
+    chosen = {op: _implementation._fastest(op, cuda, args) for op, args in called}
     kernels = {"add_norm": "triton", "prompt_pool": "cuda", "prompt_projector": "triton"}
-    kernels |= {"cls_attention": "triton", "mlp": "torch"}
-    kernels["prompt_attention"] = "torch" if capability == (10, 0) else "cuda"
-    assert chosen == (kernels if dtype == torch.bfloat16 else dict.fromkeys(kernels, "torch"))
+    kernels |= {"prompt_attention": "triton", "cls_attention": "triton", "mlp": "torch"}
+    assert chosen == (dict.fromkeys(kernels, "torch") if dtype == torch.float32 else kernels)
     assert not _dispatch._said
 
 
-def test_every_preference_names_an_implementation_and_says_why():
-    for entry in _preferences.PREFERENCES:
+@pytest.mark.parametrize(
+    ("num_keys", "bias", "chosen"),
+    [(350, None, "triton"), (351, None, "torch"), (1, torch.zeros(1, 9, 9), "torch")],
+)
+def test_attention_over_many_keys_or_with_a_bias_was_not_measured(num_keys, bias, chosen, h100, monkeypatch):
+    monkeypatch.setattr(_dispatch, "unavailable_because", lambda name: [])
+    monkeypatch.setattr(_implementation, "_why_not", lambda *args: [])
+    k, prompts = torch.zeros(1, num_keys, 1, 8), torch.zeros(1, 50, 1, 8)
+    assert choose("prompt_attention", "auto", h100[0], k, k, prompts, prompts, 1.0, bias) == chosen
+
+
+def test_every_measurement_names_an_implementation_and_says_what_was_compared():
+    for entry in _measurements.MEASUREMENTS:
         assert entry.implementation in _dispatch.IMPLEMENTATIONS[entry.op]
-        assert len(entry.model) > 20
-        # What is said to be measured is there to read.
-        assert entry.measured is None or list(RESULTS.glob("gpu-*.json"))
+        assert entry.ratio > 1
+        assert "against" in entry.compared
+    text = report()
+    assert all(str(entry) in text for entry in _measurements.MEASUREMENTS)
+    assert "not measured there, on sm_80, sm_86, sm_89, sm_100, sm_120" in text
 
 
 def test_bad_names(monkeypatch):

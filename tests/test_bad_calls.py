@@ -159,12 +159,12 @@ MODELS = [
     (
         lambda: AdaptiveViT("test_vit", backend="tritn"),
         ValueError,
-        "backend must be one of ('auto', 'reference', 'torch', 'triton', 'cuda', 'kernels'), got 'tritn'",
+        "backend must be one of ('auto', 'reference', 'torch', 'triton', 'cuda'), got 'tritn'",
     ),
     (
         lambda: AdaptiveViT("test_vit", backend=1),
         TypeError,
-        "backend must be a str, one of ('auto', 'reference', 'torch', 'triton', 'cuda', 'kernels'), got 1",
+        "backend must be a str, one of ('auto', 'reference', 'torch', 'triton', 'cuda'), got 1",
     ),
     (lambda: AdaptiveViT("test_vit", backend="cuda"), BackendUnavailable, "backend 'cuda' can't run: "),
 ]

@@ -1,7 +1,7 @@
 """The launchers of the CUDA kernels, on a CPU: vapt_fast._C is compiled against the kernels' emulation here.
 
-What the kernels compute is tested in test_cuda_emulation*.py, and here what comes before and after them: what
-they are given of tensors, autograd, ops of PyTorch, and what is refused.
+What the kernels compute is tested in test_cuda_emulation_pool.py, and here what comes before and after them:
+what they are given of tensors, autograd, ops of PyTorch, and what is refused.
 """
 
 import importlib.util
@@ -17,14 +17,25 @@ import emulation
 import pytest
 import torch
 from kernel_cases import KERNELS, converted
-from ops import assert_policy, assert_same_results, attention_case, layouts, pool_case, results
+from ops import assert_policy, assert_same_results, layouts, pool_case, results
 
-from vapt_fast import AdaptiveViT, BackendUnavailable, PromptConfig, functional
-from vapt_fast.backends import _dispatch, _preferences
+from vapt_fast import AdaptiveViT, BackendUnavailable, PromptConfig
+from vapt_fast.backends import _dispatch
 from vapt_fast.backends.cuda import _launch
 
-TENSORS = ("q", "k", "v", "prompt_k", "prompt_v")
-SMALL = {"batch": 2, "queries": 7, "tokens": 7, "heads": 2, "groups": 2, "dim": 8, "prompts": 2}
+POOL = {"batch": 2, "prefix": 1, "patches": 9, "dim": 24, "rows": 3}
+FROZEN = ("norm_weight", "norm_bias", "gain")
+
+
+def pool(dtype=torch.bfloat16, seed=0, tokens=None, **sizes):
+    """A case in ``dtype``, with tokens x in another one if that is given."""
+    torch.manual_seed(seed)
+    op, formula, (x, *learned), options = pool_case(**POOL | sizes)
+    learned, delta = learned[:3], learned[3:]
+    tensors = [x.to(dtype if tokens is None else tokens), *(t.float() for t in learned)]
+    tensors += [t.to(dtype) for t in delta]
+    options = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    return op, formula, tensors, options
 
 
 @pytest.fixture(scope="session")
@@ -52,28 +63,10 @@ def on_cuda(monkeypatch, compiled):
     """CPU tensors count as CUDA tensors."""
     monkeypatch.setitem(sys.modules, "vapt_fast._C", compiled)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    properties = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(_dispatch, "device_lacks", lambda name, device: [])
     monkeypatch.setattr(_dispatch, "unavailable_because", lambda name: [])
     with _dispatch.use_backend("cuda"):
         yield
-
-
-def packed(q, k, v, prompt_k, prompt_v, *, scale, bias=None, **options):
-    """prompt_attention by way of its packed form."""
-    joint, prompts = (torch.cat(ts, dim=2).flatten(2) for ts in ((q, k, v), (prompt_k, prompt_v)))
-    heads = {"num_heads": q.shape[2], "num_kv_heads": k.shape[2]}
-    return functional.prompt_attention_packed(joint, prompts, **heads, scale=scale, bias=bias, **options)
-
-
-FORMS = pytest.mark.parametrize("form", [functional.prompt_attention, packed])
-
-
-def case(dtype=torch.bfloat16, seed=0, **sizes):
-    torch.manual_seed(seed)
-    op, formula, tensors, options = attention_case(**SMALL | sizes)
-    return op, formula, [t.to(dtype) for t in tensors], options
 
 
 @contextmanager
@@ -86,362 +79,22 @@ def recorded_launches():
         launches.append((name, arguments))
         launch(name, on, **arguments)
 
-    with mock.patch.object(sys.modules["vapt_fast.backends.cuda.prompt_attention"], "launch", record):
+    with mock.patch.object(sys.modules["vapt_fast.backends.cuda.prompt_pool"], "launch", record):
         yield launches
 
 
 # ---- values and gradients
 
 
-@FORMS
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        {},
-        {"groups": 1},
-        {"shared": True, "batch": 3},
-        {"queries": 19, "tokens": 19, "dim": 16, "prompts": 11},
-    ],
-    ids=str,
-)
-def test_error_is_at_most_that_of_eager_pytorch(form, dtype, sizes):
-    def cases():
-        for seed in range(5):
-            _, formula, tensors, options = case(torch.float64, seed, **sizes)
-            yield form, formula, tensors, options
-
-    assert_policy(attention_case, cases(), dtype)
-
-
-def test_fewer_queries_than_tokens():
-    def cases():
-        for seed in range(5):
-            yield case(torch.float64, seed, queries=3, tokens=9)
-
-    assert_policy(attention_case, cases(), torch.float16)
-
-
-@FORMS
-def test_only_prompts_that_learn(form):
-    """As in the first block: nothing is computed for the tokens, and the prompts' gradients are the same."""
-    _, _, tensors, options = case(shared=True)
-    expected = results(form, tensors, options)[1][3:]
-    leaves = [t.requires_grad_() for t in tensors[3:]]
-    with recorded_launches() as launches:
-        out = form(*tensors[:3], *leaves, **options)
-        generator = torch.Generator().manual_seed(1)
-        incoming = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out.dtype)
-        actual = torch.autograd.grad(out, leaves, incoming)
-    assert [name for name, _ in launches] == ["prompt_attention_forward", "prompt_attention_backward"]
-    backward = launches[1][1]
-    assert all(backward[f"grad_{name}"] is None for name in TENSORS[:3])
-    assert_same_results([actual], [expected], 0)
-
-
-@FORMS
-@pytest.mark.parametrize(
-    "sizes", [{"batch": 0}, {"batch": 0, "shared": True}, {"queries": 0, "tokens": 0}], ids=str
-)
-def test_nothing_there(form, sizes):
-    _, _, tensors, options = case(**sizes)
-    outputs, grads = results(form, tensors, options)
-    assert outputs[0].shape == tensors[0].shape
-    assert [t.shape for t in grads] == [t.shape for t in tensors]
-    assert not any(grad.any() for grad in grads)
-
-
-@FORMS
-def test_no_prompts(form):
-    _, _, tensors, options = case(prompts=0)
-    expected = results(form, tensors, options | {"backend": "torch"})
-    assert_same_results(results(form, tensors, options), expected, 0.02)
-
-
-def test_no_queries():
-    op, _, tensors, options = case(queries=0)
-    _, grads = results(op, tensors, options)
-    assert not any(grad.any() for grad in grads)
-
-
-@FORMS
-def test_memory_that_nobody_has_written_is_not_read(form, monkeypatch):
-    _, _, tensors, options = case(shared=True)
-    expected = results(form, tensors, options)
-    empty = torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *a, **k: empty(*a, **k).fill_(float("nan")))
-    assert_same_results(results(form, tensors, options), expected, 0)
-
-
-@pytest.mark.parametrize("op", [op for op in KERNELS if KERNELS[op].cuda_quick])
-def test_what_runs_on_a_gpu_is_taken(op):
+def test_what_runs_on_a_gpu_is_taken():
     """The cases of tests/gpu and of compute-sanitizer: none is left out there for its sizes."""
     torch.manual_seed(0)
-    for sizes in KERNELS[op].cuda_quick:
-        case = converted(op, KERNELS[op].make(**sizes), torch.bfloat16)
+    for sizes in KERNELS["prompt_pool"].cuda_quick:
+        case = converted("prompt_pool", KERNELS["prompt_pool"].make(**sizes), torch.bfloat16)
         with recorded_launches() as launches:
             outputs, grads = results(*case)
-        assert op == "prompt_pool" or [name for name, _ in launches] == [
-            "prompt_attention_forward",
-            "prompt_attention_backward",
-        ]
+        assert [name for name, _ in launches] == ["prompt_pool_forward", "prompt_pool_backward"]
         assert all(t.isfinite().all() for t in (*outputs, *grads))
-
-
-# ---- layouts
-
-
-@pytest.mark.parametrize("position", range(len(TENSORS)), ids=TENSORS)
-def test_layouts_make_no_difference(position):
-    op, _, tensors, options = case()
-    expected = results(op, tensors, options)
-    for name, same in layouts(tensors[position]):
-        actual = results(op, [*tensors[:position], same, *tensors[position + 1 :]], options)
-        assert_same_results(actual, expected, 0, name)
-
-
-@FORMS
-def test_layouts_of_the_incoming_gradient_make_no_difference(form):
-    _, _, tensors, options = case()
-    leaves = [t.requires_grad_() for t in tensors]
-
-    def grads(incoming):
-        return torch.autograd.grad(form(*leaves, **options), leaves, incoming)
-
-    incoming = torch.randn(tensors[0].shape).to(tensors[0].dtype)
-    expected = grads(incoming)
-    for name, same in layouts(incoming):
-        assert_same_results([grads(same)], [expected], 0, name)
-    ones = torch.ones((), dtype=incoming.dtype)
-    assert_same_results([grads(ones.expand(incoming.shape))], [grads(torch.ones_like(incoming))], 0)
-
-
-def test_a_view_is_copied_only_where_the_kernels_cannot_read_it():
-    joint = torch.zeros(2, 7, 3 * 2 * 8, dtype=torch.bfloat16)
-    q = joint.unflatten(-1, (-1, 8))[:, :, 2:4]
-    assert _launch.aligned(q) is q
-    one = q[:1].as_strided((1, 7, 2, 8), (3, 48, 8, 1))  # the stride of a single image is never used
-    assert _launch.aligned(one) is one
-    offset = joint.flatten()[1:-47].view(2, -1, 8)[:, :, None]
-    assert _launch.aligned(offset) is not offset
-    for copied in (q.transpose(2, 3).contiguous().transpose(2, 3), joint[..., :45].unfold(2, 9, 9)[..., :8]):
-        assert torch.equal(_launch.aligned(copied), copied)
-        assert _launch.aligned(copied).is_contiguous()
-    assert _launch.rows(q) == (joint.data_ptr() + 32, 7 * 48, 48, 8)
-    assert _launch.rows(q[:1], batch=5)[1] == 0
-    assert _launch.rows(q[:0]) is None
-
-
-# ---- launches
-
-
-def test_launches_are_under_the_device_guard_and_on_the_current_stream(monkeypatch):
-    order = []
-
-    @contextmanager
-    def device_of(tensor):
-        order.append(("enter", tensor))
-        yield
-        order.append(("leave", tensor))
-
-    function = mock.Mock(side_effect=lambda **arguments: order.append(("launch", arguments)))
-    monkeypatch.setitem(sys.modules, "vapt_fast._C", SimpleNamespace(some_op=function))
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=(device, 7)))
-    tensor = torch.zeros(1)
-    _launch.launch("some_op", tensor, size=3)
-    assert order == [
-        ("enter", tensor),
-        ("launch", {"size": 3, "stream": (tensor.device, 7)}),
-        ("leave", tensor),
-    ]
-
-
-# ---- as ops of PyTorch
-
-
-def arguments_of(form, tensors, options):
-    """The op of ``form`` and its arguments."""
-    ops = torch.ops.vapt_fast
-    if form is packed:
-        joint, prompts = (torch.cat(ts, dim=2).flatten(2) for ts in (tensors[:3], tensors[3:]))
-        heads = (tensors[0].shape[2], tensors[1].shape[2])
-        return ops.cuda_prompt_attention_packed, [joint, prompts], [*heads, options["scale"]]
-    return ops.cuda_prompt_attention, tensors, [options["scale"]]
-
-
-@FORMS
-@pytest.mark.parametrize("shared", [False, True])
-def test_opcheck(form, shared):
-    _, _, tensors, options = case(shared=shared)
-    op, tensors, rest = arguments_of(form, tensors, options)
-    # Gradients in low precision repeat bit by bit, so that opcheck's comparison of eager with AOT holds.
-    torch.library.opcheck(op, [*(t.detach().requires_grad_() for t in tensors), *rest])
-    out, lse = op(*tensors, *rest)
-    backward = getattr(torch.ops.vapt_fast, f"{op._qualified_op_name.split('::')[1]}_backward")
-    common = (torch.ones_like(out), out, lse)
-    torch.library.opcheck(backward, (*common, *tensors, *rest))
-    if form is functional.prompt_attention:
-        of_prompts = torch.ops.vapt_fast.cuda_prompt_attention_backward_prompts
-        torch.library.opcheck(of_prompts, (*common, *tensors, *rest))
-
-
-@FORMS
-def test_lse_is_not_differentiable(form):
-    _, _, tensors, options = case()
-    op, tensors, rest = arguments_of(form, tensors, options)
-    outputs = op(*(t.requires_grad_() for t in tensors), *rest)
-    assert [output.requires_grad for output in outputs] == [True, False]
-
-
-@FORMS
-def test_a_second_derivative_raises(form):
-    _, _, tensors, options = case()
-    q, *rest = (t.requires_grad_() for t in tensors)
-    (grad,) = torch.autograd.grad(form(q, *rest, **options).square().sum(), q, create_graph=True)
-    with pytest.raises(NotImplementedError, match="prompt_attention can't be differentiated twice"):
-        grad.sum().backward()
-
-
-@FORMS
-def test_a_forward_derivative_raises(form):
-    _, _, (q, *rest), options = case()
-    with pytest.raises(NotImplementedError, match="prompt_attention has no forward-mode derivative"):
-        torch.func.jvp(lambda q: form(q, *rest, **options), (q,), (torch.ones_like(q),))
-
-
-@FORMS
-def test_compiles_into_one_graph_for_any_batch_and_length(form):
-    compiled = torch.compile(
-        partial(form, scale=0.7, backend="cuda"), fullgraph=True, dynamic=True, backend="aot_eager"
-    )
-    for batch, tokens in ((2, 7), (3, 7), (3, 9)):
-        tensors = case(batch=batch, queries=tokens, tokens=tokens)[2]
-        expected = results(form, tensors, {"scale": 0.7})
-        assert_same_results(results(compiled, tensors, {}), expected, 0)
-
-
-def test_autocast():
-    op, _, tensors, options = case(torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
-        actual = results(op, tensors, options)
-        expected = results(op, tensors, options | {"backend": "torch"})
-    for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
-        assert ours.dtype == theirs.dtype
-        torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.05)
-
-
-# ---- what it refuses
-
-
-def test_what_the_kernels_have_no_part_for_is_refused():
-    op, _, (q, k, v, *prompts), options = case()
-    with pytest.raises(BackendUnavailable, match=r"prompt_attention can't run.*bfloat16, torch.float16"):
-        op(q, k, v.half(), *prompts, **options)
-    with pytest.raises(BackendUnavailable, match=r"float16 or bfloat16, got torch.float32"):
-        op(*case(torch.float32)[2], **options)
-    with pytest.raises(BackendUnavailable, match=r"its kernels add no bias to scores"):
-        op(q, k, v, *prompts, scale=1.0, bias=torch.zeros(7, 7))
-    for dim in (7, 12, 136):
-        with pytest.raises(BackendUnavailable, match=rf"8, 16, ... or 128 channels, got {dim}"):
-            op(*case(dim=dim)[2], **options)
-
-
-def test_keys_that_do_not_fit_into_shared_memory_are_refused(compiled, monkeypatch):
-    op, _, tensors, options = case()
-    sizes = compiled.PromptAttentionSizes(
-        dtype="bfloat16", batch=2, queries=7, tokens=7, prompts=2, heads=2, groups=2, head_dim=8
-    )
-    forward = compiled.prompt_attention_forward_shared_memory(sizes)
-    backward = compiled.prompt_attention_backward_shared_memory(sizes, prompts_only=False)
-    assert 0 < forward < backward
-
-    def with_memory(available):
-        properties = SimpleNamespace(shared_memory_per_block_optin=available)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-
-    with_memory(backward)
-    results(op, tensors, options)
-    with_memory(backward - 1)
-    message = rf"7 \+ 2 keys of 8 channels need {backward} bytes of shared memory, cpu has {backward - 1}"
-    with pytest.raises(BackendUnavailable, match=message):
-        op(*(t.requires_grad_() for t in tensors), **options)
-    with torch.no_grad():
-        op(*tensors, **options)
-        with_memory(forward - 1)
-        with pytest.raises(BackendUnavailable, match=f"need {forward} bytes"):
-            op(*tensors, **options)
-
-
-@pytest.mark.parametrize("dim", [8, 32, 40, 64, 80, 96, 128])
-def test_preferred_attention_fits_into_shared_memory(compiled, dim):
-    """The largest number of keys that the table says to fit does, as it must be known before a launch."""
-    available = {(8, 0): 163, (9, 0): 227, (8, 6): 99, (8, 9): 99, (12, 0): 99}
-    entries = [
-        e for e in _preferences.PREFERENCES if (e.op, e.implementation) == ("prompt_attention", "cuda")
-    ]
-    assert {capability for entry in entries for capability in entry.capabilities} == available.keys()
-    for entry in entries:
-        smallest = 1024 * min(available[capability] for capability in entry.capabilities)
-        for tokens in range(1, 420):
-            q, k, prompt_k = (torch.empty(2, rows, 2, dim, device="meta") for rows in (tokens, tokens, 10))
-            if not entry.fits(q, k, k, prompt_k, prompt_k, 1.0, None):
-                break
-            sizes = compiled.PromptAttentionSizes(
-                **{"dtype": "float16", "batch": 2, "queries": tokens, "tokens": tokens, "prompts": 10},
-                **{"heads": 2, "groups": 2, "head_dim": dim},
-            )
-            assert compiled.prompt_attention_forward_shared_memory(sizes) <= smallest
-            assert compiled.prompt_attention_backward_shared_memory(sizes, prompts_only=False) <= smallest
-        assert 160 < tokens < 419
-        # With grouped queries a block has the statistics of many: the backward needs more than the forward.
-        for queries in range(64, 8192, 64):
-            q, k = torch.empty(2, queries, 16, dim, device="meta"), torch.empty(2, 9, 2, dim, device="meta")
-            if not entry.fits(q, k, k, k, k, 1.0, None):
-                break
-            sizes = compiled.PromptAttentionSizes(
-                **{"dtype": "float16", "batch": 2, "queries": queries, "tokens": 9, "prompts": 9},
-                **{"heads": 16, "groups": 2, "head_dim": dim},
-            )
-            assert compiled.prompt_attention_backward_shared_memory(sizes, prompts_only=False) <= smallest
-        assert 512 < queries < 8128
-
-
-def test_a_status_becomes_an_exception_that_names_the_op_and_its_sizes(compiled):
-    def forward(error, message, sizes=(), **arguments):
-        counts = {"batch": 1, "queries": 1, "tokens": 1, "prompts": 0, "heads": 1, "groups": 1, "head_dim": 8}
-        sizes = compiled.PromptAttentionSizes(**({"dtype": "float16"} | counts | dict(sizes)))
-        row = (16, 8, 8, 8)
-        rows = dict.fromkeys(("q", "k", "v", "out"), row) | {"prompt_k": None, "prompt_v": None}
-        call = rows | {"sizes": sizes, "scale": 1.0, "lse": 16, "stream": 0} | arguments
-        with pytest.raises(error, match=message):
-            compiled.prompt_attention_forward(**call)
-
-    op = r"prompt_attention_forward\(dtype=float16, batch=1, queries=1, tokens=1"
-    forward(ValueError, rf"{op}.*\): q must not be null", q=None)
-    forward(ValueError, rf"{op}.*\): every row of k must begin at a multiple of 16", k=(24, 8, 8, 8))
-    forward(NotImplementedError, rf"{op}.*head_dim=7\): heads must have", sizes={"head_dim": 7})
-    forward(TypeError, "incompatible function arguments", q=(16, 8, 8))
-    forward(TypeError, "incompatible function arguments", q=16)
-    with pytest.raises(ValueError, match="dtype must be float16 or bfloat16, got float32"):
-        forward(ValueError, "", sizes={"dtype": "float32"})
-
-
-# ---- prompt_pool
-
-POOL = {"batch": 2, "prefix": 1, "patches": 9, "dim": 24, "rows": 3}
-FROZEN = ("norm_weight", "norm_bias", "gain")
-
-
-def pool(dtype=torch.bfloat16, seed=0, tokens=None, **sizes):
-    """A case in ``dtype``, with tokens x in another one if that is given."""
-    torch.manual_seed(seed)
-    op, formula, (x, *learned), options = pool_case(**POOL | sizes)
-    learned, delta = learned[:3], learned[3:]
-    tensors = [x.to(dtype if tokens is None else tokens), *(t.float() for t in learned)]
-    tensors += [t.to(dtype) for t in delta]
-    options = {k: v.to(dtype) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    return op, formula, tensors, options
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -554,19 +207,13 @@ def test_layouts_of_incoming_gradients_make_no_difference_to_pool(position):
 
 
 def test_pool_in_two_passes(monkeypatch):
-    module, given = sys.modules["vapt_fast.backends.cuda.prompt_pool"], []
-    launch = module.launch
-
-    def record(name, on, **arguments):
-        given.append((name, arguments["one_pass"]))
-        launch(name, on, **arguments)
-
-    monkeypatch.setattr(module, "launch", record)
     op, _, tensors, options = pool(dim=264, patches=40)
-    in_one = results(op, tensors, options)
-    monkeypatch.setattr(module, "ONE_PASS", False)
-    assert_same_results(results(op, tensors, options), in_one, 0.02)
+    with recorded_launches() as launches:
+        in_one = results(op, tensors, options)
+        monkeypatch.setattr(sys.modules["vapt_fast.backends.cuda.prompt_pool"], "ONE_PASS", False)
+        assert_same_results(results(op, tensors, options), in_one, 0.02)
     names = ("prompt_pool_forward", "prompt_pool_backward")
+    given = [(name, arguments["one_pass"]) for name, arguments in launches]
     assert given == [(name, one_pass) for one_pass in (True, False) for name in names]
 
 
@@ -593,6 +240,14 @@ def test_opcheck_of_pool(delta, affine):
     saved = (total if delta else x, gain, norm[0], *learned, mean, rstd)
     wanted = (x.dtype, torch.bfloat16 if delta else None)
     torch.library.opcheck(ops.cuda_prompt_pool_backward, (*incoming, *saved, *rest, *wanted))
+
+
+def test_pool_compiles_into_one_graph_for_any_batch():
+    op, _, tensors, options = pool()
+    compiled = torch.compile(partial(op, **options), fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in (2, 3):
+        _, _, tensors, _ = pool(batch=batch)
+        assert_same_results(results(compiled, tensors, {}), results(op, tensors, options), 0)
 
 
 def test_derivatives_that_pool_has_not():
@@ -634,19 +289,67 @@ def test_what_pool_has_no_part_for_is_refused():
             op(*tensors, **options)
 
 
-def test_a_status_of_pool_becomes_an_exception(compiled):
-    counts = {"batch": 1, "prefix": 0, "patches": 1, "channels": 8, "rows": 0}
-    sizes = compiled.PromptPoolSizes(dtype="bfloat16", float32_tokens=True, **counts)
+def test_a_status_becomes_an_exception_that_names_the_op_and_its_sizes(compiled):
     names = ("gain", "weight", "bias", *FROZEN[:2], "total", "normed", "pooled", "mean", "rstd")
-    addresses = dict.fromkeys(names, 0)
-    message = r"prompt_pool_forward\(dtype=bfloat16, float32_tokens=True, .*rows=0\): x must not be null"
-    with pytest.raises(ValueError, match=message):
-        compiled.prompt_pool_forward(
-            **{"sizes": sizes, "eps": 0, "prompt_eps": 0, "x": None, "delta": None, "matrix": None},
-            **addresses,
-            one_pass=True,
-            stream=0,
+
+    def forward(error, message, sizes=(), **arguments):
+        counts = {"batch": 1, "prefix": 0, "patches": 1, "channels": 8, "rows": 0}
+        sizes = compiled.PromptPoolSizes(
+            **({"dtype": "bfloat16", "float32_tokens": True} | counts | dict(sizes))
         )
+        call = {"sizes": sizes, "eps": 0, "prompt_eps": 0, "x": (16, 8, 8), "delta": None, "matrix": None}
+        call |= dict.fromkeys(names, 0) | {"one_pass": True, "stream": 0} | arguments
+        with pytest.raises(error, match=message):
+            compiled.prompt_pool_forward(**call)
+
+    op = r"prompt_pool_forward\(dtype=bfloat16, float32_tokens=True, batch=1, .*rows=0\)"
+    forward(ValueError, f"{op}: x must not be null", x=None)
+    forward(ValueError, f"{op}: x must begin at a multiple of 16 bytes", x=(24, 8, 8))
+    forward(NotImplementedError, r"prompt_pool_forward\(.*channels=7", sizes={"channels": 7})
+    forward(TypeError, "incompatible function arguments", x=(16, 8, 8, 8))
+    forward(TypeError, "incompatible function arguments", x=16)
+    with pytest.raises(ValueError, match="dtype must be float16 or bfloat16, got float32"):
+        forward(ValueError, "", sizes={"dtype": "float32"})
+
+
+# ---- launches
+
+
+def test_a_view_is_copied_only_where_the_kernels_cannot_read_it():
+    joint = torch.zeros(2, 7, 3 * 2 * 8, dtype=torch.bfloat16)
+    q = joint.unflatten(-1, (-1, 8))[:, :, 2:4]
+    assert _launch.aligned(q) is q
+    one = q[:1].as_strided((1, 7, 2, 8), (3, 48, 8, 1))  # the stride of a single image is never used
+    assert _launch.aligned(one) is one
+    offset = joint.flatten()[1:-47].view(2, -1, 8)[:, :, None]
+    assert _launch.aligned(offset) is not offset
+    for copied in (q.transpose(2, 3).contiguous().transpose(2, 3), joint[..., :45].unfold(2, 9, 9)[..., :8]):
+        assert torch.equal(_launch.aligned(copied), copied)
+        assert _launch.aligned(copied).is_contiguous()
+    assert _launch.rows(q) == (joint.data_ptr() + 32, 7 * 48, 48, 8)
+    assert _launch.rows(q[:0]) is None
+
+
+def test_launches_are_under_the_device_guard_and_on_the_current_stream(monkeypatch):
+    order = []
+
+    @contextmanager
+    def device_of(tensor):
+        order.append(("enter", tensor))
+        yield
+        order.append(("leave", tensor))
+
+    function = mock.Mock(side_effect=lambda **arguments: order.append(("launch", arguments)))
+    monkeypatch.setitem(sys.modules, "vapt_fast._C", SimpleNamespace(some_op=function))
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=(device, 7)))
+    tensor = torch.zeros(1)
+    _launch.launch("some_op", tensor, size=3)
+    assert order == [
+        ("enter", tensor),
+        ("launch", {"size": 3, "stream": (tensor.device, 7)}),
+        ("leave", tensor),
+    ]
 
 
 # ---- the whole model

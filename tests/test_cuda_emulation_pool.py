@@ -8,10 +8,9 @@ import subprocess
 import emulation
 import pytest
 import torch
-from emulation import CSRC, INVALID, UNSUPPORTED
+from emulation import CSRC, INVALID, SANITIZERS, UNSUPPORTED
 from emulation_pool import PoolKernels
 from ops import assert_policy, assert_same_results, by_name, pool_case, results
-from test_cuda_emulation import SANITIZERS
 
 KERNELS = [CSRC / f"prompt_pool_{name}.cu" for name in ("forward", "backward")]
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -41,8 +40,7 @@ SHAPES = [
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory):
-    sources = [*KERNELS, CSRC / "emulation" / "exports_pool.cpp"]
-    return ctypes.CDLL(str(emulation.built(tmp_path_factory, "pool.so", sources, "-shared")))
+    return emulation.library(tmp_path_factory)
 
 
 @pytest.fixture(params=[True, False], ids=["one pass", "two passes"])
@@ -562,3 +560,10 @@ def test_no_stray_address_and_no_race(tmp_path_factory, sanitizer, words):
     command = [program, *map(str, words)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout, result.stderr) == (0, "finite\n", "")
+
+
+def test_kernels_use_no_atomics():
+    for file in (*CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh")):
+        text = file.read_text()
+        assert "atomic" not in text
+        assert '"red.' not in text

@@ -10,7 +10,7 @@ import torch
 from ops import assert_same_results, attention_case, pool_case, results
 
 from vapt_fast import BackendUnavailable
-from vapt_fast.backends import _dispatch, _preferences
+from vapt_fast.backends import _dispatch, _measurements
 
 CASES = {"prompt_attention": attention_case, "prompt_pool": pool_case}
 
@@ -30,14 +30,8 @@ def h100(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0), raising=False)
     monkeypatch.setattr(_dispatch, "_said", set())
     dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    monkeypatch.setattr(
-        _preferences,
-        "PREFERENCES",
-        tuple(
-            _preferences.Preference(op, "triton", ((9, 0),), dtypes, "a model", measured="a measurement")
-            for op in CASES
-        ),
-    )
+    entries = tuple(_measurements.Measurement(op, "triton", 2.0, "one against two", dtypes) for op in CASES)
+    monkeypatch.setattr(_measurements, "MEASUREMENTS", entries)
 
 
 def make(op, **sizes):

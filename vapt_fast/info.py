@@ -9,7 +9,7 @@ import platform
 import torch
 
 from ._version import __version__
-from .backends import _dispatch, _native, _preferences
+from .backends import _dispatch, _measurements, _native
 from .blocks import standard_block, why_whole
 from .prompts import AdaptivePrompts
 from .schedule import can_pool
@@ -22,7 +22,7 @@ def report() -> str:
     """What would run here.
 
     Versions, devices and backends, each backend with what it is or every reason why it can't run; and the
-    implementations of each op with what "auto" and "kernels" prefer and why.
+    implementations of each op with those that "auto" prefers on a GPU, and what was measured of them.
     """
     chosen = os.environ.get(_dispatch.ENVIRONMENT_VARIABLE)
     lines = [
@@ -40,11 +40,10 @@ def report() -> str:
     lines.append("ops")
     for op, implementations in _dispatch.IMPLEMENTATIONS.items():
         lines.append(f"  {op:<16} {', '.join(implementations)}")
-        entries = [entry for entry in _preferences.PREFERENCES if entry.op == op]
-        modelled = [(entry, f"by a model: {entry.model}") for entry in entries]
-        measured = [(entry, entry.measured) for entry in entries if entry.measured is not None]
-        lines.append(f"    auto: {_preferred(measured, 'nothing was measured to be faster')}")
-        lines.append(f"    kernels: {_preferred(modelled, 'nothing should be faster')}")
+        entries = [str(entry) for entry in _measurements.MEASUREMENTS if entry.op == op]
+        lines.append(f"    auto: {'; else '.join([*entries, 'torch'])}")
+    inheriting = ", ".join(f"sm_{major}{minor}" for major, minor in _measurements.INHERITING)
+    lines.append(f"  auto takes the same, though it was not measured there, on {inheriting}, and in float16")
     return "\n".join(lines)
 
 
@@ -71,22 +70,10 @@ def _block_range(indices: list[int]) -> str:
     return f"block {indices[0]}" if len(indices) == 1 else f"blocks {indices[0]} to {indices[-1]}"
 
 
-def _preferred(entries: list[tuple[_preferences.Preference, str]], otherwise: str) -> str:
-    """Implementations with the GPUs that they are preferred on and why."""
-    if not entries:
-        return f"torch ({otherwise})"
-    return "; ".join(f"{entry.implementation} on {_capabilities(entry)} ({why})" for entry, why in entries)
-
-
 def _compiled_kernels() -> str:
     if _native.missing_because():
         return "none, see backend cuda"
-    version, architectures = _native.native().runtime_version, _native.native().architectures
-    return f"by CUDA {_native.readable(version)} for {architectures.replace(',', ', ')}"
-
-
-def _capabilities(entry: _preferences.Preference) -> str:
-    return ", ".join(f"sm_{major}{minor}" for major, minor in entry.capabilities)
+    return f"by CUDA {_native.compiled_by()} for {_native.native().architectures.replace(',', ', ')}"
 
 
 def _version(package: str) -> str:

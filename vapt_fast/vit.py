@@ -92,7 +92,7 @@ class AdaptiveViT(TimmModel):
         backbone: the name of a timm model, as ``"vit_base_patch16_224.augreg_in21k"``, or a timm model.
         prompts: the options of the prompts. None to give them as keywords (``num_prompts=50``); VAPT's
             defaults for all others.
-        backend: "auto", "reference", "torch", "triton", "cuda" or "kernels"; see vapt_fast.use_backend. None
+        backend: "auto", "reference", "torch", "triton" or "cuda"; see vapt_fast.use_backend. None
             leaves the choice to the environment variable VAPT_FAST_BACKEND, then "auto".
         pretrained: load the backbone's pre-trained weights; only with a name.
         options: those of PromptConfig; with a name, anything ``timm.create_model`` takes (``num_classes``,

@@ -118,8 +118,6 @@ T shuffle_xor(T value, int mask) {
 inline Bytes16 load16(const void* from) { return *static_cast<const Bytes16*>(from); }
 inline void store16(void* to, Bytes16 bytes) { *static_cast<Bytes16*>(to) = bytes; }
 inline Bytes8 load8(const void* from) { return *static_cast<const Bytes8*>(from); }
-inline std::uint32_t load4(const void* from) { return *static_cast<const std::uint32_t*>(from); }
-inline void store4(void* to, std::uint32_t word) { *static_cast<std::uint32_t*>(to) = word; }
 
 inline void copy_async(void* shared, const void* global) {
   store16(shared, {{~0u, ~0u, ~0u, ~0u}});
@@ -150,22 +148,6 @@ inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
     std::memcpy(&r[m], from + lane() % 4 * sizeof r[m], sizeof r[m]);
   }
 }
-
-inline void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
-  const MatrixRow mine{load16(row), row};
-  const char* rows = runtime::exchange("load_matrices_transposed", &mine, sizeof mine);
-  runtime::watch_banks(rows + offsetof(MatrixRow, address));
-  for (int m = 0; m < 4; ++m) {
-    std::uint16_t pair[2];
-    for (int i = 0; i < 2; ++i) {
-      const char* from = rows + (8 * m + 2 * (lane() % 4) + i) * runtime::kSlot;
-      std::memcpy(&pair[i], from + lane() / 4 * sizeof pair[i], sizeof pair[i]);
-    }
-    std::memcpy(&r[m], pair, sizeof r[m]);
-  }
-}
-
-inline float exp2_fast(float x) { return std::exp2(x); }
 
 inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;
@@ -235,31 +217,6 @@ inline std::uint32_t to_tf32(float value) {
   return std::isnan(value) ? 0x7fffffffu : (bits_of(value) + 0x1000u) & ~0x1fffu;
 }
 
-template <typename Element>
-void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  // As float32 once, and not by each of the lanes that read them.
-  float mine[12];
-  const std::uint32_t words[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  for (int i = 0; i < 12; ++i) {
-    mine[i] = to_float(Element{static_cast<std::uint16_t>(words[i / 2] >> 16 * (i % 2))});
-  }
-  const char* all = runtime::exchange("mma", mine, sizeof mine);
-  const auto of = [all](int from, int i) {
-    float value;
-    std::memcpy(&value, all + from * runtime::kSlot + i * sizeof value, sizeof value);
-    return value;
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4;
-    const int column = 2 * (lane() % 4) + i % 2;
-    for (int k = 0; k < 16; ++k) {
-      const float left = of(4 * row + k % 8 / 2, 4 * (k / 8) + 2 * (i / 2) + k % 2);
-      const float right = of(4 * column + k % 8 / 2, 8 + 2 * (k / 8) + k % 2);
-      c[i] += left * right;
-    }
-  }
-}
-
 inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   for (std::uint32_t& word : mine) {
@@ -278,6 +235,11 @@ inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b
       c[i] += of(4 * row + k % 4, i / 2 + 2 * (k / 4)) * of(4 * column + k % 4, 4 + k / 4);
     }
   }
+}
+
+template <typename... Parameters>
+Status supported(void (*)(Parameters...), int) {
+  return {};
 }
 
 struct Device {

@@ -1,34 +1,25 @@
 // The launchers for Python's ctypes.
 
 #include "vapt_fast/device.cuh"
-#include "vapt_fast/prompt_attention.h"
+#include "vapt_fast/prompt_pool.h"
 
 using namespace vapt_fast;
 
 extern "C" {
 
-void prompt_attention_forward(const PromptAttentionForward* arguments, Status* status) {
-  *status = launch_prompt_attention_forward(*arguments, nullptr);
+void prompt_pool_forward(const PromptPoolForward* arguments, Status* status) {
+  *status = launch_prompt_pool_forward(*arguments, nullptr);
 }
 
-void prompt_attention_backward(const PromptAttentionBackward* arguments, Status* status) {
-  *status = launch_prompt_attention_backward(*arguments, nullptr);
+void prompt_pool_backward(const PromptPoolBackward* arguments, Status* status) {
+  *status = launch_prompt_pool_backward(*arguments, nullptr);
 }
 
-std::int64_t prompt_attention_forward_shared_memory(const PromptAttentionSizes* sizes) {
-  return vapt_fast::prompt_attention_forward_shared_memory(*sizes);
-}
-
-std::int64_t prompt_attention_backward_shared_memory(const PromptAttentionSizes* sizes, bool prompts_only) {
-  return vapt_fast::prompt_attention_backward_shared_memory(*sizes, prompts_only);
-}
-
-std::int64_t prompt_attention_backward_workspace(const PromptAttentionSizes* sizes, bool prompts_only,
-                                                 std::int64_t shared_memory) {
-  return vapt_fast::prompt_attention_backward_workspace(*sizes, prompts_only, shared_memory);
-}
+std::int64_t prompt_pool_workspace(const PromptPoolSizes* sizes) { return prompt_pool_backward_workspace(*sizes); }
 
 std::int64_t bank_conflicts() { return runtime::bank_conflicts(); }
+
+void set_clusters_at_once(std::int64_t count) { runtime::set_clusters_at_once(count); }
 
 void set_shared_memory_limit(std::int64_t bytes) { runtime::set_shared_memory_limit(bytes); }
 

@@ -36,18 +36,17 @@ BACKENDS = {
     "torch": "the exact rewrites in ordinary PyTorch operations, on every device",
     "triton": "Triton kernels",
     "cuda": "CUDA C++ kernels",
-    "kernels": "of Triton's and CUDA's kernels those that should be the fastest, op by op, measured or not",
 }
 ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 
 # Op -> its implementations. Under "triton" or "cuda" an op without such kernels runs as under "torch"; what
-# runs under "kernels" and "auto" is in _preferences.
+# runs under "auto" is in _measurements.
 # "cudnn" and "flash" are PyTorch's attention by that library alone, names that only this op knows.
 IMPLEMENTATIONS = {
     "add_norm": ("torch", "triton"),
     "prompt_pool": ("torch", "triton", "cuda"),
     "prompt_projector": ("torch", "triton"),
-    "prompt_attention": ("torch", "triton", "cuda", "cudnn", "flash"),
+    "prompt_attention": ("torch", "triton", "cudnn", "flash"),
     "mlp": ("torch", "triton"),
     "cls_attention": ("torch", "triton"),
 }
@@ -77,11 +76,6 @@ def unavailable_because(name: str) -> list[str]:
         return _triton_unavailable_because()
     if name == "cuda":
         return _cuda_unavailable_because()
-    if name == "kernels":
-        if torch.version.cuda is None or not torch.cuda.is_available():
-            return ["its kernels need a CUDA GPU"]
-        triton, cuda = _triton_unavailable_because(), _cuda_unavailable_because()
-        return [*triton, *cuda] if triton and cuda else []
     return []
 
 
@@ -123,12 +117,9 @@ def _tools_missing(compiler: str | None, path: str | None, cache_dir: str) -> li
 @torch.compiler.assume_constant_result
 def _cuda_unavailable_because() -> list[str]:
     missing = _native.missing_because()
-    reasons = missing if missing else _native.driver_lacks()
     if torch.version.cuda is None or not torch.cuda.is_available():
-        return [*reasons, "its kernels need a CUDA GPU"]
-    if missing:
-        return reasons
-    return reasons + device_lacks("cuda", torch.device("cuda", torch.cuda.current_device()))
+        return [*missing, "its kernels need a CUDA GPU"]
+    return missing or device_lacks("cuda", torch.device("cuda", torch.cuda.current_device()))
 
 
 @torch.compiler.assume_constant_result
@@ -143,7 +134,7 @@ def device_lacks(name: str, device: torch.device) -> list[str]:
         given, needed = (".".join(map(str, c)) for c in (capability(device), MINIMUM_CAPABILITY))
         return [f"{device} has compute capability {given}, its kernels need {needed}"]
     if name == "cuda":
-        return _native.device_lacks(capability(device))
+        return _native.device_lacks(torch.cuda.current_device() if device.index is None else device.index)
     return []
 
 
@@ -189,12 +180,12 @@ def use_backend(name: str) -> Iterator[None]:
     It overrides a model's own ``backend`` and the environment variable VAPT_FAST_BACKEND.
 
     Args:
-        name: "auto", "reference", "torch", "triton", "cuda" or "kernels"; see ``python -m vapt_fast.info``.
+        name: "auto", "reference", "torch", "triton" or "cuda"; see ``python -m vapt_fast.info``.
 
     Raises:
         TypeError, ValueError: not the name of a backend.
-        BackendUnavailable: it can't run here; nothing falls back in silence. "kernels" and "auto" are mixes,
-            and run an op on PyTorch where no kernel should be, or was measured to be, faster.
+        BackendUnavailable: it can't run here; nothing falls back in silence. "auto" is a mix, and runs an op
+            on PyTorch's operations where nothing was measured to be faster.
     """
     token = _chosen.set(check_backend(name))
     outer, _chosen_when_compiling.name = _chosen_when_compiling.name, name

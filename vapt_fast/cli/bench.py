@@ -110,7 +110,7 @@ def _variants(
     from ..benchmark import LINEAR_PROBE, Variant
 
     names, unavailable = [], []
-    for name in ("reference", "torch", "triton", "cuda", "kernels", "auto"):
+    for name in ("reference", "torch", "triton", "cuda", "auto"):
         reasons = _dispatch.unavailable_because(name)
         if reasons:
             unavailable.append(f"{name}: {'; '.join(reasons)}")

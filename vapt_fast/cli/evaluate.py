@@ -50,7 +50,7 @@ def evaluate(
         Path | None, typer.Option(help="File with the backbone's weights, if the adapter's folder has none.")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="auto, reference, torch, triton, cuda or kernels; see vapt-fast info.")
+        str | None, typer.Option(help="auto, reference, torch, triton or cuda; see vapt-fast info.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,

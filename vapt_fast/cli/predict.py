@@ -37,7 +37,7 @@ def predict(
         Path | None, typer.Option(help="File with the backbone's weights, if the adapter's folder has none.")
     ] = None,
     backend: Annotated[
-        str | None, typer.Option(help="auto, reference, torch, triton, cuda or kernels; see vapt-fast info.")
+        str | None, typer.Option(help="auto, reference, torch, triton or cuda; see vapt-fast info.")
     ] = None,
 ) -> None:
     """Name the class of images with a trained model.

@@ -145,7 +145,7 @@ def train(
         ),
     ] = "vapt",
     backend: Annotated[
-        str | None, _option("auto, reference, torch, triton, cuda or kernels; see vapt-fast info.", _MODEL)
+        str | None, _option("auto, reference, torch, triton or cuda; see vapt-fast info.", _MODEL)
     ] = None,
     prompts: Annotated[int, _option("Prompts a block.", _PROMPTS)] = _DEFAULTS.num_prompts,
     static_depth: Annotated[

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from ..backends import _dispatch, _preferences
+from ..backends import _dispatch, _measurements
 from ..backends import torch as torch_backend
 
 __all__ = ["choose", "function", "run"]
@@ -29,8 +29,8 @@ def choose(op: str, backend: str | None, *args: Any) -> str:
 
     Raises:
         TypeError, ValueError: ``backend`` is no such name, or is "reference", the whole model's.
-        BackendUnavailable: it was named and can't run here, or not with these arguments ("auto" and
-            "kernels", which are mixes, take "torch" then).
+        BackendUnavailable: it was named and can't run here, or not with these arguments ("auto" takes
+            the next best then).
     """
     known = _dispatch.IMPLEMENTATIONS[op]
     name = _dispatch.resolve() if backend is None else _dispatch.check_backend(backend, also=known)
@@ -41,29 +41,22 @@ def choose(op: str, backend: str | None, *args: Any) -> str:
         )
     device = args[0].device
     if name == "auto":
-        return _preferred(op, device, args, [e for e in _preferences.PREFERENCES if e.measured is not None])
-    if name == "kernels":
-        reasons = _dispatch.device_lacks(name, device)
-        if not reasons:
-            return _preferred(op, device, args, _preferences.PREFERENCES)
-    elif name == "torch" or name not in known:
+        return _fastest(op, device, args)
+    if name == "torch" or name not in known:
         return "torch"
-    else:
-        reasons = _dispatch.device_lacks(name, device) or _why_not(op, name, args)
+    reasons = _dispatch.device_lacks(name, device) or _why_not(op, name, args)
     if reasons:
         raise _dispatch.BackendUnavailable(f"{op} can't run on backend {name!r}: " + "; ".join(reasons))
     return name
 
 
-def _preferred(
-    op: str, device: torch.device, args: tuple, preferences: Sequence[_preferences.Preference]
-) -> str:
-    """The first of the preferences that holds here and can run, else "torch"."""
-    preferences = [entry for entry in preferences if entry.op == op]
-    if device.type != "cuda" or not preferences:
+def _fastest(op: str, device: torch.device, args: tuple) -> str:
+    """The first of the measured implementations that holds here and can run, else "torch"."""
+    entries = [entry for entry in _measurements.MEASUREMENTS if entry.op == op]
+    if device.type != "cuda" or not entries:
         return "torch"
     capability = _dispatch.capability(device)
-    if all(capability not in entry.capabilities for entry in preferences):
+    if all(capability not in entry.capabilities for entry in entries):
         _dispatch.warn_once(
             f"{op} runs on PyTorch's operations: nothing is known of GPUs of compute capability "
             f"{capability[0]}.{capability[1]}. backend='triton' or 'cuda' tries the kernels"
@@ -72,15 +65,15 @@ def _preferred(
     dtype = args[0].dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    for entry in preferences:
+    for entry in entries:
         if capability in entry.capabilities and dtype in entry.dtypes and entry.fits(*args):
             name = entry.implementation
             missing = _dispatch.unavailable_because(name)
             if missing:
                 _dispatch.warn_once(
-                    f"backend {name!r}, preferred on this GPU, can't run: " + "; ".join(missing)
+                    f"backend {name!r}, the fastest on this GPU, can't run: " + "; ".join(missing)
                 )
-            elif name == "torch" or not _why_not(op, name, args):
+            elif not _why_not(op, name, args):
                 return name
     return "torch"
 

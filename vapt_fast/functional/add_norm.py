@@ -28,7 +28,7 @@ def add_norm(
         weight, bias: (C,), the affine of the LayerNorm over C; both or neither.
         gain: (C,), the branch's LayerScale; None for 1.
         eps: of the LayerNorm.
-        backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
+        backend: "auto", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
         total (B, T, C), in the dtype of x + delta (``x`` itself without delta), and normed (B, T, C), in

@@ -40,7 +40,7 @@ def cls_attention(
             All these tensors may be of any floating dtypes.
         scale: factor of the scores.
         bias: broadcastable to (1, h, R, T), added to the tokens' scores; the prompts' is zero.
-        backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
+        backend: "auto", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
         (B, R, h, d) in ``q``'s dtype, computed in float32 at least. Differentiable in all tensors.

@@ -26,7 +26,7 @@ def mlp(
         fc1_weight, fc1_bias: (D, C) and (D,), or None without bias.
         fc2_weight, fc2_bias: (E, D) and (E,), or None without bias; E is C as a rule. All tensors are of one
             floating dtype, unless autocast casts them.
-        backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
+        backend: "auto", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
         (B, T, E) in ``x``'s dtype, or in that of autocast; sums and GELU are computed in float32 at least.

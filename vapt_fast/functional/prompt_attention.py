@@ -44,7 +44,7 @@ def prompt_attention(
             All these tensors are of one floating dtype, unless autocast casts them.
         scale: factor of the scores.
         bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
-        backend: "auto", "kernels", "torch", "triton" or "cuda"; "cudnn" or "flash" for PyTorch's attention by
+        backend: "auto", "torch", "triton" or "cuda"; "cudnn" or "flash" for PyTorch's attention by
             that library alone, over concatenated keys; None for the current one, see vapt_fast.use_backend.
 
     Returns:

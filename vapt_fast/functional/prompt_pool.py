@@ -51,7 +51,7 @@ def prompt_pool(
         gain: (C,), the branch's LayerScale; None for 1.
         eps: of the block's LayerNorm.
         prompt_eps: of the prompts' LayerNorm.
-        backend: "auto", "kernels", "torch", "triton" or "cuda"; None for the current one, see use_backend.
+        backend: "auto", "torch", "triton" or "cuda"; None for the current one, see use_backend.
 
     Returns:
         total (B, S + N, C), in the dtype of x + delta (``x`` itself without delta); normed (B, S + N, C), in

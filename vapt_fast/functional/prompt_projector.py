@@ -53,7 +53,7 @@ def prompt_projector(
         eps: of a LayerNorm over C, which the prompts pass at last; None for no norm.
         norm_weight, norm_bias: (C,), the affine of that norm, any floating dtype; both or none.
         dtype: of the result; None for that of ``pooled``.
-        backend: "auto", "kernels", "torch" or "triton"; None for the current one, see use_backend.
+        backend: "auto", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
         prompts (B, P, C). Everything is computed in ``pooled``'s dtype, also under autocast, and rounded to

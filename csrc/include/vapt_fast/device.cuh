@@ -136,14 +136,6 @@ __device__ __forceinline__ Bytes8 load8(const void* from) {
   return {{words.x, words.y}};
 }
 
-__device__ __forceinline__ std::uint32_t load4(const void* from) {
-  return *static_cast<const std::uint32_t*>(from);
-}
-
-__device__ __forceinline__ void store4(void* to, std::uint32_t word) {
-  *static_cast<std::uint32_t*>(to) = word;
-}
-
 // 16 bytes, at some time until the wait for their group; until then ``shared`` is undefined.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
@@ -168,21 +160,7 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void*
                : "memory");
 }
 
-// The same of the transposed matrices.
-__device__ __forceinline__ void load_matrices_transposed(std::uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-
 // ---- arithmetic
-
-__device__ __forceinline__ float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 __device__ __forceinline__ std::uint32_t bits_of(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
@@ -229,37 +207,10 @@ __device__ __forceinline__ std::uint32_t to_tf32(float value) {
   return bits;
 }
 
-// c += a b, of all lanes: a (16, 16) and b (16, 8) of Element, c (16, 8) of float32.
-//
-// With g = lane / 4 and t = 2 (lane % 4), a lane has, two columns in a word, a[0] = a(g, t), a[1] = a(g + 8,
-// t), a[2] = a(g, t + 8), a[3] = a(g + 8, t + 8); two rows in a word, b0 = b(t, g), b1 = b(t + 8, g); and c =
-// c(g, t), c(g, t + 1), c(g + 8, t), c(g + 8, t + 1).
-template <typename Element>
-__device__ __forceinline__ void mma(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                    std::uint32_t b1);
-
-template <>
-__device__ __forceinline__ void mma<Float16>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                             std::uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-template <>
-__device__ __forceinline__ void mma<BFloat16>(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                              std::uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // c += a b, of all lanes: a (16, 8) and b (8, 8) of tf32, c (16, 8) of float32.
 //
 // With g = lane / 4 and t = lane % 4, a lane has a = a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4);
-// b0 = b(t, g), b1 = b(t + 4, g); and c as above.
+// b0 = b(t, g), b1 = b(t + 4, g); and c = c(g, 2 t), c(g, 2 t + 1), c(g + 8, 2 t), c(g + 8, 2 t + 1).
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                          std::uint32_t b1) {
   asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
@@ -278,6 +229,20 @@ inline Status cuda_status(cudaError_t error) {
                   cudaGetErrorString(error));
   }
   return status;
+}
+
+// ok if there is code of ``kernel`` for ``device``, which becomes current: it is loaded, and compiled if it is PTX.
+template <typename... Parameters>
+Status supported(void (*kernel)(Parameters...), int device) {
+  cudaFuncAttributes attributes{};
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) {
+    error = cudaFuncGetAttributes(&attributes, kernel);
+  }
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // or the next launch, anyone's, would report it
+  }
+  return cuda_status(error);
 }
 
 // What of a device decides between kernels.

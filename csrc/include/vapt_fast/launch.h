@@ -26,12 +26,4 @@ struct Status {
   char message[240] = "";
 };
 
-// A tensor (B, T, h, d) on the device; its channels are contiguous.
-struct Tensor4 {
-  void* data = nullptr;
-  std::int64_t batch_stride = 0;  // in elements, as all strides; 0 repeats one image
-  std::int64_t token_stride = 0;
-  std::int64_t head_stride = 0;
-};
-
 }  // namespace vapt_fast

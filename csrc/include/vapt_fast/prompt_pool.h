@@ -102,6 +102,9 @@ struct PromptPoolBackward {
   bool one_pass = true;
 };
 
+// ok if ``device``, which becomes current, runs these kernels: if there is code for it that the driver takes.
+Status prompt_pool_supported(int device);
+
 Status launch_prompt_pool_forward(const PromptPoolForward& arguments, Stream stream);
 Status launch_prompt_pool_backward(const PromptPoolBackward& arguments, Stream stream);
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from .._native import native
 
-__all__ = ["address", "aligned", "launch", "rows", "side_by_side"]
+__all__ = ["address", "aligned", "launch", "rows"]
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -33,36 +32,15 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def rows(tensor: Tensor | None, batch: int | None = None) -> tuple[int, ...] | None:
+def rows(tensor: Tensor | None) -> tuple[int, ...] | None:
     """Address and strides of ``tensor`` (B, ..., channels) for vapt_fast._C; None where there is no row.
 
     Args:
         tensor: aligned if it is read; it must live until the kernels were launched.
-        batch: B of the op, if the tensor may have a batch of 1 that stands for all.
     """
-    if tensor is None or tensor.numel() == 0 or batch == 0:
+    if tensor is None or tensor.numel() == 0:
         return None
-    image, *strides, _ = tensor.stride()
-    repeated = batch is not None and tensor.shape[0] != batch
-    return (tensor.data_ptr(), 0 if repeated else image, *strides)
-
-
-def side_by_side(
-    tensor: Tensor, dim: int, *counts: int, batch: int | None = None
-) -> list[tuple[int, ...] | None]:
-    """``rows`` (B, T, heads, channels) of parts of a ``tensor`` (B, T, all channels), without making views.
-
-    Args:
-        tensor, batch: see ``rows``.
-        dim: channels of a head.
-        counts: how many heads each part has, one part after the other.
-    """
-    whole = rows(tensor, batch)
-    if whole is None:
-        return [None] * len(counts)
-    begin, image, token = whole
-    size = dim * tensor.element_size()
-    return [(begin + first * size, image, token, dim) for first in accumulate((0, *counts[:-1]))]
+    return (tensor.data_ptr(), *tensor.stride()[:-1])
 
 
 def address(tensor: Tensor | None) -> int:
