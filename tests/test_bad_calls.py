@@ -596,13 +596,6 @@ OPS += [
         "got qkv torch.float16, prompt_kv torch.float32",
     ),
     (
-        lambda: functional.cls_attention(
-            Z(2, 1, 4, 3), Z(2, 5, 6).half(), Z(2, 1, 6), Z(4, 3, 6), Z(4, 3, 6), scale=1.0
-        ),
-        TypeError,
-        "got q torch.float32, x torch.float16, prompts torch.float32, key_weight",
-    ),
-    (
         lambda: functional.mlp(Z(1, 2, 3), Z(4, 3).bfloat16(), None, Z(3, 4), None),
         TypeError,
         "got x torch.float32, fc1_weight torch.bfloat16, fc2_weight torch.float32",

@@ -136,6 +136,12 @@ def pruned_for_good(model: AdaptiveViT, path: str, name: str) -> None:
     prune.remove(model.get_submodule(path), name)
 
 
+def pruned_and_changed(model: AdaptiveViT, path: str, name: str) -> None:
+    """The mask is applied by a hook, in the module's next call."""
+    pruned(model, path, name)
+    get(model, path, f"{name}_orig").data.mul_(1.5)
+
+
 def parametrised(model: AdaptiveViT, path: str, name: str) -> None:
     parametrize.register_parametrization(model.get_submodule(path), name, Doubled())
 
@@ -176,6 +182,7 @@ def optimised(model: AdaptiveViT, path: str, name: str) -> None:
 WAYS: list[Callable] = [
     *(in_place, data_in_place, numpy_alias, data_swapped, data_swapped_twice, another_parameter),
     *(tensors_swapped, another_module, merged, loaded, assigned, from_a_vector, pruned, pruned_for_good),
+    pruned_and_changed,
     *(parametrised, parametrised_for_good, another_dtype, averaged, copied, optimised),
 ]
 ways = pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)

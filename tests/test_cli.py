@@ -456,6 +456,8 @@ def test_evaluate_errors(trained, two_digits, tmp_path):
     assert "no images of the split 'train'" in error_of(
         invoke("evaluate", trained, "--data", two_digits, "--split", "train")
     )
+    no_split = error_of(invoke("evaluate", trained, "--data", "digits", "--split", "train"))
+    assert "only the split 'test' is the same in every run; got 'train'" in no_split
     missing = error_of(invoke("evaluate", trained, "--data", tmp_path / "none"))
     assert "data must be 'digits' or a folder" in missing
     refused = error_of(invoke("evaluate", trained, "--data", "digits", "--output", tmp_path / "a.txt"))
@@ -598,6 +600,15 @@ def test_an_adapter_of_a_state_dict(timm_trained, tmp_path):
     assert "must be KEY=VALUE, got 'depth'" in error_of(invoke(*command, "--model-kwarg", "depth"))
 
 
+def test_a_timm_checkpoint_opens_no_other_file(timm_trained, tmp_path):
+    _, models = timm_trained
+    kwargs = {name: VIT[name] for name in ("num_prompts", "embed_dim", "depth", "num_heads", "img_size")}
+    kwargs["checkpoint_path"] = str(tmp_path / "elsewhere.pth")  # timm would look for it
+    timm_checkpoint(tmp_path / "last.pth", models[0], model=NAME, model_kwargs=kwargs)
+    result = invoke("timm-adapter", tmp_path / "last.pth", "--output", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+
+
 def test_timm_checkpoints_that_make_no_adapter(timm_trained, tmp_path):
     checkpoint, models = timm_trained
     out = ["--output", tmp_path / "out"]
@@ -648,8 +659,13 @@ def test_a_mistyped_backend_is_found_first(command, trained, digit_files, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_bench_suggests_backbones():
-    assert "similar: vit_base_patch16_224" in error_of(invoke("bench", "--backbone", "vit_bse_patch16_224"))
+@pytest.mark.parametrize("command", [["bench", "--backbone"], ["info"]])
+def test_other_commands_suggest_backbones_too(command):
+    assert "similar: vit_base_patch16_224" in error_of(invoke(*command, "vit_bse_patch16_224"))
+
+
+def test_info_about_a_backbone_that_is_not_supported():
+    assert "ResNet (family 'resnet') is not supported" in error_of(invoke("info", "resnet18"))
 
 
 def test_version():

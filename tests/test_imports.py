@@ -20,7 +20,7 @@ LAYERS = [
     {"backends"},
     {"functional"},
     {"reference", "schedule"},
-    {"adapters", "vit", "official", "registry"},
+    {"adapters", "timm_api", "vit", "official", "registry"},
     {"digits", "info"},
     {"training", "benchmark"},
     {"cli", "__main__"},

@@ -360,7 +360,7 @@ def test_wrong_types(default: Golden) -> None:
         ({"reg_tokens": 2}, "backbone.reg_token: has no public name"),
         ({"init_values": 0.1}, "backbone.blocks.0.ls1.gamma: has no public name"),
         ({"qkv_bias": False}, "backbone.blocks.0.attn.qkv.bias: missing, but has a public name"),
-        ({"num_classes": 0}, "backbone.head.weight: missing, but has a public name"),
+        ({"num_classes": 0}, "head.weight: missing, but has a public name"),
         ({"act_layer": QuickGELU}, "mlp.act: QuickGELU(), expected the exact GELU"),
         ({"act_layer": partial(nn.GELU, approximate="tanh")}, "expected the exact GELU"),
         ({"norm_layer": partial(nn.LayerNorm, eps=1e-5)}, "norm1: eps 1e-05, expected 1e-06"),

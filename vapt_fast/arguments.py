@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
-__all__ = ["boolean", "integer", "plain", "real"]
+__all__ = ["boolean", "integer", "plain", "real", "size_pair"]
 
 
 def integer(name: str, value: object, minimum: int | None = None) -> int:
@@ -47,6 +47,24 @@ def boolean(name: str, value: object) -> bool:
     if not isinstance(value, bool) and _kind(value) != "bool":
         raise TypeError(f"{name} must be a bool, got {value!r}")
     return bool(value)
+
+
+def size_pair(name: str, value: Any) -> tuple[int, int]:
+    """The (height, width) that ``value`` is: two positive integers, or one for both.
+
+    Raises:
+        TypeError: not one or two integers.
+        ValueError: not positive.
+    """
+    given = value.tolist() if hasattr(value, "tolist") else value
+    sides = given if isinstance(given, (tuple, list)) else (given, given)
+    try:
+        height, width = (integer(name, side) for side in sides)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be (height, width) in pixels, got {value!r}") from None
+    if min(height, width) < 1:
+        raise ValueError(f"{name} must be positive, got {value!r}")
+    return height, width
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from timm.models.naflexvit import NaFlexVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from .arguments import integer
+from .arguments import size_pair
 from .modules import enclosing, has_global_hooks, share_tensors, why_not_by_token
 from .resize import resize_backbone
 
@@ -160,8 +160,8 @@ def set_image_size(
         img_size, patch: new sizes in pixels; None leaves them.
         check_grid: called with the new grid before anything is changed; may raise.
     """
-    size = _pair("img_size", img_size, current)
-    patches = _pair("patch_size", patch, patch_size(model))
+    size = current if img_size is None else size_pair("img_size", img_size)
+    patches = patch_size(model) if patch is None else size_pair("patch_size", patch)
     if any(pixels % side for pixels, side in zip(size, patches, strict=True)):
         raise ValueError(f"img_size must be a multiple of the patch size {patches}, got {size}")
     check_grid((size[0] // patches[0], size[1] // patches[1]))
@@ -171,21 +171,6 @@ def set_image_size(
     else:
         resize_backbone(model, size, patches, old_size=current, old_patch=patch_size(model))
     return size
-
-
-def _pair(name: str, value: object, default: tuple[int, int]) -> tuple[int, int]:
-    if value is None:
-        return default
-    given = value.tolist() if hasattr(value, "tolist") else value
-    sides = given if isinstance(given, (tuple, list)) else (given, given)
-    try:
-        height, width = (integer(name, side) for side in sides)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} must be (height, width) in pixels, got {value!r}") from None
-    pair = (height, width)
-    if min(pair) < 1:
-        raise ValueError(f"{name} must be positive, got {value!r}")
-    return pair
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:
@@ -297,11 +282,28 @@ def embed(model: nn.Module, images: Tensor) -> tuple[Tensor, Positions]:
 def call_block(model: nn.Module, index: int, tokens: Tensor, positions: Positions) -> Tensor:
     """Block ``index`` as timm defines it, on a sequence that holds ``positions.num_extra`` prompt tokens."""
     block = model.blocks[index]
+    _check_offloading(block)
     if isinstance(model, Beit):
         return block(tokens, shared_rel_pos_bias=positions.bias)
     if positions.rope is not None:
         return block(tokens, rope=positions.sequence_rope(index))
     return block(tokens)
+
+
+def _check_offloading(block: nn.Module) -> None:
+    """Raise where timm would compute with a weight that accelerate has not brought back.
+
+    Its attentions with a bias of their own read the weight of qkv, and don't call it.
+    """
+    attn = getattr(block, "attn", None)
+    if getattr(attn, "q_bias", None) is None or attn.qkv_bias_separate:
+        return
+    if hasattr(attn.qkv, "_hf_hook") and attn.qkv.weight.is_meta:
+        name = type(block).__name__
+        raise RuntimeError(
+            f"{type(attn).__name__} reads attn.qkv.weight, which is offloaded and comes back only in calls "
+            f"of attn.qkv; offload blocks as a whole, with preload_module_classes=[{name!r}]"
+        )
 
 
 class BeitAttention(beit.Attention):

@@ -121,7 +121,9 @@ class StandardBlock:
 
     def softmax_scale(self, head_dim: int) -> float:
         """The factor of the scores. PyTorch's attention, where timm calls that, has its own."""
-        return head_dim**-0.5 if self.attn.fused_attn else self.attn.scale
+        return (
+            int(head_dim) ** -0.5 if self.attn.fused_attn else self.attn.scale
+        )  # torch.jit.trace has tensors
 
     def sections(self, width: int) -> tuple[int, int, int]:
         """Widths of queries, keys and values in a joint projection of ``width`` rows."""

@@ -58,11 +58,7 @@ def forward_report(model: AdaptiveViT) -> str:
             called = parts.called()
             how = "rewritten" + (f", {' and '.join(called)} called" if called else "")
         if index < len(model.prompts.blocks) and isinstance(model.prompts.blocks[index], AdaptivePrompts):
-            how += (
-                "; prompts pooled"
-                if can_pool(model.prompts, index)
-                else "; prompts by calls of their modules"
-            )
+            how += "; prompts pooled" if can_pool(model.prompts, index) else "; prompts called"
         if lines and lines[-1][0] == how:
             lines[-1][1].append(index)
         else:

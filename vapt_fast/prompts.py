@@ -58,7 +58,7 @@ class StaticPrompts(nn.Module):
 
     def forward(self, masks: Masks | None = None) -> Tensor:
         """The prompts (1, P, C), or (B, P, C) where dropout makes them differ by image."""
-        prompts = self.table.unsqueeze(0)
+        prompts = self.table.unsqueeze(0).clone()  # FSDP frees what it gathered when this call ends
         return prompts if masks is None or masks.table is None else prompts * masks.table
 
 

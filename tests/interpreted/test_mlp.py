@@ -297,5 +297,8 @@ def test_weights_that_learn_are_refused(name):
 
 def test_other_dtypes_are_refused():
     op, _, (x,), options = case()
-    with pytest.raises(BackendUnavailable, match=r"mlp can't run.*one dtype.*torch.float16, torch.float64"):
+    with pytest.raises(TypeError, match=r"of one dtype.*got x torch.float16, fc1_weight torch.float64"):
         op(x.half(), **options)
+    eighth = {name: value.to(torch.float8_e5m2) for name, value in options.items()}
+    with pytest.raises(BackendUnavailable, match=r"mlp can't run.*one dtype.*got torch.float8_e5m2"):
+        op(x.to(torch.float8_e5m2), **eighth)

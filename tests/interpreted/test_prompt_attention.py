@@ -468,10 +468,11 @@ def test_dtypes_under_autocast_are_those_of_the_torch_backend():
 
 def test_what_the_kernels_have_no_part_for_is_refused():
     op, _, (q, k, v, *prompts), options = case(**SMALL, bias=True)
-    with pytest.raises(
-        BackendUnavailable, match=r"prompt_attention can't run.*one dtype.*float16, torch.float64"
-    ):
+    with pytest.raises(TypeError, match=r"must be of one dtype.*k torch.float64, v torch.float16"):
         op(q, k, v.half(), *prompts, **options)
+    eighths = (t.to(torch.float8_e5m2) for t in (q, k, v, *prompts))
+    with pytest.raises(BackendUnavailable, match=r"prompt_attention can't run.*one dtype.*got torch.float8"):
+        op(*eighths, **options)
     with pytest.raises(BackendUnavailable, match=r"no gradient of bias"):
         op(q, k, v, *prompts, scale=1.0, bias=options["bias"].requires_grad_())
     _, _, tensors, options = case(**SMALL | {"dim": 129})

@@ -20,8 +20,14 @@ def info(
     """Show versions, devices and backends, and why a backend can't run here."""
     say(machine.report())
     if model is not None:
+        from ..training.errors import UserError
+        from ..training.methods import check_backbone
         from ..vit import AdaptiveViT
 
         with failures():
-            report = machine.forward_report(AdaptiveViT(model))
+            check_backbone(model)
+            try:
+                report = machine.forward_report(AdaptiveViT(model))
+            except NotImplementedError as error:  # a family that is not supported
+                raise UserError(str(error)) from error
         say(f"{model}\n{report}")

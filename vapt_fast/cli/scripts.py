@@ -27,7 +27,7 @@ def timm(
 
     with failures():
         if not script.is_file():
-            raise UserError(f"SCRIPT must be a Python file, got {script}, which does not exist")
+            raise UserError(f"SCRIPT must be a Python file, got {script}, which is no file")
     argv, path = sys.argv[:], sys.path[:]
     sys.argv = [str(script), *(arguments or [])]
     sys.path.insert(0, str(script.resolve().parent))

@@ -7,7 +7,6 @@ from torch import Tensor
 from ._checks import (
     check_float,
     check_number,
-    check_one_dtype,
     check_same_device,
     check_score_bias,
     check_shape,
@@ -38,7 +37,7 @@ def cls_attention(
         x: (B, T, C), tokens as the projections read them (normalised).
         prompts: (B, P, C) likewise, or (1, P, C) where they are the same for every image.
         key_weight, value_weight: (h, d, C). Biases of keys change nothing, those of values are the caller's.
-            All these tensors are of one floating dtype, unless autocast casts them.
+            All these tensors may be of any floating dtypes.
         scale: factor of the scores.
         bias: broadcastable to (1, h, R, T), added to the tokens' scores; the prompts' is zero.
         backend: "auto", "torch" or "triton"; None for the current one, see use_backend.
@@ -64,5 +63,4 @@ def cls_attention(
     tensors = {"q": q, "x": x, "prompts": prompts, "key_weight": key_weight, "value_weight": value_weight}
     check_float(**tensors, bias=bias)
     check_same_device(**tensors, bias=bias)
-    check_one_dtype(**tensors)
     return run("cls_attention", backend, q, x, prompts, key_weight, value_weight, scale, bias)

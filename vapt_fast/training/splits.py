@@ -248,7 +248,7 @@ def evaluation_data(
 
 def _digits_to_test(config: dict[str, Any], class_names: Sequence[str], split: str | None) -> Dataset:
     if split not in (None, "test"):
-        raise UserError(f"the digits have no split {split!r} that depends on no seed, only 'test'")
+        raise UserError(f"of the digits, only the split 'test' is the same in every run; got {split!r}")
     splits = digit_splits(config, seed=0)
     images, labels = splits.test.tensors
     return TensorDataset(images, torch.tensor(_matched(splits.class_names, class_names, "digits"))[labels])

@@ -18,6 +18,7 @@ from timm.layers import to_2tuple
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from ..source import LOCAL_ARGS
 from ..vit import DEFAULT_ADAPTER, AdaptiveViT
 from .errors import UserError, printable
 
@@ -115,7 +116,7 @@ def timm_model(
 
 
 def _timm_arguments(args: dict[str, Any]) -> dict[str, Any]:
-    """What train.py gives to ``timm.create_model`` and decides what the model is."""
+    """What train.py gives to ``timm.create_model`` and decides what the model is; no paths of files."""
     size = args.get("input_size")
     found = {
         "num_classes": args.get("num_classes"),
@@ -124,7 +125,7 @@ def _timm_arguments(args: dict[str, Any]) -> dict[str, Any]:
         "img_size": args.get("img_size") if size is None else tuple(size[-2:]),
         **(args.get("model_kwargs") or {}),
     }
-    return {key: value for key, value in found.items() if value is not None}
+    return {key: value for key, value in found.items() if value is not None and key not in LOCAL_ARGS}
 
 
 def read_class_names(path: str | Path, num_classes: int) -> Sequence[str]:

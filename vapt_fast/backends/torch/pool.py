@@ -108,15 +108,18 @@ class _PromptPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_normed, grad_pooled, *_):
+        saved = ctx.saved_tensors  # once: checkpointing recomputes them
         # Within autocast, too: the forward's products were not cast.
-        with torch.autocast(ctx.saved_tensors[0].device.type, enabled=False):
-            grads = _gradients(ctx, grad_normed, grad_pooled)
+        with torch.autocast(saved[0].device.type, enabled=False):
+            grads = _gradients(ctx, saved, grad_normed, grad_pooled)
         return *differentiable_once("prompt_pool", *grads), None, None, None
 
 
-def _gradients(ctx: Any, grad_normed: Tensor | None, grad_pooled: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Of the tensors that _PromptPool takes, None where not needed."""
-    xhat, r, s, matrix, weight, bias, norm_weight, raw = ctx.saved_tensors
+def _gradients(
+    ctx: Any, saved: tuple, grad_normed: Tensor | None, grad_pooled: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the tensors that _PromptPool takes, None where not needed."""
+    xhat, r, s, matrix, weight, bias, norm_weight, raw = saved
     needed = ctx.needs_input_grad
     grad_x = grad_matrix = grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
     weighted = scaled = products = None
