@@ -165,10 +165,10 @@ void bind_prompt_pool(py::module_& module) {
                                                .one_pass = one_pass};
         launch("prompt_pool_backward", vf::launch_prompt_pool_backward, arguments, stream);
       },
-      py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("total"), arg("grad_total"),
-      arg("grad_normed"), arg("grad_pooled"), arg("gain"), arg("matrix"), arg("weight"), arg("bias"),
-      arg("norm_weight"), arg("mean"), arg("rstd"), arg("workspace"), arg("grad_x"), arg("grad_delta"),
-      arg("grad_matrix"), arg("grad_weight"), arg("grad_bias"), arg("one_pass"), arg("stream"));
+      py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("total"), arg("grad_total"), arg("grad_normed"),
+      arg("grad_pooled"), arg("gain"), arg("matrix"), arg("weight"), arg("bias"), arg("norm_weight"), arg("mean"),
+      arg("rstd"), arg("workspace"), arg("grad_x"), arg("grad_delta"), arg("grad_matrix"), arg("grad_weight"),
+      arg("grad_bias"), arg("one_pass"), arg("stream"));
 
   module.def("prompt_pool_backward_workspace", vf::prompt_pool_backward_workspace, arg("sizes"));
 }

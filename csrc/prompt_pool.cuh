@@ -18,11 +18,11 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kLanes;
-constexpr int kTile = 16;   // rows of a product
-constexpr int kDepth = 8;   // of a product, and its columns
-constexpr int kEight = 8;   // channels that a thread takes at once
-constexpr int kSlab = 128;  // channels of a block: 32 of each of four warps
-constexpr int kGroup = 32;  // channels of a warp: eight of each four lanes
+constexpr int kTile = 16;            // rows of a product
+constexpr int kDepth = 8;            // of a product, and its columns
+constexpr int kEight = 8;            // channels that a thread takes at once
+constexpr int kSlab = 128;           // channels of a block: 32 of each of four warps
+constexpr int kGroup = 32;           // channels of a warp: eight of each four lanes
 constexpr int kBlocksInCluster = 8;  // at most, on every device
 
 __host__ __device__ __forceinline__ constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) {
@@ -230,8 +230,7 @@ class Check {
       fail(refuse(Code::unsupported, "tokens must have 8, 16, 24, ... channels, got %lld", Size(sizes.channels)));
     } else if (too_large()) {
       fail(refuse(Code::unsupported, "too large: %lld images, %lld + %lld tokens, %lld channels, %lld rows",
-                  Size(sizes.batch), Size(sizes.prefix), Size(sizes.patches), Size(sizes.channels),
-                  Size(sizes.rows)));
+                  Size(sizes.batch), Size(sizes.prefix), Size(sizes.patches), Size(sizes.channels), Size(sizes.rows)));
     }
   }
 

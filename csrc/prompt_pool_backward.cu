@@ -166,8 +166,7 @@ struct ProductStage {
 
 // The gradient of the matrix from a chunk of images, and the means: for 64 tokens of the chunk's images.
 template <typename Token, typename Element, int TILES>
-__global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward arguments,
-                                                        const Workspace workspace) {
+__global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward arguments, const Workspace workspace) {
   using Stage = ProductStage<TILES>;
   auto& stage = *reinterpret_cast<Stage*>(shared_memory());
   const PromptPoolSizes& sizes = arguments.sizes;
@@ -226,8 +225,8 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
           std::uint32_t* const to = stage.x_hat + thread() / 4 * Stage::STRIDE + place;
 #pragma unroll
           for (int i = 0; i < kEight; i += 4) {
-            store16(to + i, {{to_tf32(values[i]), to_tf32(values[i + 1]), to_tf32(values[i + 2]),
-                              to_tf32(values[i + 3])}});
+            store16(to + i,
+                    {{to_tf32(values[i]), to_tf32(values[i + 1]), to_tf32(values[i + 2]), to_tf32(values[i + 3])}});
           }
         }
 #pragma unroll 1
@@ -254,9 +253,8 @@ __global__ void __launch_bounds__(kThreads, 2) products(const PromptPoolBackward
         }
         sync_threads();
 
-        const std::uint32_t* const right = stage.x_hat +
-                                           (warp() % 4 * 16 + lane() % 8 + lane() / 16 * 8) * Stage::STRIDE +
-                                           lane() / 8 % 2 * 4;
+        const std::uint32_t* const right =
+            stage.x_hat + (warp() % 4 * 16 + lane() % 8 + lane() / 16 * 8) * Stage::STRIDE + lane() / 8 % 2 * 4;
 #pragma unroll
         for (int k = 0; k < Stage::STEP; k += kDepth) {
           std::uint32_t b[4];
@@ -373,8 +371,8 @@ struct GradientStage {
 
 // The gradients of x and delta, and those of weight and bias from an image: for a slab of its channels.
 template <typename Token, typename Element>
-__global__ void __launch_bounds__(kThreads, 2) gradients(const PromptPoolBackward arguments,
-                                                         const Workspace workspace) {
+__global__ void __launch_bounds__(kThreads, 2)
+    gradients(const PromptPoolBackward arguments, const Workspace workspace) {
   using Stage = GradientStage;
   auto& stage = *reinterpret_cast<Stage*>(shared_memory());
   const PromptPoolSizes& sizes = arguments.sizes;
@@ -530,7 +528,7 @@ __device__ __forceinline__ int row_in_order(int number) { return number ^ number
 
 // All of the backward but sums over chunks, by a cluster of blocks for each chunk of images.
 template <typename Token, typename Element, int TILES>
-__global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
+__global__ void __launch_bounds__(ClusterStage<TILES>::WARPS* kLanes, 1)
     products_and_gradients(const PromptPoolBackward arguments, const Workspace workspace) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   using Stage = ClusterStage<TILES>;
@@ -725,7 +723,7 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
         }
       }
     }
-    float(&sums)[2][Stage::TOKENS] = stage.sums[(image - first_image) % 2];
+    float (&sums)[2][Stage::TOKENS] = stage.sums[(image - first_image) % 2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int token = first_token + half * 8;
@@ -779,9 +777,9 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
         if (token < num_tokens && channel < channels) {
           float product[kEight];
           columns_of(products, half, product);
-          finish_eight<Token, Element>(arguments, image, token, image * num_tokens + token, channel, numbers[half],
-                                       product, kept_total.load(token, eight),
-                                       [&] { return load_grad_normed(image, token, eight); }, of_weight);
+          finish_eight<Token, Element>(
+              arguments, image, token, image * num_tokens + token, channel, numbers[half], product,
+              kept_total.load(token, eight), [&] { return load_grad_normed(image, token, eight); }, of_weight);
         }
       }
       const float sum_of_image = sum_of_rows(of_weight);
@@ -795,12 +793,11 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
   }
   sync_cluster();  // before a block ends: until here others read its sums
 
-  const std::int64_t first_eight =
-      ((chunk * blocks + cluster_rank()) * (num_threads / kLanes) + warp()) * num_eights;
+  const std::int64_t first_eight = ((chunk * blocks + cluster_rank()) * (num_threads / kLanes) + warp()) * num_eights;
 #pragma unroll
   for (int j = 0; j < EIGHTS; ++j) {
     if (j < num_eights) {
-      const float(&sums)[4] = of_matrix[j];
+      const float (&sums)[4] = of_matrix[j];
       store16(workspace.matrix + (first_eight + j) * kLanes * 4 + lane() * 4,
               {{bits_of(sums[0]), bits_of(sums[1]), bits_of(sums[2]), bits_of(sums[3])}});
     }
@@ -813,8 +810,8 @@ __global__ void __launch_bounds__(ClusterStage<TILES>::WARPS * kLanes, 1)
       }
       float* const affine = workspace.affine + chunk * 2 * channels + first_channel + column;
       affine[0] = sum;
-      affine[channels] = stage.grad_bias[column / kGroup * kGroup + place_of(column / kEight % 4, column % kEight / 2) +
-                                         column % 2];
+      affine[channels] =
+          stage.grad_bias[column / kGroup * kGroup + place_of(column / kEight % 4, column % kEight / 2) + column % 2];
     }
   }
 #endif
@@ -1038,17 +1035,15 @@ Status launch_prompt_pool_backward(const PromptPoolBackward& arguments, Stream s
   if (check.status().code != Code::ok) {
     return check.status();
   }
-  return with_types(sizes, [&](auto token, auto element) {
-    return backward<decltype(token), decltype(element)>(arguments, stream);
-  });
+  return with_types(
+      sizes, [&](auto token, auto element) { return backward<decltype(token), decltype(element)>(arguments, stream); });
 }
 
 std::int64_t prompt_pool_backward_workspace(const PromptPoolSizes& sizes) {
   const std::int64_t channels = 2 * sizes.channels;
   const std::int64_t of_matrix = sizes.rows * sizes.patches;
   const std::int64_t chunks = ceil_div(sizes.batch, images_in_chunk(sizes));
-  const std::int64_t two_passes =
-      sizes.batch * (2 * (sizes.prefix + sizes.patches) + channels) + chunks * of_matrix;
+  const std::int64_t two_passes = sizes.batch * (2 * (sizes.prefix + sizes.patches) + channels) + chunks * of_matrix;
   if (!fits_in_a_cluster(sizes)) {
     return two_passes;
   }

@@ -64,8 +64,8 @@ struct NormAffine {
 };
 
 template <typename Element>
-__device__ __forceinline__ void store_normed(const PromptPoolForward& arguments, std::int64_t row,
-                                             std::int64_t channel, float (&values)[kEight], float mean, float rstd,
+__device__ __forceinline__ void store_normed(const PromptPoolForward& arguments, std::int64_t row, std::int64_t channel,
+                                             float (&values)[kEight], float mean, float rstd,
                                              const NormAffine& affine) {
 #pragma unroll
   for (int i = 0; i < kEight; ++i) {
@@ -122,9 +122,9 @@ __global__ void __launch_bounds__(kThreads) normalise(const PromptPoolForward ar
 template <int TILES>
 struct PoolStage {
   static constexpr int ROWS = 2 * TILES * kTile;
-  static constexpr int STEP = 32;                    // patches
-  static constexpr int STRIDE = kSlab + 8;           // four rows of a right factor in different banks
-  static constexpr int MATRIX_STRIDE = STEP + 4;     // eight rows of a left factor in different banks
+  static constexpr int STEP = 32;                 // patches
+  static constexpr int STRIDE = kSlab + 8;        // four rows of a right factor in different banks
+  static constexpr int MATRIX_STRIDE = STEP + 4;  // eight rows of a left factor in different banks
 
   std::uint32_t z[STEP * STRIDE];
   std::uint32_t matrix[ROWS * MATRIX_STRIDE];
@@ -370,8 +370,8 @@ __global__ void __launch_bounds__(kThreads, 2) normalise_and_pool(const PromptPo
     const NormAffine affine(arguments, first_channel + channel);
     for (int token = thread() / LANES; token < num_tokens; token += STEP) {
       widen(kept.tokens.load(token, eight), values);
-      store_normed<Element>(arguments, image * num_tokens + token, first_channel + channel, values,
-                            kept.mean[token], kept.rstd[token], affine);
+      store_normed<Element>(arguments, image * num_tokens + token, first_channel + channel, values, kept.mean[token],
+                            kept.rstd[token], affine);
     }
   }
   for (int first_row = 0; first_row < sizes.rows; first_row += PoolStage<TILES>::ROWS) {
@@ -451,9 +451,8 @@ Status launch_prompt_pool_forward(const PromptPoolForward& arguments, Stream str
   if (check.status().code != Code::ok) {
     return check.status();
   }
-  return with_types(sizes, [&](auto token, auto element) {
-    return forward<decltype(token), decltype(element)>(arguments, stream);
-  });
+  return with_types(
+      sizes, [&](auto token, auto element) { return forward<decltype(token), decltype(element)>(arguments, stream); });
 }
 
 }  // namespace vapt_fast

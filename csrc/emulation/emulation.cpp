@@ -20,10 +20,8 @@ void __tsan_switch_to_fiber(void* fiber, unsigned flags) __attribute__((weak));
 void __tsan_acquire(void* address) __attribute__((weak));
 void __tsan_release(void* address) __attribute__((weak));
 void __tsan_write_range(void* address, std::size_t size) __attribute__((weak));
-void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size)
-    __attribute__((weak));
-void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size)
-    __attribute__((weak));
+void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size) __attribute__((weak));
+void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size) __attribute__((weak));
 }
 
 namespace vapt_fast::runtime {
@@ -111,8 +109,7 @@ Thread* current = nullptr;
 
 [[noreturn]] void fail(const char* what) {
   std::fprintf(stderr, "emulation: block %lld, thread %d: %s\n",
-               current ? static_cast<long long>(current->block->index) : -1, current ? current->index : -1,
-               what);
+               current ? static_cast<long long>(current->block->index) : -1, current ? current->index : -1, what);
   std::abort();
 }
 

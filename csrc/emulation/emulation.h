@@ -262,8 +262,7 @@ Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream, Paramete
     status.code = Code::unsupported;
     std::snprintf(status.message, sizeof status.message,
                   "the kernel needs %lld bytes of shared memory, the device has %lld",
-                  static_cast<long long>(shape.shared_memory),
-                  static_cast<long long>(runtime::shared_memory_limit()));
+                  static_cast<long long>(shape.shared_memory), static_cast<long long>(runtime::shared_memory_limit()));
     return status;
   }
   runtime::run(shape, [&] { kernel(arguments...); });

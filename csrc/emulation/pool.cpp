@@ -26,7 +26,8 @@ struct Rows {
   std::int64_t length;
   std::int64_t stride;
 
-  explicit Rows(std::int64_t rows, std::int64_t length_, std::int64_t gap = 0) : length(length_), stride(length_ + gap) {
+  explicit Rows(std::int64_t rows, std::int64_t length_, std::int64_t gap = 0)
+      : length(length_), stride(length_ + gap) {
     memory.resize(static_cast<std::size_t>(rows > 0 ? rows * stride - gap : 0));
     for (Element& element : memory) {
       set(element, NAN);

@@ -90,7 +90,7 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
 
 // In the order of Mistake.
 constexpr const char* kNames[] = {
-    "none",   "beyond_the_end", "no_barrier",  "no_wait",   "no_commit", "copied_too_early",
+    "none",   "beyond_the_end", "no_barrier",  "no_wait",   "no_commit",      "copied_too_early",
     "no_end", "parted_lanes",   "wrong_count", "one_place", "ends_too_early",
 };
 

@@ -138,8 +138,7 @@ __device__ __forceinline__ Bytes8 load8(const void* from) {
 
 // 16 bytes, at some time until the wait for their group; until then ``shared`` is undefined.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global)
-               : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 // Makes a group of this thread's copies since the last group.
@@ -225,8 +224,7 @@ inline Status cuda_status(cudaError_t error) {
   Status status;
   if (error != cudaSuccess) {
     status.code = Code::cuda_error;
-    std::snprintf(status.message, sizeof status.message, "%s: %s", cudaGetErrorName(error),
-                  cudaGetErrorString(error));
+    std::snprintf(status.message, sizeof status.message, "%s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
   }
   return status;
 }

@@ -53,12 +53,12 @@ struct PromptPoolForward {
   float eps = 1e-6f;
   float prompt_eps = 1e-5f;
   // Inputs.
-  Tensor3 x;                     // (B, T, C)
-  Tensor3 delta;                 // (B, T, C); null for none, and then total is x
-  const float* gain = nullptr;   // (C,); null for 1
-  PoolingMatrix matrix;          // (R, N)
-  const float* weight = nullptr;  // (C,)
-  const float* bias = nullptr;    // (C,)
+  Tensor3 x;                           // (B, T, C)
+  Tensor3 delta;                       // (B, T, C); null for none, and then total is x
+  const float* gain = nullptr;         // (C,); null for 1
+  PoolingMatrix matrix;                // (R, N)
+  const float* weight = nullptr;       // (C,)
+  const float* bias = nullptr;         // (C,)
   const float* norm_weight = nullptr;  // (C,); null for 1
   const float* norm_bias = nullptr;    // (C,); null for 0, exactly where norm_weight is null
   // Outputs.
@@ -77,18 +77,18 @@ struct PromptPoolBackward {
   float eps = 1e-6f;
   float prompt_eps = 1e-5f;
   // Inputs: what the forward normalised and its statistics, and the incoming gradients.
-  Tensor3 total;                  // (B, T, C): the forward's total, or x if it had no delta
-  Tensor3 grad_total;             // (B, T, C), as total; null for 0
-  Tensor3 grad_normed;            // (B, T, C); null for 0
-  Tensor3 grad_pooled;            // (B, R, C), float32
-  const float* gain = nullptr;    // (C,); null for 1
-  PoolingMatrix matrix;           // (R, N)
-  const float* weight = nullptr;  // (C,)
-  const float* bias = nullptr;    // (C,)
+  Tensor3 total;                       // (B, T, C): the forward's total, or x if it had no delta
+  Tensor3 grad_total;                  // (B, T, C), as total; null for 0
+  Tensor3 grad_normed;                 // (B, T, C); null for 0
+  Tensor3 grad_pooled;                 // (B, R, C), float32
+  const float* gain = nullptr;         // (C,); null for 1
+  PoolingMatrix matrix;                // (R, N)
+  const float* weight = nullptr;       // (C,)
+  const float* bias = nullptr;         // (C,)
   const float* norm_weight = nullptr;  // (C,); null for 1
-  const float* mean = nullptr;    // (B, T)
-  const float* rstd = nullptr;    // (B, T)
-  float* workspace = nullptr;     // prompt_pool_backward_workspace() elements, at a multiple of 16 bytes
+  const float* mean = nullptr;         // (B, T)
+  const float* rstd = nullptr;         // (B, T)
+  float* workspace = nullptr;          // prompt_pool_backward_workspace() elements, at a multiple of 16 bytes
   // Outputs.
   void* grad_x = nullptr;        // (B, T, C), as total; null if not wanted
   void* grad_delta = nullptr;    // (B, T, C); null if not wanted. Without gain and float32_tokens it is grad_x
