@@ -39,6 +39,7 @@ class BuildNative(build_ext):
     """Builds vapt_fast._C, or leaves a note why there is none."""
 
     def run(self) -> None:
+        """Build the module into the package, or leave a note."""
         setting = os.environ.get("VAPT_FAST_CUDA")
         if setting not in (None, "0", "1"):
             raise SystemExit(f"VAPT_FAST_CUDA must be 0, 1 or unset, got {setting!r}")
@@ -88,6 +89,7 @@ def build() -> Path:
 
 
 def find_nvcc() -> str:
+    """The path of nvcc: of CUDA_HOME or CUDA_PATH, where one is set, else of PATH or /usr/local/cuda."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         home = os.environ.get(variable)
         if home is not None:
@@ -105,6 +107,7 @@ def find_nvcc() -> str:
 
 
 def find_tool(name: str) -> str:
+    """The path of a program on PATH."""
     path = shutil.which(name)
     if path is None:
         raise CannotBuildError(f"{name} is missing; install it, or build with isolation")
@@ -112,6 +115,7 @@ def find_tool(name: str) -> str:
 
 
 def number_of_jobs() -> int:
+    """How many compilers run at once: MAX_JOBS, else the number of CPUs."""
     given = os.environ.get("MAX_JOBS")
     if given is None:
         count = os.cpu_count()
@@ -155,7 +159,7 @@ def run(*command: object, cwd: Path = ROOT) -> str:
 setup(
     packages=[*find_packages(include=["vapt_fast", "vapt_fast.*"]), "vapt_fast.kernels"],
     package_dir={"vapt_fast.kernels": "kernels"},
-    package_data={"vapt_fast": ["**/*.safetensors"]},
+    package_data={"vapt_fast": ["py.typed", "**/*.safetensors"]},
     ext_modules=[Extension(NATIVE, sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

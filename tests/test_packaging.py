@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 KERNELS = {f"vapt_fast/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
 SOURCES = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("[!.]*") if path.is_file()}
 MODULES = {str(path.relative_to(ROOT)) for path in (ROOT / "vapt_fast").rglob("*.py")}
+TYPED = {"vapt_fast/py.typed"}  # tells type checkers to read the annotations
 NVCC = shutil.which("nvcc", path=f"{os.environ.get('PATH')}:/usr/local/cuda/bin")
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="there is no nvcc")
@@ -44,13 +45,14 @@ def sdist(tmp_path_factory):
 
 
 def test_the_sdist_holds_everything(sdist):
-    assert {str(path.relative_to(sdist)) for path in sdist.rglob("*")} >= MODULES | SOURCES | {"setup.py"}
+    names = {str(path.relative_to(sdist)) for path in sdist.rglob("*")}
+    assert names >= MODULES | SOURCES | TYPED | {"setup.py"}
 
 
 def test_the_wheel_of_the_sdist_holds_every_module(sdist, tmp_path):
     with zipfile.ZipFile(build(sdist, "wheel", tmp_path)) as wheel:
         names = set(wheel.namelist())
-    assert names >= KERNELS | MODULES
+    assert names >= KERNELS | MODULES | TYPED
     assert not any(name.startswith(("kernels/", "csrc/")) for name in names)
 
 

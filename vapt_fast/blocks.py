@@ -102,22 +102,27 @@ class StandardBlock:
 
     @property
     def attn(self) -> nn.Module:
+        """timm's attention module of the block."""
         return self.block.attn
 
     @property
     def num_heads(self) -> int:
+        """The number of heads of the queries, h."""
         return self.attn.num_heads
 
     @property
     def num_kv_heads(self) -> int:
+        """The number of heads of the keys and values, g."""
         return getattr(self.attn, "num_kv_heads", self.attn.num_heads)
 
     @property
     def q_norm(self) -> nn.Module | None:
+        """The norm of each query; None where there is none."""
         return _unless_identity(getattr(self.attn, "q_norm", None))
 
     @property
     def k_norm(self) -> nn.Module | None:
+        """The norm of each key; None where there is none."""
         return _unless_identity(getattr(self.attn, "k_norm", None))
 
     def softmax_scale(self, head_dim: int) -> float:

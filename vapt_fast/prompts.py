@@ -50,6 +50,7 @@ class StaticPrompts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw the table anew."""
         nn.init.uniform_(self.table, -self.bound, self.bound)
 
     def draw_masks(self, batch: int, **options: Any) -> Masks:
@@ -77,6 +78,7 @@ class Projector(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Draw ``down`` and ``up`` anew, and set a learnable scale to 1."""
         self.down.reset_parameters()
         self.up.reset_parameters()
         if isinstance(self.scale, nn.Parameter):
@@ -121,6 +123,7 @@ class AdaptivePrompts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """Begin anew: a random kernel, and a token projection of zeros."""
         self.norm.reset_parameters()
         if self.kernel is not None:
             nn.init.normal_(self.kernel)

@@ -115,34 +115,42 @@ class TimmModel(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """The number of classes of the active adapter's head; 0 without a head."""
         return self.adapters[self.active_adapter].num_classes
 
     @property
     def global_pool(self) -> str:
+        """How the tokens become one vector for the head, in timm's words."""
         return self.backbone.global_pool
 
     @property
     def num_features(self) -> int:
+        """The number of channels of ``forward_features``."""
         return self.backbone.num_features
 
     @property
     def head_hidden_size(self) -> int:
+        """The number of channels that the head is given."""
         return self.backbone.head_hidden_size
 
     @property
     def embed_dim(self) -> int:
+        """The number of channels of a token, C."""
         return self.backbone.embed_dim
 
     @property
     def in_chans(self) -> int:
+        """The number of channels of an image."""
         return self.backbone.in_chans
 
     @property
     def num_prefix_tokens(self) -> int:
+        """The number of tokens before the patches: CLS, registers."""
         return self.backbone.num_prefix_tokens
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
+        """timm's description of each block's output, with the names of this model's modules."""
         return [{**info, "module": f"backbone.{info['module']}"} for info in self.backbone.feature_info]
 
     @property

@@ -170,10 +170,12 @@ class AdaptiveViT(TimmModel):
 
     @property
     def prompts(self) -> Prompts:
+        """The prompts of the active adapter; assigning replaces them."""
         return self._adapter.prompts
 
     @property
     def head(self) -> nn.Module:
+        """The head of the active adapter; assigning replaces it."""
         return self._adapter.head
 
     def __setattr__(self, name: str, value: Any) -> None:

@@ -45,6 +45,7 @@ class Row:
 
     @property
     def spread(self) -> Spread | None:
+        """Median and quartiles of the seconds; None if there are none."""
         return Spread.of(self.seconds) if self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:

@@ -101,6 +101,7 @@ class Setting:
 
     @property
     def on_gpu(self) -> bool:
+        """Whether the device is a CUDA GPU."""
         return torch.device(self.device).type == "cuda"
 
     def synchronize(self) -> None:
