@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: help demo test mutants lint bench gpu gpu-dry clean
+.PHONY: help demo test mutants lint lint-only bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -12,6 +12,8 @@ help: ## this list
 
 # Compiled by the installation, where there is nvcc.
 CUDA_SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/include/*/*)
+
+STYLED := $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) csrc/*/*.$(kind) csrc/*/*/*.$(kind)))
 
 $(BIN)/.installed: pyproject.toml setup.py $(CUDA_SOURCES)
 	$(PYTHON) -m venv $(VENV)
@@ -29,9 +31,12 @@ mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have cha
 	$(BIN)/python tests/kill_mutants.py
 	$(BIN)/python tests/cuda_mutants.py
 
-lint: $(BIN)/.installed ## style
+lint: $(BIN)/.installed lint-only ## style, of Python and of csrc
+
+lint-only:
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(STYLED)
 
 bench: $(BIN)/.installed ## the backends on this machine, whole models and single ops
 	$(BIN)/vapt-fast bench
