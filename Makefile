@@ -31,9 +31,10 @@ mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have cha
 	$(BIN)/python tests/kill_mutants.py
 	$(BIN)/python tests/cuda_mutants.py
 
-lint: $(BIN)/.installed lint-only ## style, of Python and of csrc
+lint: $(BIN)/.installed ## style, of Python and of csrc
+	@$(MAKE) --no-print-directory lint-only
 
-lint-only:
+lint-only: # with what BIN holds, installing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(STYLED)
