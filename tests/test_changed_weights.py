@@ -362,7 +362,7 @@ def test_torchao() -> None:
     model = tiny_model(VIT, prompts=PROMPTS).float()
     images = tiny_images(model)
     before = logits(model, images)
-    torchao.quantize_(model.backbone, torchao.Int8WeightOnlyConfig())
+    torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
     after = logits(model, images)
     assert_same(after, logits(model, images, "reference"), 1e-5)
     assert_other(after, before)

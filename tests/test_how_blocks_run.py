@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from tiny import tiny_images, tiny_model
+from tiny import assert_same, run, tiny_images, tiny_model
 from torch import nn
 from typer.testing import CliRunner
 
@@ -67,6 +67,31 @@ def test_a_block_that_is_called_as_it_is_says_so_once_a_call(caplog):
     assert record.levelno == logging.DEBUG
     assert "block 1" in record.getMessage()
     assert "attn.proj" in record.getMessage()
+
+
+@pytest.mark.parametrize("architecture", [VIT, "eva02_tiny_patch14_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("name", ["", "blocks", "norm", "patch_embed", "blocks.2", "blocks.1.mlp"])
+def test_a_hook_may_change_what_any_part_of_the_backbone_gives(architecture, name):
+    model = tiny_model(architecture)
+    images = tiny_images(model)
+    before = run(model, images)["logits"]
+
+    def hook(module, inputs, output):
+        parts = output if isinstance(output, tuple) else (output,)
+        parts = tuple(part * torch.linspace(0.5, 2, part.shape[-1], dtype=part.dtype) for part in parts)
+        return parts if isinstance(output, tuple) else parts[0]
+
+    model.backbone.get_submodule(name).register_forward_hook(hook)
+    expected = run(model, images, "reference")
+    assert_same(run(model, images), expected)
+    assert (expected["logits"] - before).abs().max() > 1e-3
+
+
+def test_blocks_may_be_replaced():
+    model = tiny_model(VIT)
+    images = tiny_images(model)
+    model.backbone.blocks = nn.Sequential(*reversed(model.backbone.blocks))
+    assert_same(run(model, images), run(model, images, "reference"))
 
 
 def test_info_tells_of_a_backbone_by_name():

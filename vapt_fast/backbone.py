@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .arguments import size_pair
-from .modules import enclosing, has_global_hooks, share_tensors, why_not_by_token
+from .modules import enclosing, has_global_hooks, is_observed, share_tensors, why_not_by_token
 from .resize import resize_backbone
 
 __all__ = [
@@ -86,7 +86,7 @@ def check_supported(model: object) -> None:
 
 
 def adopt(model: nn.Module, *, shared: bool) -> nn.Module:
-    """The timm model as an AdaptiveViT holds it: frozen, in eval mode, Enclosing.
+    """The timm model as an AdaptiveViT holds it: frozen, in eval mode; it and its ``blocks`` are Enclosing.
 
     Args:
         model: a timm model that ``check_supported`` passes.
@@ -98,6 +98,7 @@ def adopt(model: nn.Module, *, shared: bool) -> nn.Module:
     for module in model.modules():
         if type(module) is beit.Attention:
             module.__class__ = BeitAttention
+    enclosing(model.blocks)
     return enclosing(model).requires_grad_(False).eval()
 
 
@@ -199,7 +200,7 @@ def num_pooled_rows(model: nn.Module) -> int | None:
 
     It might if the final norm or the pooling is not timm's.
     """
-    if has_global_hooks() or why_not_by_token(model.norm, "norm") is not None:
+    if has_global_hooks() or is_observed(model.blocks) or why_not_by_token(model.norm, "norm") is not None:
         return None
     if isinstance(model, VisionTransformerDistilled):
         return 2

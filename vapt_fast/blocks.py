@@ -51,7 +51,8 @@ def why_whole(block: nn.Module) -> str | None:
             return f"{name} is not timm's"
     if has_global_hooks():
         return "there are hooks on all modules"
-    if attn.training and attn.attn_drop.p > 0:  # timm's fused attention asks for its own mode alone
+    # timm's fused attention asks for the attention's own mode, not for its dropout's.
+    if attn.training and attn.attn_drop.p > 0:
         return "attn drops"
     for parent, prefix in ((block, ""), (attn, "attn.")):
         for name, module in parent.named_children():

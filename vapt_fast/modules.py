@@ -34,6 +34,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "Enclosing",
+    "call_within",
     "class_of",
     "drops",
     "enclosing",
@@ -228,6 +229,11 @@ def enclosing(module: nn.Module) -> nn.Module:
     if not isinstance(module, Enclosing):
         module.__class__ = _enclosing_class(type(module))
     return module
+
+
+def call_within(module: nn.Module, function: Callable, *args: Any) -> Any:
+    """``function(module, *args)``, run within a call of ``module``."""
+    return enclosing(module)(*args, within=function)
 
 
 _ENCLOSING: dict[type, type] = {}

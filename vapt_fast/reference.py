@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from . import backbone
+from .modules import call_within
 from .prompts import Masks, Prompts
 
 __all__ = ["forward_tokens"]
@@ -44,18 +45,23 @@ def forward_tokens(
     tokens, positions = backbone.embed(model, images)
     num_prefix = model.num_prefix_tokens
     travelling = 0
-    for index in range(len(model.blocks) if num_blocks is None else num_blocks):
-        prefix, new_prompts, patches = tokens.tensor_split([num_prefix, num_prefix + travelling], dim=1)
-        if index < len(prompts.blocks):
-            new_prompts = prompts.compute(index, patches, masks[index]).expand(tokens.shape[0], -1, -1)
-        tokens = torch.cat([prefix, new_prompts.to(tokens.dtype), patches], dim=1)
-        travelling = new_prompts.shape[1]
 
-        arguments = (model, index, tokens, positions.with_extra(travelling))
-        if checkpointing:
-            tokens = checkpoint(backbone.call_block, *arguments, use_reentrant=False)
-        else:
-            tokens = backbone.call_block(*arguments)
-        if taps is not None and index in taps:
-            taps[index] = backbone.remove_prompts(tokens, num_prefix, travelling)
-    return tokens, travelling
+    def run_blocks(blocks: nn.Module, tokens: Tensor) -> Tensor:
+        nonlocal travelling
+        for index in range(len(blocks) if num_blocks is None else num_blocks):
+            prefix, new_prompts, patches = tokens.tensor_split([num_prefix, num_prefix + travelling], dim=1)
+            if index < len(prompts.blocks):
+                new_prompts = prompts.compute(index, patches, masks[index]).expand(tokens.shape[0], -1, -1)
+            tokens = torch.cat([prefix, new_prompts.to(tokens.dtype), patches], dim=1)
+            travelling = new_prompts.shape[1]
+
+            arguments = (model, index, tokens, positions.with_extra(travelling))
+            if checkpointing:
+                tokens = checkpoint(backbone.call_block, *arguments, use_reentrant=False)
+            else:
+                tokens = backbone.call_block(*arguments)
+            if taps is not None and index in taps:
+                taps[index] = backbone.remove_prompts(tokens, num_prefix, travelling)
+        return tokens
+
+    return call_within(model.blocks, run_blocks, tokens), travelling

@@ -32,7 +32,7 @@ from .functional import (
     prompt_pool,
     prompt_projector,
 )
-from .modules import has_global_hooks, is_plain
+from .modules import call_within, has_global_hooks, is_plain
 from .prompts import AdaptivePrompts, Masks, Projector, Prompts
 
 __all__ = ["can_pool", "forward_tokens"]
@@ -76,32 +76,38 @@ def forward_tokens(
     config = prompts.config
     num_blocks = depth if num_blocks is None else num_blocks
     sources = _prompt_sources(prompts, masks[:num_blocks], tokens.dtype, backend)
-    stream = _Stream(tokens)
     travelling = 0
-    for index in range(num_blocks):
-        last = index == depth - 1
-        source = sources[index] if index < len(sources) else None
-        if source is not None and (config.kind == "shallow" or (last and config.pool_prompts)):
-            # These prompts are needed after the block: from here on they are tokens like any other, a longer
-            # prefix without positions.
-            tokens = stream.total()
-            stream = _Stream(_insert(tokens, source.make(tokens, num_prefix), num_prefix))
-            travelling, source = config.num_prompts, None
-        run = partial(
-            _run_block,
-            model,
-            index,
-            source=source,
-            positions=positions.with_extra(travelling),
-            num_prefix=num_prefix + travelling,
-            backend=backend,
-            num_rows=num_rows if last else None,
-        )
-        stream = checkpoint(run, stream, use_reentrant=False) if checkpointing else run(stream)
-        if taps is not None and index in taps:
-            stream = _Stream(stream.total())
-            taps[index] = backbone.remove_prompts(stream.tokens, num_prefix, travelling)
-    return stream.total(), 0 if num_rows is not None else travelling
+
+    def run_blocks(blocks: nn.Module, tokens: Tensor) -> Tensor:
+        nonlocal travelling
+        stream = _Stream(tokens)
+        for index in range(num_blocks):
+            last = index == depth - 1
+            source = sources[index] if index < len(sources) else None
+            if source is not None and (config.kind == "shallow" or (last and config.pool_prompts)):
+                # These prompts are needed after the block: from here on they are tokens like any other, a
+                # longer prefix without positions.
+                tokens = stream.total()
+                stream = _Stream(_insert(tokens, source.make(tokens, num_prefix), num_prefix))
+                travelling, source = config.num_prompts, None
+            run = partial(
+                _run_block,
+                model,
+                index,
+                source=source,
+                positions=positions.with_extra(travelling),
+                num_prefix=num_prefix + travelling,
+                backend=backend,
+                num_rows=num_rows if last else None,
+            )
+            stream = checkpoint(run, stream, use_reentrant=False) if checkpointing else run(stream)
+            if taps is not None and index in taps:
+                stream = _Stream(stream.total())
+                taps[index] = backbone.remove_prompts(stream.tokens, num_prefix, travelling)
+        return stream.total()
+
+    tokens = call_within(model.blocks, run_blocks, tokens)
+    return tokens, 0 if num_rows is not None else travelling
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from .backbone import (
 from .backends import _dispatch
 from .config import PromptConfig, explain_unexpected, split_options
 from .data import eval_transform, full_data_config
-from .modules import weights_of
+from .modules import call_within, weights_of
 from .names import similar_names
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_adaptive_prompts
@@ -290,7 +290,7 @@ class AdaptiveViT(TimmModel):
             def within_backbone(backbone: nn.Module, images: Tensor) -> Any:
                 return finish(backbone, *forward_tokens(backbone, prompts, images, masks))
 
-            return self.backbone(images, within=within_backbone)
+            return call_within(self.backbone, within_backbone, images)
 
         return self.prompts(images, within_prompts)
 
