@@ -210,6 +210,23 @@ def test_auto_passes_over_what_can_not_take_the_arguments(h100, monkeypatch):
     assert not _dispatch._said
 
 
+def test_auto_takes_torch_under_forward_mode_and_transforms(h100, monkeypatch):
+    pytest.importorskip("triton", minversion="3.6")
+    measure(monkeypatch, measured())
+    chosen = []
+
+    def f(x):
+        chosen.append(choose("prompt_pool", "auto", *h100))
+        return x.sum()
+
+    torch.func.vmap(f)(torch.zeros(2, 3))
+    torch.func.grad(f)(torch.zeros(3))
+    with torch.autograd.forward_ad.dual_level():
+        f(torch.zeros(3))
+    f(torch.zeros(3))
+    assert chosen == ["torch", "torch", "torch", "triton"]
+
+
 @pytest.mark.parametrize("what", ["no triton", "old triton", "another GPU"])
 def test_auto_degrades_with_one_warning(what, h100, monkeypatch):
     pytest.importorskip("triton", minversion="3.6")

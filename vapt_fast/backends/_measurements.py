@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "INHERITING", "MEASUREMENTS", "Measurement"]
+from ._why_not import HALF
 
-HALF = (torch.float16, torch.bfloat16)
+__all__ = ["INHERITING", "MEASUREMENTS", "Measurement"]
+
 LARGEST_NUM_KEYS = 400
 # Compute capabilities on which nothing was measured, but all of these kernels run: A100, B200, consumer GPUs.
 INHERITING = ((8, 0), (8, 6), (8, 9), (10, 0), (12, 0))

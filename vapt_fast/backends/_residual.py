@@ -37,12 +37,14 @@ def empty_gradients(
 
 
 def residual_gradients(
-    write: Callable[[torch.dtype | None, torch.dtype | None], tuple[Tensor, Tensor]],
+    write: Callable[[torch.dtype | None, torch.dtype | None], tuple[Tensor, ...]],
     dtypes: tuple[torch.dtype, torch.dtype | None],
     needed: tuple[bool, bool],
     gain: Tensor | None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of x and delta, None where not needed. Where they are the same, they are one tensor.
+) -> tuple[Tensor | None, ...]:
+    """The gradients of x and delta, None where not needed, and what else ``write`` makes.
+
+    Where those of x and delta are the same, they are one tensor.
 
     Args:
         write: makes them, in the dtypes it is given; see ``empty_gradients``.
@@ -51,10 +53,12 @@ def residual_gradients(
         gain: of delta.
     """
     x_dtype, delta_dtype = (dtype if need else None for dtype, need in zip(dtypes, needed, strict=True))
-    if x_dtype is None and delta_dtype is None:
-        return None, None
     same = gain is None and x_dtype == delta_dtype
-    grad_x, grad_delta = write(x_dtype, None if same else delta_dtype)
+    grad_x, grad_delta, *others = write(x_dtype, None if same else delta_dtype)
+    if x_dtype is None:
+        grad_x = None
     if same:
-        return grad_x, grad_x
-    return None if x_dtype is None else grad_x, None if delta_dtype is None else grad_delta
+        grad_delta = grad_x
+    elif delta_dtype is None:
+        grad_delta = None
+    return grad_x, grad_delta, *others

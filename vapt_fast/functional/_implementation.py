@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from ..backends import _dispatch, _measurements
 from ..backends import torch as torch_backend
@@ -53,7 +54,7 @@ def choose(op: str, backend: str | None, *args: Any) -> str:
 def _fastest(op: str, device: torch.device, args: tuple) -> str:
     """The first of the measured implementations that holds here and can run, else "torch"."""
     entries = [entry for entry in _measurements.MEASUREMENTS if entry.op == op]
-    if device.type != "cuda" or not entries:
+    if device.type != "cuda" or not entries or _transformed():
         return "torch"
     capability = _dispatch.capability(device)
     if all(capability not in entry.capabilities for entry in entries):
@@ -76,6 +77,13 @@ def _fastest(op: str, device: torch.device, args: tuple) -> str:
             elif not _why_not(op, name, args):
                 return name
     return "torch"
+
+
+def _transformed() -> bool:
+    """Whether forward-mode derivatives or a transform of torch.func are under way, which no kernel serves."""
+    if forward_ad._current_level >= 0:
+        return True
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def _why_not(op: str, name: str, args: tuple) -> list[str]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .._autocast import autocast_dtype
-from .._autograd import differentiable_once, no_zeros, or_zeros, refuse_forward_mode
+from .._autograd import differentiable_once
 from .._native import native
-from .._residual import empty_gradients, empty_total, total_dtype
+from .._pool import incoming_gradients, pool_by, setup_context
+from .._residual import empty_gradients, empty_total, residual_gradients, total_dtype
+from .._why_not import why_not_frozen
 from ._launch import address, aligned, launch, rows
 
 __all__ = ["ONE_PASS", "prompt_pool", "why_not_prompt_pool"]
@@ -20,29 +23,9 @@ __all__ = ["ONE_PASS", "prompt_pool", "why_not_prompt_pool"]
 ONE_PASS = True
 
 
-def prompt_pool(
-    x: Tensor,
-    matrix: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    delta: Tensor | None,
-    gain: Tensor | None,
-    num_prefix: int,
-    eps: float,
-    prompt_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def prompt_pool(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
-    tensors = (x, matrix, weight, bias, norm_weight, norm_bias, delta, gain)
-    refuse_forward_mode("prompt_pool", *(t for t in tensors if t is not None))
-    weight, bias = weight.to(matrix.dtype), bias.to(matrix.dtype)
-    dtype = autocast_dtype(total_dtype(x, delta), x.device)
-    total, normed, pooled, *_ = _forward(
-        *(x, delta, gain, norm_weight, norm_bias, matrix, weight, bias),
-        *(dtype, num_prefix, eps, prompt_eps),
-    )
-    return x if delta is None else total, normed, pooled
+    return pool_by(_forward, *args)
 
 
 def why_not_prompt_pool(
@@ -71,10 +54,7 @@ def why_not_prompt_pool(
         reasons.append(f"matrix must be float32, got {matrix.dtype}")
     if x.shape[-1] % 8 or not x.shape[-1]:
         reasons.append(f"tokens must have 8, 16, 24, ... channels, got {x.shape[-1]}")
-    for name, frozen in {"norm_weight": norm_weight, "norm_bias": norm_bias, "gain": gain}.items():
-        if frozen is not None and frozen.requires_grad and torch.is_grad_enabled():
-            reasons.append(f"its kernels have no gradient of {name}, which must not require one")
-    return reasons
+    return reasons + why_not_frozen(norm_weight=norm_weight, norm_bias=norm_bias, gain=gain)
 
 
 # ---- what the kernels take
@@ -166,20 +146,8 @@ def _empty_outputs(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    delta: Tensor | None,
-    gain: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    matrix: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    num_prefix: int,
-    eps: float,
-    prompt_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, delta: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    _, _, _, matrix, _, _, dtype, *_ = args
     return _empty_outputs(x, delta, matrix, dtype)
 
 
@@ -256,57 +224,24 @@ def _empty_gradients(
 
 
 @_gradients.register_fake
-def _(
-    grad_total: Tensor | None,
-    grad_normed: Tensor,
-    grad_pooled: Tensor,
-    total: Tensor,
-    gain: Tensor | None,
-    norm_weight: Tensor | None,
-    matrix: Tensor,
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, x_dtype, delta_dtype = args
+def _(*args: Any) -> tuple[Tensor, ...]:
+    _, _, _, total, _, _, matrix, *_, x_dtype, delta_dtype = args
     return _empty_gradients(total, matrix, x_dtype, delta_dtype)
 
 
 # ---- autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, delta, gain, norm_weight, _, matrix, weight, bias, *ctx.options = inputs
-    total, _, _, mean, rstd = output
-    no_zeros(ctx, mean, rstd)
-    ctx.dtypes = x.dtype, None if delta is None else delta.dtype
-    ctx.save_for_backward(x if delta is None else total, gain, norm_weight, matrix, weight, bias, mean, rstd)
-
-
-def _backward(
-    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, grad_pooled: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
-    total, gain, norm_weight, matrix, *rest = ctx.saved_tensors
-    if ctx.dtypes[1] is None:  # then there is no total but x
-        grad_total = None
-    grad_normed = or_zeros(grad_normed, total, ctx.options[0])
-    each_row = total[:, :1].expand(-1, matrix.shape[0], -1)
-    grad_pooled = or_zeros(grad_pooled, each_row, matrix.dtype)
-    x_dtype, delta_dtype = (
-        dtype if needed else None for dtype, needed in zip(ctx.dtypes, ctx.needs_input_grad[:2], strict=True)
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    total, gain, _, matrix, *_ = saved = ctx.saved_tensors
+    write = partial(_gradients, *incoming_gradients(ctx, total, matrix, *grads[:3]), *saved, *ctx.options)
+    grad_x, grad_delta, grad_matrix, grad_affine = residual_gradients(
+        write, ctx.dtypes, ctx.needs_input_grad[:2], gain
     )
-    same = gain is None and x_dtype == delta_dtype
-    grad_x, grad_delta, grad_matrix, grad_affine = _gradients(
-        *(grad_total, grad_normed, grad_pooled, total, gain, norm_weight, matrix, *rest, *ctx.options),
-        *(x_dtype, None if same else delta_dtype),
-    )
-    if same:
-        grad_delta = grad_x
     grad_x, grad_delta, *learned = differentiable_once(
-        "prompt_pool",
-        None if x_dtype is None else grad_x,
-        None if delta_dtype is None else grad_delta,
-        *(grad_matrix, *grad_affine.unbind()),
+        "prompt_pool", grad_x, grad_delta, grad_matrix, *grad_affine.unbind()
     )
     return grad_x, grad_delta, None, None, None, *learned, None, None, None, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_forward.register_autograd(_backward, setup_context=setup_context)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .._autocast import autocast_dtype
+from .._why_not import HALF, why_not_one_dtype
 
 __all__ = [
     "cls_attention",
@@ -78,12 +79,11 @@ def _refusals(
     bias: Tensor | None,
 ) -> list[str]:
     """What ``can_use``, of torch.backends.cuda, has against the tensors once they are concatenated."""
-    dtypes = {autocast_dtype(t.dtype, t.device) for t in (q, k, v, prompt_k, prompt_v)}
-    if len(dtypes) > 1 or not dtypes <= {torch.float16, torch.bfloat16}:
-        given = ", ".join(sorted(map(str, dtypes)))
-        return [f"all tensors must be of one dtype, float16 or bfloat16, got {given}"]
-    if torch.compiler.is_compiling():  # there is no asking then: PyTorch raises when the graph runs
-        return []
+    reasons = why_not_one_dtype(q, k, v, prompt_k, prompt_v, known=HALF)
+    if (
+        reasons or torch.compiler.is_compiling()
+    ):  # there is no asking then: PyTorch raises when the graph runs
+        return reasons
     batch, _, heads, dim = q.shape
     num_keys = prompt_k.shape[1] + k.shape[1]
     # Only their shapes, dtypes and strides count.
@@ -94,7 +94,7 @@ def _refusals(
     if getattr(torch.backends.cuda, can_use)(params):
         return []
     shapes = f"{tuple(query.shape)} and keys {tuple(keys.shape)}"
-    return [f"torch.backends.cuda.{can_use} refuses {dtypes.pop()} queries {shapes}; its debug=True says why"]
+    return [f"torch.backends.cuda.{can_use} refuses {query.dtype} queries {shapes}; its debug=True says why"]
 
 
 def cls_attention(

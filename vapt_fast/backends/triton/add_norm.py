@@ -12,9 +12,9 @@ from ...kernels import add_norm as kernels
 from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, no_zeros, or_zeros, refuse_forward_mode
 from .._residual import empty_gradients, empty_total, residual_gradients, total_dtype
+from .._why_not import why_not_dtypes, why_not_frozen
 from . import configs
 from ._launch import launch, num_blocks, strided
-from ._why_not import why_not_dtypes, why_not_frozen
 
 __all__ = ["add_norm", "launch_forward", "why_not_add_norm"]
 
@@ -106,16 +106,8 @@ def _empty_outputs(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    delta: Tensor | None,
-    gain: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty_outputs(x, delta, dtype)
+def _(x: Tensor, delta: Tensor | None, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _empty_outputs(x, delta, args[-1])
 
 
 # ---- backward
@@ -155,17 +147,8 @@ def _backward_residual(
 
 
 @_backward_residual.register_fake
-def _(
-    grad_total: Tensor | None,
-    grad_normed: Tensor,
-    total: Tensor,
-    gain: Tensor | None,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    x_dtype: torch.dtype | None,
-    delta_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    _, _, total, *_, x_dtype, delta_dtype = args
     return empty_gradients(total, x_dtype, delta_dtype)
 
 
@@ -189,6 +172,7 @@ def _backward(
         grad_total = None
     grad_normed = or_zeros(grad_normed, total, ctx.normed_dtype)
     write = partial(_backward_residual, grad_total, grad_normed, total, gain, weight, mean, rstd)
+    # Its output needs a gradient only where x or delta does: all else is frozen.
     grads = residual_gradients(write, ctx.dtypes, ctx.needs_input_grad[:2], gain)
     return *differentiable_once("add_norm", *grads), None, None, None, None, None
 

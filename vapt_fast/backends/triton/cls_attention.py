@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...kernels import cls_attention as kernels
 from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
+from .._why_not import why_not_dtypes
 from . import configs
 from ._launch import add_chunks, launch, num_blocks
-from ._why_not import why_not_dtypes
 
 __all__ = ["cls_attention", "why_not_cls_attention"]
 

@@ -1,7 +1,7 @@
 """Launch configurations: how large a block of each kernel is, by dtype and shape.
 
 Tables, not autotuning: a launch is the same on every machine and in every run. They were chosen by what the
-compiler makes of them (hardly any spills, see tests/compiled.py): nothing has been timed on a GPU yet.
+compiler makes of them (hardly any spills, see tests/compiled.py), not by times on a GPU.
 """
 
 from __future__ import annotations

@@ -15,9 +15,9 @@ from torch import Tensor
 from ...kernels import mlp as kernels
 from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
+from .._why_not import why_not_frozen, why_not_one_dtype
 from . import configs
 from ._launch import STRIDE_LIMIT, launch, num_blocks
-from ._why_not import why_not_frozen, why_not_one_dtype
 
 __all__ = ["mlp", "why_not_mlp"]
 

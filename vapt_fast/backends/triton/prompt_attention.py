@@ -15,9 +15,9 @@ from ...kernels import prompt_attention as kernels
 from .._autocast import autocast_dtype
 from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
 from .._packed import unpack
+from .._why_not import why_not_frozen, why_not_one_dtype
 from . import configs
 from ._launch import STRIDE_LIMIT, launch, num_blocks
-from ._why_not import why_not_frozen, why_not_one_dtype
 
 __all__ = ["prompt_attention", "prompt_attention_packed", "why_not_prompt_attention"]
 
@@ -85,41 +85,10 @@ def _empty_statistic(q: Tensor) -> Tensor:
 # ---- launches
 
 
-def _attend(
-    q: Tensor, k: Tensor, v: Tensor, prompt_k: Tensor, prompt_v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    """out (B, Tq, h, d) and lse (B, h, Tq); see kernels.prompt_attention."""
-    batch, num_queries, heads, dim = q.shape
-    num_tokens, num_prompts, groups = k.shape[1], prompt_k.shape[1], k.shape[2]
-    config = configs.prompt_attention(
-        "forward",
-        q.dtype,
-        dim,
-        biased=bias is not None,
-        BLOCK_QUERIES=num_queries,
-        BLOCK_TOKENS=num_tokens,
-        BLOCK_PROMPTS=num_prompts,
-    )
-    out, lse = _empty_like(q), _empty_statistic(q)
-    launch(
-        kernels.forward,
-        config,
-        batch * heads * num_blocks(config, BLOCK_QUERIES=num_queries),
-        lse,
-        *(_strided(t, batch) for t in (out, q, k, v, prompt_k, prompt_v)),
-        _strided_bias(bias, batch, heads),
-        *(num_queries, num_tokens, num_prompts, heads, heads // groups),
-        SCALE=scale,
-        HEAD_DIM=dim,
-    )
-    return out, lse
-
-
-def _write_grad_of_queries(
-    grad_q: Tensor,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
+def _launch_by_queries(
+    kernel: str,
+    statistics: tuple[Tensor, ...],
+    result: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -127,11 +96,13 @@ def _write_grad_of_queries(
     prompt_v: Tensor,
     bias: Tensor | None,
     scale: float,
+    *incoming: Tensor,
 ) -> None:
+    """Run a kernel of kernels.prompt_attention that goes over the queries and writes a ``result`` like q."""
     batch, num_queries, heads, dim = q.shape
     num_tokens, num_prompts, groups = k.shape[1], prompt_k.shape[1], k.shape[2]
     config = configs.prompt_attention(
-        "grad_queries",
+        kernel,
         q.dtype,
         dim,
         biased=bias is not None,
@@ -140,17 +111,24 @@ def _write_grad_of_queries(
         BLOCK_PROMPTS=num_prompts,
     )
     launch(
-        kernels.grad_queries,
+        getattr(kernels, kernel),
         config,
         batch * heads * num_blocks(config, BLOCK_QUERIES=num_queries),
-        *(lse, delta),
-        *(_strided(t, batch) for t in (grad_q, q, k, v, prompt_k, prompt_v)),
+        *statistics,
+        *(_strided(t, batch) for t in (result, q, k, v, prompt_k, prompt_v)),
         _strided_bias(bias, batch, heads),
-        _strided(grad_out, batch),
+        *(_strided(t, batch) for t in incoming),
         *(num_queries, num_tokens, num_prompts, heads, heads // groups),
         SCALE=scale,
         HEAD_DIM=dim,
     )
+
+
+def _attend(q: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """out (B, Tq, h, d) and lse (B, h, Tq); see kernels.prompt_attention."""
+    out, lse = _empty_like(q), _empty_statistic(q)
+    _launch_by_queries("forward", (lse,), out, q, *args)
+    return out, lse
 
 
 def _write_grad_of_keys(
@@ -214,10 +192,9 @@ def _packed_forward(
 
 
 @_packed_forward.register_fake
-def _(
-    qkv: Tensor, prompt_kv: Tensor, bias: Tensor | None, num_heads: int, num_kv_heads: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    q = unpack(qkv, prompt_kv, num_heads, num_kv_heads)[0]
+def _(qkv: Tensor, prompt_kv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    _, *heads, _ = args
+    q = unpack(qkv, prompt_kv, *heads)[0]
     return _empty_like(q), _empty_statistic(q)
 
 
@@ -260,7 +237,8 @@ def _grad_queries(
 ) -> Tensor:
     """The gradient of q, (B, Tq, h, d)."""
     grad_q = _empty_like(q)
-    _write_grad_of_queries(grad_q, grad_out, lse, delta, q, k, v, prompt_k, prompt_v, bias, scale)
+    keys = (k, v, prompt_k, prompt_v)
+    _launch_by_queries("grad_queries", (lse, delta), grad_q, q, *keys, bias, scale, grad_out)
     return grad_q
 
 
@@ -313,8 +291,8 @@ def _grad_packed(
     """The gradient of qkv, (B, T, (h + 2g) * d)."""
     grad_qkv = _empty_like(qkv)
     grad_q, grad_k, grad_v, _, _ = unpack(grad_qkv, prompt_kv, num_heads, num_kv_heads)
-    q, k, v, prompt_k, prompt_v = unpack(qkv, prompt_kv, num_heads, num_kv_heads)
-    _write_grad_of_queries(grad_q, grad_out, lse, delta, q, k, v, prompt_k, prompt_v, bias, scale)
+    q, k, v, *prompts = unpack(qkv, prompt_kv, num_heads, num_kv_heads)
+    _launch_by_queries("grad_queries", (lse, delta), grad_q, q, k, v, *prompts, bias, scale, grad_out)
     _write_grad_of_keys(grad_k, grad_v, grad_out, lse, delta, q, k, v, bias, scale)
     return grad_qkv
 

@@ -10,40 +10,20 @@ import triton
 from torch import Tensor
 
 from ...kernels import prompt_pool as kernels
-from .._autocast import autocast_dtype
-from .._autograd import differentiable_once, no_zeros, or_zeros, refuse_forward_mode
-from .._residual import empty_gradients, empty_total, residual_gradients, total_dtype
+from .._autograd import differentiable_once
+from .._pool import incoming_gradients, pool_by, setup_context
+from .._residual import empty_gradients, empty_total, residual_gradients
+from .._why_not import why_not_dtypes, why_not_frozen
 from . import configs
 from ._launch import add_chunks, launch, num_blocks, strided
-from ._why_not import why_not_dtypes, why_not_frozen
 from .add_norm import launch_forward
 
 __all__ = ["prompt_pool", "why_not_prompt_pool"]
 
 
-def prompt_pool(
-    x: Tensor,
-    matrix: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    delta: Tensor | None,
-    gain: Tensor | None,
-    num_prefix: int,
-    eps: float,
-    prompt_eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+def prompt_pool(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """See vapt_fast.functional.prompt_pool."""
-    tensors = (x, matrix, weight, bias, norm_weight, norm_bias, delta, gain)
-    refuse_forward_mode("prompt_pool", *(t for t in tensors if t is not None))
-    weight, bias = weight.to(matrix.dtype), bias.to(matrix.dtype)
-    dtype = autocast_dtype(total_dtype(x, delta), x.device)
-    total, normed, pooled, *_ = _forward(
-        *(x, delta, gain, norm_weight, norm_bias, matrix, weight, bias),
-        *(dtype, num_prefix, eps, prompt_eps),
-    )
-    return x if delta is None else total, normed, pooled
+    return pool_by(_forward, *args)
 
 
 def why_not_prompt_pool(
@@ -123,20 +103,8 @@ def _empty_outputs(
 
 
 @_forward.register_fake
-def _(
-    x: Tensor,
-    delta: Tensor | None,
-    gain: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    matrix: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    dtype: torch.dtype,
-    num_prefix: int,
-    eps: float,
-    prompt_eps: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _(x: Tensor, delta: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    _, _, _, matrix, _, _, dtype, *_ = args
     return _empty_outputs(x, delta, matrix, dtype)
 
 
@@ -190,10 +158,8 @@ def _backward_tokens(
 
 
 @_backward_tokens.register_fake
-def _(
-    grad_total: Tensor | None, grad_normed: Tensor, grad_pooled: Tensor, total: Tensor, *args: Any
-) -> tuple[Tensor, Tensor]:
-    *_, x_dtype, delta_dtype = args
+def _(*args: Any) -> tuple[Tensor, Tensor]:
+    _, _, _, total, *_, x_dtype, delta_dtype = args
     return empty_gradients(total, x_dtype, delta_dtype)
 
 
@@ -253,31 +219,17 @@ def _(grad_pooled: Tensor, total: Tensor, matrix: Tensor, *args: Any) -> tuple[T
 # ---- autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    x, delta, gain, norm_weight, _, matrix, weight, bias, *ctx.options = inputs
-    total, normed, _, raw, mean, rstd = output
-    no_zeros(ctx, raw, mean, rstd)
-    ctx.normed_dtype = normed.dtype
-    ctx.dtypes = x.dtype, None if delta is None else delta.dtype
-    tokens = x if delta is None else total
-    ctx.save_for_backward(tokens, gain, norm_weight, matrix, weight, bias, raw, mean, rstd)
-
-
-def _backward(
-    ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, grad_pooled: Tensor | None, *_: Any
-) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     total, gain, norm_weight, matrix, weight, bias, raw, mean, rstd = ctx.saved_tensors
-    if ctx.dtypes[1] is None:
-        grad_total = None
-    grad_normed = or_zeros(grad_normed, total, ctx.normed_dtype)
-    grad_pooled = or_zeros(grad_pooled, raw, raw.dtype)
-    write = partial(
-        _backward_tokens,
-        *(grad_total, grad_normed, grad_pooled, total, gain, norm_weight, matrix, weight, mean, rstd),
-        *ctx.options,
-    )
-    grad_x, grad_delta = residual_gradients(write, ctx.dtypes, ctx.needs_input_grad[:2], gain)
-    grad_matrix = grad_weight = grad_bias = None
+    grad_total, grad_normed, grad_pooled = incoming_gradients(ctx, total, matrix, *grads[:3])
+    grad_x = grad_delta = grad_matrix = grad_weight = grad_bias = None
+    if any(ctx.needs_input_grad[:2]):
+        write = partial(
+            _backward_tokens,
+            *(grad_total, grad_normed, grad_pooled, total, gain, norm_weight, matrix, weight, mean, rstd),
+            *ctx.options,
+        )
+        grad_x, grad_delta = residual_gradients(write, ctx.dtypes, ctx.needs_input_grad[:2], gain)
     if any(ctx.needs_input_grad[5:8]):
         grad_matrix, grad_affine = _backward_learned(
             grad_pooled, total, matrix, weight, bias, raw, mean, rstd, *ctx.options
@@ -289,4 +241,4 @@ def _backward(
     return grad_x, grad_delta, None, None, None, *learned, None, None, None, None
 
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+_forward.register_autograd(_backward, setup_context=setup_context)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ...kernels import prompt_projector as kernels
 from .._autograd import differentiable_once, no_zeros, refuse_forward_mode
+from .._why_not import why_not_dtypes, why_not_frozen
 from . import configs
 from ._launch import add_chunks, launch, num_blocks
-from ._why_not import why_not_dtypes, why_not_frozen
 
 __all__ = ["prompt_projector", "why_not_prompt_projector"]
 
