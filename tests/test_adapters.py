@@ -672,8 +672,10 @@ def test_class_names_and_data_configs_that_are_none(
 # ---- numbers of numpy and torch
 
 
-@pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array, torch.tensor], ids=lambda make: make.__name__)
-@pytest.mark.parametrize("real", [np.float32, np.array, torch.tensor], ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "integer", [np.int64, np.uint8, np.array, torch.tensor], ids=lambda kind: kind.__name__
+)
+@pytest.mark.parametrize("real", [np.float32, np.array, torch.tensor], ids=lambda kind: kind.__name__)
 def test_numbers_of_numpy_and_torch(tmp_path: Path, integer: Callable, real: Callable) -> None:
     model = AdaptiveViT(
         "vit_tiny_patch16_224",
