@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: help demo test mutants lint lint-only bench gpu gpu-dry clean
+.PHONY: help demo test test-rest test-all mutants lint lint-only bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -24,8 +24,16 @@ $(BIN)/.installed: pyproject.toml setup.py $(CUDA_SOURCES)
 demo: $(BIN)/.installed ## adapt a ViT to digits it has never seen; writes a table and a picture to OUT=demo-out
 	$(BIN)/vapt-fast demo --output $(OUT)
 
-test: $(BIN)/.installed ## all tests
-	$(BIN)/python -m pytest --numprocesses auto --dist worksteal
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+test: $(BIN)/.installed ## the tests of what breaks in practice
+	$(PYTEST) -m "not full"
+
+test-rest: $(BIN)/.installed ## the tests that make test leaves out
+	$(PYTEST) -m full
+
+test-all: $(BIN)/.installed ## all tests
+	$(PYTEST)
 
 mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have changed
 	$(BIN)/python tests/kill_mutants.py

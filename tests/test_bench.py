@@ -236,7 +236,7 @@ def test_command_prints_and_writes_what_it_found(tmp_path):
     ("arguments", "message"),
     [
         (["--backbone", "resnet18"], "resnet18 can't be measured: TypeError"),
-        (["--backbone", "vit_digit"], "vit_digit can't be measured"),
+        (["--backbone", "vit_digit"], "got 'vit_digit'; similar: vit_digits_patch4_32"),
         (["--device", "toaster"], "--device 'toaster' is not usable here"),
     ],
 )
@@ -249,6 +249,7 @@ def test_command_errors(arguments, message):
 # ---- everything that needs a GPU, without one
 
 
+@pytest.mark.full
 def test_gpu_run_without_a_gpu(tmp_path, load):
     """The program is the same; what needs a GPU is in the tables with the reason why it is missing."""
     command = [

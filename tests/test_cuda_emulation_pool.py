@@ -541,6 +541,7 @@ def test_what_contradicts_the_header_is_refused_in_the_backward(kernels):
 # ---- bounds and races
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize(
     "words",

@@ -103,7 +103,13 @@ def assert_backends_agree(model: AdaptiveViT, seed: int = 0) -> None:
 # ---- every architecture
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES)
+EVERY = [
+    pytest.param(name, marks=() if name in REPRESENTATIVES.values() else pytest.mark.full)
+    for name in ARCHITECTURES
+]
+
+
+@pytest.fixture(scope="module", params=EVERY)
 def model(request: pytest.FixtureRequest) -> AdaptiveViT:
     return tiny_model(request.param)
 

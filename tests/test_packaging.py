@@ -97,6 +97,7 @@ def project(sdist, tmp_path):
     return shutil.copytree(sdist, tmp_path / "project")
 
 
+@pytest.mark.full
 @needs_nvcc
 def test_an_install_with_nvcc_has_the_kernels(project, environment):
     # PTX alone takes the least time.
@@ -152,6 +153,7 @@ def test_an_install_with_an_nvcc_that_fails(project, environment, tmp_path):
     assert_installs_without_kernels(environment, project, reason, **home)
 
 
+@pytest.mark.full
 @needs_nvcc
 def test_an_install_with_kernels_that_do_not_compile(project, environment, tmp_path):
     for name in ("first", "second"):  # with another compiler in the same checkout everything begins anew

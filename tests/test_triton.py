@@ -8,9 +8,13 @@ from pathlib import Path
 import pytest
 
 FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+QUICK = {"test_add_norm", "test_mlp", "test_prompt_projector"}
+CASES = [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.full) for path in FILES
+]
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", CASES)
 def test_in_the_interpreter(path):
     pytest.importorskip("triton", minversion="3.6")
     result = subprocess.run(

@@ -44,11 +44,13 @@ def forward_tokens(
     """
     tokens, positions = backbone.embed(model, images)
     num_prefix = model.num_prefix_tokens
+    config, depth = prompts.config, len(model.blocks)
+    num_blocks = depth if num_blocks is None else num_blocks
     travelling = 0
 
     def run_blocks(blocks: nn.Module, tokens: Tensor) -> Tensor:
         nonlocal travelling
-        for index in range(len(blocks) if num_blocks is None else num_blocks):
+        for index in range(num_blocks):
             prefix, new_prompts, patches = tokens.tensor_split([num_prefix, num_prefix + travelling], dim=1)
             if index < len(prompts.blocks):
                 new_prompts = prompts.compute(index, patches, masks[index]).expand(tokens.shape[0], -1, -1)
@@ -62,6 +64,8 @@ def forward_tokens(
                 tokens = backbone.call_block(*arguments)
             if taps is not None and index in taps:
                 taps[index] = backbone.remove_prompts(tokens, num_prefix, travelling)
+        if config.kind != "shallow" and not (config.pool_prompts and num_blocks == depth):
+            tokens, travelling = backbone.remove_prompts(tokens, num_prefix, travelling), 0
         return tokens
 
     return call_within(model.blocks, run_blocks, tokens), travelling

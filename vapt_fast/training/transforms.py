@@ -17,8 +17,9 @@ __all__ = ["AUGMENTATIONS", "Augmentation", "data_config", "eval_transform", "tr
 
 AUGMENTATIONS = ("none", "flip", "crop-flip", "random-resized-crop", "rand-augment", "auto-augment")
 
-# timm's names: RandAugment with two operations of magnitude 9, and AutoAugment's policy for ImageNet.
-_POLICIES = {"rand-augment": "rand-m9-mstd0.5-inc1", "auto-augment": "original"}
+# RandAugment with two operations of magnitude 9 of 31, and AutoAugment's policy for ImageNet: torchvision's,
+# because Pillow refuses some of what timm's ask for (pictures of no bits).
+_POLICIES = {"rand-augment": transforms.RandAugment, "auto-augment": transforms.AutoAugment}
 _RESIZED_CROPS = ("random-resized-crop", *_POLICIES)
 _SMALLEST_CROP = 0.08
 
@@ -32,7 +33,7 @@ class Augmentation:
     Attributes:
         kind: "none"; "flip" (left and right, half the time); "crop-flip" (a crop of the size that the model
             takes, at a random place of the resized image, and flip); "random-resized-crop" (a crop of random
-            size and shape, and flip); "rand-augment" and "auto-augment" (the same, then timm's policies).
+            size and shape, and flip); "rand-augment", "auto-augment" (the same, then torchvision's policy).
         crop_scale: the smallest share of the image's area that a crop of random size has; None for 0.08.
         color_jitter: largest relative change of brightness, contrast and saturation.
         random_erasing: probability that a random rectangle is overwritten with noise.
@@ -90,15 +91,16 @@ def train_transform(config: dict[str, Any], augmentation: Augmentation | str) ->
     """
     chosen = Augmentation(augmentation) if isinstance(augmentation, str) else augmentation
     if chosen.kind in _RESIZED_CROPS:
-        return create_transform(
+        crop, flip, *rest = create_transform(
             **config,
             is_training=True,
             scale=(_SMALLEST_CROP if chosen.crop_scale is None else chosen.crop_scale, 1.0),
             color_jitter=chosen.color_jitter or None,
-            auto_augment=_POLICIES.get(chosen.kind),
             re_prob=chosen.random_erasing,
             re_mode="pixel",
-        )
+        ).transforms
+        policy = [_POLICIES[chosen.kind]()] if chosen.kind in _POLICIES else []
+        return transforms.Compose([crop, flip, *policy, *rest])
     steps = eval_transform(config).transforms
     crop = next(i for i, step in enumerate(steps) if type(step) in _RANDOM_CROPS)
     random_crop = _RANDOM_CROPS[type(steps[crop])](config["input_size"][-2:])
