@@ -94,6 +94,22 @@ def test_blocks_may_be_replaced():
     assert_same(run(model, images), run(model, images, "reference"))
 
 
+@pytest.mark.parametrize("change", ["assign", "reset"])
+def test_a_head_of_the_backbone_is_not_ignored(change):
+    model = tiny_model(VIT)
+    images = tiny_images(model)
+    if change == "assign":
+        model.backbone.head = nn.Linear(model.embed_dim, 3).double()
+    else:
+        model.backbone.reset_classifier(3)
+    for backend in ("torch", "reference"):
+        with use_backend(backend), pytest.raises(ValueError, match=r"set model\.head"):
+            model(images)
+    model.head = model.backbone.head
+    model.backbone.head = nn.Identity()
+    assert model(images).shape == (2, 3)
+
+
 def test_info_tells_of_a_backbone_by_name():
     result = CliRunner().invoke(app, ["info", "test_vit"])
     assert result.exit_code == 0, result.output

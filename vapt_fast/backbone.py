@@ -19,7 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .arguments import size_pair
-from .modules import enclosing, has_global_hooks, is_observed, share_tensors, why_not_by_token
+from .modules import enclosing, has_global_hooks, is_observed, share_tensors, weights_of, why_not_by_token
 from .resize import resize_backbone
 
 __all__ = [
@@ -189,7 +189,18 @@ def take_heads(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def head_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
-    """What each classifier reads, (B, C): tokens (B, T, C) after the final norm, pooled as timm does."""
+    """What each classifier reads, (B, C): tokens (B, T, C) after the final norm, pooled as timm does.
+
+    Raises:
+        ValueError: someone gave the backbone a head again, which nobody would call.
+    """
+    for name in head_names(model):
+        head = getattr(model, name)
+        if weights_of(head, most=1):
+            raise ValueError(
+                f"model.backbone.{name} must be an Identity, got a {type(head).__name__}: the head belongs to "
+                f"the adapter; set model.{name} or call model.reset_classifier() instead"
+            )
     if isinstance(model, VisionTransformerDistilled):
         return model.head_drop(tokens[:, 0]), model.head_drop(tokens[:, 1])
     return (model.forward_head(tokens, pre_logits=True),)
