@@ -198,8 +198,8 @@ def head_inputs(model: nn.Module, tokens: Tensor) -> tuple[Tensor, ...]:
         head = getattr(model, name)
         if weights_of(head, most=1):
             raise ValueError(
-                f"model.backbone.{name} must be an Identity, got a {type(head).__name__}: the head belongs to "
-                f"the adapter; set model.{name} or call model.reset_classifier() instead"
+                f"model.backbone.{name} must be an Identity, got a {type(head).__name__}: the head is "
+                f"the adapter's; set model.{name} or call model.reset_classifier() instead"
             )
     if isinstance(model, VisionTransformerDistilled):
         return model.head_drop(tokens[:, 0]), model.head_drop(tokens[:, 1])
