@@ -19,7 +19,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from .arguments import size_pair
-from .modules import enclosing, has_global_hooks, is_observed, share_tensors, weights_of, why_not_by_token
+from .modules import (
+    enclosing,
+    has_global_hooks,
+    has_user_hooks,
+    share_tensors,
+    token_mixing_reason,
+    weights_of,
+)
 from .resize import resize_backbone
 
 __all__ = [
@@ -211,7 +218,11 @@ def num_pooled_rows(model: nn.Module) -> int | None:
 
     It might if the final norm or the pooling is not timm's.
     """
-    if has_global_hooks() or is_observed(model.blocks) or why_not_by_token(model.norm, "norm") is not None:
+    if (
+        has_global_hooks()
+        or has_user_hooks(model.blocks)
+        or token_mixing_reason(model.norm, "norm") is not None
+    ):
         return None
     if isinstance(model, VisionTransformerDistilled):
         return 2

@@ -1,7 +1,7 @@
 """The standard block of timm's ViTs in parts: x + ls1 * attention(norm1(x)), then x + ls2 * mlp(norm2(x)).
 
 A block is taken apart only where that can't be told from calling it. Otherwise, and where it is of another
-kind, it is called as it is; ``why_whole`` says why.
+kind, it is called as it is; ``fallback_reason`` says why.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from timm.models import beit, eva, vision_transformer
 from torch import Tensor, nn
 
 from .backbone import BeitAttention
-from .modules import has_global_hooks, is_plain, remember_forward, why_not_by_token
+from .modules import has_global_hooks, is_plain, remember_forward, token_mixing_reason
 
-__all__ = ["StandardBlock", "standard_block", "why_whole"]
+__all__ = ["StandardBlock", "fallback_reason", "standard_block"]
 
 BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block)
 ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, BeitAttention)
@@ -28,7 +28,7 @@ _beit_forward = beit.Attention.forward
 Weights = tuple[Tensor, Tensor | None]  # weight and bias of a Linear
 
 
-def why_whole(block: nn.Module) -> str | None:
+def fallback_reason(block: nn.Module) -> str | None:
     """Why ``block`` must be called as it is; None if it can be taken apart.
 
     Only modules that are known to act on each token by itself, as a Linear does, are called with the tokens
@@ -56,7 +56,7 @@ def why_whole(block: nn.Module) -> str | None:
         return "attn drops"
     for parent, prefix in ((block, ""), (attn, "attn.")):
         for name, module in parent.named_children():
-            reason = None if module is attn else why_not_by_token(module, prefix + name)
+            reason = None if module is attn else token_mixing_reason(module, prefix + name)
             if reason is not None:
                 return reason
     if getattr(attn, "q_bias", None) is not None:
@@ -201,8 +201,8 @@ class StandardBlock:
 
 
 def standard_block(block: nn.Module) -> StandardBlock | None:
-    """``block`` in parts, or None where ``why_whole`` has a reason to call it as it is."""
-    if why_whole(block) is not None:
+    """``block`` in parts, or None where ``fallback_reason`` has a reason to call it as it is."""
+    if fallback_reason(block) is not None:
         return None
     attn, qkv = block.attn, None
     if attn.qkv is not None and is_plain(attn.qkv, nn.Linear):

@@ -10,7 +10,7 @@ import torch
 
 from ._version import __version__
 from .backends import _dispatch, _measurements, _native
-from .blocks import standard_block, why_whole
+from .blocks import fallback_reason, standard_block
 from .prompts import AdaptivePrompts
 from .schedule import can_pool
 from .vit import AdaptiveViT
@@ -53,7 +53,7 @@ def forward_report(model: AdaptiveViT) -> str:
     for index, block in enumerate(model.backbone.blocks):
         parts = standard_block(block)
         if parts is None:
-            how = f"called as it is, without rewrites: {why_whole(block)}"
+            how = f"called as it is, without rewrites: {fallback_reason(block)}"
         else:
             called = parts.called()
             how = "rewritten" + (f", {' and '.join(called)} called" if called else "")

@@ -36,15 +36,15 @@ __all__ = [
     "Enclosing",
     "call_within",
     "class_of",
-    "drops",
     "enclosing",
     "has_global_hooks",
-    "is_observed",
+    "has_user_hooks",
+    "is_active_dropout",
     "is_plain",
     "remember_forward",
     "share_tensors",
+    "token_mixing_reason",
     "weights_of",
-    "why_not_by_token",
 ]
 
 # The packages whose hooks bring a module's weights to where they are needed, or compute them (FSDP, pruning,
@@ -102,7 +102,7 @@ def _is_untouched(module: nn.Module) -> bool:
     )
 
 
-def why_not_by_token(module: nn.Module, name: str) -> str | None:
+def token_mixing_reason(module: nn.Module, name: str) -> str | None:
     """Why a call of ``module`` with some of the tokens might not give the rows of a call with all of them.
 
     None if it does. What is not known to act on every token by itself might not: modules of the user's own,
@@ -112,9 +112,9 @@ def why_not_by_token(module: nn.Module, name: str) -> str | None:
     if _is_plainly_by_token(module):
         return None
     for path, part in module.named_modules(prefix=name):
-        if is_observed(part):
+        if has_user_hooks(part):
             return f"{path} has hooks or another forward"
-        if drops(part):
+        if is_active_dropout(part):
             return f"{path} drops"
         if not _acts_by_token(part):
             return f"{path} is a {type(part).__name__} that may use several tokens at once"
@@ -126,7 +126,11 @@ def _is_plainly_by_token(module: nn.Module) -> bool:
     parts = [module]
     while parts:
         part = parts.pop()
-        if type(part) not in BY_TOKEN or not _is_untouched(part) or (part.training and drops(part)):
+        if (
+            type(part) not in BY_TOKEN
+            or not _is_untouched(part)
+            or (part.training and is_active_dropout(part))
+        ):
             return False
         parts.extend(child for child in part._modules.values() if child is not None)
     return True
@@ -157,7 +161,7 @@ def _is_ordinary(tensor: Tensor | None) -> bool:
     )
 
 
-def is_observed(module: nn.Module) -> bool:
+def has_user_hooks(module: nn.Module) -> bool:
     """Whether hooks or another forward of the user's may use or change what ``module`` computes.
 
     Those that only prepare its weights don't count.
@@ -179,7 +183,7 @@ def _is_of(hook: Any, packages: tuple[str, ...]) -> bool:
     return type(owner).__module__.startswith(packages)
 
 
-def drops(module: nn.Module) -> bool:
+def is_active_dropout(module: nn.Module) -> bool:
     """Whether ``module`` itself is a dropout that is on."""
     if not module.training:
         return False

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from . import backbone
 from .backbone import Positions
-from .blocks import StandardBlock, standard_block, why_whole
+from .blocks import StandardBlock, fallback_reason, standard_block
 from .functional import (
     add_norm,
     cls_attention,
@@ -293,7 +293,7 @@ def _run_block(
     parts = standard_block(block)
     if parts is None:
         if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
-            _log.debug("block %d is called as it is, without rewrites: %s", index, why_whole(block))
+            _log.debug("block %d is called as it is, without rewrites: %s", index, fallback_reason(block))
         tokens, count = stream.total(), 0
         if source is not None:
             prompts = source.make(tokens, num_prefix)
