@@ -36,8 +36,8 @@ test-all: $(BIN)/.installed ## all tests
 	$(PYTEST)
 
 mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have changed
-	$(BIN)/python tests/kill_mutants.py
-	$(BIN)/python tests/cuda_mutants.py
+	$(BIN)/python tests/tools/kill_mutants.py
+	$(BIN)/python tests/tools/cuda_mutants.py
 
 lint: $(BIN)/.installed ## style, of Python and of csrc
 	@$(MAKE) --no-print-directory lint-only

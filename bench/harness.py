@@ -12,7 +12,7 @@ import torch
 from floors import Work as Work
 from torch import Tensor
 
-from vapt_fast import BackendUnavailable
+from vapt_fast import BackendUnavailableError
 from vapt_fast.backends import _dispatch
 
 MODES = ("forward", "forward and backward")
@@ -104,7 +104,7 @@ class Bench:
         self.benchmark.group = f"{group}, {mode}"
         try:
             error = self._check(job, op)
-        except BackendUnavailable as reason:
+        except BackendUnavailableError as reason:
             pytest.skip(str(reason))
         calls, run = self._prepare(job, op, mode)
         self.benchmark.pedantic(run, rounds=self.rounds, warmup_rounds=2)

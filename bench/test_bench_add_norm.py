@@ -34,14 +34,14 @@ def implementation(rival: str, sizes: Sizes) -> Op:
     if name == "eager":
         return sizes.compile(_eager) if compiled else _eager
 
-    def op(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return add_norm(x, delta, weight, bias, eps=EPS, backend=name)
+    def op(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        return add_norm(x, branch, weight, bias, eps=EPS, backend=name)
 
     return op
 
 
-def _eager(x: Tensor, delta: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    total = x + delta
+def _eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    total = x + branch
     return total, F.layer_norm(total, weight.shape, weight, bias, EPS)
 
 

@@ -35,7 +35,7 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
             sizes.randn(sizes.dim, grad=False),
         ],
         definition=partial(_literal, sizes.grid),
-        # x and delta in, their sum and its normalised rows out.
+        # x and branch in, their sum and its normalised rows out.
         forward=Work(4 * element * tokens + pooled, products),
         # The sum and the gradients of both in, one gradient out.
         backward=Work(4 * element * tokens + 2 * pooled, 2 * products),
@@ -51,7 +51,7 @@ def implementation(rival: str, sizes: Sizes) -> Op:
 def _literal(
     grid: tuple[int, int],
     x: Tensor,
-    delta: Tensor,
+    branch: Tensor,
     projection: Tensor,
     kernel: Tensor,
     weight: Tensor,
@@ -60,7 +60,7 @@ def _literal(
     norm_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two LayerNorms, a convolution and a projection; sum, normalised tokens (B, T, C), pooled (B, P, C)."""
-    total = x + delta
+    total = x + branch
     normed = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, EPS)
     z = F.layer_norm(total[:, 1:].to(weight.dtype), weight.shape, weight, bias, PROMPT_EPS)
     planes = z.transpose(1, 2).unflatten(-1, grid)
@@ -72,7 +72,7 @@ def _rewritten(
     grid: tuple[int, int],
     backend: str,
     x: Tensor,
-    delta: Tensor,
+    branch: Tensor,
     projection: Tensor,
     kernel: Tensor,
     weight: Tensor,
@@ -90,7 +90,7 @@ def _rewritten(
         num_prefix=1,
         norm_weight=norm_weight,
         norm_bias=norm_bias,
-        delta=delta,
+        branch=branch,
         eps=EPS,
         prompt_eps=PROMPT_EPS,
         backend=backend,

@@ -109,15 +109,15 @@ void bind_prompt_pool(py::module_& module) {
 
   module.def(
       "prompt_pool_forward",
-      [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 x, vf::Tensor3 delta, Address gain,
+      [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 x, vf::Tensor3 branch, Address layer_scale,
          vf::PoolingMatrix matrix, Address weight, Address bias, Address norm_weight, Address norm_bias, Address total,
          Address normed, Address pooled, Address mean, Address rstd, bool one_pass, std::uintptr_t stream) {
         const vf::PromptPoolForward arguments{.sizes = sizes,
                                               .eps = eps,
                                               .prompt_eps = prompt_eps,
                                               .x = x,
-                                              .delta = delta,
-                                              .gain = reinterpret_cast<const float*>(gain),
+                                              .branch = branch,
+                                              .layer_scale = reinterpret_cast<const float*>(layer_scale),
                                               .matrix = matrix,
                                               .weight = reinterpret_cast<const float*>(weight),
                                               .bias = reinterpret_cast<const float*>(bias),
@@ -131,17 +131,17 @@ void bind_prompt_pool(py::module_& module) {
                                               .one_pass = one_pass};
         launch("prompt_pool_forward", vf::launch_prompt_pool_forward, arguments, stream);
       },
-      py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("x"), arg("delta"), arg("gain"), arg("matrix"),
-      arg("weight"), arg("bias"), arg("norm_weight"), arg("norm_bias"), arg("total"), arg("normed"), arg("pooled"),
-      arg("mean"), arg("rstd"), arg("one_pass"), arg("stream"));
+      py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("x"), arg("branch"), arg("layer_scale"),
+      arg("matrix"), arg("weight"), arg("bias"), arg("norm_weight"), arg("norm_bias"), arg("total"), arg("normed"),
+      arg("pooled"), arg("mean"), arg("rstd"), arg("one_pass"), arg("stream"));
 
   module.def(
       "prompt_pool_backward",
       [](const Sizes& sizes, float eps, float prompt_eps, vf::Tensor3 total, vf::Tensor3 grad_total,
-         vf::Tensor3 grad_normed, vf::Tensor3 grad_pooled, Address gain, vf::PoolingMatrix matrix, Address weight,
-         Address bias, Address norm_weight, Address mean, Address rstd, Address workspace, Address grad_x,
-         Address grad_delta, Address grad_matrix, Address grad_weight, Address grad_bias, bool one_pass,
-         std::uintptr_t stream) {
+         vf::Tensor3 grad_normed, vf::Tensor3 grad_pooled, Address layer_scale, vf::PoolingMatrix matrix,
+         Address weight, Address bias, Address norm_weight, Address mean, Address rstd, Address workspace,
+         Address grad_x, Address grad_branch, Address grad_matrix, Address grad_weight, Address grad_bias,
+         bool one_pass, std::uintptr_t stream) {
         const vf::PromptPoolBackward arguments{.sizes = sizes,
                                                .eps = eps,
                                                .prompt_eps = prompt_eps,
@@ -149,7 +149,7 @@ void bind_prompt_pool(py::module_& module) {
                                                .grad_total = grad_total,
                                                .grad_normed = grad_normed,
                                                .grad_pooled = grad_pooled,
-                                               .gain = reinterpret_cast<const float*>(gain),
+                                               .layer_scale = reinterpret_cast<const float*>(layer_scale),
                                                .matrix = matrix,
                                                .weight = reinterpret_cast<const float*>(weight),
                                                .bias = reinterpret_cast<const float*>(bias),
@@ -158,7 +158,7 @@ void bind_prompt_pool(py::module_& module) {
                                                .rstd = reinterpret_cast<const float*>(rstd),
                                                .workspace = reinterpret_cast<float*>(workspace),
                                                .grad_x = reinterpret_cast<void*>(grad_x),
-                                               .grad_delta = reinterpret_cast<void*>(grad_delta),
+                                               .grad_branch = reinterpret_cast<void*>(grad_branch),
                                                .grad_matrix = reinterpret_cast<float*>(grad_matrix),
                                                .grad_weight = reinterpret_cast<float*>(grad_weight),
                                                .grad_bias = reinterpret_cast<float*>(grad_bias),
@@ -166,9 +166,9 @@ void bind_prompt_pool(py::module_& module) {
         launch("prompt_pool_backward", vf::launch_prompt_pool_backward, arguments, stream);
       },
       py::kw_only(), arg("sizes"), arg("eps"), arg("prompt_eps"), arg("total"), arg("grad_total"), arg("grad_normed"),
-      arg("grad_pooled"), arg("gain"), arg("matrix"), arg("weight"), arg("bias"), arg("norm_weight"), arg("mean"),
-      arg("rstd"), arg("workspace"), arg("grad_x"), arg("grad_delta"), arg("grad_matrix"), arg("grad_weight"),
-      arg("grad_bias"), arg("one_pass"), arg("stream"));
+      arg("grad_pooled"), arg("layer_scale"), arg("matrix"), arg("weight"), arg("bias"), arg("norm_weight"),
+      arg("mean"), arg("rstd"), arg("workspace"), arg("grad_x"), arg("grad_branch"), arg("grad_matrix"),
+      arg("grad_weight"), arg("grad_bias"), arg("one_pass"), arg("stream"));
 
   module.def("prompt_pool_backward_workspace", vf::prompt_pool_backward_workspace, arg("sizes"));
 }

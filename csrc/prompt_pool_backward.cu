@@ -77,7 +77,7 @@ struct TokenNumbers {
 };
 
 // Eight channels of a token, number ``at`` of all images' tokens, from ``product``, their b / (s * weight): the
-// gradients of x and delta, and what is added to that of weight. ``load_grad_normed`` gives those of grad_normed.
+// gradients of x and branch, and what is added to that of weight. ``load_grad_normed`` gives those of grad_normed.
 template <typename Token, typename Element, typename Load>
 __device__ __forceinline__ void finish_eight(const PromptPoolBackward& arguments, std::int64_t image, int token,
                                              std::int64_t at, int channel, const TokenNumbers& numbers,
@@ -97,7 +97,7 @@ __device__ __forceinline__ void finish_eight(const PromptPoolBackward& arguments
       of_weight[i] += s * x_hat[i] * product[i];
     }
   }
-  if (!arguments.grad_x && !arguments.grad_delta) {
+  if (!arguments.grad_x && !arguments.grad_branch) {
     return;
   }
 
@@ -131,15 +131,15 @@ __device__ __forceinline__ void finish_eight(const PromptPoolBackward& arguments
   if (arguments.grad_x) {
     store_eight(static_cast<Token*>(arguments.grad_x) + to, narrow<Token>(grad));
   }
-  if (arguments.grad_delta) {
-    if (arguments.gain) {
-      load_floats(arguments.gain + channel, factors);
+  if (arguments.grad_branch) {
+    if (arguments.layer_scale) {
+      load_floats(arguments.layer_scale + channel, factors);
 #pragma unroll
       for (int i = 0; i < kEight; ++i) {
         grad[i] *= factors[i];
       }
     }
-    store_eight(static_cast<Element*>(arguments.grad_delta) + to, narrow<Element>(grad));
+    store_eight(static_cast<Element*>(arguments.grad_branch) + to, narrow<Element>(grad));
   }
 }
 
@@ -369,7 +369,7 @@ struct GradientStage {
   float affine[2][2][kSlab];  // sums over the tokens of each half of the warps
 };
 
-// The gradients of x and delta, and those of weight and bias from an image: for a slab of its channels.
+// The gradients of x and branch, and those of weight and bias from an image: for a slab of its channels.
 template <typename Token, typename Element>
 __global__ void __launch_bounds__(kThreads, 2)
     gradients(const PromptPoolBackward arguments, const Workspace workspace) {
@@ -1019,7 +1019,7 @@ Status launch_prompt_pool_backward(const PromptPoolBackward& arguments, Stream s
   check.tensor("grad_total", arguments.grad_total, arguments.grad_total.data ? tokens : 0, bytes);
   check.tensor("grad_normed", arguments.grad_normed, arguments.grad_normed.data ? tokens : 0, 2);
   check.tensor("grad_pooled", arguments.grad_pooled, sizes.rows, sizeof(float));
-  check.pointer("gain", arguments.gain, arguments.gain != nullptr);
+  check.pointer("layer_scale", arguments.layer_scale, arguments.layer_scale != nullptr);
   check.pointer("matrix", arguments.matrix.data, sizes.rows, sizeof(float));
   check.pointer("weight", arguments.weight);
   check.pointer("bias", arguments.bias);
@@ -1028,7 +1028,7 @@ Status launch_prompt_pool_backward(const PromptPoolBackward& arguments, Stream s
   check.pointer("rstd", arguments.rstd, sizes.batch, sizeof(float));
   check.pointer("workspace", arguments.workspace, sizes.batch);
   check.pointer("grad_x", arguments.grad_x, arguments.grad_x != nullptr);
-  check.pointer("grad_delta", arguments.grad_delta, arguments.grad_delta != nullptr);
+  check.pointer("grad_branch", arguments.grad_branch, arguments.grad_branch != nullptr);
   check.pointer("grad_matrix", arguments.grad_matrix, sizes.rows, sizeof(float));
   check.pointer("grad_weight", arguments.grad_weight, 1, sizeof(float));
   check.pointer("grad_bias", arguments.grad_bias, 1, sizeof(float));

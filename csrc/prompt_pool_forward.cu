@@ -14,34 +14,34 @@ namespace {
 template <typename Token, typename Element>
 struct Summands {
   Eight<Token> x{};
-  Eight<Element> delta{};
+  Eight<Element> branch{};
 
   __device__ __forceinline__ void load(const PromptPoolForward& arguments, std::int64_t image, std::int64_t token,
                                        std::int64_t channel) {
     x = load_eight(row_of<Token>(arguments.x, image, token) + channel);
-    if (arguments.delta.data) {
-      delta = load_eight(row_of<Element>(arguments.delta, image, token) + channel);
+    if (arguments.branch.data) {
+      branch = load_eight(row_of<Element>(arguments.branch, image, token) + channel);
     }
   }
 
-  // Writes the sum to total, if there is a delta.
+  // Writes the sum to total, if there is a branch.
   __device__ __forceinline__ Eight<Token> sum(const PromptPoolForward& arguments, std::int64_t image,
                                               std::int64_t token, std::int64_t channel) const {
-    if (!arguments.delta.data) {
+    if (!arguments.branch.data) {
       return x;
     }
     const PromptPoolSizes& sizes = arguments.sizes;
     float total[kEight];
-    float branch[kEight];
-    float gain[kEight] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
+    float added[kEight];
+    float layer_scale[kEight] = {1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f, 1.0f};
     widen(x, total);
-    widen(delta, branch);
-    if (arguments.gain) {
-      load_floats(arguments.gain + channel, gain);
+    widen(branch, added);
+    if (arguments.layer_scale) {
+      load_floats(arguments.layer_scale + channel, layer_scale);
     }
 #pragma unroll
     for (int i = 0; i < kEight; ++i) {
-      total[i] += gain[i] * branch[i];
+      total[i] += layer_scale[i] * added[i];
     }
     const Eight<Token> eight = narrow<Token>(total);
     const std::int64_t row = image * (sizes.prefix + sizes.patches) + token;
@@ -249,7 +249,7 @@ __global__ void __launch_bounds__(kThreads, 2) pool(const PromptPoolForward argu
   const auto first_row = static_cast<int>(block() / slabs % row_blocks * PoolStage<TILES>::ROWS);
 
   const Tensor3 total{arguments.total, (sizes.prefix + sizes.patches) * sizes.channels, sizes.channels};
-  const Tensor3& tokens = arguments.delta.data ? total : arguments.x;
+  const Tensor3& tokens = arguments.branch.data ? total : arguments.x;
   const std::int64_t first_patch = image * (sizes.prefix + sizes.patches) + sizes.prefix;
   const Token* const patches = row_of<Token>(tokens, image, sizes.prefix) + first_channel;
   const auto load = [patches, stride = tokens.row_stride](int patch, int eight) {
@@ -427,14 +427,14 @@ Status launch_prompt_pool_forward(const PromptPoolForward& arguments, Stream str
     return check.status();
   }
   const std::int64_t tokens = sizes.prefix + sizes.patches;
-  const bool is_sum = arguments.delta.data != nullptr;
+  const bool is_sum = arguments.branch.data != nullptr;
   check.tensor("x", arguments.x, tokens, sizes.float32_tokens ? 4 : 2);
-  check.tensor("delta", arguments.delta, is_sum ? tokens : 0, 2);
+  check.tensor("branch", arguments.branch, is_sum ? tokens : 0, 2);
   check.pointer("total", arguments.total, is_sum);
   if (!is_sum && arguments.total) {
-    check.fail(refuse(Code::invalid, "total must be null where delta is"));
+    check.fail(refuse(Code::invalid, "total must be null where branch is"));
   }
-  check.pointer("gain", arguments.gain, arguments.gain != nullptr);
+  check.pointer("layer_scale", arguments.layer_scale, arguments.layer_scale != nullptr);
   check.pointer("matrix", arguments.matrix.data, sizes.rows, sizeof(float));
   check.pointer("weight", arguments.weight);
   check.pointer("bias", arguments.bias);

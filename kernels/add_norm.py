@@ -2,13 +2,13 @@
 
 For a row of C channels, with statistics over them:
 
-    total  = x + gain * delta             rounded to its dtype before anything is computed from it
+    total  = x + layer_scale * branch             rounded to its dtype before anything is computed from it
     xhat   = (total - mean) * rstd        rstd of the variance + EPS
     normed = xhat * weight + bias
 
 A row stays in registers, as CHUNKS blocks of BLOCK_C channels, so each tensor passes through memory once:
-``forward`` reads x and delta and writes total and normed; ``backward`` reads total and the gradients of total
-and normed, and writes those of x and delta. What there is none of (delta, gain, weight and bias, a gradient
+``forward`` reads x and branch and writes total and normed; ``backward`` reads total and the gradients of total
+and normed, and writes those of x and branch. What there is none of (branch, layer_scale, weight and bias, a gradient
 that nobody needs) is None and costs nothing.
 
 Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give come with all
@@ -38,12 +38,12 @@ def forward(
     x_image,
     x_token,
     x_channel,
-    delta,
-    delta_image,
-    delta_token,
-    delta_channel,
-    gain,
-    gain_channel,
+    branch,
+    branch_image,
+    branch_token,
+    branch_channel,
+    layer_scale,
+    layer_scale_channel,
     weight,
     weight_channel,
     bias,
@@ -60,25 +60,25 @@ def forward(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """total (where delta is given) and normed (B, T, C), mean and rstd (B, T). One program: BLOCK_T rows."""
+    """total (where branch is given) and normed (B, T, C), mean and rstd (B, T). One program: BLOCK_T rows."""
     dtype = mean.dtype.element_ty
     row, is_row = block_of(tl.program_id(0), num_rows, BLOCK_T)
     image, token = row // num_tokens, row % num_tokens
     start = (row * num_channels)[:, None]
     x += (image * x_image + token * x_token)[:, None]
-    if delta is not None:
-        delta += (image * delta_image + token * delta_token)[:, None]
+    if branch is not None:
+        branch += (image * branch_image + token * branch_token)[:, None]
 
     values = ()
     sums = tl.zeros((BLOCK_T, BLOCK_C), dtype)
     for chunk in tl.static_range(CHUNKS):
         channel, mask = elements_of(chunk * BLOCK_C, num_channels, is_row, BLOCK_T, BLOCK_C)
         value = tl.load(x + channel * x_channel, mask, 0).to(dtype)
-        if delta is not None:
-            branch = tl.load(delta + channel * delta_channel, mask, 0).to(dtype)
-            if gain is not None:
-                branch *= tl.load(gain + channel * gain_channel, mask, 0).to(dtype)
-            rounded = (value + branch).to(total.dtype.element_ty)
+        if branch is not None:
+            added = tl.load(branch + channel * branch_channel, mask, 0).to(dtype)
+            if layer_scale is not None:
+                added *= tl.load(layer_scale + channel * layer_scale_channel, mask, 0).to(dtype)
+            rounded = (value + added).to(total.dtype.element_ty)
             tl.store(total + start + channel, rounded, mask)
             value = rounded.to(dtype)
         values += (value,)
@@ -108,26 +108,26 @@ def store_gradients(
     grad,
     grad_total,
     grad_total_channel,
-    gain,
-    gain_channel,
+    layer_scale,
+    layer_scale_channel,
     grad_x,
-    grad_delta,
+    grad_branch,
     start,
     channel,
     mask,
 ):
-    """Those of x and delta, from ``grad``: what a block of elements of total gets through its norm.
+    """Those of x and branch, from ``grad``: what a block of elements of total gets through its norm.
 
-    grad_x = grad + grad_total, grad_delta = gain * grad_x; ``start`` is where the rows begin in both.
+    grad_x = grad + grad_total, grad_branch = layer_scale * grad_x; ``start`` is where the rows begin in both.
     """
     if grad_total is not None:
         grad += tl.load(grad_total + channel * grad_total_channel, mask, 0).to(grad.dtype)
     if grad_x is not None:
         tl.store(grad_x + start + channel, grad.to(grad_x.dtype.element_ty), mask)
-    if grad_delta is not None:
-        if gain is not None:
-            grad *= tl.load(gain + channel * gain_channel, mask, 0).to(grad.dtype)
-        tl.store(grad_delta + start + channel, grad.to(grad_delta.dtype.element_ty), mask)
+    if grad_branch is not None:
+        if layer_scale is not None:
+            grad *= tl.load(layer_scale + channel * layer_scale_channel, mask, 0).to(grad.dtype)
+        tl.store(grad_branch + start + channel, grad.to(grad_branch.dtype.element_ty), mask)
 
 
 @triton.jit
@@ -144,14 +144,14 @@ def backward(
     grad_normed_image,
     grad_normed_token,
     grad_normed_channel,
-    gain,
-    gain_channel,
+    layer_scale,
+    layer_scale_channel,
     weight,
     weight_channel,
     mean,
     rstd,
     grad_x,
-    grad_delta,
+    grad_branch,
     num_rows,
     num_tokens,
     num_channels,
@@ -159,7 +159,7 @@ def backward(
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x and grad_delta (B, T, C), see ``store_gradients``. One program: BLOCK_T rows.
+    """grad_x and grad_branch (B, T, C), see ``store_gradients``. One program: BLOCK_T rows.
 
     With a = grad_normed * weight and means over the channels, total gets through its norm
     rstd * (a - mean(a) - xhat * mean(a * xhat)).
@@ -196,6 +196,6 @@ def backward(
         channel, mask = elements_of(chunk * BLOCK_C, num_channels, is_row, BLOCK_T, BLOCK_C)
         grad = r * (grads[chunk] - mean_a - xhats[chunk] * mean_product)
         store_gradients(
-            grad, grad_total, grad_total_channel, gain, gain_channel, grad_x, grad_delta,
+            grad, grad_total, grad_total_channel, layer_scale, layer_scale_channel, grad_x, grad_branch,
             start, channel, mask,
         )  # fmt: skip

@@ -3,8 +3,8 @@
 Forward and backward of o = softmax(scale * q [prompt_k, k]^T + [0, bias]) [prompt_v, v], head by head:
 
     forward        o (B, Tq, h, d) and lse (B, h, Tq); one program per image, head and block of queries
-    row_products   delta (B, h, Tq), the sum over d of o * do; likewise
-    grad_queries   dq = scale * ds [prompt_k, k], ds = p * (do [prompt_v, v]^T - delta); likewise
+    row_products   row_dot (B, h, Tq), the sum over d of o * do; likewise
+    grad_queries   dq = scale * ds [prompt_k, k], ds = p * (do [prompt_v, v]^T - row_dot); likewise
     grad_keys      dk = scale * ds^T q and dv = p^T do of one source of keys, the tokens or the prompts;
                    one program per image, group of heads and block of keys
 
@@ -13,7 +13,7 @@ sum of exp2(s) over the keys. Statistics and sums are in lse's dtype: float32, o
 
 Every (B, T, h, d), given or written, comes as (tensor, *strides) with the strides of B, T and h: it may be a
 slice of a joint tensor. The bias comes with all four of (B, h, Tq, T). A stride of 0 repeats, d is
-contiguous, the strides of T and Tq are below 2^24. lse and delta are contiguous. Each result is written by
+contiguous, the strides of T and Tq are below 2^24. lse and row_dot are contiguous. Each result is written by
 one program and summed in a fixed order: it is the same in every run.
 
 SCALE is a constant since a number given at launch would be rounded to float32; a model has one or two values.
@@ -82,7 +82,7 @@ def store_rows(values, head, first, num_rows, HEAD_DIM: tl.constexpr):
 
 @triton.jit
 def load_statistic(tensor, image, head, first, num_queries, num_heads, BLOCK: tl.constexpr):
-    """(BLOCK,) of lse or delta (B, h, Tq) from query ``first`` on, zero past the last one."""
+    """(BLOCK,) of lse or row_dot (B, h, Tq) from query ``first`` on, zero past the last one."""
     rows = tl.arange(0, BLOCK)
     start = tensor + (wide(image) * num_heads + head) * num_queries + first
     return tl.load(start + rows, mask=rows < num_queries - first, other=0.0)
@@ -90,7 +90,7 @@ def load_statistic(tensor, image, head, first, num_queries, num_heads, BLOCK: tl
 
 @triton.jit
 def store_statistic(values, tensor, image, head, first, num_queries, num_heads):
-    """``values`` (BLOCK,) to lse or delta (B, h, Tq) from query ``first`` on."""
+    """``values`` (BLOCK,) to lse or row_dot (B, h, Tq) from query ``first`` on."""
     rows = tl.arange(0, values.shape[0])
     start = tensor + (wide(image) * num_heads + head) * num_queries + first
     tl.store(start + rows, values, mask=rows < num_queries - first)
@@ -215,7 +215,7 @@ def forward(
 
 @triton.jit
 def row_products(
-    delta,
+    row_dot,
     out,
     grad_out,
     num_queries,
@@ -224,8 +224,8 @@ def row_products(
     BLOCK_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
 ):
-    """delta (B, h, Tq) = sum over d of out * grad_out. One program: as in ``forward``."""
-    dtype: tl.constexpr = delta.dtype.element_ty
+    """row_dot (B, h, Tq) = sum over d of out * grad_out. One program: as in ``forward``."""
+    dtype: tl.constexpr = row_dot.dtype.element_ty
     image, head, first = block_of(num_queries, num_heads, BLOCK_QUERIES)
     o = load_rows(head_of(out, image, head), first, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     do = load_rows(head_of(grad_out, image, head), first, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
@@ -233,7 +233,7 @@ def row_products(
     # summation as in do v^T makes the difference of both exactly 0.
     rows = tl.arange(0, BLOCK_QUERIES)
     diagonal = tl.where(rows[:, None] == rows[None, :], product(do, tl.trans(o), dtype), 0.0)
-    store_statistic(tl.sum(diagonal, axis=1), delta, image, head, first, num_queries, num_heads)
+    store_statistic(tl.sum(diagonal, axis=1), row_dot, image, head, first, num_queries, num_heads)
 
 
 @triton.jit
@@ -242,7 +242,7 @@ def add_grad_of_queries(
     q,
     do,
     lse,
-    delta,
+    row_dot,
     k_head,
     v_head,
     bias_head,
@@ -260,7 +260,7 @@ def add_grad_of_queries(
         v = load_rows(v_head, first, num_keys, BLOCK, HEAD_DIM, q.shape[1])
         s = scores_of(q, k, bias_head, first_query, first, num_queries, num_keys, SCALE, acc.dtype)
         p = tl.exp2(s - lse[:, None])
-        ds = p * (product(do, tl.trans(v), acc.dtype) - delta[:, None])
+        ds = p * (product(do, tl.trans(v), acc.dtype) - row_dot[:, None])
         acc += product(ds.to(k.dtype), k, acc.dtype)
     return acc
 
@@ -268,7 +268,7 @@ def add_grad_of_queries(
 @triton.jit
 def grad_queries(
     lse,
-    delta,
+    row_dot,
     grad_q,
     q,
     k,
@@ -295,10 +295,10 @@ def grad_queries(
     q_block = load_rows(head_of(q, image, head), first, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     do = load_rows(head_of(grad_out, image, head), first, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     lse_rows = load_statistic(lse, image, head, first, num_queries, num_heads, BLOCK_QUERIES)
-    delta_rows = load_statistic(delta, image, head, first, num_queries, num_heads, BLOCK_QUERIES)
+    row_dot_rows = load_statistic(row_dot, image, head, first, num_queries, num_heads, BLOCK_QUERIES)
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], lse.dtype.element_ty)
     acc = add_grad_of_queries(
-        acc, q_block, do, lse_rows, delta_rows,
+        acc, q_block, do, lse_rows, row_dot_rows,
         head_of(prompt_k, image, group), head_of(prompt_v, image, group), None,
         first, num_queries, num_prompts, SCALE, HEAD_DIM, BLOCK_PROMPTS,
     )  # fmt: skip
@@ -306,7 +306,7 @@ def grad_queries(
     if bias is not None:
         bias_head = bias_of(bias, image, head)
     acc = add_grad_of_queries(
-        acc, q_block, do, lse_rows, delta_rows,
+        acc, q_block, do, lse_rows, row_dot_rows,
         head_of(k, image, group), head_of(v, image, group), bias_head,
         first, num_queries, num_tokens, SCALE, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
@@ -316,7 +316,7 @@ def grad_queries(
 @triton.jit
 def grad_keys(
     lse,
-    delta,
+    row_dot,
     grad_k,
     grad_v,
     q,
@@ -353,8 +353,8 @@ def grad_keys(
             q_block = load_rows(q_head, first_query, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
             do = load_rows(do_head, first_query, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
             lse_rows = load_statistic(lse, image, head, first_query, num_queries, num_heads, BLOCK_QUERIES)
-            delta_rows = load_statistic(
-                delta, image, head, first_query, num_queries, num_heads, BLOCK_QUERIES
+            row_dot_rows = load_statistic(
+                row_dot, image, head, first_query, num_queries, num_heads, BLOCK_QUERIES
             )
             # (keys, queries): p and ds transposed, as their products need them.
             s = scores_of(
@@ -362,7 +362,7 @@ def grad_keys(
             )
             p = tl.exp2(s - lse_rows[None, :])
             dv += product(p.to(do.dtype), do, dtype)
-            ds = p * (product(v_block, tl.trans(do), dtype) - delta_rows[None, :])
+            ds = p * (product(v_block, tl.trans(do), dtype) - row_dot_rows[None, :])
             dk += product(ds.to(q_block.dtype), q_block, dtype)
     store_rows(dk * SCALE, head_of(grad_k, image, group), first, num_keys, HEAD_DIM)
     store_rows(dv, head_of(grad_v, image, group), first, num_keys, HEAD_DIM)

@@ -165,12 +165,12 @@ def tokens_backward(
     weight_channel,
     norm_weight,
     norm_weight_channel,
-    gain,
-    gain_channel,
+    layer_scale,
+    layer_scale_channel,
     mean,
     rstd,
     grad_x,
-    grad_delta,
+    grad_branch,
     num_tokens,
     num_channels,
     num_rows,
@@ -182,7 +182,7 @@ def tokens_backward(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x and grad_delta (B, T, C), see ``store_gradients``. One program: BLOCK_T tokens of one image.
+    """grad_x and grad_branch (B, T, C), see ``store_gradients``. One program: BLOCK_T tokens of one image.
 
     With a and b of ``branches`` and means over the channels, x gets through both of its norms
     rstd * (a + b - mean(a + b) - xhat * (mean(a * xhat) + s^2 * mean(b * xhat))).
@@ -226,7 +226,7 @@ def tokens_backward(
         grad = r[:, None] * (a + b - sums[:, None] - xhat * products[:, None])
         channel, mask = elements_of(start, num_channels, is_token, BLOCK_T, BLOCK_C)
         store_gradients(
-            grad, grad_total, grad_total_channel, gain, gain_channel, grad_x, grad_delta,
+            grad, grad_total, grad_total_channel, layer_scale, layer_scale_channel, grad_x, grad_branch,
             ((image * num_tokens + token) * num_channels)[:, None], channel, mask,
         )  # fmt: skip
 

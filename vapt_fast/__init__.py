@@ -5,15 +5,15 @@ from . import functional
 from . import registry as registry  # its import gives timm the names vapt_*
 from ._version import __version__
 from .adapters import AdapterError
-from .backends._dispatch import BackendUnavailable, use_backend
+from .backends._dispatch import BackendUnavailableError, use_backend
 from .config import PromptConfig
+from .model import AdaptiveViT
 from .official import from_official, to_official
-from .vit import AdaptiveViT
 
 __all__ = [
     "AdapterError",
     "AdaptiveViT",
-    "BackendUnavailable",
+    "BackendUnavailableError",
     "PromptConfig",
     "__version__",
     "from_official",

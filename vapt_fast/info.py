@@ -9,11 +9,11 @@ import platform
 import torch
 
 from ._version import __version__
+from .backbones.blocks import fallback_reason, standard_block
 from .backends import _dispatch, _measurements, _native
-from .blocks import fallback_reason, standard_block
+from .forward.fused import can_pool
+from .model import AdaptiveViT
 from .prompts import AdaptivePrompts
-from .schedule import can_pool
-from .vit import AdaptiveViT
 
 __all__ = ["forward_report", "report"]
 

@@ -8,7 +8,7 @@ import timm
 
 __all__ = ["TIMM_MODULES", "similar_names"]
 
-# The timm modules whose models are all of classes that vapt_fast.backbone serves.
+# The timm modules whose models are all of classes that vapt_fast.backbones serves.
 TIMM_MODULES = (
     "beit",
     "deit",

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 from .arguments import integer
 from .config import PromptConfig
+from .model import DEFAULT_ADAPTER, AdaptiveViT
 from .modules import class_of
-from .vit import DEFAULT_ADAPTER, AdaptiveViT
 
 __all__ = ["from_official", "to_official"]
 

@@ -23,9 +23,9 @@ from timm.models import (
 
 from .config import PromptConfig
 from .data import DATA_KEYS
+from .model import AdaptiveViT
 from .names import TIMM_MODULES
 from .source import PREFIX
-from .vit import AdaptiveViT
 
 # timm's sources of whole models
 PUBLISHED = ("hf-hub", "local-dir")

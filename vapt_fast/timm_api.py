@@ -9,7 +9,7 @@ from timm.layers import global_pool_nlc
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .backbone import remove_prompts
+from .backbones import remove_prompts
 from .config import PromptConfig
 from .source import PREFIX
 

@@ -75,26 +75,26 @@ bool all_finite(Tensors&... tensors) {
 }
 
 template <typename Token>
-bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with_gain, bool with_affine) {
+bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_branch, bool with_layer_scale, bool with_affine) {
   constexpr std::int64_t kGap = 8;
   const std::int64_t tokens = sizes.prefix + sizes.patches;
   const std::int64_t channels = sizes.channels;
   const std::int64_t all = sizes.batch * tokens;
   Rows<Token> x(all, channels, kGap);
   Rows<Token> grad_total(all, channels, kGap);
-  Rows<Float16> delta(all, channels, kGap);
+  Rows<Float16> branch(all, channels, kGap);
   Rows<Float16> grad_normed(all, channels, kGap);
   Rows<float> grad_pooled(sizes.batch * sizes.rows, channels, kGap);
   Rows<float> matrix(sizes.rows, sizes.patches, 1);
   Rows<float> weight(1, channels);
   Rows<float> bias(1, channels);
-  Rows<float> gain(1, channels);
+  Rows<float> layer_scale(1, channels);
   Rows<float> norm_weight(1, channels);
   Rows<float> norm_bias(1, channels);
   const auto fill = [](auto&... tensors) { (tensors.fill(), ...); };
-  fill(x, grad_total, delta, grad_normed, grad_pooled, matrix, weight, bias, gain, norm_weight, norm_bias);
+  fill(x, grad_total, branch, grad_normed, grad_pooled, matrix, weight, bias, layer_scale, norm_weight, norm_bias);
 
-  Rows<Token> total(with_delta ? all : 0, channels);
+  Rows<Token> total(with_branch ? all : 0, channels);
   Rows<Float16> normed(all, channels);
   Rows<float> pooled(sizes.batch * sizes.rows, channels);
   Rows<float> mean(1, all);
@@ -102,11 +102,11 @@ bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with
   PromptPoolForward forward;
   forward.sizes = sizes;
   forward.x = x.view(tokens);
-  if (with_delta) {
-    forward.delta = delta.view(tokens);
+  if (with_branch) {
+    forward.branch = branch.view(tokens);
     forward.total = total.data();
   }
-  forward.gain = with_gain ? gain.data() : nullptr;
+  forward.layer_scale = with_layer_scale ? layer_scale.data() : nullptr;
   forward.matrix = {matrix.data(), matrix.stride};
   forward.weight = weight.data();
   forward.bias = bias.data();
@@ -122,18 +122,18 @@ bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with
   }
 
   Rows<Token> grad_x(all, channels);
-  Rows<Float16> grad_delta(with_delta ? all : 0, channels);
+  Rows<Float16> grad_branch(with_branch ? all : 0, channels);
   Rows<float> grad_matrix(sizes.rows, sizes.patches);
   Rows<float> grad_weight(1, channels);
   Rows<float> grad_bias(1, channels);
   Rows<float> workspace(1, prompt_pool_backward_workspace(sizes));
   PromptPoolBackward backward;
   backward.sizes = sizes;
-  backward.total = with_delta ? total.view(tokens) : x.view(tokens);
+  backward.total = with_branch ? total.view(tokens) : x.view(tokens);
   backward.grad_total = grad_total.view(tokens);
   backward.grad_normed = grad_normed.view(tokens);
   backward.grad_pooled = grad_pooled.view(sizes.rows);
-  backward.gain = forward.gain;
+  backward.layer_scale = forward.layer_scale;
   backward.matrix = forward.matrix;
   backward.weight = forward.weight;
   backward.bias = forward.bias;
@@ -142,13 +142,13 @@ bool run(const PromptPoolSizes& sizes, bool one_pass, bool with_delta, bool with
   backward.rstd = forward.rstd;
   backward.workspace = workspace.data();
   backward.grad_x = grad_x.data();
-  backward.grad_delta = grad_delta.data();
+  backward.grad_branch = grad_branch.data();
   backward.grad_matrix = grad_matrix.data();
   backward.grad_weight = grad_weight.data();
   backward.grad_bias = grad_bias.data();
   backward.one_pass = one_pass;
   return launched(launch_prompt_pool_backward(backward, nullptr)) &&
-         all_finite(grad_x, grad_delta, grad_matrix, grad_weight, grad_bias);
+         all_finite(grad_x, grad_branch, grad_matrix, grad_weight, grad_bias);
 }
 
 }  // namespace
@@ -161,9 +161,9 @@ int main(int count, char** arguments) {
   for (int i = 0; i < 10; ++i) {
     given[i] = std::atoll(arguments[i + 1]);
   }
-  const auto [float32_tokens, one_pass, delta, gain, affine, batch, prefix, patches, channels, rows] = given;
+  const auto [float32_tokens, one_pass, branch, layer_scale, affine, batch, prefix, patches, channels, rows] = given;
   const PromptPoolSizes sizes{Dtype::float16, float32_tokens != 0, batch, prefix, patches, channels, rows};
   const auto function = float32_tokens ? run<float> : run<Float16>;
-  std::puts(function(sizes, one_pass != 0, delta != 0, gain != 0, affine != 0) ? "finite" : "not finite");
+  std::puts(function(sizes, one_pass != 0, branch != 0, layer_scale != 0, affine != 0) ? "finite" : "not finite");
   return EXIT_SUCCESS;
 }

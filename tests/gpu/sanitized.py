@@ -7,13 +7,13 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
 
 import torch
 from kernel_cases import KERNELS, converted
-from ops import results
+from op_cases import results
 
-from vapt_fast import BackendUnavailable, use_backend
+from vapt_fast import BackendUnavailableError, use_backend
 from vapt_fast.backends import _dispatch
 
 
@@ -25,7 +25,7 @@ def _run(backend: str, op: str) -> int:
         try:
             with use_backend(backend):
                 results(*converted(op, KERNELS[op].make(**sizes), dtype))
-        except BackendUnavailable:
+        except BackendUnavailableError:
             continue  # a dtype or a size that these kernels do not take
         count += 1
     return count

@@ -6,9 +6,9 @@ from importlib import import_module
 import pytest
 import torch
 from kernel_cases import KERNELS, converted, laid_out, precision_cases, random_cases
-from ops import assert_policy, assert_same_results, results
+from op_cases import assert_policy, assert_same_results, results
 
-from vapt_fast import BackendUnavailable, functional, use_backend
+from vapt_fast import BackendUnavailableError, functional, use_backend
 from vapt_fast.backends import _dispatch
 
 # One block of a ViT-B/16 at 224 x 224 pixels with 50 prompts, two images.
@@ -18,7 +18,7 @@ REAL = {
     "prompt_projector": {"prompts": 50, "dim": 768, "width": 8, "eps": 1e-6},
     "prompt_attention": {"queries": 197, "tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
     "prompt_attention_packed": {"tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
-    "cls_attention": {"tokens": 197, "heads": 12, "dim": 64, "channels": 768, "prompts": 50},
+    "absorbed_attention": {"tokens": 197, "heads": 12, "dim": 64, "channels": 768, "prompts": 50},
     "mlp": {"tokens": 197, "dim": 768, "hidden": 3072, "out": 768},
 }
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -29,7 +29,7 @@ def run(backend, function, tensors, options):
     try:
         with use_backend(backend):
             return results(function, tensors, options)
-    except BackendUnavailable as reason:
+    except BackendUnavailableError as reason:
         pytest.skip(str(reason))
 
 
@@ -155,7 +155,7 @@ def test_an_image_gives_the_same_bits_in_any_batch(op, backend):
         try:
             with use_backend(backend):
                 outputs = function(*leaves, **options)
-        except BackendUnavailable as reason:
+        except BackendUnavailableError as reason:
             pytest.skip(str(reason))
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return outputs, torch.autograd.grad(outputs, leaves, incoming(outputs, index))
@@ -213,7 +213,7 @@ def test_offsets_beyond_32_bits_equal_chunks(backend):
 
     try:
         everything = attention(slice(None))
-    except BackendUnavailable as reason:
+    except BackendUnavailableError as reason:
         pytest.skip(str(reason))
     for start in range(0, batch, chunk):
         part = slice(start, start + chunk)

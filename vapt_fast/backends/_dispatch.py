@@ -20,7 +20,7 @@ __all__ = [
     "BACKENDS",
     "ENVIRONMENT_VARIABLE",
     "IMPLEMENTATIONS",
-    "BackendUnavailable",
+    "BackendUnavailableError",
     "capability",
     "check_backend",
     "device_lacks",
@@ -48,7 +48,7 @@ IMPLEMENTATIONS = {
     "prompt_projector": ("torch", "triton"),
     "prompt_attention": ("torch", "triton", "cudnn", "flash"),
     "mlp": ("torch", "triton"),
-    "cls_attention": ("torch", "triton"),
+    "absorbed_attention": ("torch", "triton"),
 }
 
 MINIMUM_TRITON = (3, 6)
@@ -66,7 +66,7 @@ class _ChosenByThread(threading.local):
 _chosen_when_compiling = _ChosenByThread()
 
 
-class BackendUnavailable(RuntimeError):
+class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and can't run; the message gives every reason."""
 
 
@@ -160,7 +160,7 @@ def check_backend(name: str, source: str = "backend", also: tuple[str, ...] = ()
     Raises:
         TypeError: not a str.
         ValueError: not the name of a backend.
-        BackendUnavailable: it can't run here.
+        BackendUnavailableError: it can't run here.
     """
     known = (*BACKENDS, *(other for other in also if other not in BACKENDS))
     if not isinstance(name, str):
@@ -169,7 +169,7 @@ def check_backend(name: str, source: str = "backend", also: tuple[str, ...] = ()
         raise ValueError(f"{source} must be one of {known}, got {name!r}")
     reasons = unavailable_because(name)
     if reasons:
-        raise BackendUnavailable(f"{source} {name!r} can't run: " + "; ".join(reasons))
+        raise BackendUnavailableError(f"{source} {name!r} can't run: " + "; ".join(reasons))
     return name
 
 
@@ -184,7 +184,7 @@ def use_backend(name: str) -> Iterator[None]:
 
     Raises:
         TypeError, ValueError: not the name of a backend.
-        BackendUnavailable: it can't run here; nothing falls back in silence. "auto" is a mix, and runs an op
+        BackendUnavailableError: it can't run here; nothing falls back in silence. "auto" is a mix, and runs an op
             on PyTorch's operations where nothing was measured to be faster.
     """
     token = _chosen.set(check_backend(name))

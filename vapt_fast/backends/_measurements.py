@@ -89,7 +89,7 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         "prompt_projector",
         "triton",
         2.6,
-        "forward 35 µs against 92, with the backward and cls_attention 1.6 ms of a step against 2.5",
+        "forward 35 µs against 92, with the backward and absorbed_attention 1.6 ms of a step against 2.5",
         dtypes=(torch.float32, *HALF),
         fits=_rounded_to_half,
     ),
@@ -100,5 +100,5 @@ MEASUREMENTS: tuple[Measurement, ...] = (
         "forward and backward, with the products before and after, 428 µs against 638",
         fits=_few_keys,
     ),
-    Measurement("cls_attention", "triton", 1.9, "forward 53 µs against 101"),
+    Measurement("absorbed_attention", "triton", 1.9, "forward 53 µs against 101"),
 )

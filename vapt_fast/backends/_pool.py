@@ -1,6 +1,6 @@
 """What the kernels of prompt_pool share, whichever language they are in: their ops, as autograd sees them.
 
-Such an op takes x, delta, gain, norm_weight, norm_bias, matrix, weight, bias, the dtype of normed,
+Such an op takes x, branch, layer_scale, norm_weight, norm_bias, matrix, weight, bias, the dtype of normed,
 num_prefix, eps and prompt_eps. It returns total (see ``empty_total``), normed, pooled, and what it keeps for
 the backward.
 """
@@ -27,28 +27,30 @@ def pool_by(
     bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    delta: Tensor | None,
-    gain: Tensor | None,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The results of prompt_pool by ``op``; ``options`` are num_prefix, eps and prompt_eps."""
-    tensors = (x, matrix, weight, bias, norm_weight, norm_bias, delta, gain)
+    tensors = (x, matrix, weight, bias, norm_weight, norm_bias, branch, layer_scale)
     refuse_forward_mode("prompt_pool", *(t for t in tensors if t is not None))
     weight, bias = weight.to(matrix.dtype), bias.to(matrix.dtype)
-    dtype = autocast_dtype(total_dtype(x, delta), x.device)
+    dtype = autocast_dtype(total_dtype(x, branch), x.device)
     total, normed, pooled, *_ = op(
-        x, delta, gain, norm_weight, norm_bias, matrix, weight, bias, dtype, *options
+        x, branch, layer_scale, norm_weight, norm_bias, matrix, weight, bias, dtype, *options
     )
-    return x if delta is None else total, normed, pooled
+    return x if branch is None else total, normed, pooled
 
 
 def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    """Save total, gain, norm_weight, matrix, weight, bias, and what the op kept."""
-    x, delta, gain, norm_weight, _, matrix, weight, bias, *ctx.options = inputs
+    """Save total, layer_scale, norm_weight, matrix, weight, bias, and what the op kept."""
+    x, branch, layer_scale, norm_weight, _, matrix, weight, bias, *ctx.options = inputs
     total, _, _, *kept = output
     no_zeros(ctx, *kept)
-    ctx.dtypes = x.dtype, None if delta is None else delta.dtype
-    ctx.save_for_backward(x if delta is None else total, gain, norm_weight, matrix, weight, bias, *kept)
+    ctx.dtypes = x.dtype, None if branch is None else branch.dtype
+    ctx.save_for_backward(
+        x if branch is None else total, layer_scale, norm_weight, matrix, weight, bias, *kept
+    )
 
 
 def incoming_gradients(

@@ -5,7 +5,7 @@ no speed without its numbers having been checked in the same run. ``vapt-fast be
 measures all rivals with it.
 """
 
-from .agreement import Disagreement
+from .agreement import DisagreementError
 from .comparison import Comparison, Row, as_table
 from .environment import describe, gpu_state
 from .timing import Spread, in_turns
@@ -16,7 +16,7 @@ __all__ = [
     "MODES",
     "PRECISIONS",
     "Comparison",
-    "Disagreement",
+    "DisagreementError",
     "Row",
     "Setting",
     "Spread",

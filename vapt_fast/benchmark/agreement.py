@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .workload import Precision
 
-__all__ = ["Disagreement", "check", "relative_errors"]
+__all__ = ["DisagreementError", "check", "relative_errors"]
 
 # A wrong formula is off by far more, rounding by far less.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -17,7 +17,7 @@ TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
 FACTOR = 2.0
 
 
-class Disagreement(RuntimeError):
+class DisagreementError(RuntimeError):
     """Numbers that should be the same are not."""
 
 
@@ -25,10 +25,10 @@ def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
     """The error of each tensor relative to the norm of the expected one; infinite for NaN.
 
     Raises:
-        Disagreement: something is missing.
+        DisagreementError: something is missing.
     """
     if actual.keys() != expected.keys():
-        raise Disagreement(f"there is {sorted(actual)}, expected {sorted(expected)}")
+        raise DisagreementError(f"there is {sorted(actual)}, expected {sorted(expected)}")
     return {name: _relative_error(actual[name], expected[name]) for name in expected}
 
 
@@ -42,13 +42,13 @@ def check(errors: dict[str, float], literal: dict[str, float], precision: Precis
             literal method, plus twice the dtype's precision.
 
     Raises:
-        Disagreement: they are not.
+        DisagreementError: they are not.
     """
     dtype = torch.float16 if precision.tf32 else precision.compute  # the mantissa of TF32 is that of float16
     for name, error in errors.items():
         allowed = TOLERANCES.get(dtype, FACTOR * literal[name] + 2 * torch.finfo(dtype).eps)
         if error > allowed or math.isinf(error):
-            raise Disagreement(f"{name} is off by {error:.1e}, more than {allowed:.1e}")
+            raise DisagreementError(f"{name} is off by {error:.1e}, more than {allowed:.1e}")
     return max(errors.values())
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .agreement import Disagreement, check, relative_errors
+from .agreement import DisagreementError, check, relative_errors
 from .memory import peak_allocated, peak_resident
 from .timing import Spread, in_turns
 from .workload import LINEAR_PROBE, MODES, WARM_UP, Setting, Variant, Workload, backbone_of
@@ -178,7 +178,10 @@ class Comparison:
             return action()
         except Exception as error:  # whatever it is, the others' figures shall not be lost
             message = str(error).strip().partition("\n")[0]
-            self._failures[variant] = f"{type(error).__name__}: {message}", isinstance(error, Disagreement)
+            self._failures[variant] = (
+                f"{type(error).__name__}: {message}",
+                isinstance(error, DisagreementError),
+            )
         gc.collect()
         if self.setting.on_gpu:
             torch.cuda.empty_cache()

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..backbone import head_names, image_size
+from ..backbones import head_names, image_size
 from ..config import PromptConfig
+from ..model import AdaptiveViT
 from ..prompts import AdaptivePrompts, Prompts
-from ..vit import AdaptiveViT
 
 __all__ = [
     "ATTENTION",

@@ -60,7 +60,7 @@ def check_backend(name: str | None) -> None:
 
     Raises:
         UserError: not the name of a backend.
-        BackendUnavailable: it can't run here.
+        BackendUnavailableError: it can't run here.
     """
     try:
         if name is None:
@@ -80,7 +80,7 @@ def failures(advice: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, AdapterError, _dispatch.BackendUnavailable, ModuleNotFoundError) as error:
+    except (UserError, AdapterError, _dispatch.BackendUnavailableError, ModuleNotFoundError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail(f"stopped. {advice}".strip(), INTERRUPTED)

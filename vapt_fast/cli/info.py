@@ -20,9 +20,9 @@ def info(
     """Show versions, devices and backends, and why a backend can't run here."""
     say(machine.report())
     if model is not None:
+        from ..model import AdaptiveViT
         from ..training.errors import UserError
         from ..training.methods import check_backbone
-        from ..vit import AdaptiveViT
 
         with failures():
             check_backbone(model)

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from .. import functional
 from ..digits import digit_images
+from ..model import AdaptiveViT
 from ..prompts import AdaptivePrompts
 from ..training.files import write_atomically
 from ..training.methods import METHODS
 from ..training.saved import load_model
 from ..training.splits import NEW_DIGITS
 from ..training.transforms import eval_transform
-from ..vit import AdaptiveViT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -1,7 +1,7 @@
 """The stateless ops that VAPT is made of, for people who build their own modules."""
 
+from .absorbed_attention import absorbed_attention
 from .add_norm import add_norm
-from .cls_attention import cls_attention
 from .mlp import mlp
 from .prompt_attention import prompt_attention, prompt_attention_packed
 from .prompt_matrices import prompt_matrices
@@ -9,8 +9,8 @@ from .prompt_pool import prompt_pool
 from .prompt_projector import prompt_projector
 
 __all__ = [
+    "absorbed_attention",
     "add_norm",
-    "cls_attention",
     "mlp",
     "prompt_attention",
     "prompt_attention_packed",

@@ -44,14 +44,14 @@ def check_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> N
         raise ValueError(f"{name} must be {layout} = {expected}, got {tuple(tensor.shape)}")
 
 
-def check_residual(x: Tensor, delta: Tensor | None, gain: Tensor | None) -> None:
-    """Raise unless ``gain * delta`` can be added to the tokens ``x`` (B, T, C); both may be None."""
-    if delta is not None:
-        check_shape("delta", delta, "(B, T, C)", *x.shape)
-    if gain is not None:
-        if delta is None:
-            raise ValueError("gain must be None where delta is, got a tensor")
-        check_shape("gain", gain, "(C,)", x.shape[-1])
+def check_residual(x: Tensor, branch: Tensor | None, layer_scale: Tensor | None) -> None:
+    """Raise unless ``layer_scale * branch`` can be added to the tokens ``x`` (B, T, C); both may be None."""
+    if branch is not None:
+        check_shape("branch", branch, "(B, T, C)", *x.shape)
+    if layer_scale is not None:
+        if branch is None:
+            raise ValueError("layer_scale must be None where branch is, got a tensor")
+        check_shape("layer_scale", layer_scale, "(C,)", x.shape[-1])
 
 
 def check_affine(dim: int, **affine: Tensor | None) -> None:

@@ -30,7 +30,7 @@ def choose(op: str, backend: str | None, *args: Any) -> str:
 
     Raises:
         TypeError, ValueError: ``backend`` is no such name, or is "reference", the whole model's.
-        BackendUnavailable: it was named and can't run here, or not with these arguments ("auto" takes
+        BackendUnavailableError: it was named and can't run here, or not with these arguments ("auto" takes
             the next best then).
     """
     known = _dispatch.IMPLEMENTATIONS[op]
@@ -47,7 +47,7 @@ def choose(op: str, backend: str | None, *args: Any) -> str:
         return "torch"
     reasons = _dispatch.device_lacks(name, device) or _why_not(op, name, args)
     if reasons:
-        raise _dispatch.BackendUnavailable(f"{op} can't run on backend {name!r}: " + "; ".join(reasons))
+        raise _dispatch.BackendUnavailableError(f"{op} can't run on backend {name!r}: " + "; ".join(reasons))
     return name
 
 

@@ -35,7 +35,7 @@ def mlp(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
-        BackendUnavailable: the backend can't run here, or not with these arguments.
+        BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
     check_shape("x", x, "(B, T, C)", None, None, None)
     check_shape("fc1_weight", fc1_weight, "(D, C)", None, x.shape[-1])

@@ -54,7 +54,7 @@ def prompt_attention(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
-        BackendUnavailable: the backend can't run here, or not with these arguments.
+        BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
     check_shape("q", q, "(B, Tq, h, d)", None, None, None, None)
     batch, num_queries, heads, dim = q.shape
@@ -103,7 +103,7 @@ def prompt_attention_packed(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
-        BackendUnavailable: the backend can't run here, or not with these arguments.
+        BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
     num_heads = check_integer("num_heads", num_heads, least=1)
     num_kv_heads = check_integer("num_kv_heads", num_kv_heads, least=1)

@@ -64,7 +64,7 @@ def prompt_projector(
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
-        BackendUnavailable: the backend can't run here, or not with these arguments.
+        BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
     check_shape("pooled", pooled, "(B, P, C)", None, None, None)
     batch, num_prompts, dim = pooled.shape

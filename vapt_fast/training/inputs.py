@@ -11,7 +11,7 @@ from torch import nn
 
 from .._version import __version__
 from ..adapters import backbone_fingerprint, fingerprint
-from ..vit import AdaptiveViT
+from ..model import AdaptiveViT
 from .errors import UserError
 from .files import write_atomically
 from .splits import Splits

@@ -10,9 +10,9 @@ import timm
 from torch import Tensor, nn
 
 from ..config import METHOD_KINDS, PromptConfig
+from ..model import AdaptiveViT
 from ..names import similar_names
 from ..source import load_weights
-from ..vit import AdaptiveViT
 from .errors import UserError
 
 __all__ = [

@@ -15,7 +15,7 @@ from torch import nn
 
 from .._version import __version__
 from ..arguments import plain
-from ..backbone import FAMILIES, patch_size
+from ..backbones import FAMILIES, patch_size
 from ..backends import _dispatch
 from ..config import PromptConfig
 from .errors import UserError, check_types
@@ -319,7 +319,7 @@ def _check_backend(options: RunOptions) -> None:
         if options.backend is not None:
             _dispatch.check_backend(options.backend)
         _dispatch.resolve(options.backend)
-    except (ValueError, _dispatch.BackendUnavailable) as error:
+    except (ValueError, _dispatch.BackendUnavailableError) as error:
         raise UserError(str(error)) from error
 
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from ..adapters import AdapterError
 from ..data import full_data_config
+from ..model import AdaptiveViT
 from ..source import rebuild_args
-from ..vit import AdaptiveViT
 from .errors import UserError
 from .files import write_atomically
 

@@ -18,8 +18,8 @@ from timm.layers import to_2tuple
 from timm.models import clean_state_dict
 from torch import Tensor
 
+from ..model import DEFAULT_ADAPTER, AdaptiveViT
 from ..source import LOCAL_ARGS
-from ..vit import DEFAULT_ADAPTER, AdaptiveViT
 from .errors import UserError, printable
 
 __all__ = ["read_class_names", "read_timm_checkpoint", "timm_model"]

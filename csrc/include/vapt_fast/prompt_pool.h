@@ -1,12 +1,12 @@
 // Launchers of prompt_pool, for image b, token t, patch n = t - prefix, channel c and row r of the matrix:
 //
-//     total[b, t, c]  = x[b, t, c] + gain[c] * delta[b, t, c]           rounded before anything is computed from it
+//     total[b, t, c]  = x[b, t, c] + layer_scale[c] * branch[b, t, c]           rounded before anything is computed from it
 //     x_hat[b, t, c]  = (total[b, t, c] - mean[b, t]) * rstd[b, t]      rstd of the variance + eps
 //     normed[b, t, c] = norm_weight[c] * x_hat[b, t, c] + norm_bias[c]  rounded once, in 16 bits
 //     z[b, n, c]      = weight[c] * s[b, t] * x_hat[b, t, c] + bias[c]  s = rstd(variance + prompt_eps) / rstd
 //     pooled[b, r, c] = sum over n of matrix[r, n] * z[b, n, c]
 //
-// There is no gradient of gain, norm_weight and norm_bias: they are frozen. norm_weight may be 0.
+// There is no gradient of layer_scale, norm_weight and norm_bias: they are frozen. norm_weight may be 0.
 //
 // The launchers allocate nothing, synchronise nothing and can be captured in a CUDA graph. They run on the current
 // device, which must be the one that holds the tensors, and on sm_80 or later. Results are the same bits in every
@@ -39,7 +39,7 @@ struct PoolingMatrix {
 };
 
 struct PromptPoolSizes {
-  Dtype dtype = Dtype::bfloat16;  // of delta and normed, and of their gradients
+  Dtype dtype = Dtype::bfloat16;  // of branch and normed, and of their gradients
   bool float32_tokens = false;    // whether x and total, and their gradients, are float32 instead
   std::int64_t batch = 0;         // B; with 0 the gradients of matrix, weight and bias are 0
   std::int64_t prefix = 0;        // S, the first tokens of each image, which are normalised but not pooled
@@ -54,15 +54,15 @@ struct PromptPoolForward {
   float prompt_eps = 1e-5f;
   // Inputs.
   Tensor3 x;                           // (B, T, C)
-  Tensor3 delta;                       // (B, T, C); null for none, and then total is x
-  const float* gain = nullptr;         // (C,); null for 1
+  Tensor3 branch;                      // (B, T, C); null for none, and then total is x
+  const float* layer_scale = nullptr;  // (C,); null for 1
   PoolingMatrix matrix;                // (R, N)
   const float* weight = nullptr;       // (C,)
   const float* bias = nullptr;         // (C,)
   const float* norm_weight = nullptr;  // (C,); null for 1
   const float* norm_bias = nullptr;    // (C,); null for 0, exactly where norm_weight is null
   // Outputs.
-  void* total = nullptr;    // (B, T, C), as x; null exactly where delta is
+  void* total = nullptr;    // (B, T, C), as x; null exactly where branch is
   void* normed = nullptr;   // (B, T, C)
   float* pooled = nullptr;  // (B, R, C)
   float* mean = nullptr;    // (B, T), for the backward
@@ -77,11 +77,11 @@ struct PromptPoolBackward {
   float eps = 1e-6f;
   float prompt_eps = 1e-5f;
   // Inputs: what the forward normalised and its statistics, and the incoming gradients.
-  Tensor3 total;                       // (B, T, C): the forward's total, or x if it had no delta
+  Tensor3 total;                       // (B, T, C): the forward's total, or x if it had no branch
   Tensor3 grad_total;                  // (B, T, C), as total; null for 0
   Tensor3 grad_normed;                 // (B, T, C); null for 0
   Tensor3 grad_pooled;                 // (B, R, C), float32
-  const float* gain = nullptr;         // (C,); null for 1
+  const float* layer_scale = nullptr;  // (C,); null for 1
   PoolingMatrix matrix;                // (R, N)
   const float* weight = nullptr;       // (C,)
   const float* bias = nullptr;         // (C,)
@@ -91,7 +91,7 @@ struct PromptPoolBackward {
   float* workspace = nullptr;          // prompt_pool_backward_workspace() elements, at a multiple of 16 bytes
   // Outputs.
   void* grad_x = nullptr;        // (B, T, C), as total; null if not wanted
-  void* grad_delta = nullptr;    // (B, T, C); null if not wanted. Without gain and float32_tokens it is grad_x
+  void* grad_branch = nullptr;   // (B, T, C); null if not wanted. Without layer_scale and float32_tokens it is grad_x
   float* grad_matrix = nullptr;  // (R, N)
   float* grad_weight = nullptr;  // (C,)
   float* grad_bias = nullptr;    // (C,)

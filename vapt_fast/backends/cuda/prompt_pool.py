@@ -35,26 +35,26 @@ def why_not_prompt_pool(
     bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    delta: Tensor | None,
-    gain: Tensor | None,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
     num_prefix: int,
     eps: float,
     prompt_eps: float,
 ) -> list[str]:
     """Every reason why the kernels can't take these arguments."""
     reasons = []
-    dtype = autocast_dtype(total_dtype(x, delta), x.device)
+    dtype = autocast_dtype(total_dtype(x, branch), x.device)
     if dtype not in (torch.float16, torch.bfloat16):
         reasons.append(f"normed must be float16 or bfloat16, got {dtype}")
     if x.dtype not in (dtype, torch.float32):
         reasons.append(f"x must be float32 or normed's {dtype}, got {x.dtype}")
-    if delta is not None and delta.dtype != dtype:
-        reasons.append(f"delta must be normed's {dtype}, got {delta.dtype}")
+    if branch is not None and branch.dtype != dtype:
+        reasons.append(f"branch must be normed's {dtype}, got {branch.dtype}")
     if matrix.dtype != torch.float32:
         reasons.append(f"matrix must be float32, got {matrix.dtype}")
     if x.shape[-1] % 8 or not x.shape[-1]:
         reasons.append(f"tokens must have 8, 16, 24, ... channels, got {x.shape[-1]}")
-    return reasons + why_not_frozen(norm_weight=norm_weight, norm_bias=norm_bias, gain=gain)
+    return reasons + why_not_frozen(norm_weight=norm_weight, norm_bias=norm_bias, layer_scale=layer_scale)
 
 
 # ---- what the kernels take
@@ -90,8 +90,8 @@ def _readable(matrix: Tensor) -> Tensor:
 @torch.library.custom_op("vapt_fast::cuda_prompt_pool", mutates_args=())
 def _forward(
     x: Tensor,
-    delta: Tensor | None,
-    gain: Tensor | None,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     matrix: Tensor,
@@ -107,9 +107,14 @@ def _forward(
     total (see empty_total) and normed (B, T, C), this one in ``dtype``, pooled (B, R, C), mean and rstd
     (B, T).
     """
-    total, normed, pooled, mean, rstd = outputs = _empty_outputs(x, delta, matrix, dtype)
-    x, delta = aligned(x), None if delta is None else aligned(delta)
-    gain, weight, bias, matrix = _vector(gain), _vector(weight), _vector(bias), _readable(matrix)
+    total, normed, pooled, mean, rstd = outputs = _empty_outputs(x, branch, matrix, dtype)
+    x, branch = aligned(x), None if branch is None else aligned(branch)
+    layer_scale, weight, bias, matrix = (
+        _vector(layer_scale),
+        _vector(weight),
+        _vector(bias),
+        _readable(matrix),
+    )
     norm_weight, norm_bias = _vector(norm_weight), _vector(norm_bias)
     launch(
         "prompt_pool_forward",
@@ -118,14 +123,14 @@ def _forward(
         eps=eps,
         prompt_eps=prompt_eps,
         x=rows(x),
-        delta=rows(delta),
-        gain=address(gain),
+        branch=rows(branch),
+        layer_scale=address(layer_scale),
         matrix=rows(matrix),
         weight=address(weight),
         bias=address(bias),
         norm_weight=address(norm_weight),
         norm_bias=address(norm_bias),
-        total=address(None if delta is None else total),
+        total=address(None if branch is None else total),
         normed=address(normed),
         pooled=address(pooled),
         mean=address(mean),
@@ -136,19 +141,19 @@ def _forward(
 
 
 def _empty_outputs(
-    x: Tensor, delta: Tensor | None, matrix: Tensor, dtype: torch.dtype
+    x: Tensor, branch: Tensor | None, matrix: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, num_tokens, dim = x.shape
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     pooled = torch.empty((batch, matrix.shape[0], dim), dtype=matrix.dtype, device=x.device)
     mean, rstd = (torch.empty((batch, num_tokens), dtype=matrix.dtype, device=x.device) for _ in range(2))
-    return empty_total(x, delta), normed, pooled, mean, rstd
+    return empty_total(x, branch), normed, pooled, mean, rstd
 
 
 @_forward.register_fake
-def _(x: Tensor, delta: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def _(x: Tensor, branch: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     _, _, _, matrix, _, _, dtype, *_ = args
-    return _empty_outputs(x, delta, matrix, dtype)
+    return _empty_outputs(x, branch, matrix, dtype)
 
 
 # ---- backward
@@ -160,7 +165,7 @@ def _gradients(
     grad_normed: Tensor,
     grad_pooled: Tensor,
     total: Tensor,
-    gain: Tensor | None,
+    layer_scale: Tensor | None,
     norm_weight: Tensor | None,
     matrix: Tensor,
     weight: Tensor,
@@ -172,11 +177,11 @@ def _gradients(
     eps: float,
     prompt_eps: float,
     x_dtype: torch.dtype | None,
-    delta_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x and delta (see empty_gradients), of the matrix, of weight and bias as (2, C)."""
-    grad_x, grad_delta, grad_matrix, grad_affine = outputs = _empty_gradients(
-        total, matrix, x_dtype, delta_dtype
+    """The gradients of x and branch (see empty_gradients), of the matrix, of weight and bias as (2, C)."""
+    grad_x, grad_branch, grad_matrix, grad_affine = outputs = _empty_gradients(
+        total, matrix, x_dtype, branch_dtype
     )
     sizes = _sizes(total, matrix, dtype)
     workspace = torch.empty(
@@ -184,7 +189,7 @@ def _gradients(
     )
     total, grad_normed, grad_pooled = aligned(total), aligned(grad_normed), aligned(grad_pooled)
     grad_total = None if grad_total is None else aligned(grad_total)
-    gain, norm_weight, matrix = _vector(gain), _vector(norm_weight), _readable(matrix)
+    layer_scale, norm_weight, matrix = _vector(layer_scale), _vector(norm_weight), _readable(matrix)
     weight, bias = _vector(weight), _vector(bias)
     grad_weight, grad_bias = grad_affine.unbind()
     launch(
@@ -197,7 +202,7 @@ def _gradients(
         grad_total=rows(grad_total),
         grad_normed=rows(grad_normed),
         grad_pooled=rows(grad_pooled),
-        gain=address(gain),
+        layer_scale=address(layer_scale),
         matrix=rows(matrix),
         weight=address(weight),
         bias=address(bias),
@@ -206,7 +211,7 @@ def _gradients(
         rstd=address(rstd),
         workspace=address(workspace),
         grad_x=address(None if x_dtype is None else grad_x),
-        grad_delta=address(None if delta_dtype is None else grad_delta),
+        grad_branch=address(None if branch_dtype is None else grad_branch),
         grad_matrix=address(grad_matrix),
         grad_weight=address(grad_weight),
         grad_bias=address(grad_bias),
@@ -216,32 +221,32 @@ def _gradients(
 
 
 def _empty_gradients(
-    total: Tensor, matrix: Tensor, x_dtype: torch.dtype | None, delta_dtype: torch.dtype | None
+    total: Tensor, matrix: Tensor, x_dtype: torch.dtype | None, branch_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     grad_matrix = torch.empty(matrix.shape, dtype=matrix.dtype, device=total.device)
     grad_affine = torch.empty((2, total.shape[-1]), dtype=matrix.dtype, device=total.device)
-    return *empty_gradients(total, x_dtype, delta_dtype), grad_matrix, grad_affine
+    return *empty_gradients(total, x_dtype, branch_dtype), grad_matrix, grad_affine
 
 
 @_gradients.register_fake
 def _(*args: Any) -> tuple[Tensor, ...]:
-    _, _, _, total, _, _, matrix, *_, x_dtype, delta_dtype = args
-    return _empty_gradients(total, matrix, x_dtype, delta_dtype)
+    _, _, _, total, _, _, matrix, *_, x_dtype, branch_dtype = args
+    return _empty_gradients(total, matrix, x_dtype, branch_dtype)
 
 
 # ---- autograd
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, gain, _, matrix, *_ = saved = ctx.saved_tensors
+    total, layer_scale, _, matrix, *_ = saved = ctx.saved_tensors
     write = partial(_gradients, *incoming_gradients(ctx, total, matrix, *grads[:3]), *saved, *ctx.options)
-    grad_x, grad_delta, grad_matrix, grad_affine = residual_gradients(
-        write, ctx.dtypes, ctx.needs_input_grad[:2], gain
+    grad_x, grad_branch, grad_matrix, grad_affine = residual_gradients(
+        write, ctx.dtypes, ctx.needs_input_grad[:2], layer_scale
     )
-    grad_x, grad_delta, *learned = differentiable_once(
-        "prompt_pool", grad_x, grad_delta, grad_matrix, *grad_affine.unbind()
+    grad_x, grad_branch, *learned = differentiable_once(
+        "prompt_pool", grad_x, grad_branch, grad_matrix, *grad_affine.unbind()
     )
-    return grad_x, grad_delta, None, None, None, *learned, None, None, None, None
+    return grad_x, grad_branch, None, None, None, *learned, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=setup_context)

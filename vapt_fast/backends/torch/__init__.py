@@ -1,7 +1,7 @@
 """The ops in ordinary PyTorch operations: the definition, and what runs on every device PyTorch has."""
 
 from .attention import (
-    cls_attention,
+    absorbed_attention,
     prompt_attention,
     prompt_attention_cudnn,
     prompt_attention_flash,
@@ -14,8 +14,8 @@ from .pool import prompt_pool
 from .projector import prompt_projector
 
 __all__ = [
+    "absorbed_attention",
     "add_norm",
-    "cls_attention",
     "mlp",
     "prompt_attention",
     "prompt_attention_cudnn",

@@ -1,4 +1,4 @@
-"""prompt_attention and cls_attention on PyTorch's own attention and batched products."""
+"""prompt_attention and absorbed_attention on PyTorch's own attention and batched products."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .._autocast import autocast_dtype
 from .._why_not import HALF, why_not_one_dtype
 
 __all__ = [
-    "cls_attention",
+    "absorbed_attention",
     "prompt_attention",
     "prompt_attention_cudnn",
     "prompt_attention_flash",
@@ -97,7 +97,7 @@ def _refusals(
     return [f"torch.backends.cuda.{can_use} refuses {query.dtype} queries {shapes}; its debug=True says why"]
 
 
-def cls_attention(
+def absorbed_attention(
     q: Tensor,
     x: Tensor,
     prompts: Tensor,
@@ -106,7 +106,7 @@ def cls_attention(
     scale: float,
     bias: Tensor | None,
 ) -> Tensor:
-    """See vapt_fast.functional.cls_attention."""
+    """See vapt_fast.functional.absorbed_attention."""
     batch, rows, heads, _ = q.shape
     num_prompts = prompts.shape[1]
     # The scores pass through one more product than usual, and there are few of them: at least float32.

@@ -13,14 +13,14 @@ __all__ = ["add_norm", "add_residual"]
 
 def add_norm(
     x: Tensor,
-    delta: Tensor | None,
+    branch: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    gain: Tensor | None,
+    layer_scale: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """See vapt_fast.functional.add_norm."""
-    total = add_residual(x, delta, gain)
+    total = add_residual(x, branch, layer_scale)
     normed_dtype = autocast_dtype(total.dtype, total.device)
     # In the tokens' own dtype PyTorch rounds once. Where another one is in play, in float32.
     affine = [] if weight is None else [weight, bias]
@@ -31,9 +31,9 @@ def add_norm(
     return total, normed.to(normed_dtype)
 
 
-def add_residual(x: Tensor, delta: Tensor | None, gain: Tensor | None) -> Tensor:
-    """x + gain * delta, in the dtype of x + delta; x itself without delta."""
-    if delta is None:
+def add_residual(x: Tensor, branch: Tensor | None, layer_scale: Tensor | None) -> Tensor:
+    """x + layer_scale * branch, in the dtype of x + branch; x itself without branch."""
+    if branch is None:
         return x
-    branch = delta if gain is None else gain * delta
-    return (x + branch).to(torch.promote_types(x.dtype, delta.dtype))
+    added = branch if layer_scale is None else layer_scale * branch
+    return (x + added).to(torch.promote_types(x.dtype, branch.dtype))

@@ -22,8 +22,8 @@ def prompt_pool(
     bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    delta: Tensor | None,
-    gain: Tensor | None,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
     num_prefix: int,
     eps: float,
     prompt_eps: float,
@@ -32,7 +32,7 @@ def prompt_pool(
     if torch.compiler.is_compiling():
         # With dynamic=True PyTorch 2.14 loses numbers that it meets first within _PromptPool: use them here.
         x.new_full((), eps + prompt_eps)
-    total, dtype = add_residual(x, delta, gain), matrix.dtype
+    total, dtype = add_residual(x, branch, layer_scale), matrix.dtype
     affine = [None if t is None else t.to(dtype) for t in (weight, bias, norm_weight, norm_bias)]
     arguments = (total.to(dtype), matrix, *affine, num_prefix, eps, prompt_eps)
     with torch.autocast(x.device.type, enabled=False):

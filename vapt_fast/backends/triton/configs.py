@@ -17,8 +17,8 @@ __all__ = [
     "LARGEST_PROJECTOR",
     "Launch",
     "PromptPool",
+    "absorbed_attention",
     "add_norm",
-    "cls_attention",
     "images_per_program",
     "mlp",
     "product_precision",
@@ -103,7 +103,7 @@ def prompt_pool(dtype: torch.dtype, num_rows: int) -> PromptPool:
 ADD_CHUNKS = Launch({"BLOCK": 256})
 
 
-def cls_attention(dtype: torch.dtype, num_queries: int) -> Launch:
+def absorbed_attention(dtype: torch.dtype, num_queries: int) -> Launch:
     """For rows of ``dtype`` and ``num_queries`` queries, those of all heads."""
     size = {2: 64, 4: 32, 8: 32}[dtype.itemsize]
     return Launch({"BLOCK_M": _block(num_queries, 64), "BLOCK_K": size, "BLOCK_C": size})

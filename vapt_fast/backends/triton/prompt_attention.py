@@ -76,7 +76,7 @@ def _empty_like(tensor: Tensor) -> Tensor:
 
 
 def _empty_statistic(q: Tensor) -> Tensor:
-    """(B, h, Tq) for lse or delta."""
+    """(B, h, Tq) for lse or row_dot."""
     batch, num_queries, heads, _ = q.shape
     dtype = torch.promote_types(q.dtype, torch.float32)
     return torch.empty((batch, heads, num_queries), dtype=dtype, device=q.device)
@@ -136,7 +136,7 @@ def _write_grad_of_keys(
     grad_v: Tensor,
     grad_out: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    row_dot: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -153,7 +153,7 @@ def _write_grad_of_keys(
         kernels.grad_keys,
         config,
         batch * groups * num_blocks(config, BLOCK_KEYS=num_keys),
-        *(lse, delta),
+        *(lse, row_dot),
         *(_strided(t, batch) for t in (grad_k, grad_v, q, k, v)),
         _strided_bias(bias, batch, heads),
         _strided(grad_out, batch),
@@ -203,18 +203,18 @@ def _(qkv: Tensor, prompt_kv: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.custom_op("vapt_fast::prompt_attention_row_products", mutates_args=())
 def _row_products(out: Tensor, grad_out: Tensor) -> Tensor:
-    """delta (B, h, Tq)."""
+    """row_dot (B, h, Tq)."""
     batch, num_queries, heads, dim = out.shape
     config = configs.prompt_attention("forward", out.dtype, dim, BLOCK_QUERIES=num_queries)
-    delta = _empty_statistic(out)
+    row_dot = _empty_statistic(out)
     launch(
         kernels.row_products,
         config,
         batch * heads * num_blocks(config, BLOCK_QUERIES=num_queries),
-        *(delta, _strided(out, batch), _strided(grad_out, batch), num_queries, heads),
+        *(row_dot, _strided(out, batch), _strided(grad_out, batch), num_queries, heads),
         HEAD_DIM=dim,
     )
-    return delta
+    return row_dot
 
 
 @_row_products.register_fake
@@ -226,7 +226,7 @@ def _(out: Tensor, grad_out: Tensor) -> Tensor:
 def _grad_queries(
     grad_out: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    row_dot: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -238,12 +238,12 @@ def _grad_queries(
     """The gradient of q, (B, Tq, h, d)."""
     grad_q = _empty_like(q)
     keys = (k, v, prompt_k, prompt_v)
-    _launch_by_queries("grad_queries", (lse, delta), grad_q, q, *keys, bias, scale, grad_out)
+    _launch_by_queries("grad_queries", (lse, row_dot), grad_q, q, *keys, bias, scale, grad_out)
     return grad_q
 
 
 @_grad_queries.register_fake
-def _(grad_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, *args: Any) -> Tensor:
+def _(grad_out: Tensor, lse: Tensor, row_dot: Tensor, q: Tensor, *args: Any) -> Tensor:
     return _empty_like(q)
 
 
@@ -251,7 +251,7 @@ def _(grad_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, *args: Any) -> Te
 def _grad_keys(
     grad_out: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    row_dot: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -262,7 +262,7 @@ def _grad_keys(
     # Those of keys that all images share are summed over the images, in the dtype of lse.
     shared = k.shape[0] != q.shape[0]
     grad_kv = _empty_grad_of_keys(k, q.shape[0], lse.dtype if shared else k.dtype)
-    _write_grad_of_keys(*grad_kv.chunk(2, dim=2), grad_out, lse, delta, q, k, v, bias, scale)
+    _write_grad_of_keys(*grad_kv.chunk(2, dim=2), grad_out, lse, row_dot, q, k, v, bias, scale)
     return grad_kv.sum(dim=0, keepdim=True).to(k.dtype) if shared else grad_kv
 
 
@@ -272,7 +272,7 @@ def _empty_grad_of_keys(k: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
 
 
 @_grad_keys.register_fake
-def _(grad_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Tensor, *args: Any) -> Tensor:
+def _(grad_out: Tensor, lse: Tensor, row_dot: Tensor, q: Tensor, k: Tensor, *args: Any) -> Tensor:
     return _empty_grad_of_keys(k, k.shape[0], k.dtype)
 
 
@@ -280,7 +280,7 @@ def _(grad_out: Tensor, lse: Tensor, delta: Tensor, q: Tensor, k: Tensor, *args:
 def _grad_packed(
     grad_out: Tensor,
     lse: Tensor,
-    delta: Tensor,
+    row_dot: Tensor,
     qkv: Tensor,
     prompt_kv: Tensor,
     bias: Tensor | None,
@@ -292,13 +292,13 @@ def _grad_packed(
     grad_qkv = _empty_like(qkv)
     grad_q, grad_k, grad_v, _, _ = unpack(grad_qkv, prompt_kv, num_heads, num_kv_heads)
     q, k, v, *prompts = unpack(qkv, prompt_kv, num_heads, num_kv_heads)
-    _launch_by_queries("grad_queries", (lse, delta), grad_q, q, k, v, *prompts, bias, scale, grad_out)
-    _write_grad_of_keys(grad_k, grad_v, grad_out, lse, delta, q, k, v, bias, scale)
+    _launch_by_queries("grad_queries", (lse, row_dot), grad_q, q, k, v, *prompts, bias, scale, grad_out)
+    _write_grad_of_keys(grad_k, grad_v, grad_out, lse, row_dot, q, k, v, bias, scale)
     return grad_qkv
 
 
 @_grad_packed.register_fake
-def _(grad_out: Tensor, lse: Tensor, delta: Tensor, qkv: Tensor, *args: Any) -> Tensor:
+def _(grad_out: Tensor, lse: Tensor, row_dot: Tensor, qkv: Tensor, *args: Any) -> Tensor:
     return _empty_like(qkv)
 
 

@@ -33,15 +33,15 @@ def why_not_prompt_pool(
     bias: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    delta: Tensor | None,
-    gain: Tensor | None,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
     num_prefix: int,
     eps: float,
     prompt_eps: float,
 ) -> list[str]:
     """Every reason why the kernels can't take these arguments."""
-    frozen = {"norm_weight": norm_weight, "norm_bias": norm_bias, "gain": gain}
-    reasons = why_not_dtypes(x=x, delta=delta, **frozen)
+    frozen = {"norm_weight": norm_weight, "norm_bias": norm_bias, "layer_scale": layer_scale}
+    reasons = why_not_dtypes(x=x, branch=branch, **frozen)
     if matrix.dtype not in (torch.float32, torch.float64):
         reasons.append(f"matrix must be float32 or float64, got {matrix.dtype}")
     return [*reasons, *why_not_frozen(**frozen)]
@@ -53,8 +53,8 @@ def why_not_prompt_pool(
 @torch.library.custom_op("vapt_fast::prompt_pool", mutates_args=())
 def _forward(
     x: Tensor,
-    delta: Tensor | None,
-    gain: Tensor | None,
+    branch: Tensor | None,
+    layer_scale: Tensor | None,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
     matrix: Tensor,
@@ -73,9 +73,9 @@ def _forward(
     batch, num_tokens, dim = x.shape
     rows = matrix.shape[0]
     config = configs.prompt_pool(matrix.dtype, rows)
-    total, normed, pooled, raw, mean, rstd = outputs = _empty_outputs(x, delta, matrix, dtype)
-    launch_forward(x, delta, gain, norm_weight, norm_bias, total, normed, mean, rstd, eps)
-    tokens = x if delta is None else total
+    total, normed, pooled, raw, mean, rstd = outputs = _empty_outputs(x, branch, matrix, dtype)
+    launch_forward(x, branch, layer_scale, norm_weight, norm_bias, total, normed, mean, rstd, eps)
+    tokens = x if branch is None else total
     launch(
         kernels.pool,
         config.pool,
@@ -93,19 +93,19 @@ def _forward(
 
 
 def _empty_outputs(
-    x: Tensor, delta: Tensor | None, matrix: Tensor, dtype: torch.dtype
+    x: Tensor, branch: Tensor | None, matrix: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (batch, num_tokens, dim), rows = x.shape, matrix.shape[0]
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     pooled, raw = (torch.empty((batch, rows, dim), dtype=matrix.dtype, device=x.device) for _ in range(2))
     mean, rstd = (torch.empty((batch, num_tokens), dtype=matrix.dtype, device=x.device) for _ in range(2))
-    return empty_total(x, delta), normed, pooled, raw, mean, rstd
+    return empty_total(x, branch), normed, pooled, raw, mean, rstd
 
 
 @_forward.register_fake
-def _(x: Tensor, delta: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+def _(x: Tensor, branch: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     _, _, _, matrix, _, _, dtype, *_ = args
-    return _empty_outputs(x, delta, matrix, dtype)
+    return _empty_outputs(x, branch, matrix, dtype)
 
 
 # ---- backward: one op for the tokens, which are often frozen, and one for what is learned
@@ -117,7 +117,7 @@ def _backward_tokens(
     grad_normed: Tensor,
     grad_pooled: Tensor,
     total: Tensor,
-    gain: Tensor | None,
+    layer_scale: Tensor | None,
     norm_weight: Tensor | None,
     matrix: Tensor,
     weight: Tensor,
@@ -128,13 +128,13 @@ def _backward_tokens(
     eps: float,
     prompt_eps: float,
     x_dtype: torch.dtype | None,
-    delta_dtype: torch.dtype | None,
+    branch_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and delta; see empty_gradients."""
+    """The gradients of x and branch; see empty_gradients."""
     batch, num_tokens, dim = total.shape
     rows = matrix.shape[0]
     config = configs.prompt_pool(matrix.dtype, rows)
-    grad_x, grad_delta = empty_gradients(total, x_dtype, delta_dtype)
+    grad_x, grad_branch = empty_gradients(total, x_dtype, branch_dtype)
     launch(
         kernels.tokens_backward,
         config.tokens_backward,
@@ -146,21 +146,21 @@ def _backward_tokens(
         *strided(matrix, 2),
         *strided(weight, 1),
         *strided(norm_weight, 1),
-        *strided(gain, 1),
+        *strided(layer_scale, 1),
         *(mean, rstd),
-        *(None if x_dtype is None else grad_x, None if delta_dtype is None else grad_delta),
+        *(None if x_dtype is None else grad_x, None if branch_dtype is None else grad_branch),
         *(num_tokens, dim, rows, num_prefix),
         EPS=eps,
         PROMPT_EPS=prompt_eps,
         PRECISION=configs.product_precision(dtype),
     )
-    return grad_x, grad_delta
+    return grad_x, grad_branch
 
 
 @_backward_tokens.register_fake
 def _(*args: Any) -> tuple[Tensor, Tensor]:
-    _, _, _, total, *_, x_dtype, delta_dtype = args
-    return empty_gradients(total, x_dtype, delta_dtype)
+    _, _, _, total, *_, x_dtype, branch_dtype = args
+    return empty_gradients(total, x_dtype, branch_dtype)
 
 
 @torch.library.custom_op("vapt_fast::prompt_pool_backward_learned", mutates_args=())
@@ -220,25 +220,36 @@ def _(grad_pooled: Tensor, total: Tensor, matrix: Tensor, *args: Any) -> tuple[T
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    total, gain, norm_weight, matrix, weight, bias, raw, mean, rstd = ctx.saved_tensors
+    total, layer_scale, norm_weight, matrix, weight, bias, raw, mean, rstd = ctx.saved_tensors
     grad_total, grad_normed, grad_pooled = incoming_gradients(ctx, total, matrix, *grads[:3])
-    grad_x = grad_delta = grad_matrix = grad_weight = grad_bias = None
+    grad_x = grad_branch = grad_matrix = grad_weight = grad_bias = None
     if any(ctx.needs_input_grad[:2]):
         write = partial(
             _backward_tokens,
-            *(grad_total, grad_normed, grad_pooled, total, gain, norm_weight, matrix, weight, mean, rstd),
+            *(
+                grad_total,
+                grad_normed,
+                grad_pooled,
+                total,
+                layer_scale,
+                norm_weight,
+                matrix,
+                weight,
+                mean,
+                rstd,
+            ),
             *ctx.options,
         )
-        grad_x, grad_delta = residual_gradients(write, ctx.dtypes, ctx.needs_input_grad[:2], gain)
+        grad_x, grad_branch = residual_gradients(write, ctx.dtypes, ctx.needs_input_grad[:2], layer_scale)
     if any(ctx.needs_input_grad[5:8]):
         grad_matrix, grad_affine = _backward_learned(
             grad_pooled, total, matrix, weight, bias, raw, mean, rstd, *ctx.options
         )
         grad_weight, grad_bias = grad_affine.unbind()
-    grad_x, grad_delta, *learned = differentiable_once(
-        "prompt_pool", grad_x, grad_delta, grad_matrix, grad_weight, grad_bias
+    grad_x, grad_branch, *learned = differentiable_once(
+        "prompt_pool", grad_x, grad_branch, grad_matrix, grad_weight, grad_bias
     )
-    return grad_x, grad_delta, None, None, None, *learned, None, None, None, None
+    return grad_x, grad_branch, None, None, None, *learned, None, None, None, None
 
 
 _forward.register_autograd(_backward, setup_context=setup_context)

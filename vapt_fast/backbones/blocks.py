@@ -1,0 +1,240 @@
+"""The standard block of timm's ViTs in parts: x + ls1 * attention(norm1(x)), then x + ls2 * mlp(norm2(x)).
+
+A block is taken apart only where that can't be told from calling it. Otherwise, and where it is of another
+kind, it is called as it is; ``fallback_reason`` says why.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import GELU, Attention, AttentionRope, DropPath, LayerNorm, LayerScale, Mlp
+from timm.models import beit, eva, vision_transformer
+from torch import Tensor, nn
+
+from ..modules import has_global_hooks, is_plain, remember_forward, token_mixing_reason
+from . import BeitAttention
+
+__all__ = ["StandardBlock", "fallback_reason", "standard_block"]
+
+BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block)
+ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, BeitAttention)
+NOT_CALLED = (nn.Identity, nn.Dropout, DropPath)  # when they are off
+remember_forward(*BLOCKS, *ATTENTIONS, beit.Attention)
+_beit_forward = beit.Attention.forward
+
+Weights = tuple[Tensor, Tensor | None]  # weight and bias of a Linear
+
+
+def fallback_reason(block: nn.Module) -> str | None:
+    """Why ``block`` must be called as it is; None if it can be taken apart.
+
+    Only modules that are known to act on each token by itself, as a Linear does, are called with the tokens
+    that are needed. What others put in their place or hooked to them gets the whole sequence.
+    """
+    if type(block) not in BLOCKS:
+        return f"it is a {type(block).__name__}, not one of timm's standard blocks"
+    attn = block.attn
+    if type(attn) not in ATTENTIONS:
+        return f"attn is a {type(attn).__name__}, not one of timm's standard attentions"
+    if getattr(attn, "gate", None) is not None:
+        return "attn has a gate"
+    if beit.Attention.forward is not _beit_forward and isinstance(attn, beit.Attention):
+        return "the forward of its attention was replaced"
+    for name, module in (("", block), ("attn", attn)):
+        if not is_plain(module, type(module)):
+            return f"{name or 'it'} has hooks, another forward, or weights of another kind"
+    for name in ("drop_path1", "drop_path2", "attn.attn_drop"):
+        if not is_plain(block.get_submodule(name), *NOT_CALLED):
+            return f"{name} is not timm's"
+    if has_global_hooks():
+        return "there are hooks on all modules"
+    # timm's fused attention asks for the attention's own mode, not for its dropout's.
+    if attn.training and attn.attn_drop.p > 0:
+        return "attn drops"
+    for parent, prefix in ((block, ""), (attn, "attn.")):
+        for name, module in parent.named_children():
+            reason = None if module is attn else token_mixing_reason(module, prefix + name)
+            if reason is not None:
+                return reason
+    if getattr(attn, "q_bias", None) is not None:
+        if not is_plain(attn.qkv, nn.Linear):
+            return "attn.qkv is no plain Linear, whose weight timm's attention reads"
+        if attn.qkv.bias is not None:
+            return "attn.qkv has a bias beside q_bias"
+    if hasattr(attn, "attn_dim") and attn.attn_dim != attn.num_heads * attn.head_dim:
+        return "attn has not as many heads as it has channels for"
+    return None
+
+
+@dataclass(frozen=True)
+class StandardBlock:
+    """The parts of one block, as they are during one call.
+
+    C channels; h heads of d channels; g heads of keys and values.
+
+    Attributes:
+        block: timm's block.
+        norm1, norm2: the LayerNorms, None where they have to be called.
+        qkv: weight ((h + 2g) * d, C) and bias of the joint projection; None where it has to be called, or
+            where there are three.
+        bias: (1, h, T, T), added to the scores by this block itself, or None.
+        gelu_mlp: weight and bias of fc1 and fc2 if the MLP is fc2(gelu(fc1(x))) with the exact GELU and
+            nothing more; None: it has to be called.
+    """
+
+    block: nn.Module
+    norm1: nn.LayerNorm | None
+    norm2: nn.LayerNorm | None
+    qkv: Weights | None
+    bias: Tensor | None
+    gelu_mlp: tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None
+
+    def called(self) -> list[str]:
+        """Names of the modules that are called though a rewrite or a kernel could use their weights."""
+        attn = self.block.attn
+        read = {"norm1": self.norm1, "norm2": self.norm2, "mlp": self.gelu_mlp}
+        if attn.qkv is not None:
+            read["attn.qkv"] = self.qkv
+        return [name for name, weights in read.items() if weights is None]
+
+    @property
+    def attn(self) -> nn.Module:
+        """timm's attention module of the block."""
+        return self.block.attn
+
+    @property
+    def num_heads(self) -> int:
+        """The number of heads of the queries, h."""
+        return self.attn.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        """The number of heads of the keys and values, g."""
+        return getattr(self.attn, "num_kv_heads", self.attn.num_heads)
+
+    @property
+    def q_norm(self) -> nn.Module | None:
+        """The norm of each query; None where there is none."""
+        return _unless_identity(getattr(self.attn, "q_norm", None))
+
+    @property
+    def k_norm(self) -> nn.Module | None:
+        """The norm of each key; None where there is none."""
+        return _unless_identity(getattr(self.attn, "k_norm", None))
+
+    def softmax_scale(self, head_dim: int) -> float:
+        """The factor of the scores. PyTorch's attention, where timm calls that, has its own."""
+        return (
+            int(head_dim) ** -0.5 if self.attn.fused_attn else self.attn.scale
+        )  # torch.jit.trace has tensors
+
+    def sections(self, width: int) -> tuple[int, int, int]:
+        """Widths of queries, keys and values in a joint projection of ``width`` rows."""
+        keys = width // (self.num_heads + 2 * self.num_kv_heads) * self.num_kv_heads
+        return width - 2 * keys, keys, keys
+
+    def q_and_kv(self) -> tuple[Weights, Weights]:
+        """Weight and bias of the queries in ``qkv``, and of the keys and values."""
+        weight, bias = self.qkv
+        num_queries = self.sections(weight.shape[0])[0]
+        q_bias, kv_bias = (None, None) if bias is None else bias.tensor_split([num_queries])
+        q_weight, kv_weight = weight.tensor_split([num_queries])
+        return (q_weight, q_bias), (kv_weight, kv_bias)
+
+    def project(
+        self, tokens: Tensor, prompts: Tensor, num_rows: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Queries of the first ``num_rows`` tokens (None: all), then keys and values of tokens and prompts.
+
+        Args:
+            tokens: (B, T, C), normalised.
+            prompts: (B or 1, P, C), normalised.
+            num_rows: how many tokens need a query.
+
+        Returns:
+            q (B, rows, h, d); k, v (B, T, g, d); prompt_k, prompt_v (B or 1, P, g, d).
+        """
+        attn, rows = self.attn, tokens[:, :num_rows]
+        if attn.qkv is None:
+            q, k, v = attn.q_proj(rows), attn.k_proj(tokens), attn.v_proj(tokens)
+            prompt_k, prompt_v = (
+                projection(prompts) if prompts.shape[1] else x[:1, :0]
+                for projection, x in ((attn.k_proj, k), (attn.v_proj, v))
+            )
+        else:
+            if self.qkv is None:
+                qkv = attn.qkv(tokens)
+                prompt_qkv = attn.qkv(prompts) if prompts.shape[1] else qkv[:1, :0]
+                q, k, v = qkv.split(self.sections(qkv.shape[-1]), dim=-1)
+                q = q[:, :num_rows]
+                prompt_kv = prompt_qkv[..., q.shape[-1] :]
+            else:
+                of_q, of_kv = self.q_and_kv()
+                if num_rows is None:
+                    qkv = F.linear(tokens, *self.qkv)
+                    q, k, v = qkv.split(self.sections(qkv.shape[-1]), dim=-1)
+                else:
+                    q = F.linear(rows, *of_q)
+                    k, v = F.linear(tokens, *of_kv).chunk(2, dim=-1)
+                prompt_kv = F.linear(prompts, *of_kv)
+            prompt_k, prompt_v = prompt_kv.chunk(2, dim=-1)
+        of_keys = (x.unflatten(-1, (self.num_kv_heads, -1)) for x in (k, v, prompt_k, prompt_v))
+        return q.unflatten(-1, (self.num_heads, -1)), *of_keys
+
+    def finish_attention(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The attention branch of what the heads give (B, rows, h * d), as ``scaled`` returns it."""
+        norm = _unless_identity(getattr(self.attn, "norm", None))
+        out = out if norm is None else norm(out)
+        return self.scaled(self.attn.proj_drop(self.attn.proj(out)), 1)
+
+    def scaled(self, branch: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+        """The branch (B, rows, C) after LayerScale 1 or 2: a tensor and a factor (C,) of it, None for 1."""
+        if not hasattr(self.block, "ls1"):
+            return branch, getattr(self.block, f"gamma_{number}")
+        layer_scale = getattr(self.block, f"ls{number}")
+        if is_plain(layer_scale, LayerScale):
+            return branch, layer_scale.gamma
+        return layer_scale(branch), None
+
+
+def standard_block(block: nn.Module) -> StandardBlock | None:
+    """``block`` in parts, or None where ``fallback_reason`` has a reason to call it as it is."""
+    if fallback_reason(block) is not None:
+        return None
+    attn, qkv = block.attn, None
+    if attn.qkv is not None and is_plain(attn.qkv, nn.Linear):
+        separate = getattr(attn, "q_bias", None) is not None
+        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if separate else attn.qkv.bias
+        qkv = attn.qkv.weight, bias
+    return StandardBlock(
+        block=block,
+        norm1=_layer_norm(block.norm1),
+        norm2=_layer_norm(block.norm2),
+        qkv=qkv,
+        bias=attn._get_rel_pos_bias() if getattr(attn, "window_size", None) else None,
+        gelu_mlp=_gelu_mlp(block.mlp),
+    )
+
+
+def _gelu_mlp(mlp: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
+    if not is_plain(mlp, Mlp) or not is_plain(mlp.norm, nn.Identity):
+        return None
+    act, fc1, fc2 = mlp.act, mlp.fc1, mlp.fc2
+    exact = is_plain(act, GELU, nn.GELU) and getattr(act, "approximate", "none") == "none"
+    if not exact or not all(is_plain(linear, nn.Linear) for linear in (fc1, fc2)):
+        return None
+    if not all(is_plain(drop, nn.Dropout) for drop in (mlp.drop1, mlp.drop2)):
+        return None
+    return fc1.weight, fc1.bias, fc2.weight, fc2.bias
+
+
+def _unless_identity(module: nn.Module | None) -> nn.Module | None:
+    return None if isinstance(module, nn.Identity) else module
+
+
+def _layer_norm(norm: nn.Module) -> nn.LayerNorm | None:
+    plain = is_plain(norm, nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None
+    return norm if plain else None

@@ -1,0 +1,1 @@
+"""The forward pass: word for word (reference), and rewritten (fused)."""

@@ -1,0 +1,417 @@
+"""The forward pass, rewritten: the same function as vapt_fast.forward.reference for a fraction of the work.
+
+None of it is an approximation. The pooling (convolution, then projection over positions) is one matrix,
+built for all blocks at once. Prompts are thrown away after a block, so they are only ever keys and values.
+The head of a CLS-pooled model reads one row, so the last block computes one row, and its keys and values are
+absorbed into that row's query. One LayerNorm statistic serves the block and its prompts. A block, or prompts,
+that can't be taken apart (see vapt_fast.backbones.blocks) are called as they are. Nothing outlives a call.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import backbones
+from ..backbones import Positions
+from ..backbones.blocks import StandardBlock, fallback_reason, standard_block
+from ..functional import (
+    absorbed_attention,
+    add_norm,
+    mlp,
+    prompt_attention,
+    prompt_attention_packed,
+    prompt_matrices,
+    prompt_pool,
+    prompt_projector,
+)
+from ..modules import call_within, has_global_hooks, is_plain
+from ..prompts import AdaptivePrompts, Masks, Projector, Prompts
+
+__all__ = ["can_pool", "forward_tokens"]
+
+_log = logging.getLogger("vapt_fast")
+
+
+def forward_tokens(
+    model: nn.Module,
+    prompts: Prompts,
+    images: Tensor,
+    masks: list[Masks],
+    *,
+    backend: str | None = None,
+    num_rows: int | None = None,
+    num_blocks: int | None = None,
+    taps: dict[int, Tensor] | None = None,
+    checkpointing: bool = False,
+) -> tuple[Tensor, int]:
+    """All tokens after the last block, before the final norm; or only the first ``num_rows`` of them.
+
+    Args:
+        model: the timm backbone.
+        prompts: the learnable parameters.
+        images: (B, in_chans, height, width).
+        masks: of the dropouts, one for each entry of ``prompts.blocks``.
+        backend: of the ops. It is handed down rather than read from the context by each op, because
+            checkpointing runs them again in the backward pass, in another context.
+        num_rows: compute no more than this many first tokens (prefix tokens) in the last block.
+        num_blocks: run only this many first blocks.
+        taps: the tokens (B, T, C) after block i, without prompts, are stored under each key i that is there.
+        checkpointing: recompute each block in the backward pass instead of keeping its activations.
+
+    Returns:
+        tokens (B, S + Q + N, C) and Q, the number of prompt tokens they hold after the S prefix tokens; or
+        (B, num_rows, C) and 0.
+    """
+    tokens, positions = backbones.embed(model, images)
+    num_prefix = model.num_prefix_tokens
+    depth = len(model.blocks)
+    config = prompts.config
+    num_blocks = depth if num_blocks is None else num_blocks
+    sources = _prompt_sources(prompts, masks[:num_blocks], tokens.dtype, backend)
+    travelling = 0
+
+    def run_blocks(blocks: nn.Module, tokens: Tensor) -> Tensor:
+        nonlocal travelling
+        stream = _Stream(tokens)
+        for index in range(num_blocks):
+            last = index == depth - 1
+            source = sources[index] if index < len(sources) else None
+            if source is not None and (config.kind == "shallow" or (last and config.pool_prompts)):
+                # These prompts are needed after the block: from here on they are tokens like any other, a
+                # longer prefix without positions.
+                tokens = stream.total()
+                stream = _Stream(_insert(tokens, source.make(tokens, num_prefix), num_prefix))
+                travelling, source = config.num_prompts, None
+            run = partial(
+                _run_block,
+                model,
+                index,
+                source=source,
+                positions=positions.with_extra(travelling),
+                num_prefix=num_prefix + travelling,
+                backend=backend,
+                num_rows=num_rows if last else None,
+            )
+            stream = checkpoint(run, stream, use_reentrant=False) if checkpointing else run(stream)
+            if taps is not None and index in taps:
+                stream = _Stream(stream.total())
+                taps[index] = backbones.remove_prompts(stream.tokens, num_prefix, travelling)
+        return stream.total()
+
+    tokens = call_within(model.blocks, run_blocks, tokens)
+    return tokens, 0 if num_rows is not None else travelling
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """The tokens (B, T, C) between two blocks: ``tokens`` + ``layer_scale`` * ``branch``, not added up yet.
+
+    The norm that comes next adds them in its own pass over the tokens.
+    """
+
+    tokens: Tensor
+    branch: Tensor | None = None
+    layer_scale: Tensor | None = None
+
+    def total(self) -> Tensor:
+        """The sum."""
+        if self.branch is None:
+            return self.tokens
+        return self.tokens + (self.branch if self.layer_scale is None else self.layer_scale * self.branch)
+
+    def normalised(self, norm: nn.LayerNorm | None, module: nn.Module, backend: str | None) -> tuple:
+        """The sum, and it normalised by ``norm``; by a call of ``module`` where that is None."""
+        if norm is None:
+            total = self.total()
+            return total, module(total)
+        return add_norm(
+            self.tokens,
+            self.branch,
+            norm.weight,
+            norm.bias,
+            layer_scale=self.layer_scale,
+            eps=norm.eps,
+            backend=backend,
+        )
+
+
+def _insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
+    """``prompts`` (B or 1, P, C) placed before token ``at``."""
+    prompts = prompts.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+    return torch.cat([tokens[:, :at], prompts, tokens[:, at:]], dim=1)
+
+
+# ---- where a block's prompts come from
+
+
+@dataclass(frozen=True)
+class _CalledSource:
+    """Prompts made by calls of their modules."""
+
+    prompts: Prompts
+    index: int
+    masks: Masks
+
+    def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
+        """The prompts (B, P, C), or (1, P, C) where they are the same for every image."""
+        return self.prompts.compute(self.index, tokens[:, num_prefix:], self.masks)
+
+
+@dataclass(frozen=True)
+class _PooledSource:
+    """Prompts pooled from the tokens: ``matrix`` (R, N) is the block's convolution and projection."""
+
+    parameters: AdaptivePrompts
+    projector: Projector | None
+    masks: Masks
+    matrix: Tensor
+    backend: str | None
+
+    def pool(self, stream: _Stream, num_prefix: int, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens; they and the prompts (B, P, C) normalised by ``norm``."""
+        tokens, normed, pooled = self._pool(stream, num_prefix, norm)
+        return tokens, normed, self._project(pooled, norm, normed.dtype)
+
+    def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
+        """The prompts (B, P, C) alone, as they are."""
+        _, _, pooled = self._pool(_Stream(tokens), num_prefix, None)
+        return self._project(pooled, None, tokens.dtype)
+
+    def _pool(
+        self, stream: _Stream, num_prefix: int, norm: nn.LayerNorm | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        own = self.parameters.norm
+        return prompt_pool(
+            stream.tokens,
+            self.matrix,
+            own.weight,
+            own.bias,
+            num_prefix=num_prefix,
+            branch=stream.branch,
+            layer_scale=stream.layer_scale,
+            prompt_eps=own.eps,
+            backend=self.backend,
+            **_affine(norm, otherwise=own.eps),
+        )
+
+    def _project(self, pooled: Tensor, norm: nn.LayerNorm | None, dtype: torch.dtype) -> Tensor:
+        parameters, projector = self.parameters, self.projector
+        config, kernel = parameters.config, parameters.kernel
+        if kernel is not None and not config.conv_shared:
+            by_shift = pooled.unflatten(1, (-1, config.num_prompts))
+            pooled = (by_shift * kernel.to(pooled.dtype).flatten(1).t().unsqueeze(1)).sum(dim=1)
+        return prompt_projector(
+            pooled,
+            parameters.token_projection.bias,
+            down=None if projector is None else projector.down.weight,
+            up=None if projector is None else projector.up.weight,
+            scale=1.0 if projector is None else projector.scale,
+            channel_mask=self.masks.channels,
+            feature_mask=self.masks.features,
+            activation="identity" if projector is None else projector.activation,
+            dtype=dtype,
+            backend=self.backend,
+            **_affine(norm, otherwise=None),
+        )
+
+
+def _affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict:
+    """The block's LayerNorm as keywords of the ops; ``otherwise`` is the eps without one."""
+    if norm is None:
+        return {"eps": otherwise}
+    return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
+
+
+def _prompt_sources(
+    prompts: Prompts, masks: list[Masks], dtype: torch.dtype, backend: str | None
+) -> list[_CalledSource | _PooledSource]:
+    """The source of each entry of ``prompts.blocks``; the matrices of all pooled ones in one call."""
+    sources: list = [_CalledSource(prompts, i, block_masks) for i, block_masks in enumerate(masks)]
+    pooled = [i for i in range(len(sources)) if can_pool(prompts, i)]
+    if pooled:
+        matrices = _matrices([prompts.blocks[i] for i in pooled], dtype)
+        for i, matrix in zip(pooled, matrices.unbind(), strict=True):
+            sources[i] = _PooledSource(prompts.blocks[i], prompts.projector_of(i), masks[i], matrix, backend)
+    return sources
+
+
+def can_pool(prompts: Prompts, index: int) -> bool:
+    """Whether the prompts of block ``index`` are pooled from the tokens and their weights may be read."""
+    block, projector = prompts.blocks[index], prompts.projector_of(index)
+    if has_global_hooks() or not is_plain(block, AdaptivePrompts):
+        return False
+    plain = _is_affine(block.norm, nn.LayerNorm) and _is_affine(block.token_projection, nn.Linear)
+    if plain and projector is not None:
+        plain = is_plain(projector, Projector)
+        plain = plain and all(
+            is_plain(part, nn.Linear) and part.bias is None for part in (projector.down, projector.up)
+        )
+    return plain
+
+
+def _is_affine(module: nn.Module, cls: type[nn.Module]) -> bool:
+    return is_plain(module, cls) and module.weight is not None and module.bias is not None
+
+
+def _matrices(blocks: list[AdaptivePrompts], dtype: torch.dtype) -> Tensor:
+    """The convolution and projection of each block as a matrix, (A, R, N); in float32 at least."""
+    config = blocks[0].config
+    weights = torch.stack([block.token_projection.weight for block in blocks])
+    weights = weights.to(torch.promote_types(torch.promote_types(dtype, weights.dtype), torch.float32))
+    kernels = None
+    if config.conv_kernel is not None:
+        kernels = torch.stack([block.kernel[:, 0] for block in blocks])
+        kernels = kernels[:, 0] if config.conv_shared else kernels
+    with torch.autocast(weights.device.type, enabled=False):
+        return prompt_matrices(
+            weights,
+            kernels,
+            blocks[0].grid,
+            padding=config.conv_padding,
+            depthwise=not config.conv_shared,
+        )
+
+
+# ---- one block
+
+
+def _run_block(
+    model: nn.Module,
+    index: int,
+    stream: _Stream,
+    *,
+    source: _CalledSource | _PooledSource | None,
+    positions: Positions,
+    num_prefix: int,
+    backend: str | None,
+    num_rows: int | None,
+) -> _Stream:
+    """The tokens through block ``index`` with the prompts of ``source``; all rows or the first ones."""
+    block = model.blocks[index]
+    parts = standard_block(block)
+    if parts is None:
+        if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
+            _log.debug("block %d is called as it is, without rewrites: %s", index, fallback_reason(block))
+        tokens, count = stream.total(), 0
+        if source is not None:
+            prompts = source.make(tokens, num_prefix)
+            tokens, count = _insert(tokens, prompts, num_prefix), prompts.shape[1]
+        tokens = backbones.call_block(model, index, tokens, positions.with_extra(count))
+        return _Stream(backbones.remove_prompts(tokens, num_prefix, count)[:, :num_rows])
+    tokens, normed, prompts = _normalise(parts, stream, source, num_prefix, backend)
+    bias = _score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
+    rope = positions.patch_rope(index)
+    out = _attention(parts, normed, prompts, rope, bias, num_prefix, num_rows, backend)
+    branch, layer_scale = parts.finish_attention(out)
+    stream = _Stream(tokens[:, :num_rows], branch, layer_scale)
+    tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
+    known = parts.gelu_mlp is not None
+    branch = mlp(normed, *parts.gelu_mlp, backend=backend) if known else block.mlp(normed)
+    return _Stream(tokens, *parts.scaled(branch, 2))
+
+
+def _normalise(
+    parts: StandardBlock,
+    stream: _Stream,
+    source: _CalledSource | _PooledSource | None,
+    num_prefix: int,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Tokens (B, T, C) before the block; tokens and prompts (B or 1, P, C) after its norm1."""
+    norm, module = parts.norm1, parts.block.norm1
+    if norm is not None and isinstance(source, _PooledSource):
+        return source.pool(stream, num_prefix, norm)
+    tokens, normed = stream.normalised(norm, module, backend)
+    if source is None:
+        return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1])
+    prompts = source.make(tokens, num_prefix)
+    if norm is None:
+        prompts = module(prompts.to(tokens.dtype))
+    else:
+        affine = (norm.weight.to(prompts.dtype), norm.bias.to(prompts.dtype))
+        prompts = F.layer_norm(prompts, prompts.shape[-1:], *affine, norm.eps)
+    return tokens, normed, prompts.to(normed.dtype)
+
+
+def _score_bias(
+    parts: StandardBlock, positions: Positions, num_prefix: int, num_rows: int | None
+) -> Tensor | None:
+    """(1, h, rows, T): what is added to the scores of the tokens, or None."""
+    biases = [bias for bias in (parts.bias, positions.bias) if bias is not None]
+    if not biases:
+        return None
+    bias = positions.pad_bias(sum(biases[1:], biases[0]), num_prefix)
+    bias = bias if bias.ndim == 4 else bias.unsqueeze(0)
+    return bias[:, :, :num_rows]
+
+
+def _attention(
+    parts: StandardBlock,
+    normed: Tensor,
+    prompts: Tensor,
+    rope: Tensor | None,
+    bias: Tensor | None,
+    num_prefix: int,
+    num_rows: int | None,
+    backend: str | None,
+) -> Tensor:
+    """What the heads give for the first ``num_rows`` tokens (None: all): (B, rows, h * d)."""
+    heads, kv_heads = parts.num_heads, parts.num_kv_heads
+    as_projected = rope is None and parts.k_norm is None  # keys
+    options = {"bias": bias, "backend": backend}
+    if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
+        qkv = F.linear(normed, *parts.qkv)
+        prompt_kv = F.linear(prompts, *parts.q_and_kv()[1])
+        scale = parts.softmax_scale(qkv.shape[-1] // (heads + 2 * kv_heads))
+        out = prompt_attention_packed(
+            qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
+        )
+    elif num_rows is not None and as_projected and heads == kv_heads and parts.qkv is not None:
+        out = _absorbed_attention(parts, normed, prompts, num_rows, options)
+    else:
+        q, k, v, prompt_k, prompt_v = parts.project(normed, prompts, num_rows)
+        if parts.q_norm is not None:
+            q = parts.q_norm(q)
+        if parts.k_norm is not None:
+            k, prompt_k = parts.k_norm(k), parts.k_norm(prompt_k)
+        if rope is not None:
+            half = getattr(parts.attn, "rotate_half", False)
+            q, k = (_rotate(x, rope, num_prefix, half).type_as(v) for x in (q, k))
+        scale = parts.softmax_scale(q.shape[-1])
+        out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale, **options)
+    return out.flatten(2)
+
+
+def _absorbed_attention(
+    parts: StandardBlock, normed: Tensor, prompts: Tensor, num_rows: int, options: dict
+) -> Tensor:
+    """The attention of a few rows without ever making the keys and values: (B, rows, h, d).
+
+    A key's bias shifts all scores of a query alike, which softmax does not see; the weights of the values sum
+    to 1, so their bias is added to what comes out.
+    """
+    of_q, (kv_weight, kv_bias) = parts.q_and_kv()
+    heads = parts.num_heads
+    q = F.linear(normed[:, :num_rows], *of_q).unflatten(-1, (heads, -1))
+    if parts.q_norm is not None:
+        q = parts.q_norm(q)
+    key_weight, value_weight = kv_weight.unflatten(0, (2, heads, -1)).unbind(0)
+    scale = parts.softmax_scale(q.shape[-1])
+    out = absorbed_attention(q, normed, prompts, key_weight, value_weight, scale=scale, **options)
+    return out if kv_bias is None else out + kv_bias.unflatten(0, (2, heads, -1))[1]
+
+
+def _rotate(x: Tensor, rope: Tensor, num_prefix: int, half: bool) -> Tensor:
+    """Rotary embedding of the patch tokens of x (B, T, h, d); prefix tokens stay as they are."""
+    if x.shape[1] <= num_prefix:
+        return x
+    prefix, patches = x.transpose(1, 2).tensor_split([num_prefix], dim=2)
+    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=half)], dim=2).transpose(1, 2)

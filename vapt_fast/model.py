@@ -1,0 +1,511 @@
+"""AdaptiveViT: a frozen timm Vision Transformer with learned prompts, in timm's own habits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from os import PathLike
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from . import adapters
+from .arguments import integer, plain, size_pair
+from .backbones import (
+    adopt,
+    check_image_size,
+    check_supported,
+    grid_size,
+    head_inputs,
+    image_size,
+    num_pooled_rows,
+    patch_size,
+    remove_prompts,
+    set_image_size,
+    take_heads,
+)
+from .backends import _dispatch
+from .config import PromptConfig, explain_unexpected, split_options
+from .data import eval_transform, full_data_config
+from .forward import fused, reference
+from .modules import call_within, weights_of
+from .names import similar_names
+from .prompts import AdaptivePrompts, Prompts
+from .resize import resize_adaptive_prompts
+from .source import backbone_source, check_state_names, rebuild_args
+from .timm_api import TimmModel, normed_tokens
+
+__all__ = ["DEFAULT_ADAPTER", "AdaptiveViT"]
+
+AVERAGING = ("avg", "avgmax", "max")
+DEFAULT_ADAPTER = "default"
+
+
+class Adapter(nn.Module):
+    """What is learned for one task: the prompts and the head. Its state dict is what an adapter file holds.
+
+    Args:
+        prompts: the prompts.
+        heads: the classifiers by timm's names, ``head`` and, of a distilled backbone, ``head_dist``.
+        num_classes: what they tell apart, 0 without classifier.
+    """
+
+    def __init__(self, prompts: Prompts, heads: dict[str, nn.Module], num_classes: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.head_names = tuple(heads)
+        self.prompts = prompts
+        self.set_heads(heads)
+
+    def set_heads(self, heads: dict[str, nn.Module]) -> None:
+        """Take other classifiers of the same names."""
+        for name, head in heads.items():
+            setattr(self, name, head)
+
+    def heads(self) -> list[nn.Module]:
+        """The classifiers."""
+        return [getattr(self, name) for name in self.head_names]
+
+    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Logits (B, num_classes) of what each classifier reads, (B, C); the mean of several."""
+        logits = [head(features) for head, features in zip(self.heads(), inputs, strict=True)]
+        return logits[0] if len(logits) == 1 else sum(logits[1:], logits[0]) / len(logits)
+
+
+class AdaptiveViT(TimmModel):
+    """A frozen timm Vision Transformer whose blocks are given prompts: VAPT, VPT-deep or VPT-shallow.
+
+    Only the prompts and the head learn. The backbone stays in eval mode, also during training: its dropout,
+    drop path and the like are off (the head's own dropout is not). On a low-precision backbone the prompts
+    stay in float32 unless the model is converted as a whole.
+
+    A timm model that is given stays as it is: this model has modules, parameters and a head of its own, and
+    shares but the memory of the frozen weights. So several models over one backbone cost its memory once and
+    are independent, as long as nobody changes the frozen weights in place.
+
+    In the state dict, ``backbone.*`` are timm's names of everything but the head. What is learned is under
+    ``adapters.default.prompts.*`` and ``adapters.default.head.*`` (and ``head_dist.*``, of a distilled
+    backbone).
+
+    Args:
+        backbone: the name of a timm model, as ``"vit_base_patch16_224.augreg_in21k"``, or a timm model.
+        prompts: the options of the prompts. None to give them as keywords (``num_prompts=50``); VAPT's
+            defaults for all others.
+        backend: "auto", "reference", "torch", "triton" or "cuda"; see vapt_fast.use_backend. None
+            leaves the choice to the environment variable VAPT_FAST_BACKEND, then "auto".
+        pretrained: load the backbone's pre-trained weights; only with a name.
+        options: those of PromptConfig; with a name, anything ``timm.create_model`` takes (``num_classes``,
+            ``img_size``, ``in_chans``, ``global_pool``, ``drop_rate``, ...); with a timm model, only
+            ``num_classes`` and ``global_pool``.
+
+    Raises:
+        TypeError: arguments of a wrong type.
+        ValueError: options that contradict each other or the backbone.
+        NotImplementedError: a backbone of a family that is not supported.
+        vapt_fast.BackendUnavailableError: ``backend`` can't run here.
+
+    Attributes:
+        backbone: the timm model, without head.
+        adapters: what is learned, by name; today there is one, "default".
+        prompts, head: those of the active adapter; both may be replaced.
+        config: the PromptConfig.
+        backend: what was asked for.
+        backbone_name: timm's name of the backbone with its tag; None if it has none.
+        backbone_source: where it comes from; see vapt_fast.source.backbone_source.
+        adapter_metadata: what the user stored with the adapter that was loaded last.
+        class_names: a name for each class, as stored with the adapter that was loaded last; None if unknown.
+        data_config: how images are prepared, where not as the backbone's ``pretrained_cfg`` says.
+    """
+
+    def __init__(
+        self,
+        backbone: str | nn.Module,
+        *,
+        prompts: PromptConfig | None = None,
+        backend: str | None = None,
+        pretrained: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        config, options = split_options(prompts, options)
+        if backend is not None:
+            _dispatch.check_backend(backend)
+        by_name, timm_options = isinstance(backbone, str), plain(options)
+        model = _make_backbone(backbone, pretrained, timm_options)
+        num_classes = integer("backbone.num_classes", model.num_classes)
+        if not by_name and timm_options:
+            num_classes = timm_options.get("num_classes", num_classes)
+            num_classes = _reset_classifier(model, num_classes, timm_options.get("global_pool"))
+        _check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
+
+        self.config = config
+        self.backend = backend
+        self.backbone_source = backbone_source(model, timm_options, pretrained if by_name else None)
+        self.backbone_name = self.backbone_source["name"]
+        self.adapter_metadata: dict[str, Any] = {}
+        self.class_names: tuple[str, ...] | None = None
+        self.data_config: dict[str, Any] = {}
+        self.grad_checkpointing = False
+        self.active_adapter = DEFAULT_ADAPTER
+        self._image_size = image_size(model)
+        prompts = Prompts(
+            config,
+            dim=model.embed_dim,
+            depth=len(model.blocks),
+            grid=grid_size(model, self._image_size),
+            patch_size=patch_size(model),
+        ).to(next(model.parameters()).device)
+        heads = take_heads(model)
+        self.backbone = model
+        # The head comes last of all parameters: timm's gradient clipping counts on it.
+        self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(prompts, heads, num_classes)})
+        self.train()
+
+    # ---- what is learned
+
+    @property
+    def _adapter(self) -> Adapter:
+        return self.adapters[self.active_adapter]
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of the active adapter; assigning replaces them."""
+        return self._adapter.prompts
+
+    @property
+    def head(self) -> nn.Module:
+        """The head of the active adapter; assigning replaces it."""
+        return self._adapter.head
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would register a module of that name beside the property, where nobody reads it.
+        if "adapters" in self.__dict__.get("_modules", ()) and name in ("prompts", *self._adapter.head_names):
+            setattr(self._adapter, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def train(self, mode: bool = True) -> AdaptiveViT:
+        """Training mode for what is learned; the frozen backbone stays in eval mode. Returns self.
+
+        Modules of other libraries in the backbone that learn, such as LoRA layers, train too.
+        """
+        super().train(mode)
+        self.backbone.eval()
+        self.backbone.head_drop.train(mode)
+        for module in self.backbone.modules():
+            foreign = type(module).__module__.partition(".")[0] not in ("timm", "torch", "vapt_fast")
+            if foreign and any(parameter.requires_grad for parameter in module.parameters()):
+                module.train(mode)
+        return self
+
+    def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the active adapter by the names in its file, ``prompts.*`` and ``head.*``."""
+        return self._adapter.named_parameters()
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What the file of the active adapter holds: its parameters and buffers themselves, by name."""
+        return self._adapter.state_dict(keep_vars=True)
+
+    def transform(self) -> Any:
+        """From a PIL image to the tensor (in_chans, H, W) that the model takes; see vapt_fast.data."""
+        return eval_transform(full_data_config(self.pretrained_cfg, self.data_config))
+
+    def trainable_parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters to give to an optimizer."""
+        return (p for p in self.parameters() if p.requires_grad)
+
+    def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """Groups for an optimizer, as in the papers: everything decays but the head's bias.
+
+        timm's own grouping exempts all 1-d parameters instead.
+        """
+        biases = [getattr(head, "bias", None) for head in self._adapter.heads()]
+        exempt = {id(bias) for bias in biases}
+        trainable = list(self.trainable_parameters())
+        return [
+            {"params": [p for p in trainable if id(p) not in exempt], "weight_decay": weight_decay},
+            {"params": [p for p in trainable if id(p) in exempt], "weight_decay": 0.0},
+        ]
+
+    def trainable_summary(self) -> str:
+        """One line: how many parameters learn, of how many."""
+        return adapters.trainable_summary(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters learn, of how many."""
+        print(self.trainable_summary())
+
+    # ---- forward
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, in_chans, height, width) to logits (B, num_classes).
+
+        Differentiable in everything that requires a gradient. The dtype of the result is that of the same
+        timm model without prompts, also under autocast.
+
+        Raises:
+            TypeError, ValueError: images of a wrong type, dtype, number of channels, size or device.
+        """
+        return self._adapter(self._run(images, self._head_inputs, num_rows=num_pooled_rows(self.backbone)))
+
+    def forward_features(self, images: Tensor) -> Tensor:
+        """All tokens after the final norm, without prompts: (B, T, C)."""
+        return self._run(images, normed_tokens)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens (B, T, C) to logits (B, num_classes), or to pooled features where ``pre_logits``."""
+        if pre_logits:
+            return self.backbone.forward_head(x, pre_logits=True)
+        return self._adapter(head_inputs(self.backbone, x))
+
+    def _head_inputs(self, backbone: nn.Module, tokens: Tensor, extra: int) -> tuple[Tensor, ...]:
+        if not self.config.pool_prompts:
+            tokens = remove_prompts(tokens, backbone.num_prefix_tokens, extra)
+        return head_inputs(backbone, backbone.norm(tokens))
+
+    def _run(
+        self,
+        images: Tensor,
+        finish: Callable[[nn.Module, Tensor, int], Any],
+        *,
+        num_rows: int | None = None,
+        **options: Any,
+    ) -> Any:
+        """``finish`` of the backbone, the tokens after the last block and the number of prompts among them.
+
+        All of it runs within calls of the prompts and of the backbone, so that hooks on them that gather or
+        move parameters surround every use.
+        """
+        self._check_images(images)
+        options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
+        backend = _dispatch.resolve(self.backend)
+        if backend == "reference":
+            forward_tokens = partial(reference.forward_tokens, **options)
+        else:
+            forward_tokens = partial(fused.forward_tokens, backend=backend, num_rows=num_rows, **options)
+
+        def within_prompts(prompts: Prompts, images: Tensor) -> Any:
+            dtype = torch.promote_types(images.dtype, torch.float32)
+            masks = prompts.draw_masks(images.shape[0], dtype=dtype, device=images.device)
+
+            def within_backbone(backbone: nn.Module, images: Tensor) -> Any:
+                return finish(backbone, *forward_tokens(backbone, prompts, images, masks))
+
+            return call_within(self.backbone, within_backbone, images)
+
+        return self.prompts(images, within_prompts)
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images must be a tensor, got {type(images).__name__}")
+        channels = self.backbone.in_chans
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(
+                f"images must be (B, in_chans={channels}, height, width), got {tuple(images.shape)}"
+            )
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be of a floating dtype, got {images.dtype}; normalise them as the backbone's "
+                "pretrained_cfg says"
+            )
+        (weight,) = weights_of(self.backbone, most=1)
+        if images.dtype != weight.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise TypeError(
+                f"images must be of the backbone's dtype {weight.dtype}, got {images.dtype}; convert "
+                "them, or run under torch.autocast"
+            )
+        if images.device != weight.device and not weight.is_meta:  # weights that wait elsewhere are meta
+            raise ValueError(f"images must be on the model's device {weight.device}, got {images.device}")
+        check_image_size(self.backbone, tuple(images.shape[-2:]), self._image_size)
+
+    # ---- geometry and head
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W), patches along each side of the image."""
+        return grid_size(self.backbone, self._image_size)
+
+    @property
+    def backbone_args(self) -> dict[str, Any]:
+        """Keywords for ``timm.create_model`` that make this backbone again, head and input size included."""
+        return rebuild_args(
+            self.backbone,
+            num_classes=self.num_classes,
+            in_chans=self.backbone.in_chans,
+            global_pool=self.global_pool,
+            img_size=list(self._image_size),
+        )
+
+    def set_input_size(
+        self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
+    ) -> None:
+        """Take images of another size from now on.
+
+        The backbone's position embeddings and the prompts' projections over the positions are resampled.
+        Projections that change their size are new parameters: make the optimizer after this call.
+
+        Args:
+            img_size: (height, width) in pixels; None leaves it.
+            patch_size: (height, width) in pixels; None leaves it.
+
+        Raises:
+            ValueError: a size the backbone or the prompts' convolution can't take; nothing is changed.
+        """
+        old_grid = self.grid
+        new_size = set_image_size(self.backbone, self._image_size, img_size, patch_size, self._check_grid)
+        self._image_size = new_size
+        if self.grid != old_grid:
+            for block in self.prompts.blocks:
+                if isinstance(block, AdaptivePrompts):
+                    resize_adaptive_prompts(block, self.grid)
+
+    def _check_grid(self, grid: tuple[int, int]) -> None:
+        if self.config.kind == "adaptive":
+            self.config.conv_output(grid)
+
+    def get_classifier(self) -> Any:
+        """The head: a module, or two for a distilled backbone."""
+        heads = self._adapter.heads()
+        return heads[0] if len(heads) == 1 else tuple(heads)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for ``num_classes`` (0: none), and another pooling if given. Nothing else is changed.
+
+        Raises:
+            TypeError, ValueError: not a number of classes, or a pooling that the backbone can't do.
+        """
+        if global_pool is not None:
+            _check_pooling(self.config, global_pool, global_pool == "map")
+        num_classes = _reset_classifier(self.backbone, num_classes, global_pool)
+        self._adapter.set_heads(take_heads(self.backbone))
+        self._adapter.num_classes = num_classes
+        self.class_names = None
+        self.train(self.training)
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
+        take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.prompts.blocks = self.prompts.blocks[: len(self.backbone.blocks)]
+        if prune_head:
+            self._adapter.set_heads(take_heads(self.backbone))
+            self._adapter.num_classes = 0
+        return take
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As of every module; the weights of a timm model are refused with advice."""
+        check_state_names(state_dict, self.backbone)
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
+    # ---- adapters
+
+    def save_adapter(
+        self,
+        folder: str | PathLike,
+        *,
+        metadata: dict[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        include_backbone: bool = False,
+    ) -> None:
+        """Write prompts and head to ``folder``; see vapt_fast.adapters.save."""
+        adapters.save(
+            self,
+            folder,
+            metadata=metadata,
+            class_names=class_names,
+            data_config=data_config,
+            include_backbone=include_backbone,
+        )
+
+    def load_adapter(self, folder: str | PathLike, *, check_backbone: bool = True) -> None:
+        """Read prompts and head from ``folder``; see vapt_fast.adapters.load."""
+        adapters.load(self, folder, check_backbone=check_backbone)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        folder: str | PathLike,
+        *,
+        backbone: nn.Module | str | None = None,
+        weights: str | PathLike | None = None,
+        check_backbone: bool = True,
+        backend: str | None = None,
+    ) -> AdaptiveViT:
+        """The model of the adapter in ``folder``, in eval mode; see vapt_fast.adapters.build."""
+        return adapters.build(
+            cls,
+            folder,
+            backbone=backbone,
+            weights=weights,
+            check_backbone=check_backbone,
+            backend=backend,
+        )
+
+
+def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    if isinstance(backbone, AdaptiveViT):
+        raise TypeError("backbone must be a timm model without prompts, got an AdaptiveViT")
+    if isinstance(backbone, str):
+        if backbone.startswith("vapt_"):
+            raise ValueError(
+                f"backbone must be the name of a timm model without prompts, got {backbone!r}; "
+                f"use {backbone.removeprefix('vapt_')!r} here, or timm.create_model({backbone!r})"
+            )
+        if options.get("features_only"):
+            raise ValueError("features_only=True has no prompts; use AdaptiveViT.forward_intermediates()")
+        if not timm.is_model(backbone.partition(".")[0]) and ":" not in backbone:
+            raise ValueError(
+                f"backbone {backbone!r} is no timm model; similar names: {similar_names(backbone)}"
+            )
+        if options.get("num_classes") is not None:
+            options = options | {"num_classes": integer("num_classes", options["num_classes"], minimum=0)}
+        if options.get("img_size") is not None:
+            options = options | {"img_size": size_pair("img_size", options["img_size"])}
+        try:
+            model = timm.create_model(backbone, pretrained=pretrained, **options)
+        except TypeError as error:
+            explained = explain_unexpected(error, options, backbone)
+            if explained is None:
+                raise
+            raise explained from error
+        if isinstance(model, AdaptiveViT):
+            raise ValueError(
+                f"backbone {backbone!r} is a model with prompts already; make it by "
+                f"timm.create_model({backbone!r}, {pretrained=})"
+            )
+        check_supported(model)
+        return adopt(model, shared=False)
+    check_supported(backbone)
+    if pretrained:
+        raise ValueError("pretrained=True needs the name of a backbone; a timm model keeps its own weights")
+    unknown = sorted(set(options) - {"num_classes", "global_pool"})
+    if unknown:
+        raise TypeError(
+            f"options {unknown} need the name of a backbone; a timm model is taken as it is, with "
+            "num_classes, global_pool and the options of PromptConfig only"
+        )
+    return adopt(backbone, shared=True)
+
+
+def _reset_classifier(model: nn.Module, num_classes: int, global_pool: str | None) -> int:
+    """Another head, and pooling if given, for ``model``; returns the number of classes as an int."""
+    num_classes = integer("num_classes", num_classes, minimum=0)
+    before = model.num_classes
+    try:
+        model.reset_classifier(num_classes, global_pool)
+    except AssertionError as error:
+        name = type(model).__name__
+        model.num_classes = before  # which timm has changed by then
+        raise ValueError(f"global_pool={global_pool!r} does not suit {name}: {error}") from error
+    return num_classes
+
+
+def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:
+    if config.pool_prompts and (global_pool not in AVERAGING or attention_pool):
+        raise ValueError(
+            f"pool_prompts=True needs a backbone with global_pool in {AVERAGING}, got {global_pool!r}"
+        )
