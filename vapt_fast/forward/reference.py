@@ -1,8 +1,8 @@
 """The literal forward pass: the paper, word for word, in plain PyTorch. The oracle of every other backend.
 
 Before block i the P prompt tokens are placed after the prefix tokens; after it they are thrown away
-(VPT-shallow: they travel on). How prompts are computed is in vapt_fast.prompts; see vapt_fast.forward.fused for
-the same function, rewritten to be cheap.
+(VPT-shallow: they travel on). How prompts are computed is in vapt_fast.prompts; see vapt_fast.forward.fused
+for the same function, rewritten to be cheap.
 """
 
 from __future__ import annotations
