@@ -39,7 +39,7 @@ from torch.distributed.fsdp import fully_shard
 
 import vapt_fast
 from vapt_fast import AdaptiveViT, PromptConfig
-from vapt_fast.registry import TIMM_MODULES
+from vapt_fast.backbones import timm_modules
 
 VIT = "vit_tiny_patch16_224"
 ARCHITECTURES = [
@@ -102,7 +102,7 @@ def in_new_process(script: str, *arguments: object, **environment: str) -> str:
 
 
 def test_every_architecture_is_registered() -> None:
-    names = timm.list_models(module=TIMM_MODULES)
+    names = timm.list_models(module=timm_modules())
     assert set(timm.list_models("vapt_*")) == {f"vapt_{name}" for name in names}
     assert not any(timm.is_model(f"vapt_{name}") for name in get_deprecated_models())
     tagged = [name for architecture in names for name in timm.list_pretrained(architecture)]
