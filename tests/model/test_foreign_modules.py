@@ -6,6 +6,9 @@ Whatever it is, the literal method respects it, and the rewritten one gives the 
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -270,6 +273,21 @@ def test_patched_class_is_called(model: AdaptiveViT, cls: type) -> None:
         run(model, images, "reference")
     assert actual == calls
     assert calls
+
+
+def test_class_patched_before_the_import() -> None:
+    """The attention of Beit is replaced by a subclass, which calls what was patched."""
+    script = """
+from timm.models import beit
+original = beit.Attention.forward
+beit.Attention.forward = lambda self, x, **options: 2 * original(self, x, **options)
+from tiny import assert_same, run, tiny_images, tiny_model
+model = tiny_model("beit_base_patch16_224")
+images = tiny_images(model)
+assert_same(run(model, images), run(model, images, "reference"))
+"""
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, check=True)
 
 
 # ---- hooks on all modules
