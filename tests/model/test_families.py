@@ -134,7 +134,6 @@ def test_only_prompts_and_head_learn(model: AdaptiveViT) -> None:
     assert heads
     prompts = {f"adapters.default.prompts.{name}" for name, _ in model.prompts.named_parameters()}
     assert trainable - heads == prompts
-    assert list(model.parameters())[-1].requires_grad, "gradient clipping expects the head at the end"
 
 
 def test_all_architectures_are_here() -> None:
