@@ -15,8 +15,8 @@ PACKAGE = Path(vapt_fast.__file__).parent
 # Layers from the bottom up; a module may import from its own layer's siblings only where listed as free.
 LAYERS = [
     {"kernels"},
-    {"_version", "activations", "arguments", "config", "modules", "data", "names", "source"},
-    {"prompts", "resize", "backbones"},
+    {"_version", "activations", "arguments", "config", "modules", "data", "source"},
+    {"prompts", "resize", "backbones", "names"},
     {"ops", "functional"},
     {"forward"},
     {"adapters", "timm_api", "model", "official", "registry"},

@@ -19,7 +19,7 @@ __all__ = ["forward_tokens"]
 
 
 def forward_tokens(
-    model: nn.Module,
+    model: backbones.TimmViT,
     prompts: Prompts,
     images: Tensor,
     masks: list[Masks],
