@@ -5,7 +5,7 @@ the arguments, what is computed from them, what is kept for the backward, what h
 measured. Beside it lie the implementations, one file each:
 
 - ``torch.py``: ``compute(args)``, in PyTorch operations that autograd differentiates. The definition.
-- ``triton.py``, ``cuda.py``, ...: ``forward(args, out)``, ``backward(saved, grad_outputs, grads)`` and
+- ``triton.py``, ``cuda.py``, ...: ``forward(args, out)``, ``backward(saved, grad_results, grads)`` and
   ``unsupported_reasons(args)``. They write into tensors that the op has allocated.
 
 All of them run without autocast: the public functions have cast what it would cast.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Collection, Sequence
 from types import ModuleType
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -27,30 +27,43 @@ from . import device as devices
 from .autocast import without_autocast
 from .measurement import Measurement
 
-__all__ = ["OPS", "Op", "differentiable_once", "empty_like", "or_zeros", "placeholder"]
+__all__ = ["OPS", "Op", "Signature", "differentiable_once", "empty_like", "or_zeros", "placeholder"]
 
 
 OPS: dict[str, Op] = {}
 """All ops that have kernels, by name."""
 
 
+class Signature(NamedTuple):
+    """The tuples of an op, each a NamedTuple.
+
+    Their fields are tensors, tensors or None, or numbers, names and dtypes; the schema in ``torch.library``
+    is read off their annotations.
+
+    Attributes:
+        arguments: what an implementation is given. The first field is a tensor on the op's device.
+        outputs: what kernels write: the results, then what is kept for the backward.
+        saved: what the backward reads.
+        gradients: what the backward writes.
+    """
+
+    arguments: Any
+    outputs: Any
+    saved: Any
+    gradients: Any
+
+
 class Op:
     """The description of an op; one instance an op.
-
-    A subclass says what its tuples are. Their fields are tensors, tensors or None, or numbers, names and
-    dtypes; the schema in ``torch.library`` is read off their annotations.
 
     Attributes:
         name: of its folder, and in ``torch.ops.vapt_fast``.
         folder: where its implementations are, if not in the folder of its name.
         implementations: the files beside ``torch.py``.
-        num_results: how many of ``Outputs`` are results, which may be differentiated; the others are kept.
+        num_results: how many of the outputs are results, which may be differentiated; the others are kept.
         measured: where an implementation was found to be faster than PyTorch; the first that fits is taken.
-        Arguments: what an implementation is given. The first field is a tensor on the op's device.
-        Outputs: what the kernels write: the results, then what is kept for the backward.
-        Saved: what the backward reads.
-        Gradients: what the backward writes.
-        differentiable: the arguments that have a gradient, if they are not the fields of ``Gradients``.
+        signature: its tuples, called args, out, saved and grads below.
+        differentiable: the arguments that have a gradient, if they are not the fields of the gradients.
             Kernels refuse any other tensor that requires one.
     """
 
@@ -59,48 +72,45 @@ class Op:
     implementations: ClassVar[tuple[str, ...]]
     num_results: ClassVar[int] = 1
     measured: ClassVar[tuple[Measurement, ...]] = ()
-    Arguments: ClassVar[type]
-    Outputs: ClassVar[type]
-    Saved: ClassVar[type]
-    Gradients: ClassVar[type]
+    signature: ClassVar[Signature]
     differentiable: ClassVar[tuple[str, ...]] = ()
 
     def allocate(self, args: Any, implementation: str) -> Any:
-        """The Outputs, not yet computed: shapes, dtypes and strides."""
+        """The outputs, not yet computed: shapes, dtypes and strides."""
         raise NotImplementedError
 
     def save(self, args: Any, out: Any) -> Any:
-        """The Saved of a forward pass."""
+        """What is saved of a forward pass."""
         raise NotImplementedError
 
     def allocate_gradients(self, saved: Any, needed: Collection[str]) -> Any:
-        """The Gradients, not yet computed; None where ``needed`` (names of ``Arguments``) lacks them."""
+        """The gradients, not yet computed; None where ``needed``, names of arguments, lacks them."""
         raise NotImplementedError
 
     def gradients_of_arguments(
         self, saved: Any, grads: Any, needed: Collection[str]
     ) -> dict[str, Tensor | None]:
-        """The gradients by names of ``Arguments``: those of the same names, unless an op says otherwise."""
+        """The gradients by names of arguments: those of the same names, unless an op says otherwise."""
         return grads._asdict()
 
     # ---- running
 
     def __init__(self) -> None:
         OPS[self.name] = self
-        hints = get_type_hints(self.Arguments)
+        hints = get_type_hints(self.signature.arguments)
         self._tensors = tuple(name for name, hint in hints.items() if _SCHEMA[hint].startswith("Tensor"))
-        saved = get_type_hints(self.Saved)
+        saved = get_type_hints(self.signature.saved)
         self._saved_tensors = tuple(_SCHEMA[hint].startswith("Tensor") for hint in saved.values())
-        differentiable = self.differentiable or self.Gradients._fields
+        differentiable = self.differentiable or self.signature.gradients._fields
         self._frozen = tuple(name for name in self._tensors if name not in differentiable)
         self.library_op = _define(self, hints, saved)
 
-    def run(self, backend: str | None, args: Any) -> Any:
-        """The results: of ``torch.py`` as they are, of kernels as ``Outputs``, whose first ones are results.
+    def run(self, backend: str | None, args: Any) -> tuple[Tensor, ...]:
+        """The results.
 
         Args:
             backend: the name of a backend or of an implementation; None for the current one.
-            args: the Arguments, validated.
+            args: the arguments, validated.
 
         Raises:
             TypeError, ValueError: ``backend`` is no such name, or is "reference", the whole model's.
@@ -113,10 +123,12 @@ class Op:
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
             if _recorded(args[0]):
-                return self.Outputs(*_as_tuple(self.library_op(*args, implementation)))
-            if torch.is_grad_enabled():
-                return self.Outputs(*_Kernels.apply(self, implementation, *args))
-            return self.forward(implementation, args)
+                outputs = _as_tuple(self.library_op(*args, implementation))
+            elif torch.is_grad_enabled():
+                outputs = _Kernels.apply(self, implementation, *args)
+            else:
+                outputs = self.forward(implementation, args)
+            return outputs[: self.num_results]
 
     def load(self, implementation: str) -> ModuleType:
         """The module of an implementation; imported only now, because its library may be missing."""
@@ -124,30 +136,30 @@ class Op:
         return getattr(self, f"_{implementation}")
 
     def forward(self, implementation: str, args: Any) -> Any:
-        """Run the kernels of ``implementation`` and return the Outputs."""
+        """Run the kernels of ``implementation`` and return the outputs."""
         out = self.allocate(args, implementation)
         self.write(implementation, args, out)
         return out
 
-    def backward(self, implementation: str, grad_outputs: Any, saved: Any, needed: Collection[str]) -> Any:
-        """Run the backward kernels of ``implementation`` and return the Gradients."""
+    def backward(self, implementation: str, saved: Any, grad_results: tuple, needed: Collection[str]) -> Any:
+        """Run the backward kernels of ``implementation`` and return the gradients."""
         grads = self.allocate_gradients(saved, needed)
-        self.write_gradients(implementation, saved, grad_outputs, grads)
+        self.write_gradients(implementation, saved, grad_results, grads)
         return grads
 
     # What an implementation is asked. An op on joint tensors hands it views instead.
 
-    def compute(self, args: Any) -> Any:
-        """Run PyTorch's operations."""
+    def compute(self, args: Any) -> tuple[Tensor, ...]:
+        """The results by PyTorch's operations."""
         return self.load("torch").compute(args)
 
     def write(self, implementation: str, args: Any, out: Any) -> None:
         """Run the kernels of the forward pass."""
         self.load(implementation).forward(args, out)
 
-    def write_gradients(self, implementation: str, saved: Any, grad_outputs: Any, grads: Any) -> None:
+    def write_gradients(self, implementation: str, saved: Any, grad_results: tuple, grads: Any) -> None:
         """Run the kernels of the backward pass."""
-        self.load(implementation).backward(saved, grad_outputs, grads)
+        self.load(implementation).backward(saved, grad_results, grads)
 
     def implementation_reasons(self, implementation: str, args: Any) -> list[str]:
         """Every reason why the implementation can't take ``args``, in its own words."""
@@ -283,7 +295,7 @@ def _setup_context(op: Op, ctx: Any, implementation: str, args: tuple, output: t
     # No zeros for outputs that nobody used: autograd would write them in each backward.
     ctx.mark_non_differentiable(*output[op.num_results :])
     ctx.set_materialize_grads(False)
-    saved = op.save(op.Arguments(*args), op.Outputs(*output))
+    saved = op.save(op.signature.arguments(*args), op.signature.outputs(*output))
     ctx.save_for_backward(
         *(value for value, is_tensor in zip(saved, op._saved_tensors, strict=True) if is_tensor)
     )
@@ -293,23 +305,23 @@ def _setup_context(op: Op, ctx: Any, implementation: str, args: tuple, output: t
 
 def _saved(op: Op, ctx: Any) -> Any:
     tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
-    return op.Saved(*(next(tensors if is_tensor else numbers) for is_tensor in op._saved_tensors))
+    return op.signature.saved(*(next(tensors if is_tensor else numbers) for is_tensor in op._saved_tensors))
 
 
 def _grad_inputs(
     op: Op, ctx: Any, grad_outputs: tuple, needed: tuple[bool, ...], backward: Callable[..., Any]
 ) -> list[Tensor | None]:
-    """The gradients of all fields of Arguments; ``backward`` as Op.backward."""
-    if all(grad is None for grad in grad_outputs[: op.num_results]):
-        return [None] * len(op.Arguments._fields)
+    """The gradients of all arguments; ``backward`` as Op.backward."""
+    fields, results = op.signature.arguments._fields, grad_outputs[: op.num_results]
+    if all(grad is None for grad in results):
+        return [None] * len(fields)
     saved = _saved(op, ctx)
-    names = {name for name, need in zip(op.Arguments._fields, needed, strict=True) if need}
-    results = [*grad_outputs[: op.num_results], *[None] * (len(op.Outputs._fields) - op.num_results)]
-    device = next(grad.device.type for grad in grad_outputs if grad is not None)
+    names = {name for name, need in zip(fields, needed, strict=True) if need}
+    device = next(grad.device.type for grad in results if grad is not None)
     with torch.no_grad(), without_autocast(device):
-        grads = backward(ctx.implementation, op.Outputs(*results), saved, names)
+        grads = backward(ctx.implementation, saved, results, names)
         by_name = op.gradients_of_arguments(saved, grads, names)
-    ordered = [by_name.get(name) if name in names else None for name in op.Arguments._fields]
+    ordered = [by_name.get(name) if name in names else None for name in fields]
     return differentiable_once(op.name, ordered, [t for t in (*saved, *results) if isinstance(t, Tensor)])
 
 
@@ -335,7 +347,7 @@ class _Kernels(torch.autograd.Function):
     # Without setup_context, for which autograd would inspect the signature in each call.
     @staticmethod
     def forward(ctx: Any, op: Op, implementation: str, *args: Any) -> tuple[Tensor, ...]:
-        output = tuple(op.forward(implementation, op.Arguments(*args)))
+        output = tuple(op.forward(implementation, op.signature.arguments(*args)))
         ctx.op = op
         _setup_context(op, ctx, implementation, args, output)
         return output
@@ -362,8 +374,8 @@ _SCHEMA: dict[Any, str] = {
 def _define(op: Op, arguments: dict[str, Any], saved: dict[str, Any]) -> Any:
     """``torch.ops.vapt_fast.<name>`` and ``<name>_backward``, for what records ops; returns the first."""
     name, backward_name = f"vapt_fast::{op.name}", f"vapt_fast::{op.name}_backward"
-    results = op.Outputs._fields[: op.num_results]
-    num_saved = len(saved)
+    types = op.signature
+    results = types.outputs._fields[: op.num_results]
 
     def schema(inputs: list[str], num_outputs: int) -> str:
         outputs = ", ".join(["Tensor"] * num_outputs)
@@ -378,24 +390,23 @@ def _define(op: Op, arguments: dict[str, Any], saved: dict[str, Any]) -> Any:
 
     def forward(*args: Any) -> Any:
         *values, implementation = args
-        return as_tensors(op.forward(implementation, op.Arguments(*values)))
+        return as_tensors(op.forward(implementation, types.arguments(*values)))
 
     def fake(*args: Any) -> Any:
         *values, implementation = args
-        return as_tensors(op.allocate(op.Arguments(*values), implementation))
+        return as_tensors(op.allocate(types.arguments(*values), implementation))
 
-    def split(args: tuple) -> tuple[str, Any, Any, set[str]]:
+    def split(args: tuple) -> tuple[str, Any, tuple, set[str]]:
         *values, needed, implementation = args
-        kept = op.Saved(*values[len(results) :][:num_saved])
-        rest = [None] * (len(op.Outputs._fields) - len(results))
-        names = {name for name, need in zip(op.Arguments._fields, needed, strict=True) if need}
-        return implementation, op.Outputs(*values[: len(results)], *rest), kept, names
+        kept = types.saved(*values[len(results) :])
+        names = {name for name, need in zip(types.arguments._fields, needed, strict=True) if need}
+        return implementation, kept, tuple(values[: len(results)]), names
 
     def backward(*args: Any) -> Any:
         return as_tensors(op.backward(*split(args)))
 
     def fake_backward(*args: Any) -> Any:
-        _, _, kept, names = split(args)
+        _, kept, _, names = split(args)
         return as_tensors(op.allocate_gradients(kept, names))
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
@@ -405,20 +416,22 @@ def _define(op: Op, arguments: dict[str, Any], saved: dict[str, Any]) -> Any:
         )
 
     def differentiate(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-        def call(implementation: str, grads: Any, kept: Any, names: set[str]) -> Any:
-            needed = [name in names for name in op.Arguments._fields]
-            result = _as_tuple(backward_op(*grads[: op.num_results], *kept, needed, implementation))
+        def call(implementation: str, kept: Any, grad_results: tuple, names: set[str]) -> Any:
+            needed = [name in names for name in types.arguments._fields]
+            result = _as_tuple(backward_op(*grad_results, *kept, needed, implementation))
             wanted = op.allocate_gradients(kept, names)
-            return op.Gradients(*(r if w is not None else None for r, w in zip(result, wanted, strict=True)))
+            return types.gradients(
+                *(r if w is not None else None for r, w in zip(result, wanted, strict=True))
+            )
 
         return *_grad_inputs(op, ctx, grad_outputs, tuple(ctx.needs_input_grad[:-1]), call), None
 
     forward_inputs = [f"{_SCHEMA[hint]} {field}" for field, hint in arguments.items()]
-    torch.library.define(name, schema(forward_inputs, len(op.Outputs._fields)))
+    torch.library.define(name, schema(forward_inputs, len(types.outputs._fields)))
     backward_inputs = [f"Tensor? grad_of_{field}" for field in results]
     backward_inputs += [f"{_SCHEMA[hint]} {field}" for field, hint in saved.items()]
     torch.library.define(
-        backward_name, schema([*backward_inputs, "bool[] needed"], len(op.Gradients._fields))
+        backward_name, schema([*backward_inputs, "bool[] needed"], len(types.gradients._fields))
     )
     torch.library.impl(name, "default", forward)
     torch.library.impl(backward_name, "default", backward)

@@ -61,8 +61,9 @@ def check_affine(dim: int, **affine: Tensor | None) -> None:
     given = [name for name, tensor in affine.items() if tensor is not None]
     if len(given) == 1:
         raise ValueError(f"{' and '.join(affine)} must be given both or not at all, got {given[0]} alone")
-    for name in given:
-        check_shape(name, affine[name], "(C,)", dim)
+    for name, tensor in affine.items():
+        if tensor is not None:
+            check_shape(name, tensor, "(C,)", dim)
 
 
 def check_score_bias(bias: Tensor | None, batch: int, heads: int, num_queries: int, num_tokens: int) -> None:
@@ -181,7 +182,9 @@ HALF = (torch.float16, torch.bfloat16)
 KERNEL_DTYPES = (*HALF, torch.float32, torch.float64)
 
 
-def unsupported_dtypes(known: tuple[torch.dtype, ...] = KERNEL_DTYPES, **tensors: Tensor | None) -> list[str]:
+def unsupported_dtypes(
+    known: tuple[torch.dtype, ...] = KERNEL_DTYPES, /, **tensors: Tensor | None
+) -> list[str]:
     """A reason for each of ``tensors`` whose dtype is not ``known``."""
     return [
         f"{name} must be {_listed(known)}, got {tensor.dtype}"

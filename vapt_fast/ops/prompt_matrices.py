@@ -49,7 +49,8 @@ def prompt_matrices(
         check_float(weight=weight)
         return weight
     blocks = weight.shape[0]
-    size = kernel.shape[-1] if isinstance(kernel, Tensor) and kernel.ndim else None
+    # -1 for what has no last dimension: no shape fits it.
+    size = kernel.shape[-1] if isinstance(kernel, Tensor) and kernel.ndim else -1
     if depthwise:
         check_shape("kernel", kernel, "(A, C, K, K)", blocks, None, size, size)
     else:

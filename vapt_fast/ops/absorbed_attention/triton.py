@@ -30,10 +30,10 @@ def forward(args: Arguments, out: Outputs) -> None:
     _write_sums(out.y, out.p, args.x, args.prompts)
 
 
-def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
+def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
     """Write the gradients that are needed."""
     u, x, prompts, p = saved
-    grad_y = grad_outputs.y
+    (grad_y,) = grad_results
     grad_p = torch.empty_like(p)
     _write_products(grad_p, grad_y, x, prompts)
     grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)

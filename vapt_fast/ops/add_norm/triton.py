@@ -23,7 +23,7 @@ def unsupported_reasons(args: Arguments) -> list[str]:
 
 def forward(args: Arguments, out: Outputs) -> None:
     """Write total (where there is a branch), normed, mean and rstd."""
-    launch_forward(args.x, args.branch, args.layer_scale, args.weight, args.bias, args.eps, out)
+    launch_forward(args.x, args.branch, args.layer_scale, args.weight, args.bias, args.eps, *out)
 
 
 def launch_forward(
@@ -33,34 +33,37 @@ def launch_forward(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    out: Outputs,
+    total: Tensor,
+    normed: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
 ) -> None:
     """Run the forward kernel; prompt_pool does so too."""
     batch, num_tokens, dim = x.shape
-    config = tuning.config(out.mean.dtype, dim)
+    config = tuning.config(mean.dtype, dim)
     launch(
         kernels.add_norm_fwd_kernel,
         config,
         num_blocks(config, BLOCK_T=batch * num_tokens),
         *map(strided, (x, branch, layer_scale, weight, bias)),
-        *(out.total, out.normed, out.mean, out.rstd, batch * num_tokens, num_tokens, dim),
+        *(total, normed, mean, rstd, batch * num_tokens, num_tokens, dim),
         EPS=eps,
         CHUNKS=num_blocks(config, BLOCK_C=dim),
     )
 
 
-def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
+def backward(saved: Saved, grad_results: tuple[Tensor | None, ...], grads: Gradients) -> None:
     """Write the gradients of x and branch."""
     total = saved.total
     batch, num_tokens, dim = total.shape
     config = tuning.config(saved.mean.dtype, dim)
-    grad_total = None if saved.branch_dtype is None else grad_outputs.total
-    grad_normed = or_zeros(grad_outputs.normed, total)
+    grad_total, grad_normed = grad_results
+    grad_total = None if saved.branch_dtype is None else grad_total
     launch(
         kernels.add_norm_bwd_kernel,
         config,
         num_blocks(config, BLOCK_T=batch * num_tokens),
-        *map(strided, (total, grad_total, grad_normed, saved.layer_scale, saved.weight)),
+        *map(strided, (total, grad_total, or_zeros(grad_normed, total), saved.layer_scale, saved.weight)),
         *(saved.mean, saved.rstd, *grads, batch * num_tokens, num_tokens, dim),
         CHUNKS=num_blocks(config, BLOCK_C=dim),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import cast
-from ..base import Op
+from ..base import Op, Signature
 from ..checks import check_float, check_one_dtype, check_same_device, check_shape
 
 __all__ = ["mlp"]
@@ -61,7 +61,9 @@ def mlp(
     check_same_device(**tensors)
     check_one_dtype(**tensors)
     cast_tensors = (None if tensor is None else cast(tensor) for tensor in tensors.values())
-    return _OP.run(backend, Arguments(*cast_tensors, torch.is_grad_enabled() and x.requires_grad)).y
+    keep = torch.is_grad_enabled() and x.requires_grad
+    (y,) = _OP.run(backend, Arguments._make((*cast_tensors, keep)))
+    return y
 
 
 class Arguments(NamedTuple):
@@ -79,7 +81,7 @@ class Outputs(NamedTuple):
     """y (B, T, E), and the hidden features before GELU, (B, T, D) or, unless they are kept, (0, T, D)."""
 
     y: Tensor
-    hidden: Tensor | None = None
+    hidden: Tensor
 
 
 class Saved(NamedTuple):
@@ -93,7 +95,7 @@ class Saved(NamedTuple):
 class Gradients(NamedTuple):
     """That of x, (B, T, C): all else is frozen."""
 
-    x: Tensor | None
+    x: Tensor
 
 
 class _Mlp(Op):
@@ -101,7 +103,7 @@ class _Mlp(Op):
     # and backward, in Triton, and 144 + 156 in PyTorch, on an H200 (ViT-B/16, bfloat16, 64 images).
     name = "mlp"
     implementations = ("triton",)
-    Arguments, Outputs, Saved, Gradients = Arguments, Outputs, Saved, Gradients
+    signature = Signature(Arguments, Outputs, Saved, Gradients)
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         x = args.x

@@ -46,7 +46,7 @@ def forward(args: Arguments, out: Outputs) -> None:
         torch.addmm(args.fc2_bias, activated, args.fc2_weight.t(), out=y)
 
 
-def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
+def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
     """Write the gradient of x."""
     hidden = saved.hidden
     (depth, num_hidden), num_rows = saved.fc2_weight.shape, hidden.shape[0] * hidden.shape[1]
@@ -56,7 +56,7 @@ def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
         kernels.mlp_bwd_kernel,
         config,
         num_blocks(config, BLOCK_ROWS=num_rows, BLOCK_COLUMNS=num_hidden),
-        *(grad_hidden, hidden, _rows(grad_outputs.y), _strided(saved.fc2_weight)),
+        *(grad_hidden, hidden, _rows(grad_results[0]), _strided(saved.fc2_weight)),
         *(num_rows, num_hidden, depth),
     )
     torch.mm(grad_hidden, saved.fc1_weight, out=grads.x.flatten(0, 1))

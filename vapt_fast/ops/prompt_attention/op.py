@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import cast
-from ..base import Op, empty_like
+from ..base import Op, Signature, empty_like
 from ..checks import (
     check_float,
     check_integer,
@@ -74,7 +74,8 @@ def prompt_attention(
     check_float(**tensors, bias=bias)
     check_same_device(**tensors, bias=bias)
     check_one_dtype(**tensors)
-    return _ATTENTION.run(backend, Arguments(*map(cast, tensors.values()), bias, scale)).out
+    (out,) = _ATTENTION.run(backend, Arguments._make((*map(cast, tensors.values()), bias, scale)))
+    return out
 
 
 def prompt_attention_packed(
@@ -125,7 +126,8 @@ def prompt_attention_packed(
     check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
     check_one_dtype(qkv=qkv, prompt_kv=prompt_kv)
     packed = PackedArguments(cast(qkv), cast(prompt_kv), bias, num_heads, num_kv_heads, scale)
-    return _PACKED.run(backend, packed).out
+    (out,) = _PACKED.run(backend, packed)
+    return out
 
 
 def unpack(qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
@@ -155,7 +157,7 @@ class Outputs(NamedTuple):
     """out (B, Tq, h, d), and lse (B, h, Tq): log2 of the sum of exp2 over the scores in base 2."""
 
     out: Tensor
-    lse: Tensor | None = None
+    lse: Tensor
 
 
 class Saved(NamedTuple):
@@ -204,13 +206,13 @@ class _PromptAttention(Op):
             fits=_few_keys,
         ),
     )
-    Arguments, Outputs, Saved, Gradients = Arguments, Outputs, Saved, Gradients
+    signature = Signature(Arguments, Outputs, Saved, Gradients)
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         return _empty_outputs(args.q)
 
     def save(self, args: Arguments, out: Outputs) -> Saved:
-        return Saved(*out, *args)
+        return Saved._make((*out, *args))
 
     def allocate_gradients(self, saved: Saved, needed: Collection[str]) -> Gradients:
         def empty(*names: str) -> list[Tensor | None]:
@@ -259,7 +261,7 @@ class PackedGradients(NamedTuple):
 
 def _unpacked(args: PackedArguments) -> Arguments:
     qkv, prompt_kv, bias, num_heads, num_kv_heads, scale = args
-    return Arguments(*unpack(qkv, prompt_kv, num_heads, num_kv_heads), bias, scale)
+    return Arguments._make((*unpack(qkv, prompt_kv, num_heads, num_kv_heads), bias, scale))
 
 
 class _PackedAttention(Op):
@@ -269,19 +271,19 @@ class _PackedAttention(Op):
     measured = tuple(
         replace(entry, fits=lambda args: _few_keys(_unpacked(args))) for entry in _PromptAttention.measured
     )
-    Arguments, Outputs, Saved, Gradients = PackedArguments, Outputs, PackedSaved, PackedGradients
+    signature = Signature(PackedArguments, Outputs, PackedSaved, PackedGradients)
 
     def allocate(self, args: PackedArguments, implementation: str) -> Outputs:
         return _empty_outputs(_unpacked(args).q)
 
     def save(self, args: PackedArguments, out: Outputs) -> PackedSaved:
-        return PackedSaved(*out, *args)
+        return PackedSaved._make((*out, *args))
 
     def allocate_gradients(self, saved: PackedSaved, needed: Collection[str]) -> PackedGradients:
         joint = {"qkv": saved.qkv, "prompt_kv": saved.prompt_kv}
         return PackedGradients(*(empty_like(t) if name in needed else None for name, t in joint.items()))
 
-    def compute(self, args: PackedArguments) -> Outputs:
+    def compute(self, args: PackedArguments) -> tuple[Tensor, ...]:
         return _ATTENTION.compute(_unpacked(args))
 
     def implementation_reasons(self, implementation: str, args: PackedArguments) -> list[str]:
@@ -291,15 +293,16 @@ class _PackedAttention(Op):
         _ATTENTION.write(implementation, _unpacked(args), out)
 
     def write_gradients(
-        self, implementation: str, saved: PackedSaved, grad_outputs: Outputs, grads: PackedGradients
+        self, implementation: str, saved: PackedSaved, grad_results: tuple, grads: PackedGradients
     ) -> None:
-        out, lse, *args = saved
-        joint = (own if grad is None else grad for own, grad in zip(args[:2], grads, strict=True))
-        q, k, v, prompt_k, prompt_v = unpack(*joint, saved.num_heads, saved.num_kv_heads)
+        args = PackedArguments._make(saved[2:])
+        qkv = args.qkv if grads.qkv is None else grads.qkv
+        prompt_kv = args.prompt_kv if grads.prompt_kv is None else grads.prompt_kv
+        q, k, v, prompt_k, prompt_v = unpack(qkv, prompt_kv, args.num_heads, args.num_kv_heads)
         of_tokens = (None, None, None) if grads.qkv is None else (q, k, v)
         of_prompts = (None, None) if grads.prompt_kv is None else (prompt_k, prompt_v)
-        separate = Saved(out, lse, *_unpacked(PackedArguments(*args)))
-        _ATTENTION.write_gradients(implementation, separate, grad_outputs, Gradients(*of_tokens, *of_prompts))
+        separate = Saved._make((saved.out, saved.lse, *_unpacked(args)))
+        _ATTENTION.write_gradients(implementation, separate, grad_results, Gradients(*of_tokens, *of_prompts))
 
 
 _PACKED = _PackedAttention()

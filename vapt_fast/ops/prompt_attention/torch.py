@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
-from .op import Arguments, Outputs
+from .op import Arguments
 
 __all__ = ["compute"]
 
 
-def compute(args: Arguments) -> Outputs:
+def compute(args: Arguments) -> tuple[Tensor]:
     """out; see vapt_fast.ops.prompt_attention."""
     q, k, v, prompt_k, prompt_v, bias, scale = args
     num_prompts = prompt_k.shape[1]
@@ -28,4 +29,4 @@ def compute(args: Arguments) -> Outputs:
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=bias, scale=scale
     )
-    return Outputs(out.transpose(1, 2))
+    return (out.transpose(1, 2),)

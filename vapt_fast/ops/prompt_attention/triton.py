@@ -29,18 +29,18 @@ def forward(args: Arguments, out: Outputs) -> None:
     _launch_by_queries(kernels.prompt_attention_fwd_kernel, "fwd", (out.lse,), out.out, args)
 
 
-def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
+def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
     """Write the gradients of queries, keys and values, of tokens and prompts, that are needed."""
-    args, grad_out = Arguments(*saved[2:]), grad_outputs.out
+    args, (grad_out,) = Arguments._make(saved[2:]), grad_results
     row_dot = _row_dot(saved.out, saved.lse, grad_out)
     statistics = (saved.lse, row_dot)
     if grads.q is not None:
         kernel = kernels.prompt_attention_bwd_queries_kernel
         _launch_by_queries(kernel, "bwd_queries", statistics, grads.q, args, grad_out)
-    if grads.k is not None:
+    if grads.k is not None and grads.v is not None:
         own = (args.k, args.v, args.bias)
         _launch_by_keys((grads.k, grads.v), grad_out, statistics, args, *own)
-    if grads.prompt_k is not None:
+    if grads.prompt_k is not None and grads.prompt_v is not None:
         prompts = (args.prompt_k, args.prompt_v, None)
         if len(args.prompt_k) == len(args.q):
             _launch_by_keys((grads.prompt_k, grads.prompt_v), grad_out, statistics, args, *prompts)

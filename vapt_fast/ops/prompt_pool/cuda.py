@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..base import or_zeros
 from ..checks import HALF, unsupported_dtypes
 from ..cuda_launch import address, aligned, launch, rows
 from ..device import native
-from .op import Arguments, Gradients, Outputs, Saved
+from .op import Arguments, Gradients, Outputs, Saved, incoming_gradients
 
 __all__ = ["ONE_PASS", "backward", "forward", "unsupported_reasons"]
 
@@ -65,20 +64,16 @@ def forward(args: Arguments, out: Outputs) -> None:
     )
 
 
-def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
+def backward(saved: Saved, grad_results: tuple[Tensor | None, ...], grads: Gradients) -> None:
     """Write the gradients that are needed; those of what is learned are computed anyway."""
     total, matrix = aligned(saved.total), _readable(saved.matrix)
     layer_scale, norm_weight = _vector(saved.layer_scale), _vector(saved.norm_weight)
     weight, bias = _vector(saved.weight), _vector(saved.bias)
     sizes = _sizes(total, matrix, saved.dtype)
     workspace = matrix.new_empty(native().prompt_pool_backward_workspace(sizes))
-    grad_pooled = grad_outputs.pooled
-    if grad_pooled is None:
-        grad_pooled = matrix.new_zeros((len(total), len(matrix), total.shape[-1]))
-    grad_pooled = aligned(grad_pooled)
-    grad_normed = aligned(or_zeros(grad_outputs.normed, total, saved.dtype))
-    grad_total = None if saved.branch_dtype is None else grad_outputs.total
+    grad_total, grad_normed, grad_pooled = incoming_gradients(saved, grad_results)
     grad_total = None if grad_total is None else aligned(grad_total)
+    grad_normed, grad_pooled = aligned(grad_normed), aligned(grad_pooled)
     grad_matrix = torch.empty_like(matrix) if grads.matrix is None else grads.matrix
     affine = matrix.new_empty((2, total.shape[-1])) if grads.affine is None else grads.affine
     grad_weight, grad_bias = affine.unbind()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast_dtype
-from ..base import Op, empty_like, placeholder
+from ..base import Op, Signature, empty_like, or_zeros, placeholder
 from ..checks import (
     check_affine,
     check_float,
@@ -100,8 +100,8 @@ def prompt_pool(
     affine = (weight.to(matrix.dtype), bias.to(matrix.dtype), norm_weight, norm_bias)
     dtype = autocast_dtype(total_dtype(x, branch), x.device)
     options = (num_prefix, eps, prompt_eps, dtype)
-    out = _OP.run(backend, Arguments(x, branch, layer_scale, matrix, *affine, *options))
-    return x if branch is None else out.total, out.normed, out.pooled
+    total, normed, pooled = _OP.run(backend, Arguments(x, branch, layer_scale, matrix, *affine, *options))
+    return x if branch is None else total, normed, pooled
 
 
 class Arguments(NamedTuple):
@@ -130,9 +130,9 @@ class Outputs(NamedTuple):
     total: Tensor
     normed: Tensor
     pooled: Tensor
-    mean: Tensor | None = None
-    rstd: Tensor | None = None
-    raw: Tensor | None = None
+    mean: Tensor
+    rstd: Tensor
+    raw: Tensor
 
 
 class Saved(NamedTuple):
@@ -155,6 +155,19 @@ class Saved(NamedTuple):
     branch_dtype: torch.dtype | None
 
 
+def incoming_gradients(
+    saved: Saved, grad_results: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of total, None where it is x itself, of normed and of pooled, zeros for none."""
+    grad_total, grad_normed, grad_pooled = grad_results
+    each_row = saved.total[:, :1].expand(-1, len(saved.matrix), -1)
+    return (
+        None if saved.branch_dtype is None else grad_total,
+        or_zeros(grad_normed, saved.total, saved.dtype),
+        or_zeros(grad_pooled, each_row, saved.matrix.dtype),
+    )
+
+
 class Gradients(NamedTuple):
     """x and branch (B, T, C), see ``residual_gradients``; matrix (R, N); weight and bias as (2, C)."""
 
@@ -173,7 +186,7 @@ class _PromptPool(Op):
         Measurement("cuda", 2.5, "forward 65 µs against 165, with the backward 173 against about 570"),
         Measurement("triton", 2.1, "forward 78 µs against 165, with the backward 387 against about 570"),
     )
-    Arguments, Outputs, Saved, Gradients = Arguments, Outputs, Saved, Gradients
+    signature = Signature(Arguments, Outputs, Saved, Gradients)
     differentiable = ("x", "branch", "matrix", "weight", "bias")
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:

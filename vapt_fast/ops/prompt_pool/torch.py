@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..base import differentiable_once
 from ..residual import add_residual
-from .op import Arguments, Outputs
+from .op import Arguments
 
 __all__ = ["compute"]
 
@@ -29,7 +29,7 @@ class _Inputs(NamedTuple):
     prompt_eps: float
 
 
-def compute(args: Arguments) -> Outputs:
+def compute(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     """total, normed and pooled; see vapt_fast.ops.prompt_pool."""
     if torch.compiler.is_compiling():
         # With dynamic=True PyTorch 2.14 loses numbers that it meets first within _PromptPool: use them here.
@@ -37,13 +37,13 @@ def compute(args: Arguments) -> Outputs:
     total, dtype = add_residual(args.x, args.branch, args.layer_scale), args.matrix.dtype
     norm = (None if t is None else t.to(dtype) for t in (args.norm_weight, args.norm_bias))
     numbers = (args.num_prefix, args.eps, args.prompt_eps)
-    inputs = _Inputs(total.to(dtype), args.matrix, args.weight, args.bias, *norm, *numbers)
+    inputs = _Inputs._make((total.to(dtype), args.matrix, args.weight, args.bias, *norm, *numbers))
     # PyTorch 2.8 exports no autograd.Function with dynamic sizes, and torch.jit.save knows none.
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         normed, pooled = _literal(inputs)
     else:
         normed, pooled, *_ = _PromptPool.apply(*inputs)
-    return Outputs(total, normed.to(args.dtype), pooled)
+    return total, normed.to(args.dtype), pooled
 
 
 def _pool(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor, Tensor]:
@@ -60,7 +60,7 @@ def _pool(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tenso
     s = torch.rsqrt(1 + (prompt_eps - eps) * r[:, num_prefix:].square()).squeeze(-1)
     raw = (matrix * s.unsqueeze(1)) @ xhat[:, num_prefix:]
     pooled = weight * raw + bias * matrix.sum(dim=1, keepdim=True)
-    if norm_weight is None:
+    if norm_weight is None or norm_bias is None:
         return xhat, pooled, None, r, s, raw
     return torch.addcmul(norm_bias, xhat, norm_weight), pooled, xhat, r, s, raw
 
@@ -78,12 +78,22 @@ class _PromptPool(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps):
+    def forward(
+        x: Tensor,
+        matrix: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        num_prefix: int,
+        eps: float,
+        prompt_eps: float,
+    ) -> tuple[Tensor | None, ...]:
         # By name: without gradients torch.compile counts the parameters, to see whether one is a context.
         return _pool(_Inputs(x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
         _, matrix, weight, bias, norm_weight, _, ctx.num_prefix, _, _ = inputs
         normed, _, xhat, r, s, raw = output
         ctx.mark_non_differentiable(*(t for t in (xhat, r, s, raw) if t is not None))
@@ -92,7 +102,7 @@ class _PromptPool(torch.autograd.Function):
         ctx.save_for_backward(xhat, r, s, matrix, weight, bias, norm_weight, raw)
 
     @staticmethod
-    def backward(ctx, grad_normed, grad_pooled, *_):
+    def backward(ctx: Any, grad_normed: Tensor | None, grad_pooled: Tensor | None, *_: Any) -> tuple:
         saved = ctx.saved_tensors  # once: checkpointing recomputes them
         # Within autocast, too: the forward's products were not cast.
         with torch.autocast(saved[0].device.type, enabled=False):
@@ -145,7 +155,7 @@ def _grad_x(
     ``grad_normed`` is None where normed is unused; ``weighted``, ``scaled`` and ``products`` where pooled is.
     Nothing is changed in place that vmap might not have batched.
     """
-    if weighted is None:
+    if weighted is None or scaled is None or products is None:
         if grad_normed is None:
             return None
         total = grad_normed if norm_weight is None else grad_normed * norm_weight

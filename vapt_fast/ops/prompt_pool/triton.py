@@ -8,19 +8,23 @@ from torch import Tensor
 
 from ...kernels import prompt_pool as kernels
 from ..add_norm.triton import launch_forward
-from ..base import or_zeros
 from ..checks import unsupported_dtypes
 from ..triton_launch import images_per_program, launch, num_blocks, product_precision, strided, sum_chunks
 from . import tuning
-from .op import Arguments, Gradients, Outputs, Saved
+from .op import Arguments, Gradients, Outputs, Saved, incoming_gradients
 
 __all__ = ["backward", "forward", "unsupported_reasons"]
 
 
 def unsupported_reasons(args: Arguments) -> list[str]:
     """Every reason why the kernels can't take ``args``."""
-    norm = {"norm_weight": args.norm_weight, "norm_bias": args.norm_bias}
-    reasons = unsupported_dtypes(x=args.x, branch=args.branch, layer_scale=args.layer_scale, **norm)
+    reasons = unsupported_dtypes(
+        x=args.x,
+        branch=args.branch,
+        layer_scale=args.layer_scale,
+        norm_weight=args.norm_weight,
+        norm_bias=args.norm_bias,
+    )
     return reasons + unsupported_dtypes((torch.float32, torch.float64), matrix=args.matrix)
 
 
@@ -28,7 +32,8 @@ def forward(args: Arguments, out: Outputs) -> None:
     """Write all outputs."""
     x, matrix = args.x, args.matrix
     (batch, num_tokens, dim), num_rows = x.shape, matrix.shape[0]
-    launch_forward(x, args.branch, args.layer_scale, args.norm_weight, args.norm_bias, args.eps, out)
+    norm = (args.norm_weight, args.norm_bias, args.eps)
+    launch_forward(x, args.branch, args.layer_scale, *norm, out.total, out.normed, out.mean, out.rstd)
     config = tuning.configs(matrix.dtype, num_rows).fwd
     launch(
         kernels.prompt_pool_fwd_kernel,
@@ -40,29 +45,26 @@ def forward(args: Arguments, out: Outputs) -> None:
     )
 
 
-def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
+def backward(saved: Saved, grad_results: tuple[Tensor | None, ...], grads: Gradients) -> None:
     """Write the gradients that are needed: of the tokens, which are often frozen, and of what is learned."""
-    grad_pooled = grad_outputs.pooled
-    if grad_pooled is None:
-        shape = (len(saved.total), len(saved.matrix), saved.total.shape[-1])
-        grad_pooled = saved.matrix.new_zeros(shape)
+    incoming = incoming_gradients(saved, grad_results)
     if grads.x is not None or grads.branch is not None:
-        _write_grad_tokens(saved, grad_outputs, grad_pooled, grads)
+        _write_grad_tokens(saved, incoming, grads)
     if grads.matrix is not None:
-        _write_grad_learned(saved, grad_pooled, grads)
+        _write_grad_learned(saved, incoming[2], grads)
 
 
-def _write_grad_tokens(saved: Saved, grad_outputs: Outputs, grad_pooled: Tensor, grads: Gradients) -> None:
+def _write_grad_tokens(
+    saved: Saved, incoming: tuple[Tensor | None, Tensor, Tensor], grads: Gradients
+) -> None:
     total, matrix = saved.total, saved.matrix
     (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[0]
     config = tuning.configs(matrix.dtype, num_rows).bwd_tokens
-    grad_total = None if saved.branch_dtype is None else grad_outputs.total
-    grad_normed = or_zeros(grad_outputs.normed, total, saved.dtype)
     launch(
         kernels.prompt_pool_bwd_tokens_kernel,
         config,
         batch * num_blocks(config, BLOCK_T=num_tokens),
-        *map(strided, (total, grad_total, grad_normed, grad_pooled)),
+        *map(strided, (total, *incoming)),
         *map(strided, (matrix, saved.weight, saved.norm_weight, saved.layer_scale)),
         *(saved.mean, saved.rstd, grads.x, grads.branch, num_tokens, dim, num_rows, saved.num_prefix),
         **_constants(saved),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...activations import ACTIVATIONS
-from ..base import Op, empty_like
+from ..base import Op, Signature, empty_like
 from ..checks import (
     check_affine,
     check_choice,
@@ -78,7 +78,7 @@ def prompt_projector(
     check_shape("bias", bias, "(P,)", num_prompts)
     if (down is None) != (up is None):
         raise ValueError(f"down and up must be given together, got {'up' if down is None else 'down'} alone")
-    if down is not None:
+    if down is not None and up is not None:
         check_shape("down", down, "(r, C)", None, dim)
         check_shape("up", up, "(C, r)", dim, down.shape[0])
     if isinstance(scale, Tensor):
@@ -118,7 +118,10 @@ def prompt_projector(
     masks = (None if t is None else t.to(own) for t in (channel_mask, feature_mask))
     factor = 1.0 if isinstance(scale, Tensor) else scale
     options = (factor, activation, eps, own if dtype is None else dtype)
-    return _OP.run(backend, Arguments(pooled, *learned, *masks, norm_weight, norm_bias, *options)).prompts
+    (prompts,) = _OP.run(
+        backend, Arguments._make((pooled, *learned, *masks, norm_weight, norm_bias, *options))
+    )
+    return prompts
 
 
 class Arguments(NamedTuple):
@@ -149,8 +152,8 @@ class Outputs(NamedTuple):
     """
 
     prompts: Tensor
-    hidden: Tensor | None = None
-    statistics: Tensor | None = None
+    hidden: Tensor
+    statistics: Tensor
 
 
 class Saved(NamedTuple):
@@ -190,7 +193,7 @@ class _PromptProjector(Op):
             "forward 35 µs against 92, with the backward and absorbed_attention 1.6 ms of a step against 2.5",
         ),
     )
-    Arguments, Outputs, Saved, Gradients = Arguments, Outputs, Saved, Gradients
+    signature = Signature(Arguments, Outputs, Saved, Gradients)
     differentiable = ("pooled", "bias", "down", "up", "scale")
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:

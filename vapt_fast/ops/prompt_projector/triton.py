@@ -48,9 +48,9 @@ def forward(args: Arguments, out: Outputs) -> None:
     )
 
 
-def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
+def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
     """Write the gradients of pooled and of all that is learned."""
-    grad_prompts, pooled = grad_outputs.prompts, saved.pooled
+    (grad_prompts,), pooled = grad_results, saved.pooled
     num_rows, num_prompts, dim, width = _sizes(saved)
     arithmetic = _arithmetic(pooled, grad_prompts.dtype)
     options = {
@@ -59,8 +59,8 @@ def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
         "PRECISION": product_precision(arithmetic),
     }
     statistics = _mean_and_rstd(saved.statistics)
-    grad_hidden, means = empty_like(saved.hidden), empty_like(saved.statistics)
-    means = means if means.shape[0] else None
+    grad_hidden = empty_like(saved.hidden)
+    means = empty_like(saved.statistics) if len(saved.statistics) else None
     sums = pooled.new_empty(pooled.shape[:2])
     products = None if saved.scale is None else empty_like(sums)
     config = tuning.config("bwd_rows", arithmetic, width)
@@ -75,7 +75,7 @@ def backward(saved: Saved, grad_outputs: Outputs, grads: Gradients) -> None:
         **options,
     )
     torch.sum(sums, dim=0, out=grads.bias)
-    if grads.scale is not None:
+    if grads.scale is not None and products is not None:
         grads.scale.copy_(products.sum())
     if grads.weights is None:
         return
@@ -118,4 +118,4 @@ def _sizes(args: Arguments | Saved) -> tuple[int, int, int, int]:
 
 
 def _mean_and_rstd(statistics: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return statistics.unbind() if statistics.shape[0] else (None, None)
+    return (statistics[0], statistics[1]) if len(statistics) else (None, None)
