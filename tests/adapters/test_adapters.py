@@ -99,7 +99,7 @@ def edit_config(folder: Path, edit: Callable[[dict[str, Any]], None], *, checksu
     config = json.loads((folder / CONFIG).read_text())
     edit(config)
     if checksum:
-        config["config_sha256"] = adapters._config_sha256(config)
+        config["config_sha256"] = adapters.file.config_sha256(config)
     tensors = safetensors.torch.load(weights)
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(tensors, {"adapter_config": json.dumps(config)}))
     (folder / CONFIG).write_text(json.dumps(config))
@@ -403,7 +403,7 @@ def test_a_file_of_weights_is_named_but_only_opened_if_the_user_says_so(tmp_path
     model.save_adapter(tmp_path / "adapter")
     saved = adapters.read_config(tmp_path / "adapter")["backbone"]
     assert saved["weights_path"] == str(path)
-    assert not adapters.LOCAL_ARGS & saved["args"].keys()
+    assert not source.LOCAL_ARGS & saved["args"].keys()
     with pytest.raises(AdapterError) as raised:
         AdaptiveViT.from_adapter(tmp_path / "adapter")
     assert f"if you trust that file, pass it: weights={str(path)!r}" in str(raised.value)
@@ -729,10 +729,10 @@ def test_names_of_the_head_before_it_was_a_part_of_its_own(folder: Path) -> None
     tensors = safetensors.torch.load_file(folder / WEIGHTS)
     old = {f"backbone.{n}" if n.startswith("head") else n: value for n, value in tensors.items()}
     config = json.loads((folder / CONFIG).read_text())
-    config["tensors"] = adapters._tensor_table(safetensors.torch.save(old))
+    config["tensors"] = adapters.file.tensor_table(safetensors.torch.save(old))
     for key in ("class_names", "crop_mode"):
         (config if key in config else config["data"]).pop(key)
-    config["config_sha256"] = adapters._config_sha256(config)
+    config["config_sha256"] = adapters.file.config_sha256(config)
     (folder / WEIGHTS).write_bytes(safetensors.torch.save(old, {"adapter_config": json.dumps(config)}))
     (folder / CONFIG).write_text(json.dumps(config))
     model = make_model(seed=1)
@@ -1081,7 +1081,7 @@ def _edit_header(data: bytes, rng: random.Random) -> bytes:
 def _forge(config: bytes, weights: bytes, rng: random.Random) -> tuple[bytes, bytes]:
     """Edit the config in both files and make its checksum right."""
     edited = json.loads(_edit_json(config, rng))
-    edited["config_sha256"] = adapters._config_sha256(edited)
+    edited["config_sha256"] = adapters.file.config_sha256(edited)
     text = json.dumps(edited)
     return text.encode(), safetensors.torch.save(safetensors.torch.load(weights), {"adapter_config": text})
 
@@ -1196,9 +1196,9 @@ def fail_writing(turn: int, error: type[BaseException]) -> Callable:
 def interrupt(patch: pytest.MonkeyPatch, step: str, turn: int, error: type[BaseException]) -> None:
     """Let a step of saving one of the two files fail."""
     if step == "write":
-        patch.setattr(adapters, "open", fail_writing(turn, error), raising=False)
+        patch.setattr(adapters.file, "open", fail_writing(turn, error), raising=False)
     elif step == "open":
-        patch.setattr(adapters, "open", fail_at(open, turn, error), raising=False)
+        patch.setattr(adapters.file, "open", fail_at(open, turn, error), raising=False)
     else:
         patch.setattr(os, step, fail_at(getattr(os, step), turn, error))
 

@@ -20,7 +20,7 @@ LAYERS = [
     {"backends"},
     {"functional"},
     {"forward"},
-    {"adapters", "timm_api", "model", "official", "registry"},
+    {"adapters", "creation", "timm_api", "model", "official", "registry"},
     {"digits", "info"},
     {"training", "benchmark"},
     {"cli", "__main__"},

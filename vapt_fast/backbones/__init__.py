@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from timm.models import beit, get_model_traits
@@ -32,6 +33,7 @@ from ..resize import resize_backbone
 __all__ = [
     "BeitAttention",
     "Positions",
+    "TimmViT",
     "adopt",
     "call_block",
     "check_image_size",
@@ -47,6 +49,32 @@ __all__ = [
     "set_image_size",
     "take_heads",
 ]
+
+
+class TimmViT(nn.Module):
+    """The attributes of timm's Vision Transformers that are used here, for type checkers.
+
+    It is a name for what the models have in common, not a base class: none of them is an instance.
+    """
+
+    blocks: nn.Sequential
+    norm: nn.Module
+    head: nn.Module
+    head_drop: nn.Module
+    embed_dim: int
+    num_features: int
+    head_hidden_size: int
+    num_prefix_tokens: int
+    num_classes: int
+    in_chans: int
+    global_pool: str
+    feature_info: list[dict[str, Any]]
+    forward_head: Callable[..., Tensor]
+    reset_classifier: Callable[..., None]
+    prune_intermediate_layers: Callable[..., list[int]]
+    no_weight_decay: Callable[[], set[str]]
+    group_matcher: Callable[..., dict[str, Any]]
+
 
 FAMILIES = (VisionTransformer, Eva, Beit, NaFlexVit)
 # How timm pools tokens; a family may lack one of these.
@@ -92,7 +120,7 @@ def check_supported(model: object) -> None:
         )
 
 
-def adopt(model: nn.Module, *, shared: bool) -> nn.Module:
+def adopt(model: nn.Module, *, shared: bool) -> TimmViT:
     """The timm model as an AdaptiveViT holds it: frozen, in eval mode; it and its ``blocks`` are Enclosing.
 
     Args:
@@ -106,7 +134,7 @@ def adopt(model: nn.Module, *, shared: bool) -> nn.Module:
         if type(module) is beit.Attention:
             module.__class__ = BeitAttention
     enclosing(model.blocks)
-    return enclosing(model).requires_grad_(False).eval()
+    return cast(TimmViT, enclosing(model).requires_grad_(False).eval())
 
 
 def _patch_embed(model: nn.Module) -> nn.Module:
