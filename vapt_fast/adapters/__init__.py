@@ -3,8 +3,8 @@
 The format of the files is described in ``vapt_fast.adapters.file``.
 """
 
+from .checks import backbone_fingerprint, fingerprint
 from .file import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterNotFoundError
-from .identity import backbone_fingerprint, fingerprint
 from .loading import build, load, read_config
 from .module import Adapter, trainable_summary
 from .saving import save

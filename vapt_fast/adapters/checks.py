@@ -1,23 +1,65 @@
-"""What must agree between a model and an adapter: every disagreement, a line each."""
+"""What must agree between a model and an adapter, and how backbones are told apart."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from ..backbones import patch_size
 from .file import AdapterFile
-from .identity import backbone_fingerprint, geometry
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
 
-__all__ = ["backbone_problems", "head_problems", "prompt_problems", "tensor_problems"]
+__all__ = [
+    "backbone_fingerprint",
+    "backbone_problems",
+    "fingerprint",
+    "geometry",
+    "head_problems",
+    "prompt_problems",
+    "tensor_problems",
+]
 
 # Dropout acts in training only, so a model may take an adapter that was trained with other rates.
 TRAINING_OPTIONS = {"projector_dropout", "prompt_dropout", "channel_dropout"}
+
+
+def backbone_fingerprint(model: AdaptiveViT) -> str:
+    """Return the sha256 of everything frozen in ``model``: names, shapes, values of parameters and buffers.
+
+    The head, being trained, is left out. Values are rounded to bfloat16 first, so that a bfloat16 copy of a
+    float32 backbone has the same fingerprint (a float16 copy has not: it rounds to other values).
+    """
+    return fingerprint(model.backbone.state_dict())
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names, shapes and values, as ``backbone_fingerprint`` has them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        value = value.detach().to("cpu", torch.bfloat16 if value.is_floating_point() else value.dtype)
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def geometry(model: AdaptiveViT) -> dict[str, Any]:
+    """Return what two backbones must share for an adapter of one to fit the other, in JSON's types."""
+    backbone = model.backbone
+    return {
+        "depth": len(backbone.blocks),
+        "dim": backbone.embed_dim,
+        "grid": list(model.grid),
+        "patch_size": list(patch_size(backbone)),
+        "num_prefix_tokens": backbone.num_prefix_tokens,
+        "global_pool": backbone.global_pool,
+    }
 
 
 def backbone_problems(model: AdaptiveViT, adapter: AdapterFile, check_weights: bool) -> Iterator[str]:

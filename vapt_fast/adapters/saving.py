@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -14,8 +15,8 @@ import torch
 from ..arguments import plain
 from ..data import full_data_config
 from ..source import HEADS
+from .checks import backbone_fingerprint, geometry
 from .file import AdapterError, class_name_problems, write
-from .identity import backbone_fingerprint, geometry, json_problem, rebuild_args
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
@@ -66,7 +67,7 @@ def save(
     ]
     if problems:
         raise AdapterError("the adapter can't be saved", problems)
-    args, left_out = rebuild_args(model)
+    args, left_out = _timm_args(model)
     config = {
         "backbone": {
             **model.backbone_source,
@@ -88,7 +89,7 @@ def save(
 def _metadata_problems(metadata: object) -> Iterator[str]:
     if not isinstance(metadata, dict):
         yield f"metadata must be a dict, got {type(metadata).__name__}"
-    elif reason := json_problem(metadata):
+    elif reason := _json_problem(metadata):
         yield f"metadata must be made of what JSON knows: {reason}"
 
 
@@ -113,7 +114,7 @@ def _rebuild_problems(model: AdaptiveViT) -> Iterator[str]:
     """Yield why ``build`` could not make the backbone again and load its file."""
     advice = "save without include_backbone, and pass backbone=... to from_adapter"
     architecture = model.backbone_source["architecture"]
-    args, left_out = rebuild_args(model)
+    args, left_out = _timm_args(model)
     if architecture is None:
         yield f"include_backbone needs a backbone that timm.create_model has made; {advice}"
     elif left_out:
@@ -133,3 +134,19 @@ def _rebuild_problems(model: AdaptiveViT) -> Iterator[str]:
                 f"include_backbone: timm.create_model({architecture!r}, ...) makes a backbone with other "
                 f"tensors than this one, which was changed: {changed}; {advice}"
             )
+
+
+def _timm_args(model: AdaptiveViT) -> tuple[dict[str, Any], list[str]]:
+    """timm's arguments to make the backbone again, and the names of those JSON can't express."""
+    args = model.backbone_args
+    left_out = sorted(name for name, value in args.items() if _json_problem(value) is not None)
+    return {name: value for name, value in args.items() if name not in left_out}, left_out
+
+
+def _json_problem(value: object) -> str | None:
+    """Why JSON can't express ``value``, None if it can."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        return str(error)
+    return None
