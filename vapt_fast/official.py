@@ -21,10 +21,11 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .arguments import integer
+from .arguments import integer, listing, size_pair
 from .config import PromptConfig
 from .model import DEFAULT_ADAPTER, AdaptiveViT
 from .modules import class_of
+from .source import misfits
 
 __all__ = ["from_official", "to_official"]
 
@@ -208,31 +209,30 @@ def _read_geometry(state: Mapping[str, Tensor], img_size: int | tuple[int, int] 
         f"{LAYER}.0.ffn.fc1.weight": "(mlp, C)",
         "head.weight": "(classes, C)",
     }
-    shapes = [_shape(state, name, expected.count(",") + 1) for name, expected in sources.items()]
+    shapes = {name: tuple(state[name].shape) for name in sources if name in state}
     _raise_any(
-        f"{name}: expected shape {sources[name]}, got {_told_shape(state, name)}"
-        for name, shape in zip(sources, shapes, strict=True)
-        if shape is None
+        f"{name}: expected shape {expected}, got {shapes.get(name, 'no such tensor')}"
+        for name, expected in sources.items()
+        if len(shapes.get(name, ())) != expected.count(",") + 1
     )
-    (dim, in_chans, *patch_size), (_, num_tokens, _), (mlp_dim, _), (num_classes, _) = shapes
+    (dim, in_chans, *patch), (_, num_tokens, _), (mlp_dim, _), (num_classes, _) = map(
+        shapes.__getitem__, sources
+    )
+    patch_size = patch[0], patch[1]
     return _Geometry(
         dim=dim,
         depth=_count(state, LAYER),
         mlp_dim=mlp_dim,
         num_classes=num_classes,
         in_chans=in_chans,
-        patch_size=tuple(patch_size),
-        grid=_find_grid(num_tokens - 1, tuple(patch_size), img_size),
+        patch_size=patch_size,
+        grid=_find_grid(num_tokens - 1, patch_size, img_size),
     )
 
 
 def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...] | None:
     """The shape of a tensor, None if it is missing or has another number of dimensions."""
     return tuple(state[name].shape) if name in state and state[name].ndim == ndim else None
-
-
-def _told_shape(state: Mapping[str, Tensor], name: str) -> str:
-    return str(tuple(state[name].shape)) if name in state else "no such tensor"
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -251,18 +251,11 @@ def _find_grid(
             "a square grid of patches; for other images pass img_size=(height, width)",
         )
     else:
-        height, width = _sides(img_size)
+        height, width = size_pair("img_size", img_size)
         grid = (height // patch_size[0], width // patch_size[1])
         origin = f"{grid[0]}x{grid[1]} patches, from img_size={img_size} and patches of {patch_size}"
     _raise_any([f"{POSITIONS}: {num_patches} patches, expected {origin}"] * (math.prod(grid) != num_patches))
     return grid
-
-
-def _sides(img_size: object) -> tuple[int, int]:
-    sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
-    if len(sides) != 2:
-        raise TypeError(f"img_size must be (height, width) in pixels or one side, got {img_size!r}")
-    return integer("img_size", sides[0], minimum=1), integer("img_size", sides[1], minimum=1)
 
 
 def _build_backbone(geometry: _Geometry, num_heads: int) -> VisionTransformer:
@@ -270,7 +263,10 @@ def _build_backbone(geometry: _Geometry, num_heads: int) -> VisionTransformer:
     if num_heads < 1 or geometry.dim % num_heads:
         raise ValueError(f"num_heads must divide the {geometry.dim} channels of the tensors, got {num_heads}")
     return VisionTransformer(
-        img_size=tuple(math.prod(sides) for sides in zip(geometry.grid, geometry.patch_size, strict=True)),
+        img_size=(
+            geometry.grid[0] * geometry.patch_size[0],
+            geometry.grid[1] * geometry.patch_size[1],
+        ),
         patch_size=geometry.patch_size,
         in_chans=geometry.in_chans,
         num_classes=geometry.num_classes,
@@ -301,18 +297,14 @@ def _contradictions(state: Mapping[str, Tensor], prompts: PromptConfig, geometry
             f"static_depth={prompts.static_depth} makes {expected[0]} static tables and {expected[1]} "
             f"adaptive blocks of {geometry.depth}, the tensors have {found[0]} and {found[1]}"
         )
-    told = _num_prompts_told(state)
+    table = _shape(state, TABLE, 3)
+    told: dict[str, object] = {"num_prompts": table[1]} if table else {}
     if found[1] and expected[1]:
         told |= _pooling_told(state, geometry.grid) | _projector_told(state)
     for option, value in told.items():
         given = getattr(prompts, option)
         if given != value:
             yield f"prompts.{option} is {given!r}, the tensors tell {value!r}"
-
-
-def _num_prompts_told(state: Mapping[str, Tensor]) -> dict[str, int]:
-    table = _shape(state, TABLE, 3)
-    return {"num_prompts": table[1]} if table else {}
 
 
 def _pooling_told(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, object]:
@@ -323,7 +315,7 @@ def _pooling_told(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[st
     kernel, linear = _shape(state, name, 4), _shape(state, f"{POOLING}.0.linear.weight", 2)
     if kernel is None:
         return {}
-    told = {"conv_kernel": kernel[-1], "conv_shared": kernel[0] == 1}
+    told: dict[str, object] = {"conv_kernel": kernel[-1], "conv_shared": kernel[0] == 1}
     if linear is not None:
         for padding in range(kernel[-1]):
             if math.prod(side + 2 * padding - kernel[-1] + 1 for side in grid) == linear[1]:
@@ -346,17 +338,10 @@ def _projector_told(state: Mapping[str, Tensor]) -> dict[str, object]:
 
 def _misfits(state: Mapping[str, Tensor], model: AdaptiveViT) -> Iterator[str]:
     """Missing, unexpected and unfit tensors of a state dict meant for ``model``."""
-    expected = to_official(model)
-    for name in expected:
-        if name not in state:
-            yield f"{name}: missing, expected shape {tuple(expected[name].shape)}"
-        elif state[name].shape != expected[name].shape:
-            yield f"{name}: shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
-        elif not state[name].is_floating_point():
-            yield f"{name}: dtype {state[name].dtype}, expected floating-point numbers"
-    for name in state:
-        if name not in expected:
-            yield f"{name}: unexpected"
+    yield from misfits(state, to_official(model))
+    for name, value in state.items():
+        if not value.is_floating_point():
+            yield f"{name}: dtype {value.dtype}, expected floating-point numbers"
     for parts in _fused(model).values():
         dtypes = {state[part].dtype for part in parts if part in state}
         if len(dtypes) > 1:
@@ -394,6 +379,4 @@ def _inexpressible(model: AdaptiveViT) -> Iterator[str]:
 def _raise_any(problems: Iterator[str] | list[str]) -> None:
     problems = list(problems)
     if problems:
-        raise ValueError(
-            "\n  - ".join(["state dict and model do not fit the public implementation:", *problems])
-        )
+        raise ValueError(listing("state dict and model do not fit the public implementation", problems))

@@ -85,8 +85,8 @@ def _published(
         options["img_size"] = saved["img_size"]
     tagged = f"{name}.{cfg.get('tag')}"
     tagged = tagged if tagged in get_arch_pretrained_cfgs(name) else name
-    own = timm.get_pretrained_cfg(tagged)
-    own = {} if own is None else own.to_dict()
+    known = timm.get_pretrained_cfg(tagged)
+    own = {} if known is None else known.to_dict()
     own |= {key: cfg[key] for key in (*DATA_KEYS, "fixed_input_size") if cfg.get(key) is not None}
     model = AdaptiveViT(tagged, prompts=prompts, pretrained_cfg=own, **options)
     if pretrained:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .backbones import TimmViT, pool, remove_prompts
+from .adapters import Adapter
+from .arguments import choice
+from .backbones import TimmViT, grid_size, pool, remove_prompts
 from .config import PromptConfig
-from .source import PREFIX
+from .source import PREFIX, rebuild_args
 
 __all__ = ["TimmModel", "normed_tokens"]
 
@@ -25,8 +27,6 @@ class TimmModel(nn.Module):
     config: PromptConfig
     adapters: nn.ModuleDict
     active_adapter: str
-    backbone_args: dict[str, Any]
-    grid: tuple[int, int]
     grad_checkpointing: bool
     _image_size: tuple[int, int]
     _run: Callable[..., Any]
@@ -38,7 +38,7 @@ class TimmModel(nn.Module):
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -63,8 +63,7 @@ class TimmModel(nn.Module):
         Returns:
             The list of intermediates, or (final tokens after the norm (B, T, C), that list); or the dict.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
         taps: dict[int, Any] = dict.fromkeys(take)
 
@@ -101,7 +100,7 @@ class TimmModel(nn.Module):
         """DINO's form of ``forward_intermediates``: the last n blocks, or these blocks."""
         return self.forward_intermediates(
             x,
-            n,
+            n if isinstance(n, int) else list(n),
             return_prefix_tokens=return_prefix_tokens,
             norm=norm,
             output_fmt="NCHW" if reshape else "NLC",
@@ -109,9 +108,29 @@ class TimmModel(nn.Module):
         )
 
     @property
+    def _adapter(self) -> Adapter:
+        return cast(Adapter, self.adapters[self.active_adapter])
+
+    @property
     def num_classes(self) -> int:
         """The number of classes of the active adapter's head; 0 without a head."""
-        return self.adapters[self.active_adapter].num_classes
+        return self._adapter.num_classes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W), patches along each side of the image."""
+        return grid_size(self.backbone, self._image_size)
+
+    @property
+    def backbone_args(self) -> dict[str, Any]:
+        """Keywords for ``timm.create_model`` that make this backbone again, head and input size included."""
+        return rebuild_args(
+            self.backbone,
+            num_classes=self.num_classes,
+            in_chans=self.backbone.in_chans,
+            global_pool=self.global_pool,
+            img_size=list(self._image_size),
+        )
 
     @property
     def global_pool(self) -> str:

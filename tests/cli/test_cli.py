@@ -212,7 +212,7 @@ def test_a_full_disk_leaves_the_earlier_adapter_and_a_run_to_resume(trained, tmp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(vapt_fast.adapters, "_write_files", full)
+        patch.setattr(vapt_fast.adapters.file, "_write_files", full)
         message = error_of(invoke("train", "--output", folder, *QUICK, "--overwrite", "--seed", "1"), code=1)
     assert "the disk is full" in message
     assert f"vapt-fast train --resume --output {folder}" in message

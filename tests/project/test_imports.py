@@ -19,7 +19,7 @@ LAYERS = [
     {"prompts", "resize", "backbones", "names"},
     {"ops", "functional"},
     {"forward"},
-    {"adapters", "timm_api", "model", "official", "registry"},
+    {"adapters", "creation", "timm_api", "model", "official", "registry"},
     {"digits", "info"},
     {"training", "benchmark"},
     {"cli", "__main__"},

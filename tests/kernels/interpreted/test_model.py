@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from golden import OPTIONS, Golden, official_grads
 from interpreter import bfloat16, recorded_launches
-from test_official import OPTIONS, Golden, official_grads
 from tiny import assert_same, run, tiny_images, tiny_model
 from torch import nn
 
