@@ -32,8 +32,7 @@ from .data import eval_transform, full_data_config
 from .forward import fused, reference
 from .modules import call_within, weights_of
 from .names import similar_names
-from .prompts import AdaptivePrompts, Prompts
-from .resize import resize_adaptive_prompts
+from .prompts import Geometry, Prompts
 from .source import backbone_source, check_state_names, rebuild_args
 from .timm_api import TimmModel, normed_tokens
 
@@ -150,13 +149,14 @@ class AdaptiveViT(TimmModel):
         self.grad_checkpointing = False
         self.active_adapter = DEFAULT_ADAPTER
         self._image_size = image_size(model)
-        prompts = Prompts(
-            config,
+        geometry = Geometry(
             dim=model.embed_dim,
             depth=len(model.blocks),
             grid=grid_size(model, self._image_size),
             patch_size=patch_size(model),
-        ).to(next(model.parameters()).device)
+            blocks=model.blocks,
+        )
+        prompts = Prompts(config, geometry).to(next(model.parameters()).device)
         heads = take_heads(model)
         self.backbone = model
         # The head comes last of all parameters: timm's gradient clipping counts on it.
@@ -354,16 +354,10 @@ class AdaptiveViT(TimmModel):
             ValueError: a size the backbone or the prompts' convolution can't take; nothing is changed.
         """
         old_grid = self.grid
-        new_size = set_image_size(self.backbone, self._image_size, img_size, patch_size, self._check_grid)
-        self._image_size = new_size
+        check_grid = self.prompts.check_grid
+        self._image_size = set_image_size(self.backbone, self._image_size, img_size, patch_size, check_grid)
         if self.grid != old_grid:
-            for block in self.prompts.blocks:
-                if isinstance(block, AdaptivePrompts):
-                    resize_adaptive_prompts(block, self.grid)
-
-    def _check_grid(self, grid: tuple[int, int]) -> None:
-        if self.config.kind == "adaptive":
-            self.config.conv_output(grid)
+            self.prompts.resize(self.grid)
 
     def get_classifier(self) -> Any:
         """The head: a module, or two for a distilled backbone."""

@@ -16,9 +16,10 @@ PACKAGE = Path(vapt_fast.__file__).parent
 LAYERS = [
     {"kernels"},
     {"_version", "activations", "arguments", "config", "modules", "data", "names", "source"},
-    {"prompts", "resize", "backbones"},
+    {"resize", "backbones"},
     {"backends"},
     {"functional"},
+    {"prompts"},
     {"forward"},
     {"adapters", "timm_api", "model", "official", "registry"},
     {"digits", "info"},
