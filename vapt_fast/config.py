@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import Field, asdict, dataclass, field, fields
 from functools import partial
 from typing import Any
 
@@ -109,7 +110,8 @@ class PromptConfig:
         'how prompts are made: "adaptive" computes those of each block from the image\'s own patch tokens '
         '(VAPT, arXiv 2501.18936, section 4); "deep" learns a table for every block (VPT-deep, Jia et al. '
         '2022); "shallow" learns one table, placed before block 0, whose tokens then travel through all '
-        "blocks (VPT-shallow); or another registered kind, see vapt_fast.prompts",
+        'blocks (VPT-shallow); "fourier" transforms the tables of "deep" (VFPT); "kv" learns keys and values '
+        "for each block's attention (prefix tuning); or a kind of your own, see vapt_fast.prompts",
         _kind,
     )
     num_prompts: int | Sequence[int] = _option(
@@ -153,6 +155,19 @@ class PromptConfig:
         "does; needs a backbone with average pooling",
         boolean,
     )
+    add_table: bool = _option(
+        False, "add a learned table to the computed prompts (adaptive prompts only)", boolean
+    )
+    fourier_share: float = _option(
+        1.0,
+        "share of the prompts that are the Fourier transform of their table (fourier prompts only)",
+        _share,
+    )
+    fourier_dims: str = _choice_option(
+        "all",
+        "transform over the sequence of prompts, over the channels, or over both (fourier prompts only)",
+        ("all", "sequence", "channel"),
+    )
     kind_options: Mapping[str, Any] = field(
         default_factory=dict,
         hash=False,
@@ -194,8 +209,13 @@ class PromptConfig:
         return tuple(self.num_prompts)
 
 
-PromptConfig.__doc__ = f"{PromptConfig.__doc__}\n    Attributes:\n" + "\n".join(
-    f"        {option.name}: {option.metadata['help']}." for option in fields(PromptConfig)
+def _described(option: Field) -> str:
+    text = f"{option.name}: {option.metadata['help']}."
+    return textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 12)
+
+
+PromptConfig.__doc__ = "\n".join(
+    [f"{PromptConfig.__doc__}", "    Attributes:", *map(_described, fields(PromptConfig))]
 )
 
 

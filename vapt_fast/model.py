@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -30,6 +30,7 @@ from .backends import _dispatch
 from .config import PromptConfig, explain_unexpected, split_options
 from .data import eval_transform, full_data_config
 from .forward import fused, reference
+from .initialisation import init_from_data
 from .modules import call_within, weights_of
 from .names import similar_names
 from .prompts import Geometry, Prompts
@@ -260,6 +261,10 @@ class AdaptiveViT(TimmModel):
             return self.backbone.forward_head(x, pre_logits=True)
         return self._adapter(head_inputs(self.backbone, x))
 
+    def init_from_data(self, loader: Iterable[Any], *, num_images: int = 512, seed: int = 0) -> None:
+        """Start learned tables at the centres of real tokens; see vapt_fast.initialisation.init_from_data."""
+        init_from_data(self, loader, num_images=num_images, seed=seed)
+
     def _head_inputs(self, backbone: nn.Module, tokens: Tensor, extra: int) -> tuple[Tensor, ...]:
         if not self.config.pool_prompts:
             tokens = remove_prompts(tokens, backbone.num_prefix_tokens, extra)
@@ -278,7 +283,7 @@ class AdaptiveViT(TimmModel):
         All of it runs within calls of the prompts and of the backbone, so that hooks on them that gather or
         move parameters surround every use.
         """
-        self._check_images(images)
+        self.check_images(images)
         options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
         backend = _dispatch.resolve(self.backend)
         if backend == "reference":
@@ -297,7 +302,8 @@ class AdaptiveViT(TimmModel):
 
         return self.prompts(images, within_prompts)
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Raise TypeError or ValueError for images that ``forward`` can't take."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         channels = self.backbone.in_chans

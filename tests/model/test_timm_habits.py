@@ -167,6 +167,9 @@ OTHER_OPTIONS = {
     "prompt_dropout": 0.2,
     "channel_dropout": 0.2,
     "pool_prompts": True,
+    "add_table": True,
+    "fourier_share": 0.5,
+    "fourier_dims": "channel",
 }
 
 

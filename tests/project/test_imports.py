@@ -21,7 +21,7 @@ LAYERS = [
     {"functional"},
     {"prompts"},
     {"forward"},
-    {"adapters", "timm_api", "model", "official", "registry"},
+    {"adapters", "initialisation", "timm_api", "model", "official", "registry"},
     {"digits", "info"},
     {"training", "benchmark"},
     {"cli", "__main__"},

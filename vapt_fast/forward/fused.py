@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import backbones
 from ..backbones import Positions
-from ..backbones.blocks import StandardBlock, fallback_reason, standard_block
+from ..backbones.blocks import StandardBlock, fallback_reason, split_block, standard_block
 from ..functional import (
     absorbed_attention,
     add_norm,
@@ -31,9 +30,9 @@ from ..functional import (
     prompt_attention_packed,
 )
 from ..modules import call_within
-from ..prompts import Prompts
+from ..prompts import KeysValues, Prompts
 from ..prompts.base import layer_norm
-from .reference import insert
+from .reference import add_branch, insert, rotate, score_bias
 
 __all__ = ["forward_tokens"]
 
@@ -125,7 +124,7 @@ class _Stream:
         """The sum."""
         if self.branch is None:
             return self.tokens
-        return self.tokens + (self.branch if self.layer_scale is None else self.layer_scale * self.branch)
+        return add_branch(self.tokens, self.branch, self.layer_scale)
 
     def normalised(self, norm: nn.LayerNorm | None, module: nn.Module, backend: str | None) -> tuple:
         """The sum, and it normalised by ``norm``; by a call of ``module`` where that is None."""
@@ -166,11 +165,13 @@ def _run_block(
         tokens, count = stream.total(), 0
         if source is not None:
             prompts = source.make(tokens, num_prefix)
+            if isinstance(prompts, KeysValues):
+                split_block(block)  # raises
             tokens, count = insert(tokens, prompts, num_prefix), prompts.shape[1]
         tokens = backbones.call_block(model, index, tokens, positions.with_extra(count))
         return _Stream(backbones.remove_prompts(tokens, num_prefix, count)[:, :num_rows])
     tokens, normed, prompts = _normalise(parts, stream, source, num_prefix, backend)
-    bias = _score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
+    bias = score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
     rope = positions.patch_rope(index)
     out = _attention(parts, normed, prompts, rope, bias, num_prefix, num_rows, backend)
     branch, layer_scale = parts.finish_attention(out)
@@ -187,8 +188,11 @@ def _normalise(
     source: Any,
     num_prefix: int,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, T, C) before the block; tokens and prompts (B or 1, P, C) after its norm1."""
+) -> tuple[Tensor, Tensor, Tensor | KeysValues]:
+    """Tokens (B, T, C) before the block; they and the prompts (B or 1, P, C) after its norm1.
+
+    Keys and values are what they are.
+    """
     norm, module = parts.norm1, parts.block.norm1
     if norm is not None and hasattr(source, "pool"):
         return source.pool(
@@ -198,26 +202,16 @@ def _normalise(
     if source is None:
         return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1])
     prompts = source.make(tokens, num_prefix)
+    if isinstance(prompts, KeysValues):
+        return tokens, normed, prompts
     prompts = module(prompts.to(tokens.dtype)) if norm is None else layer_norm(prompts, norm)
     return tokens, normed, prompts.to(normed.dtype)
-
-
-def _score_bias(
-    parts: StandardBlock, positions: Positions, num_prefix: int, num_rows: int | None
-) -> Tensor | None:
-    """(1, h, rows, T): what is added to the scores of the tokens, or None."""
-    biases = [bias for bias in (parts.bias, positions.bias) if bias is not None]
-    if not biases:
-        return None
-    bias = positions.pad_bias(sum(biases[1:], biases[0]), num_prefix)
-    bias = bias if bias.ndim == 4 else bias.unsqueeze(0)
-    return bias[:, :, :num_rows]
 
 
 def _attention(
     parts: StandardBlock,
     normed: Tensor,
-    prompts: Tensor,
+    prompts: Tensor | KeysValues,
     rope: Tensor | None,
     bias: Tensor | None,
     num_prefix: int,
@@ -228,24 +222,36 @@ def _attention(
     heads, kv_heads = parts.num_heads, parts.num_kv_heads
     as_projected = rope is None and parts.k_norm is None  # keys
     options = {"bias": bias, "backend": backend}
+    given = prompts if isinstance(prompts, KeysValues) else None
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
         qkv = F.linear(normed, *parts.qkv)
-        prompt_kv = F.linear(prompts, *parts.q_and_kv()[1])
+        if given is None:
+            prompt_kv = F.linear(prompts, *parts.q_and_kv()[1])
+        else:
+            prompt_kv = torch.cat(given, dim=-1).to(qkv.dtype)
         scale = parts.softmax_scale(qkv.shape[-1] // (heads + 2 * kv_heads))
         out = prompt_attention_packed(
             qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
         )
-    elif num_rows is not None and as_projected and heads == kv_heads and parts.qkv is not None:
+    elif (
+        given is None
+        and num_rows is not None
+        and as_projected
+        and heads == kv_heads
+        and parts.qkv is not None
+    ):
         out = _absorbed_attention(parts, normed, prompts, num_rows, options)
     else:
-        q, k, v, prompt_k, prompt_v = parts.project(normed, prompts, num_rows)
+        projected = prompts if given is None else normed[:1, :0]
+        q, k, v, prompt_k, prompt_v = parts.project(normed, projected, num_rows)
         if parts.q_norm is not None:
             q = parts.q_norm(q)
         if parts.k_norm is not None:
             k, prompt_k = parts.k_norm(k), parts.k_norm(prompt_k)
         if rope is not None:
-            half = getattr(parts.attn, "rotate_half", False)
-            q, k = (_rotate(x, rope, num_prefix, half).type_as(v) for x in (q, k))
+            q, k = (rotate(parts, x, rope, num_prefix).type_as(v) for x in (q, k))
+        if given is not None:
+            prompt_k, prompt_v = (x.unflatten(-1, (kv_heads, -1)).type_as(v) for x in given)
         scale = parts.softmax_scale(q.shape[-1])
         out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale, **options)
     return out.flatten(2)
@@ -268,11 +274,3 @@ def _absorbed_attention(
     scale = parts.softmax_scale(q.shape[-1])
     out = absorbed_attention(q, normed, prompts, key_weight, value_weight, scale=scale, **options)
     return out if kv_bias is None else out + kv_bias.unflatten(0, (2, heads, -1))[1]
-
-
-def _rotate(x: Tensor, rope: Tensor, num_prefix: int, half: bool) -> Tensor:
-    """Rotary embedding of the patch tokens of x (B, T, h, d); prefix tokens stay as they are."""
-    if x.shape[1] <= num_prefix:
-        return x
-    prefix, patches = x.transpose(1, 2).tensor_split([num_prefix], dim=2)
-    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=half)], dim=2).transpose(1, 2)

@@ -3,13 +3,17 @@
 from .adaptive import AdaptivePrompts
 from .base import BlockPrompts, Geometry, KeysValues, Masks, NoPrompts, Prompts, register_kind
 from .deep import StaticPrompts
+from .fourier import FourierPrompts
+from .kv import KeyValuePrompts
 from .projector import Projector
 from .shallow import ShallowPrompts
 
 __all__ = [
     "AdaptivePrompts",
     "BlockPrompts",
+    "FourierPrompts",
     "Geometry",
+    "KeyValuePrompts",
     "KeysValues",
     "Masks",
     "NoPrompts",

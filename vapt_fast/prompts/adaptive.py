@@ -16,8 +16,18 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..functional import prompt_matrices, prompt_pool, prompt_projector
 from ..modules import has_global_hooks, is_plain, remember_forward, weights_of
-from .base import BlockPrompts, Geometry, Masks, Prompts, call, draw_mask, register_kind, stored_shape
-from .deep import StaticPrompts
+from .base import (
+    BlockPrompts,
+    Geometry,
+    Masks,
+    Prompts,
+    call,
+    draw_mask,
+    layer_norm,
+    register_kind,
+    stored_shape,
+)
+from .deep import StaticPrompts, table_bound
 from .projector import Projector
 
 __all__ = ["AdaptivePrompts"]
@@ -53,8 +63,11 @@ class AdaptivePrompts(BlockPrompts):
     ``norm``: LayerNorm over C, eps 1e-5. ``kernel``: (1, 1, K, K) shared by all channels or (C, 1, K, K)
     depthwise, None without convolution; starts N(0, 1). ``token_projection``: Linear(H'W' -> P) with bias,
     starts at zero, so that the first prompts are exactly 0. ``projector``: this block's own, or None where
-    there is none or one is shared by all blocks. The first ``static_depth`` blocks have StaticPrompts.
+    there is none or one is shared by all blocks. ``table``: (P, C), added to the computed prompts where
+    ``add_table``, else None. The first ``static_depth`` blocks have StaticPrompts.
     """
+
+    token_table = "table"
 
     def __init__(self, config: PromptConfig, num_prompts: int, geometry: Geometry) -> None:
         super().__init__(config, num_prompts, geometry)
@@ -67,6 +80,8 @@ class AdaptivePrompts(BlockPrompts):
         self.token_projection = nn.Linear(math.prod(conv_output(config, self.grid)), num_prompts)
         own_projector = config.projector_dim is not None and not config.projector_shared
         self.projector = Projector(config, self.dim) if own_projector else None
+        self.table = nn.Parameter(torch.empty(num_prompts, self.dim)) if config.add_table else None
+        self.bound = table_bound(geometry)
         self.reset_parameters()
 
     @classmethod
@@ -100,16 +115,21 @@ class AdaptivePrompts(BlockPrompts):
         nn.init.zeros_(self.token_projection.bias)
         if self.projector is not None:
             self.projector.reset_parameters()
+        if self.table is not None:
+            nn.init.uniform_(self.table, -self.bound, self.bound)
 
     def draw_masks(self, batch: int, **options: Any) -> Masks:
-        """Return the masks of the channels and of the projector's features."""
+        """Return the masks of the channels, of the projector's features and of an added table."""
         config = self.config
         channels = draw_mask(self, config.channel_dropout, batch, 1, self.dim, **options)
         features = None
         if config.projector_dim is not None:
             shape = batch, self.num_prompts, config.projector_dim
             features = draw_mask(self, config.projector_dropout, *shape, **options)
-        return Masks(channels=channels, features=features)
+        table = None
+        if self.table is not None:
+            table = draw_mask(self, config.prompt_dropout, batch, *self.table.shape, **options)
+        return Masks(table, channels, features)
 
     def forward(
         self,
@@ -140,8 +160,16 @@ class AdaptivePrompts(BlockPrompts):
             if masks.channels is not None:
                 z = z * masks.channels.transpose(1, 2)
             prompts = call(self.token_projection, z).transpose(1, 2)
-        projector = projector if self.projector is None else self.projector
-        return prompts if projector is None else projector(prompts, masks.features)
+            projector = projector if self.projector is None else self.projector
+            if projector is not None:
+                prompts = projector(prompts, masks.features)
+            return self.add_table(prompts, masks)
+
+    def add_table(self, prompts: Tensor, masks: Masks) -> Tensor:
+        """Return the prompts (B, P, C) and the learned table added up; the prompts where there is none."""
+        if self.table is None:
+            return prompts
+        return prompts + (self.table if masks.table is None else self.table * masks.table)
 
     # ---- another grid
 
@@ -300,7 +328,8 @@ class _PooledSource:
         if kernel is not None and not block.config.conv_shared:
             by_shift = pooled.unflatten(1, (-1, block.num_prompts))
             pooled = (by_shift * kernel.to(pooled.dtype).flatten(1).t().unsqueeze(1)).sum(dim=1)
-        return prompt_projector(
+        fused = block.table is None  # else the table comes between the projector and the block's norm
+        prompts = prompt_projector(
             pooled,
             block.token_projection.bias,
             down=None if projector is None else projector.down.weight,
@@ -309,10 +338,14 @@ class _PooledSource:
             channel_mask=self.masks.channels,
             feature_mask=self.masks.features,
             activation="identity" if projector is None else projector.activation,
-            dtype=dtype,
+            dtype=dtype if fused else pooled.dtype,
             backend=self.backend,
-            **_affine(norm, otherwise=None),
+            **_affine(norm if fused else None, otherwise=None),
         )
+        if fused:
+            return prompts
+        prompts = block.add_table(prompts, self.masks)
+        return (prompts if norm is None else layer_norm(prompts, norm)).to(dtype)
 
 
 def _affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict[str, Any]:
