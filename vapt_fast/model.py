@@ -389,7 +389,8 @@ class AdaptiveViT(TimmModel):
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.prompts.blocks = self.prompts.blocks[: len(self.backbone.blocks)]
+        self.prompts.prune(len(self.backbone.blocks))
+        self.config = self.prompts.config
         if prune_head:
             self._adapter.set_heads(take_heads(self.backbone))
             self._adapter.num_classes = 0

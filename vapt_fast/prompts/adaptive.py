@@ -98,12 +98,9 @@ class AdaptivePrompts(BlockPrompts):
         return (StaticPrompts if index < config.static_depth else cls)(config, num_prompts, geometry)
 
     @classmethod
-    def make_shared(
-        cls, config: PromptConfig, geometry: Geometry, blocks: list[BlockPrompts]
-    ) -> dict[str, nn.Module | None]:
+    def make_shared(cls, config: PromptConfig, geometry: Geometry) -> dict[str, nn.Module | None]:
         """Return the projector of all blocks, if they share one."""
-        adaptive = any(isinstance(block, AdaptivePrompts) for block in blocks)
-        shared = adaptive and config.projector_shared and config.projector_dim is not None
+        shared = config.projector_shared and config.projector_dim is not None
         return {"projector": Projector(config, geometry.dim) if shared else None}
 
     def reset_parameters(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -120,10 +120,8 @@ class BlockPrompts(nn.Module):
         return cls(config, num_prompts, geometry)
 
     @classmethod
-    def make_shared(
-        cls, config: PromptConfig, geometry: Geometry, blocks: list[BlockPrompts]
-    ) -> dict[str, nn.Module | None]:
-        """Return the modules that all blocks share, by the names under which ``forward`` gets them."""
+    def make_shared(cls, config: PromptConfig, geometry: Geometry) -> dict[str, nn.Module | None]:
+        """Return the modules that all blocks of this class share, by the names ``forward`` has for them."""
         return {}
 
     def reset_parameters(self) -> None:
@@ -255,10 +253,13 @@ class Prompts(nn.Module):
         while blocks and isinstance(blocks[-1], NoPrompts):
             blocks.pop()
         self.blocks = nn.ModuleList(blocks)
-        shared = kind.make_shared(config, geometry, blocks)
+        shared = kind.make_shared(config, geometry) if self._has_own_blocks() else {}
         self._shared_names = tuple(shared)
         for name, module in shared.items():
             setattr(self, name, module)
+
+    def _has_own_blocks(self) -> bool:
+        return any(isinstance(block, KINDS[self.config.kind]) for block in self.blocks)
 
     @property
     def shared(self) -> dict[str, nn.Module]:
@@ -306,6 +307,15 @@ class Prompts(nn.Module):
         """Make the prompts for another ``grid``, (H, W) patches."""
         for block in self.blocks:
             block.resize(grid)
+
+    def prune(self, depth: int) -> None:
+        """Drop the prompts of all blocks but the first ``depth``."""
+        self.blocks = self.blocks[:depth]
+        if not self._has_own_blocks():
+            for name in self._shared_names:
+                setattr(self, name, None)
+        if not isinstance(self.config.num_prompts, int):
+            self.config = replace(self.config, num_prompts=self.config.num_prompts[:depth])
 
     def official_names(self) -> dict[str, str | tuple[str, int]]:
         """Return the public implementation's names of the tensors, by their own; some may have none."""
