@@ -42,9 +42,9 @@ _RECIPE = (
 
 _PROMPT_OPTIONS = [option for option in fields(PromptConfig) if not option.name.startswith("kind")]
 
-_OTHER_NAMES = ", ".join(f"{kind} is {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
+_KINDS = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
-_Method = Literal[tuple(dict.fromkeys([*(cls.method for cls in KINDS.values()), "linear", "full", *KINDS]))]
+_METHODS = ", ".join([*(cls.method for cls in KINDS.values()), "linear", "full"])
 
 _MOMENT = 1.0  # seconds
 
@@ -139,9 +139,9 @@ def train(
         ),
     ] = None,
     method: Annotated[
-        _Method,
+        str,
         _option(
-            f"What to train. The kinds of PromptConfig are other names: {_OTHER_NAMES}.",
+            f"What to train: {_METHODS}. The kinds of PromptConfig are other names: {_KINDS}.",
             _MODEL,
         ),
     ] = "vapt",
@@ -215,7 +215,7 @@ def train(
 
 def _prompt_parameter(option: Field) -> inspect.Parameter:
     """The parameter of the command for an option of PromptConfig."""
-    kind = {"bool": bool, "float": float, "int": int}.get(option.type, str)
+    kind = {"bool": bool, "float": float, "int": int}.get(str(option.type), str)
     help, choices, flags = (option.metadata[key] for key in ("help", "choices", "flags"))
     help = f"{help[0].upper()}{help[1:]}."
     names = [f"--{option.name.replace('_', '-')}", *flags] if flags else []
@@ -233,10 +233,9 @@ def _prompt_value(option: Field, given: Any) -> Any:
 
     if not isinstance(given, str) or option.metadata["choices"]:
         return given
-    if given == "none" and "None" in option.type:
+    if given == "none" and "None" in str(option.type):
         return None
-    one = "an integer or 'none'" if "None" in option.type else "an integer"
-    several = "Sequence" in option.type
+    several = "Sequence" in str(option.type)
     try:
         numbers = [int(number) for number in given.split(",")]
     except ValueError:
@@ -244,7 +243,8 @@ def _prompt_value(option: Field, given: Any) -> Any:
     if len(numbers) == 1 or (several and numbers):
         return numbers if len(numbers) > 1 else numbers[0]
     flag = "--" + option.name.replace("_", "-")
-    raise UserError(f"{flag} must be {one}{', or one a block as 10,10,0' if several else ''}, got {given!r}")
+    other = "one for each block, as 10,10,0" if several else "'none'"
+    raise UserError(f"{flag} must be an integer or {other}, got {given!r}")
 
 
 def _with_prompt_options(command: Callable) -> inspect.Signature:
