@@ -93,7 +93,7 @@ def _sample(
     return {i: torch.cat(parts) for i, parts in found.items()}
 
 
-def _entering(backbone: nn.Module, images: Tensor, indices: list[int]) -> dict[int, Tensor]:
+def _entering(backbone: Any, images: Tensor, indices: list[int]) -> dict[int, Tensor]:
     """Return the patch tokens (B, N, C) before each of these blocks, without prompts."""
     tokens, positions = backbones.embed(backbone, images)
     found = {}

@@ -170,10 +170,10 @@ def _run_block(
             tokens, count = insert(tokens, prompts, num_prefix), prompts.shape[1]
         tokens = backbones.call_block(model, index, tokens, positions.with_extra(count))
         return _Stream(backbones.remove_prompts(tokens, num_prefix, count)[:, :num_rows])
-    tokens, normed, prompts = _normalise(parts, stream, source, num_prefix, backend)
+    tokens, normed, prompts, given = _normalise(parts, stream, source, num_prefix, backend)
     bias = score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
     rope = positions.patch_rope(index)
-    out = _attention(parts, normed, prompts, rope, bias, num_prefix, num_rows, backend)
+    out = _attention(parts, normed, prompts, given, rope, bias, num_prefix, num_rows, backend)
     branch, layer_scale = parts.finish_attention(out)
     stream = _Stream(tokens[:, :num_rows], branch, layer_scale)
     tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
@@ -188,41 +188,38 @@ def _normalise(
     source: Any,
     num_prefix: int,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor | KeysValues]:
-    """Tokens (B, T, C) before the block; they and the prompts (B or 1, P, C) after its norm1.
-
-    Keys and values are what they are.
-    """
+) -> tuple[Tensor, Tensor, Tensor, KeysValues | None]:
+    """Return the tokens (B, T, C); they and the prompts (B or 1, P, C) after norm1; keys and values."""
     norm, module = parts.norm1, parts.block.norm1
     if norm is not None and hasattr(source, "pool"):
-        return source.pool(
-            stream.tokens, num_prefix, norm, branch=stream.branch, layer_scale=stream.layer_scale
-        )
+        branch = {"branch": stream.branch, "layer_scale": stream.layer_scale}
+        return *source.pool(stream.tokens, num_prefix, norm, **branch), None
     tokens, normed = stream.normalised(norm, module, backend)
-    if source is None:
-        return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1])
-    prompts = source.make(tokens, num_prefix)
-    if isinstance(prompts, KeysValues):
-        return tokens, normed, prompts
+    prompts = None if source is None else source.make(tokens, num_prefix)
+    if prompts is None or isinstance(prompts, KeysValues):
+        return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1]), prompts
     prompts = module(prompts.to(tokens.dtype)) if norm is None else layer_norm(prompts, norm)
-    return tokens, normed, prompts.to(normed.dtype)
+    return tokens, normed, prompts.to(normed.dtype), None
 
 
 def _attention(
     parts: StandardBlock,
     normed: Tensor,
-    prompts: Tensor | KeysValues,
+    prompts: Tensor,
+    given: KeysValues | None,
     rope: Tensor | None,
     bias: Tensor | None,
     num_prefix: int,
     num_rows: int | None,
     backend: str | None,
 ) -> Tensor:
-    """What the heads give for the first ``num_rows`` tokens (None: all): (B, rows, h * d)."""
+    """Return what the heads give for the first ``num_rows`` tokens (None: all), (B, rows, h * d).
+
+    The prompts are projected to keys and values; those that are given already join as they are.
+    """
     heads, kv_heads = parts.num_heads, parts.num_kv_heads
     as_projected = rope is None and parts.k_norm is None  # keys
     options = {"bias": bias, "backend": backend}
-    given = prompts if isinstance(prompts, KeysValues) else None
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
         qkv = F.linear(normed, *parts.qkv)
         if given is None:
@@ -233,17 +230,10 @@ def _attention(
         out = prompt_attention_packed(
             qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
         )
-    elif (
-        given is None
-        and num_rows is not None
-        and as_projected
-        and heads == kv_heads
-        and parts.qkv is not None
-    ):
+    elif num_rows is not None and as_projected and heads == kv_heads and parts.qkv and given is None:
         out = _absorbed_attention(parts, normed, prompts, num_rows, options)
     else:
-        projected = prompts if given is None else normed[:1, :0]
-        q, k, v, prompt_k, prompt_v = parts.project(normed, projected, num_rows)
+        q, k, v, prompt_k, prompt_v = parts.project(normed, prompts, num_rows)
         if parts.q_norm is not None:
             q = parts.q_norm(q)
         if parts.k_norm is not None:

@@ -200,7 +200,7 @@ class AdaptivePrompts(BlockPrompts):
 
     # ---- rewritten
 
-    def can_pool(self, projector: nn.Module | None) -> bool:
+    def can_pool(self, projector: Any) -> bool:
         """Whether the prompts can be pooled from the tokens, because all weights may be read."""
         projector = projector if self.projector is None else self.projector
         if has_global_hooks() or not is_plain(self, AdaptivePrompts):
@@ -305,7 +305,7 @@ class _PooledSource:
         return tokens, normed, self._project(pooled, norm, normed.dtype)
 
     def _pool(
-        self, tokens: Tensor, num_prefix: int, norm: nn.LayerNorm | None, **residual: Tensor | None
+        self, tokens: Tensor, num_prefix: int, norm: nn.LayerNorm | None, **residual: Any
     ) -> tuple[Tensor, Tensor, Tensor]:
         own = self.block.norm
         return prompt_pool(
@@ -363,7 +363,7 @@ def _matrices(blocks: list[AdaptivePrompts], dtype: torch.dtype) -> Tensor:
     weights = weights.to(torch.promote_types(torch.promote_types(dtype, weights.dtype), torch.float32))
     kernels = None
     if config.conv_kernel is not None:
-        kernels = torch.stack([block.kernel[:, 0] for block in blocks])
+        kernels = torch.stack([block.kernel[:, 0] for block in blocks if block.kernel is not None])
         kernels = kernels[:, 0] if config.conv_shared else kernels
     with torch.autocast(weights.device.type, enabled=False):
         return prompt_matrices(

@@ -244,6 +244,8 @@ class Prompts(nn.Module):
         NotImplementedError: a backbone that can't take prompts of this kind.
     """
 
+    blocks: Any  # an nn.ModuleList of BlockPrompts
+
     def __init__(self, config: PromptConfig, geometry: Geometry) -> None:
         super().__init__()
         self.config = config
@@ -262,7 +264,7 @@ class Prompts(nn.Module):
         return any(isinstance(block, KINDS[self.config.kind]) for block in self.blocks)
 
     @property
-    def shared(self) -> dict[str, nn.Module]:
+    def shared(self) -> dict[str, Any]:
         """The modules that all blocks share, by name."""
         named = ((name, getattr(self, name)) for name in self._shared_names)
         return {name: module for name, module in named if module is not None}
@@ -367,11 +369,12 @@ def draw_mask(module: nn.Module, rate: float, *shape: int, **options: Any) -> Te
     return F.dropout(torch.ones(shape, **options), rate) if module.training and rate > 0 else None
 
 
-def call(module: nn.Module, x: Tensor) -> Tensor:
+def call(module: Any, x: Tensor) -> Tensor:
     """Return ``module(x)`` in x's dtype; where the module is not plain, in that of its weights."""
     observed = has_global_hooks()
     if not observed and is_plain(module, nn.Linear):
-        return F.linear(x, *_cast(module, x.dtype))
+        weight, bias = _cast(module, x.dtype)
+        return F.linear(x, weight, bias)
     if not observed and is_plain(module, nn.LayerNorm):
         return layer_norm(x, module)
     weights = weights_of(module, most=1)
@@ -383,7 +386,7 @@ def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     return F.layer_norm(x, norm.normalized_shape, *_cast(norm, x.dtype), norm.eps)
 
 
-def _cast(module: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+def _cast(module: Any, dtype: torch.dtype) -> tuple[Any, Any]:
     weight, bias = (None if t is None else t.to(dtype) for t in (module.weight, module.bias))
     return weight, bias
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def table_bound(geometry: Geometry) -> float:
 class StaticPrompts(BlockPrompts):
     """A learned table of prompts, the same for every image: ``table`` of (P, C)."""
 
-    token_table = "table"
+    token_table: ClassVar[str | None] = "table"
 
     def __init__(self, config: PromptConfig, num_prompts: int, geometry: Geometry) -> None:
         super().__init__(config, num_prompts, geometry)

@@ -26,8 +26,10 @@ class Projector(nn.Module):
     def __init__(self, config: PromptConfig, dim: int) -> None:
         super().__init__()
         self.activation = config.projector_activation
-        self.down = nn.Linear(dim, config.projector_dim, bias=False)
-        self.up = nn.Linear(config.projector_dim, dim, bias=False)
+        width = config.projector_dim
+        assert width is not None
+        self.down = nn.Linear(dim, width, bias=False)
+        self.up = nn.Linear(width, dim, bias=False)
         self.scale = nn.Parameter(torch.empty(1)) if config.projector_scale_learnable else 1.0
         self.reset_parameters()
 
