@@ -26,13 +26,13 @@ from .backbones import (
     set_image_size,
     take_heads,
 )
-from .backends import _dispatch
 from .config import PromptConfig, explain_unexpected, split_options
 from .data import eval_transform, full_data_config
 from .forward import fused, reference
 from .initialisation import init_from_data
 from .modules import call_within, weights_of
 from .names import similar_names
+from .ops.backend import check_backend, resolve
 from .prompts import Geometry, Prompts
 from .source import backbone_source, check_state_names, rebuild_args
 from .timm_api import TimmModel, normed_tokens
@@ -131,7 +131,7 @@ class AdaptiveViT(TimmModel):
         super().__init__()
         config, options = split_options(prompts, options)
         if backend is not None:
-            _dispatch.check_backend(backend)
+            check_backend(backend)
         by_name, timm_options = isinstance(backbone, str), plain(options)
         model = _make_backbone(backbone, pretrained, timm_options)
         num_classes = integer("backbone.num_classes", model.num_classes)
@@ -285,7 +285,7 @@ class AdaptiveViT(TimmModel):
         """
         self.check_images(images)
         options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
-        backend = _dispatch.resolve(self.backend)
+        backend = resolve(self.backend)
         if backend == "reference":
             forward_tokens = partial(reference.forward_tokens, **options)
         else:

@@ -65,9 +65,9 @@ from torch import Tensor, nn
 from .._version import __version__
 from ..arguments import plain
 from ..backbones import patch_size
-from ..backends._dispatch import BackendUnavailableError
 from ..config import PromptConfig
 from ..data import check_data_config, full_data_config
+from ..ops.backend import BackendUnavailableError
 from ..source import LOCAL_ARGS, is_local, load_weights
 
 __all__ = [

@@ -16,8 +16,8 @@ from torch import nn
 from .._version import __version__
 from ..arguments import plain
 from ..backbones import FAMILIES, patch_size
-from ..backends import _dispatch
 from ..config import PromptConfig
+from ..ops.backend import BackendUnavailableError, check_backend, resolve
 from .errors import UserError, check_types
 from .files import write_atomically
 from .images import check_images
@@ -317,9 +317,9 @@ def _data_config(options: RunOptions) -> dict[str, Any]:
 def _check_backend(options: RunOptions) -> None:
     try:
         if options.backend is not None:
-            _dispatch.check_backend(options.backend)
-        _dispatch.resolve(options.backend)
-    except (ValueError, _dispatch.BackendUnavailableError) as error:
+            check_backend(options.backend)
+        resolve(options.backend)
+    except (ValueError, BackendUnavailableError) as error:
         raise UserError(str(error)) from error
 
 
