@@ -120,7 +120,8 @@ class Op:
 
     def load(self, implementation: str) -> ModuleType:
         """The module of an implementation; imported only now, because its library may be missing."""
-        return _load(self.folder or self.name, implementation)
+        _import(self.name, implementation)
+        return getattr(self, f"_{implementation}")
 
     def forward(self, implementation: str, args: Any) -> Any:
         """Run the kernels of ``implementation`` and return the Outputs."""
@@ -217,9 +218,13 @@ class Op:
         return "torch"
 
 
-@torch.compiler.assume_constant_result
-def _load(folder: str, implementation: str) -> ModuleType:
-    return importlib.import_module(f"{__package__}.{folder}.{implementation}")
+@torch.compiler.assume_constant_result  # torch.compile can't trace an import by name, nor return a module
+def _import(name: str, implementation: str) -> None:
+    """Make the module of an implementation an attribute of the op ``name``."""
+    op = OPS[name]
+    if not hasattr(op, f"_{implementation}"):
+        module = importlib.import_module(f"{__package__}.{op.folder or name}.{implementation}")
+        setattr(op, f"_{implementation}", module)
 
 
 def _transformed() -> bool:

@@ -129,7 +129,7 @@ def prompt_attention_packed(
 
 
 def unpack(qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
-    """Return q, k, v, prompt_k and prompt_v, views of the joint tensors, as ``prompt_attention`` takes them."""
+    """Return q, k, v, prompt_k and prompt_v, as ``prompt_attention`` takes them: views."""
     dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
     q, k, v = qkv.unflatten(-1, (-1, dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=2)
     prompt_k, prompt_v = prompt_kv.unflatten(-1, (-1, dim)).split(num_kv_heads, dim=2)
