@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import timm
@@ -328,6 +329,18 @@ def test_own_kind_is_known_everywhere():
 def test_bad_options(options, error, message):
     with pytest.raises(error, match=message):
         PromptConfig(**options)
+
+
+def test_the_example_in_contributing():
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    example = text.partition("## How to add a prompt kind")[2].split("```")[1].removeprefix("python")
+    exec(example, {"__name__": __name__})
+    try:
+        model = tiny_model(VIT, prompts=PromptConfig(kind="mean", num_prompts=2))
+        images = tiny_images(model)
+        assert_same(run(model, images), run(model, images, "reference"))
+    finally:
+        del KINDS["mean"]
 
 
 def test_bad_kinds():
