@@ -21,10 +21,10 @@ from timm.models import (
     split_model_name_tag,
 )
 
+from .backbones import timm_modules
 from .config import PromptConfig
 from .data import DATA_KEYS
 from .model import AdaptiveViT
-from .names import TIMM_MODULES
 from .source import PREFIX
 
 # timm's sources of whole models
@@ -116,5 +116,5 @@ def _register(name: str) -> None:
     globals()[PREFIX + name] = register_model(_entrypoint(name))
 
 
-for _name in timm.list_models(module=TIMM_MODULES):
+for _name in timm.list_models(module=timm_modules()):
     _register(_name)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from timm.layers import global_pool_nlc
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .backbones import remove_prompts
+from .backbones import TimmViT, pool, remove_prompts
 from .config import PromptConfig
 from .source import PREFIX
 
@@ -22,7 +21,7 @@ class TimmModel(nn.Module):
     AdaptiveViT adds the attributes and methods that are declared here without a value.
     """
 
-    backbone: nn.Module
+    backbone: TimmViT
     config: PromptConfig
     adapters: nn.ModuleDict
     active_adapter: str
@@ -34,11 +33,7 @@ class TimmModel(nn.Module):
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens (B, T, C) to pooled features (B, C), as the backbone pools."""
-        for name in ("pool", "_pool"):
-            if hasattr(self.backbone, name):
-                return getattr(self.backbone, name)(x, pool_type)
-        kind = self.global_pool if pool_type is None else pool_type
-        return global_pool_nlc(x, kind, num_prefix_tokens=self.num_prefix_tokens)
+        return pool(self.backbone, x, pool_type)
 
     def forward_intermediates(
         self,
@@ -73,7 +68,7 @@ class TimmModel(nn.Module):
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
         taps: dict[int, Any] = dict.fromkeys(take)
 
-        def finish(backbone: nn.Module, tokens: Tensor, extra: int) -> Any:
+        def finish(backbone: TimmViT, tokens: Tensor, extra: int) -> Any:
             num_prefix = backbone.num_prefix_tokens
             prefixes, intermediates = [], []
             for index in take:
@@ -208,6 +203,6 @@ class TimmModel(nn.Module):
         self.grad_checkpointing = enable
 
 
-def normed_tokens(backbone: nn.Module, tokens: Tensor, extra: int) -> Tensor:
+def normed_tokens(backbone: TimmViT, tokens: Tensor, extra: int) -> Tensor:
     """Tokens (B, T, C) after the final norm, without prompts."""
     return backbone.norm(remove_prompts(tokens, backbone.num_prefix_tokens, extra))

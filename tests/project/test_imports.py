@@ -15,8 +15,8 @@ PACKAGE = Path(vapt_fast.__file__).parent
 # Layers from the bottom up; a module may import from its own layer's siblings only where listed as free.
 LAYERS = [
     {"kernels"},
-    {"_version", "activations", "arguments", "config", "modules", "data", "names", "source"},
-    {"resize", "backbones"},
+    {"_version", "activations", "arguments", "config", "modules", "data", "source"},
+    {"backbones", "names"},
     {"ops", "functional"},
     {"prompts"},
     {"forward"},

@@ -26,7 +26,7 @@ __all__ = ["add_branch", "forward_tokens", "insert", "rotate", "score_bias"]
 
 
 def forward_tokens(
-    model: nn.Module,
+    model: backbones.TimmViT,
     prompts: Prompts,
     images: Tensor,
     masks: list[Any],

@@ -113,10 +113,10 @@ class Op:
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
             if _recorded(args[0]):
-                outputs = self.library_op(*args, implementation)
-            else:
-                outputs = _Kernels.apply(self, implementation, *args)
-            return self.Outputs(*outputs)
+                return self.Outputs(*_as_tuple(self.library_op(*args, implementation)))
+            if torch.is_grad_enabled():
+                return self.Outputs(*_Kernels.apply(self, implementation, *args))
+            return self.forward(implementation, args)
 
     def load(self, implementation: str) -> ModuleType:
         """The module of an implementation; imported only now, because its library may be missing."""
@@ -243,8 +243,14 @@ def _recorded(tensor: Tensor) -> bool:
         torch.compiler.is_compiling()
         or type(tensor) not in (Tensor, torch.nn.Parameter)
         or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.maybe_current_level() is not None
         or torch.jit.is_tracing()
     )
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    """What an op of torch.library returned: a tensor, where there is one, or a tuple or list."""
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 # ---- what implementations share
@@ -326,15 +332,13 @@ def differentiable_once(
 class _Kernels(torch.autograd.Function):
     """An op's kernels as autograd sees them in eager mode."""
 
+    # Without setup_context, for which autograd would inspect the signature in each call.
     @staticmethod
-    def forward(op: Op, implementation: str, *args: Any) -> tuple[Tensor, ...]:
-        return tuple(op.forward(implementation, op.Arguments(*args)))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        op, implementation, *args = inputs
+    def forward(ctx: Any, op: Op, implementation: str, *args: Any) -> tuple[Tensor, ...]:
+        output = tuple(op.forward(implementation, op.Arguments(*args)))
         ctx.op = op
-        _setup_context(op, ctx, implementation, tuple(args), output)
+        _setup_context(op, ctx, implementation, args, output)
+        return output
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
@@ -403,8 +407,7 @@ def _define(op: Op, arguments: dict[str, Any], saved: dict[str, Any]) -> Any:
     def differentiate(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
         def call(implementation: str, grads: Any, kept: Any, names: set[str]) -> Any:
             needed = [name in names for name in op.Arguments._fields]
-            result = backward_op(*grads[: op.num_results], *kept, needed, implementation)
-            result = result if isinstance(result, (tuple, list)) else (result,)
+            result = _as_tuple(backward_op(*grads[: op.num_results], *kept, needed, implementation))
             wanted = op.allocate_gradients(kept, names)
             return op.Gradients(*(r if w is not None else None for r, w in zip(result, wanted, strict=True)))
 

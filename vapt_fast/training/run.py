@@ -15,7 +15,7 @@ from torch import nn
 
 from .._version import __version__
 from ..arguments import plain
-from ..backbones import FAMILIES, patch_size
+from ..backbones import find_family, patch_size
 from ..config import PromptConfig
 from ..ops.backend import BackendUnavailableError, check_backend, resolve
 from .errors import UserError, check_types
@@ -335,7 +335,7 @@ def _check_image_size(options: RunOptions) -> None:
         raise UserError(
             f"backbone {options.backbone!r} can't be made with image_size={size}: {error}"
         ) from error
-    if isinstance(model, FAMILIES):
+    if find_family(model) is not None:
         patch = patch_size(model)
         if any(size % side for side in patch):
             raise UserError(

@@ -1,8 +1,9 @@
-"""A backbone for another grid of patches."""
+"""A timm model for images and patches of another size."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,7 +67,8 @@ def resize_backbone(
 def _set_input_size(
     model: nn.Module, size: tuple[int, int], patch: tuple[int, int], *, current_patch: tuple[int, int]
 ) -> None:
-    model.set_input_size(img_size=size, patch_size=None if patch == current_patch else patch)
+    set_input_size: Any = model.set_input_size
+    set_input_size(img_size=size, patch_size=None if patch == current_patch else patch)
 
 
 def _are_current(model: nn.Module, values: dict[str, Tensor]) -> bool:
