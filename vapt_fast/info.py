@@ -10,13 +10,11 @@ import torch
 
 from ._version import __version__
 from .backbones.blocks import fallback_reason, standard_block
-from .forward.fused import can_pool
 from .model import AdaptiveViT
 from .ops.backend import BACKENDS, ENVIRONMENT_VARIABLE
 from .ops.base import OPS
 from .ops.device import compiled_by, native, native_missing_reasons, unavailable_reasons
 from .ops.measurement import INHERITING
-from .prompts import AdaptivePrompts
 
 __all__ = ["forward_report", "report"]
 
@@ -59,8 +57,9 @@ def forward_report(model: AdaptiveViT) -> str:
         else:
             called = parts.called()
             how = "rewritten" + (f", {' and '.join(called)} called" if called else "")
-        if index < len(model.prompts.blocks) and isinstance(model.prompts.blocks[index], AdaptivePrompts):
-            how += "; prompts pooled" if can_pool(model.prompts, index) else "; prompts called"
+        if index < len(model.prompts.blocks):
+            made = model.prompts.blocks[index].report(**model.prompts.shared)
+            how += f"; {made}" if made else ""
         if lines and lines[-1][0] == how:
             lines[-1][1].append(index)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
@@ -29,10 +29,10 @@ from .config import PromptConfig, split_options
 from .creation import make_backbone, reset_head
 from .data import eval_transform, full_data_config
 from .forward import fused, reference
+from .initialisation import init_from_data
 from .modules import call_within, weights_of
 from .ops.backend import check_backend, resolve
-from .prompts import AdaptivePrompts, Prompts
-from .resize import resize_adaptive_prompts
+from .prompts import Geometry, Prompts
 from .source import backbone_source, check_state_names
 from .timm_api import TimmModel, normed_tokens
 
@@ -116,13 +116,14 @@ class AdaptiveViT(TimmModel):
         self.grad_checkpointing = False
         self.active_adapter = DEFAULT_ADAPTER
         self._image_size = image_size(model)
-        own_prompts = Prompts(
-            config,
+        geometry = Geometry(
             dim=model.embed_dim,
             depth=len(model.blocks),
             grid=grid_size(model, self._image_size),
             patch_size=patch_size(model),
-        ).to(next(model.parameters()).device)
+            blocks=model.blocks,
+        )
+        own_prompts = Prompts(config, geometry).to(next(model.parameters()).device)
         heads = take_heads(model)
         self.backbone = model
         # The head comes last of all parameters: timm's gradient clipping counts on it.
@@ -222,6 +223,10 @@ class AdaptiveViT(TimmModel):
             return self.backbone.forward_head(x, pre_logits=True)
         return self._adapter(head_inputs(self.backbone, x))
 
+    def init_from_data(self, loader: Iterable[Any], *, num_images: int = 512, seed: int = 0) -> None:
+        """Start learned tables at the centres of real tokens; see vapt_fast.initialisation.init_from_data."""
+        init_from_data(self, loader, num_images=num_images, seed=seed)
+
     def _head_inputs(self, backbone: TimmViT, tokens: Tensor, extra: int) -> tuple[Tensor, ...]:
         if not self.config.pool_prompts:
             tokens = remove_prompts(tokens, backbone.num_prefix_tokens, extra)
@@ -240,7 +245,7 @@ class AdaptiveViT(TimmModel):
         All of it runs within calls of the prompts and of the backbone, so that hooks on them that gather or
         move parameters surround every use.
         """
-        self._check_images(images)
+        self.check_images(images)
         options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
         backend = resolve(self.backend)
         forward_tokens: Callable[..., tuple[Tensor, int]]
@@ -260,7 +265,8 @@ class AdaptiveViT(TimmModel):
 
         return self.prompts(images, within_prompts)
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Raise TypeError or ValueError for images that ``forward`` can't take."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         channels = self.backbone.in_chans
@@ -301,16 +307,10 @@ class AdaptiveViT(TimmModel):
             ValueError: a size the backbone or the prompts' convolution can't take; nothing is changed.
         """
         old_grid = self.grid
-        new_size = set_image_size(self.backbone, self._image_size, img_size, patch_size, self._check_grid)
-        self._image_size = new_size
+        check_grid = self.prompts.check_grid
+        self._image_size = set_image_size(self.backbone, self._image_size, img_size, patch_size, check_grid)
         if self.grid != old_grid:
-            for block in self.prompts.blocks:
-                if isinstance(block, AdaptivePrompts):
-                    resize_adaptive_prompts(block, self.grid)
-
-    def _check_grid(self, grid: tuple[int, int]) -> None:
-        if self.config.kind == "adaptive":
-            self.config.conv_output(grid)
+            self.prompts.resize(self.grid)
 
     def get_classifier(self) -> Any:
         """The head: a module, or two for a distilled backbone."""
@@ -335,7 +335,8 @@ class AdaptiveViT(TimmModel):
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.prompts.blocks = self.prompts.blocks[: len(self.backbone.blocks)]
+        self.prompts.prune(len(self.backbone.blocks))
+        self.config = self.prompts.config
         if prune_head:
             self._adapter.set_heads(take_heads(self.backbone), num_classes=0)
         return take

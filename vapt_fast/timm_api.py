@@ -214,7 +214,7 @@ class TimmModel(nn.Module):
 
         groups = {name: within_backbone(it) for name, it in self.backbone.group_matcher(coarse).items()}
         prompts = r"^adapters\.[^.]+\.prompts\."
-        groups["blocks"] += [(rf"{prompts}blocks\.(\d+)", None), (rf"{prompts}projector", (99999,))]
+        groups["blocks"] += [(rf"{prompts}blocks\.(\d+)", None), (rf"{prompts}(?!blocks\.)", (99999,))]
         return groups
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -415,7 +415,7 @@ PROMPT_CHANGES: dict[str, Callable[[AdaptiveViT], Any]] = {
         m.prompts.projector, "scale", nn.Parameter(torch.full((1,), 0.3, dtype=torch.float64))
     ),
     "frozen table": lambda m: m.prompts.blocks[0].table.requires_grad_(False).mul_(1.5),
-    "forward": lambda m: setattr(adaptive(m), "forward", lambda x, masks: x[:, :3] * 0.3),
+    "forward": lambda m: setattr(adaptive(m), "forward", lambda x, masks, **shared: x[:, :3] * 0.3),
     "forward of the projector": lambda m: setattr(m.prompts.projector, "forward", lambda x, mask: x * 0.3),
     "table hook": lambda m: m.prompts.blocks[0].register_forward_hook(mixing_hook),
     "fixed prompts": lambda m: m.prompts.eval(),

@@ -53,8 +53,16 @@ def assert_unchanged(before, after):
 # ---- options
 
 CONFIG = [
-    ({"kind": "vapt"}, ValueError, "kind must be one of ('adaptive', 'deep', 'shallow'), got 'vapt'"),
-    ({"kind": None}, TypeError, "kind must be a str, one of ('adaptive', 'deep', 'shallow'), got None"),
+    (
+        {"kind": "vapt"},
+        ValueError,
+        "kind must be one of ('adaptive', 'deep', 'fourier', 'kv', 'shallow'), got 'vapt'",
+    ),
+    (
+        {"kind": None},
+        TypeError,
+        "kind must be a str, one of ('adaptive', 'deep', 'fourier', 'kv', 'shallow'), got None",
+    ),
     ({"num_prompts": -1}, ValueError, "num_prompts must be at least 0, got -1"),
     ({"num_prompts": 2.0}, TypeError, "num_prompts must be an int, got 2.0"),
     ({"num_prompts": True}, TypeError, "num_prompts must be an int, got True"),

@@ -16,10 +16,11 @@ PACKAGE = Path(vapt_fast.__file__).parent
 LAYERS = [
     {"kernels"},
     {"_version", "activations", "arguments", "config", "modules", "data", "source"},
-    {"prompts", "resize", "backbones", "names"},
+    {"backbones", "names"},
     {"ops", "functional"},
+    {"prompts"},
     {"forward"},
-    {"adapters", "creation", "timm_api", "model", "official", "registry"},
+    {"adapters", "creation", "initialisation", "timm_api", "model", "official", "registry"},
     {"digits", "info"},
     {"training", "benchmark"},
     {"cli", "__main__"},

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..modules import has_global_hooks, is_patched, is_plain, token_mixing_reason
 from .base import FAMILIES
 
-__all__ = ["StandardBlock", "fallback_reason", "standard_block"]
+__all__ = ["StandardBlock", "fallback_reason", "split_block", "standard_block"]
 
 NOT_CALLED = (nn.Identity, nn.Dropout, DropPath)  # when they are off
 
@@ -122,6 +122,11 @@ class StandardBlock:
         """The norm of each key; None where there is none."""
         return _unless_identity(getattr(self.attn, "k_norm", None))
 
+    @property
+    def kv_dim(self) -> int:
+        """The number of channels of the keys, and of the values: g * d."""
+        return self.attn.proj.in_features // self.num_heads * self.num_kv_heads
+
     def softmax_scale(self, head_dim: int) -> float:
         """The factor of the scores. PyTorch's attention, where timm calls that, has its own."""
         scale: float = self.attn.scale
@@ -213,6 +218,21 @@ def standard_block(block: Any) -> StandardBlock | None:
         bias=attn.score_bias() if hasattr(attn, "score_bias") else None,
         gelu_mlp=_gelu_mlp(block.mlp),
     )
+
+
+def split_block(block: Any) -> StandardBlock:
+    """Return ``block`` in parts, for prompts that need them.
+
+    Raises:
+        NotImplementedError: it has to be called as it is.
+    """
+    parts = standard_block(block)
+    if parts is None:
+        raise NotImplementedError(
+            f"learned keys and values need blocks whose attention can be taken apart, got one that has to be "
+            f"called as it is: {fallback_reason(block)}; use another kind of prompts"
+        )
+    return parts
 
 
 def _gelu_mlp(mlp: Any) -> MlpWeights | None:
