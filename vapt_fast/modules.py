@@ -308,6 +308,7 @@ def share_tensors(module: nn.Module, own: Iterable[nn.Module]) -> nn.Module:
 
 
 def _frozen_view(parameter: nn.Parameter) -> nn.Parameter:
-    if type(parameter) is nn.Parameter or is_traceable_wrapper_subclass(parameter):
+    is_wrapper: Callable[[object], bool] = is_traceable_wrapper_subclass
+    if type(parameter) is nn.Parameter or is_wrapper(parameter):
         return nn.Parameter(parameter.detach(), requires_grad=False)
     return parameter  # the quantised weights of some libraries carry more than data
