@@ -7,7 +7,6 @@ from functools import partial
 from os import PathLike
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from .config import PromptConfig, explain_unexpected, split_options
 from .data import eval_transform, full_data_config
 from .forward import fused, reference
 from .modules import call_within, weights_of
-from .names import similar_names
+from .names import create_backbone, is_backbone, similar_names
 from .prompts import AdaptivePrompts, Prompts
 from .resize import resize_adaptive_prompts
 from .source import backbone_source, check_state_names, rebuild_args
@@ -457,7 +456,7 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
             )
         if options.get("features_only"):
             raise ValueError("features_only=True has no prompts; use AdaptiveViT.forward_intermediates()")
-        if not timm.is_model(backbone.partition(".")[0]) and ":" not in backbone:
+        if not is_backbone(backbone) and ":" not in backbone:
             raise ValueError(
                 f"backbone {backbone!r} is no timm model; similar names: {similar_names(backbone)}"
             )
@@ -466,7 +465,7 @@ def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[st
         if options.get("img_size") is not None:
             options = options | {"img_size": size_pair("img_size", options["img_size"])}
         try:
-            model = timm.create_model(backbone, pretrained=pretrained, **options)
+            model = create_backbone(backbone, pretrained=pretrained, **options)
         except TypeError as error:
             explained = explain_unexpected(error, options, backbone)
             if explained is None:

@@ -29,8 +29,9 @@ import vapt_fast.adapters
 from vapt_fast import AdaptiveViT, PromptConfig
 from vapt_fast.cli import app
 from vapt_fast.cli.console import count
-from vapt_fast.cli.pictures import draw, prompt_maps
-from vapt_fast.digits import digit_images
+from vapt_fast.demo import digit_images
+from vapt_fast.demo.experiment import Experiment, run_experiment
+from vapt_fast.demo.picture import draw, prompt_maps
 from vapt_fast.training import (
     UserError,
     build_model,
@@ -40,7 +41,6 @@ from vapt_fast.training import (
     load_model,
 )
 from vapt_fast.training.checkpoint import load_checkpoint
-from vapt_fast.training.comparison import Comparison, compare
 from vapt_fast.training.evaluation import Evaluation
 
 QUICK = ["--train-images", "5", "--epochs", "2", "--lr", "1", "--prompts", "2"]
@@ -685,7 +685,7 @@ def test_counts():
 
 
 def test_comparison_and_picture(tmp_path):
-    comparison = Comparison(
+    experiment = Experiment(
         methods=("vapt", "full"),
         epochs={5: 2, 10: 1},
         seeds=(0, 1),
@@ -693,7 +693,7 @@ def test_comparison_and_picture(tmp_path):
         full_base_lrs=(0.01,),
     )
     seen = []
-    outcomes = compare(comparison, tmp_path, seen.append, processes=1)
+    outcomes = run_experiment(experiment, tmp_path, seen.append, processes=1)
     assert [(o.method, o.num_train) for o in outcomes] == [
         ("vapt", 5),
         ("full", 5),

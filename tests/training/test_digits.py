@@ -7,14 +7,14 @@ import pytest
 import timm
 import torch
 
-from vapt_fast.digits import digit_images
-from vapt_fast.digits.model import WEIGHTS
-from vapt_fast.digits.pretrain import DIGITS, pretrain
+from vapt_fast.demo import digit_images
+from vapt_fast.demo.backbone import WEIGHTS
+from vapt_fast.demo.pretrain import OLD_DIGITS, pretrain
 
 
 def test_registering_is_light():
     code = (
-        "import sys, timm, vapt_fast.digits; assert timm.is_model('vit_digits_patch4_32');"
+        "import sys, timm, vapt_fast.demo; assert timm.is_model('vit_digits_patch4_32');"
         "print([name for name in ('sklearn', 'matplotlib', 'rich', 'typer') if name in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -32,7 +32,7 @@ def test_pretrained_weights_come_with_the_package():
 def test_pretrained_weights_know_digit_and_rotation():
     model = timm.create_model("vit_digits_patch4_32", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    images, digits = digit_images(DIGITS)
+    images, digits = digit_images(OLD_DIGITS)
     pixels = torch.stack([transform(image) for image in images[:200]])
     with torch.no_grad():
         upright = model(pixels).argmax(1)

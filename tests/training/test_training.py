@@ -22,6 +22,7 @@ from vapt_fast import PromptConfig
 from vapt_fast.training import (
     METHODS,
     Recipe,
+    RunOptions,
     Splits,
     Trainer,
     UserError,
@@ -32,6 +33,7 @@ from vapt_fast.training import (
     evaluate,
     folder_splits,
     load_model,
+    run,
     save_model,
     search,
 )
@@ -39,7 +41,6 @@ from vapt_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from vapt_fast.training.evaluation import evaluate_by_class
 from vapt_fast.training.loader import in_memory, make_loader
 from vapt_fast.training.methods import KINDS, method_name, param_groups, trained_state
-from vapt_fast.training.run import RunOptions, run
 from vapt_fast.training.splits import evaluation_data, image_files, stratified_order
 from vapt_fast.training.transforms import AUGMENTATIONS, Augmentation, train_transform
 

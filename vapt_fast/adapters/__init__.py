@@ -68,6 +68,7 @@ from ..backbones import patch_size
 from ..backends._dispatch import BackendUnavailableError
 from ..config import PromptConfig
 from ..data import check_data_config, full_data_config
+from ..names import create_backbone
 from ..source import LOCAL_ARGS, is_local, load_weights
 
 __all__ = [
@@ -754,7 +755,7 @@ def _build_by_name(
         return _making(adapter, name, True, lambda: cls(name, pretrained=True, **kwargs, **args))
     if name is None:
         name = saved.get("architecture") or saved["name"].partition(".")[0]
-    made = _making(adapter, name, False, lambda: timm.create_model(name, **args))
+    made = _making(adapter, name, False, lambda: create_backbone(name, **args))
     if weights is None:
         _assign(made, _read_backbone(adapter), adapter)
     else:

@@ -180,7 +180,7 @@ def use_backend(name: str) -> Iterator[None]:
     It overrides a model's own ``backend`` and the environment variable VAPT_FAST_BACKEND.
 
     Args:
-        name: "auto", "reference", "torch", "triton" or "cuda"; see ``python -m vapt_fast.info``.
+        name: "auto", "reference", "torch", "triton" or "cuda"; see ``vapt-fast info``.
 
     Raises:
         TypeError, ValueError: not the name of a backend.
