@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
 
-import pytest
 import torch
 import torch.nn.functional as F
-from harness import MODES, Job, Op, Sizes, Work, kernels
+from harness import Job, Op, Sizes, Work, kernels
 from torch import Tensor
 
 from vapt_fast.functional import prompt_matrices, prompt_pool
 
 EPS, PROMPT_EPS, KERNEL = 1e-6, 1e-5, 2
-RIVALS = [*kernels("prompt_pool"), "cuda, two passes", "torch, compiled", "literal", "literal, compiled"]
+RIVALS = (*kernels("prompt_pool"), "cuda, two passes", "torch, compiled", "literal", "literal, compiled")
+PROMPTS = True
+SETTINGS = {"cuda, two passes": ("vapt_fast.backends.cuda.prompt_pool", "ONE_PASS", False)}
 
 
 def job(sizes: Sizes, num_prompts: int) -> Job:
@@ -42,10 +42,8 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
     )
 
 
-def implementation(rival: str, sizes: Sizes) -> Op:
-    name, _, variant = rival.partition(", ")
-    op = partial(_literal, sizes.grid) if name == "literal" else partial(_rewritten, sizes.grid, name)
-    return sizes.compile(op) if variant == "compiled" else op
+def implementation(name: str, sizes: Sizes) -> Op:
+    return partial(_literal, sizes.grid) if name == "literal" else partial(_rewritten, sizes.grid, name)
 
 
 def _literal(
@@ -59,7 +57,7 @@ def _literal(
     norm_weight: Tensor,
     norm_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Two LayerNorms, a convolution and a projection; sum, normalised tokens (B, T, C), pooled (B, P, C)."""
+    """Run two LayerNorms, a convolution and a projection; return sum and normalised tokens, pooled tokens."""
     total = x + branch
     normed = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, EPS)
     z = F.layer_norm(total[:, 1:].to(weight.dtype), weight.shape, weight, bias, PROMPT_EPS)
@@ -80,7 +78,7 @@ def _rewritten(
     norm_weight: Tensor,
     norm_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """With the matrix made anew, for one block; in a model it is made for all blocks at once."""
+    """Pool with a matrix that is made anew, for one block; a model makes those of all blocks at once."""
     matrix = prompt_matrices(projection[None], kernel[None], grid)[0]
     return prompt_pool(
         x,
@@ -95,12 +93,3 @@ def _rewritten(
         prompt_eps=PROMPT_EPS,
         backend=backend,
     )
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_prompt_pool(bench, sizes, num_prompts, rival, mode, monkeypatch):
-    if rival == "cuda, two passes":
-        monkeypatch.setattr(import_module("vapt_fast.backends.cuda.prompt_pool"), "ONE_PASS", False)
-    group = f"prompt_pool, P = {num_prompts}"
-    bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)
