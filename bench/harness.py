@@ -54,7 +54,7 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Tokens of all images."""
+        """The tokens of all images."""
         return self.batch * self.tokens
 
     def compile(self, op: Op) -> Op:

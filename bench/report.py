@@ -76,7 +76,7 @@ NOTES = (
     "is executed and `literal` what the literal method would have executed for the same images; only the "
     "first is compared with what the device can do. Error: the largest of logits and gradients, relative to "
     "norm, against the literal method in float32. The linear probe, without prompts and without a backward "
-    "pass through the blocks, is the price of doing nothing."
+    "pass through the blocks, is a lower bound, no rival."
 )
 
 

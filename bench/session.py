@@ -54,11 +54,6 @@ class Process:
 class Session:
     """One run of bench/gpu.py: its results so far and the processes that it starts.
 
-    Args:
-        out: folder for the results.
-        minutes: for everything.
-        dry: on the CPU with tiny sizes.
-
     Attributes:
         results: the content of results.json.
         wrong: every reason to exit with 1.

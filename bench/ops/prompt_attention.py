@@ -1,4 +1,4 @@
-"""Attention with prompts, on the joint projections: our kernels, and PyTorch's on concatenated keys."""
+"""Attention with prompts, on the joint projections: the kernels, and PyTorch's on concatenated keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Residual, the block's LayerNorm and the pooling of tokens into prompts, against the literal method's."""
+"""The residual, the block's LayerNorm and the pooling of tokens, against the literal method's."""
 
 from __future__ import annotations
 
@@ -46,18 +46,9 @@ def implementation(name: str, sizes: Sizes) -> Op:
     return partial(_literal, sizes.grid) if name == "literal" else partial(_rewritten, sizes.grid, name)
 
 
-def _literal(
-    grid: tuple[int, int],
-    x: Tensor,
-    branch: Tensor,
-    projection: Tensor,
-    kernel: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _literal(grid: tuple[int, int], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Run two LayerNorms, a convolution and a projection; return sum and normalised tokens, pooled tokens."""
+    x, branch, projection, kernel, weight, bias, norm_weight, norm_bias = inputs
     total = x + branch
     normed = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, EPS)
     z = F.layer_norm(total[:, 1:].to(weight.dtype), weight.shape, weight, bias, PROMPT_EPS)
@@ -66,19 +57,9 @@ def _literal(
     return total, normed, F.linear(planes.flatten(2), projection).transpose(1, 2)
 
 
-def _rewritten(
-    grid: tuple[int, int],
-    backend: str,
-    x: Tensor,
-    branch: Tensor,
-    projection: Tensor,
-    kernel: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _rewritten(grid: tuple[int, int], backend: str, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Pool with a matrix that is made anew, for one block; a model makes those of all blocks at once."""
+    x, branch, projection, kernel, weight, bias, norm_weight, norm_bias = inputs
     matrix = prompt_matrices(projection[None], kernel[None], grid)[0]
     return prompt_pool(
         x,

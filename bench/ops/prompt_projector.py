@@ -40,16 +40,8 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
 
 
 def implementation(name: str, sizes: Sizes) -> Op:
-    def op(
-        pooled: Tensor,
-        bias: Tensor,
-        down: Tensor,
-        up: Tensor,
-        channels: Tensor,
-        features: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-    ) -> Tensor:
+    def op(*inputs: Tensor) -> Tensor:
+        pooled, bias, down, up, channels, features, norm_weight, norm_bias = inputs
         return prompt_projector(
             pooled,
             bias,
@@ -67,16 +59,8 @@ def implementation(name: str, sizes: Sizes) -> Op:
     return op
 
 
-def _definition(
-    pooled: Tensor,
-    bias: Tensor,
-    down: Tensor,
-    up: Tensor,
-    channels: Tensor,
-    features: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-) -> Tensor:
+def _definition(*inputs: Tensor) -> Tensor:
+    pooled, bias, down, up, channels, features, norm_weight, norm_bias = inputs
     t = pooled * channels + bias[:, None]
     t = t + (features * (t @ down.t()).relu()) @ up.t()
     # Computed in the dtype of t, to which the affine is cast.

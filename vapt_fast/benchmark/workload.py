@@ -117,8 +117,8 @@ class Variant:
 
     Attributes:
         backend: of vapt_fast, or LINEAR_PROBE: the timm model itself without prompts, everything frozen but
-            the head. So its training step has no backward pass through the blocks: the price of doing
-            nothing, not a rival.
+            the head. So its training step has no backward pass through the blocks: a lower bound,
+            not a rival.
         kind, num_prompts: see PromptConfig.
         precision: a key of PRECISIONS.
         attention: a key of ATTENTION to force one implementation; None for the backend's own choice.

@@ -57,7 +57,7 @@ def bench(
     """Compare the backends on your model and machine: training step and forward pass, speed and memory.
 
     Each is checked against the reference before it is timed, logits and all gradients. The data is random:
-    loading it is not measured. The linear probe is the price of doing nothing.
+    loading it is not measured. The linear probe is a lower bound.
     """
     with failures(), status.status("start") as bar:
         check_backbone(backbone)

@@ -5,6 +5,6 @@ which carries the images, and matplotlib are imported where they are used.
 """
 
 from .backbone import vit_digits_patch4_32
-from .digits import IMAGE_SIZE, NEW_DIGITS, OLD_DIGITS, digit_images
+from .digits import NEW_DIGITS, OLD_DIGITS, digit_images
 
-__all__ = ["IMAGE_SIZE", "NEW_DIGITS", "OLD_DIGITS", "digit_images", "vit_digits_patch4_32"]
+__all__ = ["NEW_DIGITS", "OLD_DIGITS", "digit_images", "vit_digits_patch4_32"]

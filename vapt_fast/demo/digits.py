@@ -6,9 +6,8 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-__all__ = ["IMAGE_SIZE", "NEW_DIGITS", "OLD_DIGITS", "digit_images"]
+__all__ = ["NEW_DIGITS", "OLD_DIGITS", "digit_images"]
 
-IMAGE_SIZE = 8  # height and width of the images, pixels
 OLD_DIGITS = range(5)  # those that the backbone was pre-trained on
 NEW_DIGITS = range(5, 10)  # those that the methods adapt it to
 _WHITE = 16  # brightest value in the data

@@ -23,7 +23,7 @@ __all__ = ["Experiment", "Outcome", "run_experiment"]
 
 @dataclass(frozen=True)
 class Experiment:
-    """Which methods are compared, and how each is trained.
+    """An experiment: which methods are compared, and how each is trained.
 
     Attributes:
         methods: keys of METHODS.
@@ -79,7 +79,7 @@ def run_experiment(
     on_outcome: Callable[[Outcome], None],
     processes: int | None = None,
 ) -> list[Outcome]:
-    """Run a experiment.
+    """Run an experiment.
 
     Args:
         experiment: what to compare.

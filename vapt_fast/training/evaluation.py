@@ -20,7 +20,7 @@ __all__ = ["Evaluation", "Score", "classify", "evaluate", "evaluate_by_class"]
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does on a data set.
+    """The accuracy and the loss of a model on a data set.
 
     Attributes:
         accuracy: share of the images whose class is named right, 0 to 1.

@@ -107,7 +107,9 @@ def search(
     if resume:
         if folder is None:
             raise UserError("resume needs the folder that the search was stopped in")
-        state = _load_state(folder / CHECKPOINT_NAME, state["recipes"])
+        expected, state = state["recipes"], load_checkpoint(folder / CHECKPOINT_NAME)
+        if state["recipes"] != expected:
+            raise UserError(f"{folder / CHECKPOINT_NAME} was written with other options: resume with those")
     log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
     options: dict[str, Any] = {"device": device, "workers": workers}
 
@@ -191,13 +193,6 @@ def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score) -> 
     if state["best"] is None or merit > state["best"]["merit"]:
         tensors = {name: tensor.cpu().clone() for name, tensor in trained_state(trainer.model).items()}
         state["best"] = {"index": len(state["candidates"]) - 1, "merit": merit, "model": tensors}
-
-
-def _load_state(path: Path, recipes: list[dict[str, Any]]) -> dict[str, Any]:
-    state = load_checkpoint(path)
-    if state["recipes"] != recipes:
-        raise UserError(f"{path} was written with other options: resume with the same ones")
-    return state
 
 
 def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score | None) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import CenterCropOrPad, RandomCropOrPad
 from torchvision import transforms
 
-from .. import data
+from ..data import eval_transform
 from .errors import UserError, check_types
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "data_config", "eval_transform", "train_transform"]
@@ -76,11 +76,6 @@ def data_config(pretrained_cfg: dict[str, Any], **changes: Any) -> dict[str, Any
     """
     config = resolve_data_config(pretrained_cfg=pretrained_cfg)
     return config | {name: value for name, value in changes.items() if value is not None}
-
-
-def eval_transform(config: dict[str, Any]) -> Any:
-    """Return the transform from a PIL image to a normalised tensor (3, H, W), without random changes."""
-    return data.eval_transform(config)
 
 
 def train_transform(config: dict[str, Any], augmentation: Augmentation | str) -> Any:
