@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import time
+from importlib import import_module
+from itertools import product
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from harness import Bench, Sizes
+from harness import MODES, Bench, Sizes
 
 from vapt_fast.benchmark import describe
 
 STARTED = time.monotonic()
+OPS = sorted(path.stem for path in (Path(__file__).parent / "ops").glob("[!_]*.py"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("vapt_fast", "benchmarks of vapt_fast")
+    group.addoption("--op", action="append", choices=OPS, help="only this; may be given several times")
     group.addoption("--device", help="cpu or cuda (cuda where there is one)")
-    group.addoption("--dtype", help="of tokens (CPU: float32, GPU: bfloat16)")
+    group.addoption("--dtype", help="dtype of the tokens (CPU: float32, GPU: bfloat16)")
     group.addoption("--batch", type=int, help="images (CPU: 2, GPU: 64)")
     group.addoption(
         "--prompts",
@@ -29,8 +35,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "num_prompts" in metafunc.fixturenames:
-        metafunc.parametrize("num_prompts", _numbers(metafunc.config), ids="P{}".format)
+    """One test for each op, number of prompts, rival and mode; an op without prompts has no such number."""
+    cases = []
+    for op in metafunc.config.getoption("--op") or OPS:
+        module = import_module(f"ops.{op}")
+        numbers = _numbers(metafunc.config) if module.PROMPTS else [None]
+        for num_prompts, rival, mode in product(numbers, module.RIVALS, MODES):
+            label = [op, *([] if num_prompts is None else [f"P{num_prompts}"]), rival, mode]
+            cases.append(pytest.param(op, num_prompts, rival, mode, id="-".join(label)))
+    metafunc.parametrize(("op", "num_prompts", "rival", "mode"), cases)
 
 
 def _numbers(config: pytest.Config) -> list[int]:
@@ -48,7 +61,7 @@ def _device(config: pytest.Config) -> str:
 
 @pytest.fixture(scope="session")
 def sizes(request: pytest.FixtureRequest) -> Sizes:
-    """Of a ViT-B/16 at 224 x 224 pixels, or tiny."""
+    """The sizes of a ViT-B/16 at 224 x 224 pixels, or tiny ones."""
     option, device = request.config.getoption, torch.device(_device(request.config))
     on_gpu = device.type == "cuda"
     dtype = getattr(torch, option("--dtype") or ("bfloat16" if on_gpu else "float32"))
@@ -59,13 +72,13 @@ def sizes(request: pytest.FixtureRequest) -> Sizes:
 
 
 @pytest.fixture
-def bench(request: pytest.FixtureRequest, benchmark, sizes: Sizes) -> Bench:
-    """What checks and times one implementation of one op."""
+def bench(request: pytest.FixtureRequest, benchmark: Any, sizes: Sizes) -> Bench:
+    """The check and the timing of one implementation of one op."""
     seconds = request.config.getoption("--seconds")
     if seconds is not None and time.monotonic() - STARTED > seconds:
         pytest.skip("left out: no time was left")
     parameters = request.node.callspec.params
     first = _numbers(request.config)[0]
-    if "compiled" in parameters["rival"] and parameters.get("num_prompts", first) != first:
+    if "compiled" in parameters["rival"] and parameters["num_prompts"] not in (None, first):
         pytest.skip(f"compiled with {first} prompts only, because it takes long")
     return Bench(benchmark, sizes, request.config.getoption("--rounds"))

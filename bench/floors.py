@@ -1,4 +1,4 @@
-"""How fast a device could be at most, so that a measurement can be held against it."""
+"""Floors: the least time that an op can take on a device, to hold a measurement against."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["CEILINGS", "Ceiling", "Work"]
 
 @dataclass(frozen=True)
 class Ceiling:
-    """What was measured of a device with large transfers and large products of random matrices.
+    """The rates measured on a device with large transfers and large products of random matrices.
 
     Attributes:
         bytes: moved in a second, read and written.
@@ -38,7 +38,7 @@ class Work:
         return Work(self.bytes + other.bytes, self.operations + other.operations)
 
     def seconds(self, device: str, dtype: torch.dtype) -> float | None:
-        """No version takes less on the device of this name; None where that is not known."""
+        """Return the least time on the device of this name; None where that is not known."""
         ceiling = CEILINGS.get(device)
         if ceiling is None or dtype.itemsize != 2:
             return None

@@ -22,12 +22,9 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
-import os
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,11 +32,12 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+from session import Process, Session
+
 BENCH = Path(__file__).resolve().parent
 ROOT = BENCH.parent
 NEEDED = ("torch", "timm", "safetensors", "typer", "rich", "pytest", "pytest_benchmark")
 SANITIZERS = ("memcheck", "initcheck", "racecheck", "synccheck")
-LONGEST_LOG = 200_000  # characters of one process, the last ones
 FOUND_ERRORS = 86  # exit code of compute-sanitizer, so that it is told from a crash
 
 # What is prepared beside the tests, each in a process: it compiles, and a crash shows before it can take
@@ -70,102 +68,11 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-class Session:
-    """One run of this program: its options, its results so far and the processes it starts.
-
-    Attributes:
-        results: what results.json will hold.
-        wrong: every reason to exit with 1.
-    """
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.out, self.dry = options.out.resolve(), options.dry
-        self.device = "cpu" if self.dry else "cuda"
-        self.results: dict[str, Any] = {"dry": self.dry, "phases": {}, "comparisons": []}
-        self.wrong: list[str] = []
-        self.left_out: dict[str, str] = {}
-        minutes = (60 if self.dry else 8.75) if options.minutes is None else options.minutes
-        self.end = time.monotonic() + 60 * minutes
-        self.scratch = Path(tempfile.mkdtemp(prefix="vapt_fast_gpu_"))
-        self.environment = os.environ | {"PYTHONUNBUFFERED": "1"}
-        self.processes: list[Process] = []
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.log = (self.out / "log.txt").open("w")
-
-    def start(self, *command: object) -> Process:
-        process = Process([str(part) for part in command], self.environment, self.scratch)
-        self.processes.append(process)
-        return process
-
-    def finish(self, process: Process, seconds: float) -> int | None:
-        """Wait at most ``seconds``; its exit code, or None if it had to be stopped."""
-        code = process.wait(seconds)
-        printed = process.output()[-LONGEST_LOG:]
-        self.log.write(f"\n==== {' '.join(process.command)}\n==== exit code {code}\n{printed}")
-        self.log.flush()
-        return code
-
-    def call(self, seconds: float, *command: object) -> tuple[int | None, str]:
-        """Exit code, None if it had to be stopped, and what it printed."""
-        process = self.start(*command)
-        return self.finish(process, seconds), process.output()
-
-    def add_to_path(self, folder: Path) -> None:
-        paths = [str(folder), self.environment.get("PYTHONPATH", "")]
-        self.environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-
-    def close(self) -> None:
-        """Nothing that was started outlives this program."""
-        for process in self.processes:
-            process.wait(0)
-        self.log.close()
-        shutil.rmtree(self.scratch, ignore_errors=True)
-
-    def write(self) -> None:
-        """The results so far, so that nothing is lost if this process is killed."""
-        self.results["wrong"] = self.wrong
-        (self.out / "results.json").write_text(json.dumps(self.results, indent=1) + "\n")
-
-
-class Process:
-    """A process with children, in a group of its own; what it prints is in a file.
-
-    It does not run in this checkout: there ``python -m`` would import the sources, not what was installed.
-    """
-
-    def __init__(self, command: list[str], environment: dict[str, str], scratch: Path) -> None:
-        self.command = command
-        descriptor, path = tempfile.mkstemp(dir=scratch, suffix=".log")
-        self._path = Path(path)
-        with os.fdopen(descriptor, "w") as file:
-            self._process = subprocess.Popen(
-                command, cwd=scratch, env=environment, stdout=file, stderr=file, start_new_session=True
-            )
-
-    def wait(self, seconds: float) -> int | None:
-        """The exit code; None if it overran. Then it is interrupted, as by Ctrl-C, and at last killed."""
-        try:
-            return self._process.wait(max(0.0, seconds))
-        except subprocess.TimeoutExpired:
-            pass
-        for sign, patience in ((signal.SIGINT, 8), (signal.SIGKILL, None)):
-            os.killpg(self._process.pid, sign)
-            try:
-                self._process.wait(patience)
-                break
-            except subprocess.TimeoutExpired:
-                continue
-        return None
-
-    def output(self) -> str:
-        return self._path.read_text(errors="replace")
-
-
 # ---- the phases
 
 
 def install(session: Session, seconds: float) -> None:
-    """The package for the processes that follow, in a folder of its own: the environment stays as it is."""
+    """Install the package for the processes that follow, in a folder of its own."""
     missing = [name for name in NEEDED if importlib.util.find_spec(name) is None]
     site = session.scratch / "site"
     pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--target", site)
@@ -205,7 +112,7 @@ def _is_installed() -> bool:
 
 
 def environment(session: Session, seconds: float) -> None:
-    """Versions, driver, clocks, device, date; and what vapt_fast says would run."""
+    """Record versions, driver, clocks, device, date, and what vapt_fast says would run."""
     code, printed = session.call(seconds, sys.executable, BENCH / "environment.py", session.device)
     if code != 0:
         raise RuntimeError(f"vapt_fast can't be imported: {printed.strip()[-500:]}")
@@ -213,8 +120,8 @@ def environment(session: Session, seconds: float) -> None:
 
 
 def tests(session: Session, seconds: float) -> None:
-    """The tests that need a GPU. Beside them, since nothing is timed: compute-sanitizer watches every op, and
-    what takes long to compile, or might crash, is prepared."""
+    """Run the tests that need a GPU. Beside them, since nothing is timed, compute-sanitizer watches every op,
+    and what takes long to compile, or might crash, is prepared."""
     until = time.monotonic() + seconds
     watched = _start_sanitizer(session)
     prepared = {} if session.dry else _start_preparing(session)
@@ -238,7 +145,7 @@ def tests(session: Session, seconds: float) -> None:
 
 
 def _start_sanitizer(session: Session) -> dict[str, Process]:
-    """compute-sanitizer's tools, each over every op, forward and backward."""
+    """Start compute-sanitizer's tools, each over every op, forward and backward."""
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         session.results["sanitizer"] = dict.fromkeys(SANITIZERS, "compute-sanitizer is not installed")
@@ -273,46 +180,51 @@ def _judge(session: Session, name: str, code: int | None) -> None:
 
 
 def ops(session: Session, seconds: float) -> None:
-    """The benchmarks of the ops, a file after the other, each in a process: a crash takes no other along."""
-    files = [str(file) for file in sorted(BENCH.glob("test_bench_*.py"))]
-    groups = [files] if session.dry else [[file] for file in files]
+    """Run the benchmarks of the ops, each op in a process of its own: a crash takes no other along."""
+    names = sorted(path.stem for path in (BENCH / "ops").glob("[!_]*.py"))
+    groups = [names] if session.dry else [[name] for name in names]
     until = time.monotonic() + seconds
     session.results["ops"] = []
     problems = []
     for index, group in enumerate(groups):
         path, log = (session.scratch / f"ops-{index}.{kind}" for kind in ("json", "xml"))
         share = (until - time.monotonic()) / (len(groups) - index)
-        command = [sys.executable, "-m", "pytest", *group, "-q", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", BENCH / "test_ops.py", "-q", "-p", "no:cacheprovider"]
+        command += [f"--op={name}" for name in group]
         command += [f"--benchmark-json={path}", f"--junitxml={log}"]
         command += [f"--device={session.device}", f"--seconds={0.7 * share}"]
         code, printed = session.call(share, *command, *(["--tiny", "--rounds=2"] if session.dry else []))
-        session.results["ops"] += _timed(path)
         not_timed = _not_timed(log)
-        session.results["ops"] += not_timed
+        session.results["ops"] += [*_timed(path), *not_timed]
         # What the gate of the benchmarks says. Another failure is a rival that can't run here.
         session.wrong += [f"{op['name']}: {op['error']}" for op in not_timed if "is off by" in op["error"]]
         if code != 0:
             summary = "took too long" if code is None else f"exit code {code}: {printed.strip()[-300:]}"
-            problems.append(f"{Path(group[0]).stem}: {summary}")
+            problems.append(f"{', '.join(group)}: {summary}")
     if problems:
         raise RuntimeError("; ".join(problems))
 
 
 def _timed(path: Path) -> list[dict[str, Any]]:
-    """What pytest-benchmark wrote; nothing if it did not come to that."""
+    """Return what pytest-benchmark wrote; nothing if it did not come to that."""
     try:
         benchmarks = json.loads(path.read_text())["benchmarks"]
     except (FileNotFoundError, json.JSONDecodeError):
         return []
-    return [{"name": one["name"], "group": one["group"], **one["extra_info"]} for one in benchmarks]
+    return [{"name": _label(one["name"]), "group": one["group"], **one["extra_info"]} for one in benchmarks]
+
+
+def _label(test: str) -> str:
+    """Return what identifies a benchmark: the parameters in pytest's name of it."""
+    return test.partition("[")[2].removesuffix("]")
 
 
 def _not_timed(log: Path) -> list[dict[str, str]]:
-    """The benchmarks that were left out or failed, with the reason, from pytest's JUnit file."""
+    """Return the benchmarks that were left out or failed, with the reason, from pytest's JUnit file."""
     if not log.is_file():
         return []
     return [
-        {"name": case.get("name"), "error": problem.get("message", "").partition("\n")[0]}
+        {"name": _label(case.get("name", "")), "error": problem.get("message", "").partition("\n")[0]}
         for case in ElementTree.parse(log).iter("testcase")
         for problem in case
         if problem.tag in ("skipped", "failure", "error")
@@ -344,7 +256,7 @@ def _models(which: str) -> Callable[[Session, float], None]:
 
 
 def report(session: Session, seconds: float) -> None:
-    """The tables and pictures of what is in results.json."""
+    """Write the tables and pictures of what is in results.json."""
     session.write()
     code, printed = session.call(seconds, sys.executable, BENCH / "report.py", session.out)
     if code != 0:
@@ -369,7 +281,7 @@ SHARE_LEFT = 0.6
 
 
 def run(session: Session, phases: list[Phase]) -> None:
-    """Each phase, with what it has found so far written after it; a failing phase is recorded."""
+    """Run each phase and write what was found so far after it; a failing phase is recorded."""
     # Where there is more time than the limits add up to, they are longer.
     stretch = max(1.0, (session.end - time.monotonic()) / sum(phase.seconds for phase in phases))
     for index, phase in enumerate(phases):
@@ -397,7 +309,8 @@ def run(session: Session, phases: list[Phase]) -> None:
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))
-    session = Session(options)
+    minutes = (60 if options.dry else 8.75) if options.minutes is None else options.minutes
+    session = Session(options.out, minutes, dry=options.dry)
     chosen = options.phases or [p.name for p in PHASES if options.long or p.name != "autotuned"]
     try:
         run(session, [p for p in PHASES if p.name in (*ALWAYS, *chosen)])

@@ -1,4 +1,4 @@
-"""One op, one implementation, one size: is it right, and how long does it take?"""
+"""The check and the timing of one op, one implementation, one size."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Op = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of one block: images, patches along each side, channels, heads, width of the MLP.
+    """The sizes of one block: images, patches along each side, channels, heads, width of the MLP.
 
     ``compiler`` is the backend of torch.compile.
     """
@@ -54,7 +54,7 @@ class Sizes:
 
     @property
     def rows(self) -> int:
-        """Tokens of all images."""
+        """The tokens of all images."""
         return self.batch * self.tokens
 
     def compile(self, op: Op) -> Op:
@@ -85,7 +85,7 @@ class Job:
 
 
 class Bench:
-    """Checks and times an implementation for pytest-benchmark.
+    """A check and a timer of implementations, for pytest-benchmark.
 
     Args:
         benchmark: its fixture.
@@ -97,7 +97,7 @@ class Bench:
         self.benchmark, self.sizes, self.rounds = benchmark, sizes, rounds
 
     def __call__(self, group: str, job: Job, rival: str, op: Op, mode: str) -> None:
-        """Fails if ``op`` is wrong, and skips, with the reason, if it can't run here.
+        """Fail if ``op`` is wrong, and skip, with the reason, if it can't run here.
 
         Puts into extra_info: seconds of a call, error, bytes and operations in a second, times the floor.
         """
@@ -128,7 +128,7 @@ class Bench:
         }
 
     def _check(self, job: Job, op: Op) -> float:
-        """The largest relative error of outputs and gradients, against the definition in float64."""
+        """Return the largest relative error of outputs and gradients, against the definition in float64."""
         torch.manual_seed(SEED)
         inputs = job.make()
         exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
@@ -142,7 +142,7 @@ class Bench:
         return worst
 
     def _prepare(self, job: Job, op: Op, mode: str) -> tuple[int, Callable[[], Any]]:
-        """Calls in a round, and the round: on a GPU one CUDA graph over many sets of inputs and results."""
+        """Return the calls in a round, and the round: on a GPU a CUDA graph over many sets of inputs."""
         if self.sizes.device.type != "cuda":
             call = _caller(op, job.make(), mode)
             return 1, call
@@ -169,7 +169,7 @@ class Bench:
 
 
 def kernels(op: str) -> list[str]:
-    """The backends that have kernels for ``op``, and "torch", its definition."""
+    """Return the backends that have kernels for ``op``, and "torch", its definition."""
     return [name for name in ("torch", "triton", "cuda") if name in ("torch", *OPS[op].implementations)]
 
 

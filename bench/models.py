@@ -93,11 +93,12 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _sizes(text: str) -> tuple[tuple[int, int], ...]:
-    return tuple(tuple(int(number) for number in size.split("x")) for size in text.split(","))
+    pairs = (size.split("x") for size in text.split(","))
+    return tuple((int(num_prompts), int(batch)) for num_prompts, batch in pairs)
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A table after the other: its setting and rows, as JSON takes them."""
+    """Yield a table after the other: its setting and rows, as JSON takes them."""
     end = time.monotonic() + options.seconds
     parts = [(mode, graph) for graph in (False, True) for mode in MODES]
     preparation = 0.0  # seconds that a table took before anything was timed
@@ -156,7 +157,7 @@ def _with_prompts(variant: Variant, num_prompts: int) -> Variant:
 
 
 def _operations(setting: Setting, num_prompts: int) -> dict[str, dict[str, int]]:
-    """By mode and method, "literal" or "rewritten"; see operations.py."""
+    """Count operations by mode and method, "literal" or "rewritten"; see operations.py."""
     methods = {"literal": "reference", "rewritten": "torch"}
     return {
         mode: {

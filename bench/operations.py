@@ -1,4 +1,4 @@
-"""How many floating-point operations a model takes."""
+"""The number of floating-point operations of a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vapt_fast.benchmark import Setting, Variant, Workload
 
 @cache
 def per_image(setting: Setting, variant: Variant, mode: str) -> int:
-    """Operations of products and convolutions (a multiplication and an addition are two), for one image.
+    """Count operations of products and convolutions (a multiplication and an addition are two) per image.
 
     They are counted while the backend runs, with its attention taken apart into products. The kernels of the
     other backends execute the operations of "torch", which are counted in their place.

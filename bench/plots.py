@@ -11,7 +11,7 @@ from vapt_fast.benchmark import MODES, Row
 
 
 def models(results: dict[str, Any]) -> Figure | None:
-    """Bars: images/s of every variant, without and with a CUDA graph; a row of pictures for each table."""
+    """Draw images/s of every variant, without and with a CUDA graph; a row of pictures for each table."""
     comparisons = [c for c in results["comparisons"] if any(row["seconds"] for row in c["rows"])]
     if not comparisons:
         return None
@@ -36,7 +36,7 @@ def models(results: dict[str, Any]) -> Figure | None:
 
 
 def ops(results: dict[str, Any]) -> Figure | None:
-    """Bars: microseconds of every benchmark of an op, with the floor where it is known."""
+    """Draw microseconds of every benchmark of an op, with the floor where it is known."""
     measured = [op for op in results.get("ops", []) if op.get("seconds")]
     if not measured:
         return None

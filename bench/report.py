@@ -40,7 +40,7 @@ def paragraph(text: str) -> str:
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """All of what bench/gpu.py found, whatever is missing of it."""
+    """Return all that bench/gpu.py found, whatever is missing of it."""
     environment = results.get("environment", {})
     title = environment.get("gpu", environment.get("cpu", "results"))
     parts = [f"# {title}" + (" (dry run: no figure means anything)" if results["dry"] else "")]
@@ -76,7 +76,7 @@ NOTES = (
     "is executed and `literal` what the literal method would have executed for the same images; only the "
     "first is compared with what the device can do. Error: the largest of logits and gradients, relative to "
     "norm, against the literal method in float32. The linear probe, without prompts and without a backward "
-    "pass through the blocks, is the price of doing nothing."
+    "pass through the blocks, is a lower bound, no rival."
 )
 
 
@@ -125,7 +125,7 @@ def _speed(row: Row, of: list[Row], batch: int) -> list[str]:
 def _operations(
     one: Row, other: Row, operations: dict[str, int] | None, batch: int, gpu: str | None
 ) -> list[str]:
-    """Executed operations in a second, their share of what is possible, and the literal method's."""
+    """Return executed operations in a second, their share of what is possible, and the literal method's."""
     timed = [row.spread.median for row in (one, other) if row.seconds]
     if operations is None or not timed or one.variant.backend == LINEAR_PROBE:
         return ["", "", ""]
@@ -138,7 +138,7 @@ def _operations(
 
 
 def _verdict(rows: list[Row]) -> list[str]:
-    """The fastest of the kernels over the fastest of everything else."""
+    """Compare the fastest of the kernels with the fastest of everything else."""
     timed = [row for row in rows if row.seconds and row.variant.backend != LINEAR_PROBE]
     ours = [row for row in timed if row.variant.backend in OURS]
     rivals = [row for row in timed if row.variant.backend not in OURS]
@@ -173,7 +173,7 @@ def _ops(ops: list[dict[str, Any]]) -> str:
 
 
 def section() -> str:
-    """The README's section on speed, from what is in bench/results/."""
+    """Return the README's section on speed, from what is in bench/results/."""
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     cpu = [report for name, report in reports.items() if name.startswith("cpu")]
     gpu = [report for name, report in reports.items() if name.startswith("gpu")]
@@ -182,7 +182,7 @@ def section() -> str:
 
 
 def _cpu(reports: list[dict[str, Any]]) -> list[str]:
-    """The run with the most rounds in full, and the ratios of the others."""
+    """Report the run with the most rounds in full, and the ratios of the others."""
     runs = [[Row.from_dict(row) for row in report["comparisons"][0]["rows"]] for report in reports]
     steps = [
         {(r.variant.backend, r.variant.num_prompts): r for r in run if r.mode == MODES[0]} for run in runs
@@ -235,7 +235,7 @@ def _cpu(reports: list[dict[str, Any]]) -> list[str]:
 
 
 def _gpu(report: dict[str, Any]) -> list[str]:
-    """Images/s of every variant at the smaller batch, without and with CUDA graphs."""
+    """Report images/s of every variant at the smaller batch, without and with CUDA graphs."""
     parts = []
     comparisons = [comparison for comparison in report["comparisons"] if comparison["set"] == "all"]
     batch = min(comparison["setting"]["batch"] for comparison in comparisons)
@@ -286,7 +286,7 @@ def _unmeasured(gpu: list[dict[str, Any]]) -> list[str]:
 
 
 def rewrite(readme: str, new: str) -> str:
-    """``readme`` with ``new`` between the markers."""
+    """Return ``readme`` with ``new`` between the markers."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{new}\n{END}{after}"

@@ -1,6 +1,5 @@
 """Visual Adaptive Prompt Tuning (VAPT, arXiv 2501.18936) for frozen timm Vision Transformers."""
 
-from . import digits as digits  # its import gives timm the name vit_digits_patch4_32
 from . import functional
 from . import registry as registry  # its import gives timm the names vapt_*
 from ._version import __version__

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import timm
 from torch import nn
 
 from .arguments import integer, size_pair
 from .backbones import TimmViT, adopt, check_supported
 from .config import explain_unexpected
-from .names import similar_names
+from .names import create_backbone, is_backbone, similar_names
 from .source import PREFIX
 from .timm_api import TimmModel
 
@@ -55,14 +54,14 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         )
     if options.get("features_only"):
         raise ValueError("features_only=True has no prompts; use AdaptiveViT.forward_intermediates()")
-    if not timm.is_model(name.partition(".")[0]) and ":" not in name:
+    if not is_backbone(name) and ":" not in name:
         raise ValueError(f"backbone {name!r} is no timm model; similar names: {similar_names(name)}")
     if options.get("num_classes") is not None:
         options = options | {"num_classes": integer("num_classes", options["num_classes"], minimum=0)}
     if options.get("img_size") is not None:
         options = options | {"img_size": size_pair("img_size", options["img_size"])}
     try:
-        model = timm.create_model(name, pretrained=pretrained, **options)
+        model = create_backbone(name, pretrained=pretrained, **options)
     except TypeError as error:
         explained = explain_unexpected(error, options, name)
         if explained is None:

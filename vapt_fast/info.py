@@ -1,4 +1,4 @@
-"""What would run on this machine, and why not the rest: ``python -m vapt_fast.info``."""
+"""Reports: what would run on this machine, how the blocks of a model run, and why not faster."""
 
 from __future__ import annotations
 
@@ -87,7 +87,3 @@ def _version(package: str) -> str:
 def _devices() -> list[str]:
     cuda = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return [f"cpu ({torch.get_num_threads()} threads)", *cuda]
-
-
-if __name__ == "__main__":
-    print(report())

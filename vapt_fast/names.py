@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import difflib
+from importlib import import_module
+from typing import Any
 
 import timm
+from torch import nn
 
 from .backbones import timm_modules
 
-__all__ = ["similar_names"]
+__all__ = ["DEMO_BACKBONE", "create_backbone", "is_backbone", "similar_names"]
 
-_OWN = "vit_digits_*"  # vapt_fast.digits
+DEMO_BACKBONE = "vit_digits_patch4_32"
+"""The name of the small backbone that comes with this package, in vapt_fast.demo."""
+
+
+def is_backbone(name: str) -> bool:
+    """Return whether timm knows a model by ``name``, with a tag or without.
+
+    The demo's backbone enters timm's registry here, when it is asked for, and not by ``import vapt_fast``.
+    """
+    architecture = name.partition(".")[0]
+    if architecture == DEMO_BACKBONE:
+        import_module("vapt_fast.demo")
+    return timm.is_model(architecture)
+
+
+def create_backbone(name: str, **options: Any) -> nn.Module:
+    """Return ``timm.create_model(name, **options)``, where ``name`` may also be the demo's backbone."""
+    is_backbone(name)
+    return timm.create_model(name, **options)
 
 
 def similar_names(name: str, count: int = 5) -> list[str]:
-    """The names of supported backbones that are nearest to ``name``, the nearest first, for messages.
+    """Return the names of supported backbones nearest to ``name``, the nearest first, for messages.
 
     Args:
         name: what was given, with a tag or without.
@@ -25,7 +46,7 @@ def similar_names(name: str, count: int = 5) -> list[str]:
         name is right and whose tag is not, the tags it has.
     """
     architecture, _, tag = name.removeprefix("vapt_").partition(".")
-    known = [*timm.list_models(module=timm_modules()), *timm.list_models(_OWN)]
+    known = [*timm.list_models(module=timm_modules()), DEMO_BACKBONE]
     near = difflib.get_close_matches(architecture, known, n=count, cutoff=0.6)
     if not tag:
         return near

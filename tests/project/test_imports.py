@@ -21,8 +21,8 @@ LAYERS = [
     {"prompts"},
     {"forward"},
     {"adapters", "creation", "initialisation", "timm_api", "model", "official", "registry"},
-    {"digits", "info"},
-    {"training", "benchmark"},
+    {"info"},
+    {"training", "benchmark", "demo"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

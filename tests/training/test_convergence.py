@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from timm.data import create_transform
 
 from vapt_fast import AdaptiveViT, PromptConfig, adapters, use_backend
-from vapt_fast.digits import digit_images
+from vapt_fast.demo import digit_images
 
 STEPS = 50
 

@@ -1,4 +1,4 @@
-"""The digits backbone: registered with timm, small, usable offline, pre-trained on 0 to 4 only."""
+"""The demo's backbone: small, usable offline, pre-trained on 0 to 4 only, and known to timm when needed."""
 
 import subprocess
 import sys
@@ -7,18 +7,32 @@ import pytest
 import timm
 import torch
 
-from vapt_fast.digits import digit_images
-from vapt_fast.digits.model import WEIGHTS
-from vapt_fast.digits.pretrain import DIGITS, pretrain
+from vapt_fast.demo import digit_images
+from vapt_fast.demo.backbone import WEIGHTS
+from vapt_fast.demo.pretrain import OLD_DIGITS, pretrain
 
 
-def test_registering_is_light():
-    code = (
-        "import sys, timm, vapt_fast.digits; assert timm.is_model('vit_digits_patch4_32');"
-        "print([name for name in ('sklearn', 'matplotlib', 'rich', 'typer') if name in sys.modules])"
+def run(code):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_backbone_is_known_when_it_is_asked_for(tmp_path):
+    """And not before: nobody's list of timm's models changes by ``import vapt_fast``."""
+    run(
+        "import sys, timm, vapt_fast\n"
+        "assert not timm.is_model('vit_digits_patch4_32') and 'vapt_fast.demo' not in sys.modules\n"
+        "model = vapt_fast.AdaptiveViT('vit_digits_patch4_32', pretrained=True, num_classes=5)\n"
+        f"model.save_adapter({str(tmp_path)!r}, include_backbone=True)\n"
+        "assert not {'sklearn', 'matplotlib', 'rich', 'typer'} & set(sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    run(f"import vapt_fast; vapt_fast.AdaptiveViT.from_adapter({str(tmp_path)!r})")  # from the file
+    for path in tmp_path.glob("backbone-*"):
+        path.unlink()
+    run(
+        f"import vapt_fast; vapt_fast.AdaptiveViT.from_adapter({str(tmp_path)!r}, "
+        "backbone='vit_digits_patch4_32')"
+    )  # by its name
 
 
 def test_pretrained_weights_come_with_the_package():
@@ -32,7 +46,7 @@ def test_pretrained_weights_come_with_the_package():
 def test_pretrained_weights_know_digit_and_rotation():
     model = timm.create_model("vit_digits_patch4_32", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    images, digits = digit_images(DIGITS)
+    images, digits = digit_images(OLD_DIGITS)
     pixels = torch.stack([transform(image) for image in images[:200]])
     with torch.no_grad():
         upright = model(pixels).argmax(1)

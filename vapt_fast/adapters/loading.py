@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import timm
 import torch
 from torch import Tensor, nn
 
+from ..names import create_backbone
 from ..ops.backend import BackendUnavailableError
 from ..source import HEADS, LOCAL_ARGS, is_local, load_weights
 from .checks import backbone_problems, head_problems, prompt_problems, tensor_problems
@@ -149,7 +149,7 @@ def _build_by_name(
         pretrained: str = saved["name"] if name is None else name
         return _making(adapter, pretrained, True, lambda: cls(pretrained, pretrained=True, **kwargs, **args))
     architecture: str = name or saved.get("architecture") or saved["name"].partition(".")[0]
-    made = _making(adapter, architecture, False, lambda: timm.create_model(architecture, **args))
+    made = _making(adapter, architecture, False, lambda: create_backbone(architecture, **args))
     if weights is not None:
         try:
             load_weights(made, weights)

@@ -9,11 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import timm
 import torch
 
 from ..arguments import plain
 from ..data import full_data_config
+from ..names import create_backbone
 from ..source import HEADS
 from .checks import backbone_fingerprint, geometry
 from .file import AdapterError, class_name_problems, write
@@ -121,7 +121,7 @@ def _rebuild_problems(model: AdaptiveViT) -> Iterator[str]:
         yield f"include_backbone: the backbone's arguments {left_out} can't be kept in a file; {advice}"
     else:
         with torch.device("meta"):
-            made = timm.create_model(architecture, **args).state_dict()
+            made = create_backbone(architecture, **args).state_dict()
         own = model.backbone.state_dict()
         changed = [
             name

@@ -1,8 +1,7 @@
-"""Measure what a model costs: training steps and forward passes of whole models, compared fairly.
+"""Benchmarks: training steps and forward passes of whole models, compared fairly.
 
-Random weights and data, prompts that are not zero, rounds in turn (A B C A B C), medians and quartiles, and
-no speed without its numbers having been checked in the same run. ``vapt-fast bench`` prints it; bench/
-measures all rivals with it.
+Weights and data are random, prompts are not zero, rounds are in turn (A B C A B C), and the results are
+medians and quartiles. No speed is reported unless its numbers were checked in the same run.
 """
 
 from .agreement import DisagreementError

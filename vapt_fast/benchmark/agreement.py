@@ -18,11 +18,11 @@ FACTOR = 2.0
 
 
 class DisagreementError(RuntimeError):
-    """Numbers that should be the same are not."""
+    """Numbers that should be the same differ."""
 
 
 def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """The error of each tensor relative to the norm of the expected one; infinite for NaN.
+    """Return the error of each tensor relative to the norm of the expected one; infinite for NaN.
 
     Raises:
         DisagreementError: something is missing.
@@ -33,7 +33,7 @@ def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> d
 
 
 def check(errors: dict[str, float], literal: dict[str, float], precision: Precision) -> float:
-    """The largest of ``errors``, if all are small enough.
+    """Return the largest of ``errors``, if all are small enough.
 
     Args:
         errors: of what is checked, by relative_errors.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ __all__ = ["Comparison", "Row", "as_table"]
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of one variant, or why nothing was.
+    """The measurements of one variant, or why there are none.
 
     Attributes:
         variant: what ran.
@@ -45,17 +46,17 @@ class Row:
 
     @property
     def spread(self) -> Spread | None:
-        """Median and quartiles of the seconds; None if there are none."""
+        """The median and quartiles of the seconds; None if there are none."""
         return Spread.of(self.seconds) if self.seconds else None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON, with the spread of the seconds."""
+        """Return the row for JSON, with the spread of the seconds."""
         spread = self.spread
         return asdict(self) | {"seconds_spread": None if spread is None else asdict(spread)}
 
     @classmethod
     def from_dict(cls, given: dict[str, Any]) -> Row:
-        """The row of which ``given`` is ``as_dict``; unknown keys are left out."""
+        """Return the row whose ``as_dict`` is ``given``; unknown keys are left out."""
         known = {name: given[name] for name in cls.__dataclass_fields__ if name in given}
         return cls(**known | {"variant": Variant(**given["variant"])})
 
@@ -93,7 +94,7 @@ class Comparison:
         self._pool = torch.cuda.graph_pool_handle() if setting.on_gpu else None
         for variant in self.variants:
             progress(f"{variant}, P = {variant.num_prompts}: check and warm up")
-            self._attempt(variant, lambda variant=variant: self._prepare(variant, modes, memory))
+            self._attempt(variant, partial(self._prepare, variant, modes, memory))
         self._expected.clear()
 
     def measure(
@@ -111,7 +112,7 @@ class Comparison:
         for variant, workload in list(self._workloads.items()):
             if graph and variant not in self._failures:
                 self._progress(f"{variant}, P = {variant.num_prompts}: capture the {mode}")
-                run = self._attempt(variant, lambda workload=workload: self._capture(workload, mode))
+                run = self._attempt(variant, partial(self._capture, workload, mode))
             else:
                 run = workload.runner(mode)
             if variant not in self._failures:
@@ -157,7 +158,7 @@ class Comparison:
         self._workloads[variant] = workload
 
     def _yardstick(self, variant: Variant) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """The outputs of the literal method, in full precision, and its errors in that of ``variant``."""
+        """Return the literal method's outputs in full precision, and its errors in that of ``variant``."""
         literal = Variant("reference", variant.kind, variant.num_prompts, variant.precision)
         exact = replace(literal, precision="float64" if variant.precision == "float64" else "float32")
         expected = self._outputs(exact)
@@ -191,7 +192,7 @@ class Comparison:
 def as_table(
     rows: Sequence[Row], batch: int, name: Callable[[Variant], str] = str
 ) -> tuple[list[str], list[list[str]]]:
-    """Header and cells of rows of one mode, for people; the speed is relative to the first row of equal P."""
+    """Return header and cells of rows of one mode; the speed is relative to the first row of equal P."""
     header = ["", "P", "images/s", "speed", "ms", "quartiles", "peak MB", "error"]
     first: dict[int, list[float]] = {}
     table = []

@@ -1,4 +1,4 @@
-"""Where a measurement was made."""
+"""The environment of a measurement."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from .._version import __version__
 
 __all__ = ["describe", "gpu_state"]
 
-# What nvidia-smi says about the state of a GPU.
+# The names that nvidia-smi has for the state of a GPU.
 GPU_STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "temperature.gpu", "power.limit")
 
 
 def describe(device: str) -> dict[str, Any]:
-    """Versions, processor, date and load, for the JSON of a result."""
+    """Return versions, processor, date and load, for the JSON of a result."""
     facts = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "vapt_fast": __version__,
@@ -67,7 +67,7 @@ def _cpu_name() -> str:
 
 
 def gpu_state() -> str | None:
-    """Of every GPU, GPU_STATE in this order; None where nvidia-smi can't say."""
+    """Return GPU_STATE of every GPU, in this order; None where nvidia-smi can't say."""
     command = ["nvidia-smi", f"--query-gpu={','.join(GPU_STATE)}", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)

@@ -1,4 +1,4 @@
-"""Peak memory of a run."""
+"""The peak memory of a run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["peak_allocated", "peak_resident"]
 
 
 def peak_resident(setting: Setting, variant: Variant, mode: str) -> float | None:
-    """MB (1e6 bytes) on the CPU at the peak, or None where the system does not tell.
+    """Return the peak on the CPU in MB (1e6 bytes), or None where the system does not tell.
 
     Growth of the resident memory from the finished model on, warm-up included (buffers, gradients,
     activations), in a fresh process: nothing that ran before is in the figure.
@@ -29,7 +29,7 @@ def peak_resident(setting: Setting, variant: Variant, mode: str) -> float | None
 
 
 def peak_allocated(run: Callable[[], None], setting: Setting, before: int) -> float:
-    """MB that PyTorch has allocated on the GPU at the peak of ``run`` beyond the ``before`` bytes."""
+    """Return the MB that PyTorch has allocated on the GPU at the peak of ``run``, beyond ``before`` bytes."""
     setting.synchronize()
     torch.cuda.reset_peak_memory_stats(setting.device)
     run()
@@ -38,7 +38,7 @@ def peak_allocated(run: Callable[[], None], setting: Setting, before: int) -> fl
 
 
 def _answer() -> None:
-    """What peak_resident asks of its fresh process."""
+    """Answer peak_resident, in its fresh process."""
     setting, variant, mode = json.loads(sys.argv[1])
     run = Workload(Setting(**setting), Variant(**variant)).runner(mode)
     before = _reset_peak_resident()
@@ -48,7 +48,7 @@ def _answer() -> None:
 
 
 def _reset_peak_resident() -> int | None:
-    """Start a new peak; resident bytes now. None where there is no /proc (not Linux).
+    """Start a new peak, and return the resident bytes now; None where there is no /proc (not Linux).
 
     getrusage would be portable, but a process starts with the peak of the one that started it.
     """

@@ -1,4 +1,4 @@
-"""Timing in turns, and what came out of it in three numbers."""
+"""Timing in turns, and the spread of what was timed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["FEWEST_ROUNDS", "Spread", "in_turns"]
 
 FEWEST_ROUNDS = 2  # for a spread
 
-# So many seconds of work on a GPU hide that it is given out and waited for.
+# Seconds of work on a GPU that hide the launches and the wait at the end.
 ROUND = 0.05
 MOST_CALLS = 20
 
@@ -21,7 +21,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles."""
+    """A median and its quartiles."""
 
     median: float
     low: float
@@ -29,13 +29,13 @@ class Spread:
 
     @classmethod
     def of(cls, values: list[float]) -> Spread:
-        """Of at least two values."""
+        """Return the spread of at least two values."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
     @classmethod
     def of_ratio(cls, numerators: list[float], denominators: list[float]) -> Spread:
-        """Of the ratios within each round, which nothing disturbs that changes with time."""
+        """Return the spread of the ratios within each round, which are free of drift."""
         return cls.of([a / b for a, b in zip(numerators, denominators, strict=True)])
 
     def __str__(self) -> str:
@@ -49,7 +49,7 @@ def in_turns(
     synchronize: Callable[[], None] | None = None,
     deadline: float | None = None,
 ) -> dict[Key, list[float]]:
-    """Seconds of one call in every round; everything has its turn in each round: A B C A B C.
+    """Time one call of each in every round; everything has its turn in each round: A B C A B C.
 
     So whatever changes with time (clocks, temperature, other work on the machine) meets all alike.
 
@@ -75,7 +75,7 @@ def _calls_in_a_round(run: Callable[[], None], wait: Callable[[], None]) -> int:
 
 
 def _time(run: Callable[[], None], calls: int, wait: Callable[[], None]) -> float:
-    """Seconds of one of ``calls`` calls."""
+    """Return the seconds of one of ``calls`` calls."""
     wait()
     start = time.perf_counter()
     for _ in range(calls):

@@ -1,4 +1,4 @@
-"""What is measured: one model, one batch of random data, one training step or one forward pass."""
+"""Workloads: one model, one batch of random data, one training step or one forward pass."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..backbones import head_names, image_size
 from ..config import PromptConfig
 from ..model import AdaptiveViT
+from ..names import create_backbone
 from ..prompts import AdaptivePrompts, Prompts
 
 __all__ = [
@@ -42,7 +42,7 @@ WARM_UP = 2
 
 @dataclass(frozen=True)
 class Precision:
-    """How a model computes.
+    """The precision that a model computes in.
 
     Attributes:
         weights: dtype of the backbone and of the images; the prompts stay in float32 at least.
@@ -56,7 +56,7 @@ class Precision:
 
     @property
     def compute(self) -> torch.dtype:
-        """The dtype of the large matrix products: what limits the accuracy."""
+        """The dtype of the large matrix products, which limits the accuracy."""
         return self.weights if self.autocast is None else self.autocast
 
 
@@ -70,8 +70,9 @@ PRECISIONS = {
     "float16": Precision(torch.float16),
 }
 
+# None: matrix products and a softmax, as in the method's publication.
 ATTENTION = {
-    "explicit": "matrix products and a softmax, as in the method's publication",
+    "explicit": None,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -81,7 +82,7 @@ ATTENTION = {
 
 @dataclass(frozen=True)
 class Setting:
-    """What is the same for everything that is compared in one table.
+    """The setting that all variants in one table share.
 
     Attributes:
         model: timm's name of the backbone, used with random weights: speed does not depend on their values.
@@ -112,12 +113,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the things that are compared.
+    """A variant: one of the things that are compared.
 
     Attributes:
         backend: of vapt_fast, or LINEAR_PROBE: the timm model itself without prompts, everything frozen but
-            the head. So its training step has no backward pass through the blocks: the price of doing
-            nothing, not a rival.
+            the head. So its training step has no backward pass through the blocks: a lower bound,
+            not a rival.
         kind, num_prompts: see PromptConfig.
         precision: a key of PRECISIONS.
         attention: a key of ATTENTION to force one implementation; None for the backend's own choice.
@@ -151,17 +152,18 @@ class Workload:
         self.model = _make_model(setting, variant)
         backbone = self.model.backbone if isinstance(self.model, AdaptiveViT) else self.model
         torch.manual_seed(SEED)
-        images = torch.randn(setting.batch, backbone.in_chans, *image_size(backbone))
+        channels: Any = backbone.in_chans
+        images = torch.randn(setting.batch, channels, *image_size(backbone))
         self.images = images.to(setting.device, self.precision.weights)
         self.labels = torch.randint(NUM_CLASSES, (setting.batch,)).to(setting.device)
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.SGD(trainable, lr=1e-3, momentum=0.9, fused=True)
-        self._call = self.model
+        self._call: Callable[[Tensor], Tensor] = self.model
         if variant.compile is not None:
             self._call = _compile(self.model, variant.compile, setting.compiler)
 
     def training_step(self) -> None:
-        """Forward, loss, backward and optimizer step, with all dropouts on; the GPU may still be at it."""
+        """Run forward, loss, backward and optimizer step, with all dropouts on; a GPU may still be at it."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         self._loss(self._logits()).backward()
@@ -169,12 +171,12 @@ class Workload:
 
     @torch.inference_mode()
     def forward(self) -> None:
-        """The forward pass of inference; the GPU may still be at it."""
+        """Run the forward pass of inference; a GPU may still be at it."""
         self.model.eval()
         self._logits()
 
     def runner(self, mode: str) -> Callable[[], None]:
-        """What is timed in ``mode``, one of MODES."""
+        """Return what is timed in ``mode``, one of MODES."""
         step = {"training step": self.training_step, "forward": self.forward}[mode]
 
         def run() -> None:
@@ -184,7 +186,7 @@ class Workload:
         return run
 
     def captured(self, mode: str, pool: Any = None) -> Callable[[], None]:
-        """The same as one CUDA graph.
+        """Return what is timed as one CUDA graph.
 
         Args:
             mode: one of MODES.
@@ -202,7 +204,7 @@ class Workload:
         return graph.replay
 
     def outputs(self) -> dict[str, Tensor]:
-        """Logits in eval and training mode and every gradient, by name; the same dropout masks for all.
+        """Return logits in eval and training mode and every gradient, by name; all have the same masks.
 
         Gradients of one kind of parameter are one tensor for all blocks: alone some nearly vanish, and in a
         low precision nothing of them is right. All is computed as ``runner`` does it, so that nothing has to
@@ -219,7 +221,7 @@ class Workload:
             outputs["logits in training"] = [logits]
             self._loss(logits).backward()
         for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.grad is not None:
                 kind = re.sub(r"\.\d+\.", ".*.", name)
                 outputs.setdefault(f"gradient of {kind}", []).append(parameter.grad)
         self.model.zero_grad(set_to_none=True)
@@ -230,12 +232,13 @@ class Workload:
 
     @contextmanager
     def _conditions(self) -> Iterator[None]:
-        """What the variant says about the whole process, while it runs."""
-        attention, tf32 = self.variant.attention, self.precision.tf32
+        """Set what the variant says about the whole process, while it runs."""
+        name, tf32 = self.variant.attention, self.precision.tf32
+        attention = None if name is None else ATTENTION[name]
         before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
         with ExitStack() as stack:
-            if attention is not None and attention != "explicit":
-                stack.enter_context(sdpa_kernel(ATTENTION[attention]))
+            if attention is not None:
+                stack.enter_context(sdpa_kernel(attention))
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = tf32
             try:
@@ -254,7 +257,7 @@ class Workload:
 
 
 def backbone_of(setting: Setting) -> nn.Module:
-    """The timm model with random weights in float32, to copy from.
+    """Return the timm model with random weights in float32, to copy from.
 
     It is made once: initialising a ViT-B takes a second, copying it does not.
     """
@@ -265,7 +268,7 @@ def backbone_of(setting: Setting) -> nn.Module:
 def _make_backbone(model: str, image_size: int | None, device: str) -> nn.Module:
     torch.manual_seed(SEED)
     options = {} if image_size is None else {"img_size": image_size}
-    return timm.create_model(model, num_classes=NUM_CLASSES, **options).to(device)
+    return create_backbone(model, num_classes=NUM_CLASSES, **options).to(device)
 
 
 def _make_model(setting: Setting, variant: Variant) -> nn.Module:
@@ -274,7 +277,7 @@ def _make_model(setting: Setting, variant: Variant) -> nn.Module:
     if variant.attention == "explicit":
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False
+                module.fused_attn = False  # type: ignore[assignment]
     if variant.backend == LINEAR_PROBE:
         model.requires_grad_(False)
         for name in head_names(model):
@@ -289,7 +292,7 @@ def _make_model(setting: Setting, variant: Variant) -> nn.Module:
 
 
 def make_trained_like(prompts: Prompts) -> None:
-    """Weights that are not zero: the projections start at zero, and zeros are faster than numbers."""
+    """Fill the projections, which start at zero: products with zeros can be faster."""
     generator = torch.Generator().manual_seed(SEED)
     for block in prompts.blocks:
         if isinstance(block, AdaptivePrompts):
@@ -300,9 +303,9 @@ def make_trained_like(prompts: Prompts) -> None:
 
 
 def _compile(model: nn.Module, mode: str, compiler: str) -> Callable[[Tensor], Tensor]:
-    """``model``, compiled whole, with dropout masks from PyTorch's own generator, as all others have them.
+    """Compile ``model`` whole, with dropout masks from PyTorch's own generator, as all others have them.
 
-    With other masks nobody could tell whether the compiled model computes the right gradients.
+    With other masks its gradients could not be compared with the others'.
     """
     if compiler != "inductor":
         return torch.compile(model, backend=compiler, fullgraph=True)

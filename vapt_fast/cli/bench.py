@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
+import torch
 import typer
 from rich.table import Table
 
-from .console import cell, failures, out, say, status
-
-if TYPE_CHECKING:
-    from ..benchmark import Row, Setting, Variant
+from ..benchmark import LINEAR_PROBE, MODES, Comparison, Row, Setting, Variant, as_table, describe
+from ..ops.device import unavailable_reasons
+from ..training import METHODS, UserError
+from ..training.files import write_atomically
+from ..training.methods import check_backbone, method_name
+from . import options
+from .console import cell, failures, out, pick_device, say, status
 
 __all__ = ["bench"]
 
@@ -39,10 +43,10 @@ def bench(
         Literal["float64", "float32", "tf32", "bfloat16-autocast", "float16-autocast", "bfloat16", "float16"]
         | None,
         typer.Option(
-            help="Of weights, or by autocast (default: float32 on a CPU, bfloat16-autocast on a GPU)."
+            help="Dtype of weights, or of autocast (default: float32 on a CPU, bfloat16-autocast on a GPU)."
         ),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
+    device: options.Device = "auto",
     threads: Annotated[int | None, typer.Option(min=1, help="Threads on the CPU (default: all cores).")] = (
         None
     ),
@@ -53,16 +57,8 @@ def bench(
     """Compare the backends on your model and machine: training step and forward pass, speed and memory.
 
     Each is checked against the reference before it is timed, logits and all gradients. The data is random:
-    loading it is not measured. The linear probe is the price of doing nothing.
+    loading it is not measured. The linear probe is a lower bound.
     """
-    import torch
-
-    from ..benchmark import MODES, Comparison, Setting, describe
-    from ..training import UserError
-    from ..training.files import write_atomically
-    from ..training.methods import METHODS, check_backbone, method_name
-    from .train import pick_device
-
     with failures(), status.status("start") as bar:
         check_backbone(backbone)
         device = pick_device(device)
@@ -76,7 +72,7 @@ def bench(
         )
         variants, unavailable = _variants(
             setting,
-            METHODS[method_name(method)].prompts["kind"],
+            (METHODS[method_name(method)].prompts or {})["kind"],
             prompts if prompts else [10],
             ("bfloat16-autocast" if on_gpu else "float32") if precision is None else precision,
         )
@@ -105,10 +101,7 @@ def bench(
 def _variants(
     setting: Setting, kind: str, numbers: list[int], precision: str
 ) -> tuple[list[Variant], list[str]]:
-    """What is compared, and a line for each backend that can't be."""
-    from ..benchmark import LINEAR_PROBE, Variant
-    from ..ops.device import unavailable_reasons
-
+    """Return what is compared, and a line for each backend that can't run."""
     names, unavailable = [], []
     for name in ("reference", "torch", "triton", "cuda", "auto"):
         reasons = unavailable_reasons(name)
@@ -126,8 +119,6 @@ def _report(setting: Setting, environment: dict[str, Any], rows: dict[str, list[
 
 
 def _table(title: str, rows: list[Row], batch: int) -> Table:
-    from ..benchmark import as_table
-
     header, cells = as_table(rows, batch, lambda variant: variant.backend)
     table = Table(title=cell(title))
     for index, name in enumerate(header):

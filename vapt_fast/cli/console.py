@@ -1,4 +1,4 @@
-"""What all commands share: where and how they print, and how they fail.
+"""The console of all commands: where and how they print, and how they fail.
 
 Whatever comes from users (paths, names of classes, messages about them) is printed by ``say`` or stands in a
 ``cell``. A string that is given to rich as it is would be read as its markup: "scan[1].png" loses a part.
@@ -9,17 +9,19 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import torch
 import typer
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from ..adapters import AdapterError
-from ..ops import backend as backends
+from ..ops.backend import BackendUnavailableError
 from ..training.errors import UserError, printable
 
-__all__ = ["cell", "check_backend", "count", "fail", "failures", "out", "say", "status"]
+__all__ = ["cell", "count", "fail", "failures", "out", "pick_device", "progress_bars", "say", "status"]
 
 out = Console()
 """For results."""
@@ -36,12 +38,12 @@ def say(message: str, console: Console | None = None, style: str = "") -> None:
 
 
 def cell(text: object) -> Text:
-    """A text in a table, as it is, in one line."""
+    """Return a text for a table, as it is, in one line."""
     return Text(printable(str(text)))
 
 
 def count(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with what it counts: "1 image", "1,200 images"."""
+    """Return a number with what it counts: "1 image", "1,200 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
@@ -55,32 +57,45 @@ def fail(message: str, code: int = 2) -> NoReturn:
     raise typer.Exit(code)
 
 
-def check_backend(name: str | None) -> None:
-    """Check ``--backend``, or the environment variable where it is not given, before anything is done.
+def progress_bars(**options: Any) -> Progress:
+    """Return progress bars on ``status``, each with its description, count and remaining time."""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=status, **options)
+
+
+def pick_device(name: str) -> str:
+    """Return the device of that name, "auto" being a GPU if there is one.
 
     Raises:
-        UserError: not the name of a backend.
-        BackendUnavailableError: it can't run here.
+        UserError: no such device here.
     """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if name is None:
-            backends.resolve()
-        else:
-            backends.check_backend(name, "--backend")
-    except ValueError as error:
-        raise UserError(str(error)) from error
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # as torch says it
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {name!r} is not usable here; expected auto, cpu, cuda, ...: {reason}"
+        ) from error
+    return name
 
 
 @contextmanager
 def failures(advice: str = "") -> Iterator[None]:
-    """Turn the errors that users can do something about into a message and an exit code.
+    """Turn errors that users can do something about into a message and an exit code.
 
     Args:
-        advice: how to go on after Ctrl-C or a full disk.
+        advice: how to resume after Ctrl-C or a full disk.
     """
     try:
         yield
-    except (UserError, AdapterError, backends.BackendUnavailableError, ModuleNotFoundError) as error:
+    except (UserError, AdapterError, BackendUnavailableError, ModuleNotFoundError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail(f"stopped. {advice}".strip(), INTERRUPTED)

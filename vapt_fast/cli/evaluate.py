@@ -6,18 +6,21 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from rich.measure import Measurement
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from .console import cell, check_backend, count, failures, out, say, status
-
-if TYPE_CHECKING:
-    from ..training.evaluation import Evaluation
+from ..training import RunOptions, UserError, load_model
+from ..training.evaluation import Evaluation, evaluate_by_class
+from ..training.files import write_atomically
+from ..training.options import OPTIONS_NAME
+from ..training.run import check_backend
+from ..training.splits import evaluation_data
+from . import options
+from .console import cell, count, failures, out, pick_device, progress_bars, say, status
 
 __all__ = ["evaluate"]
 
@@ -27,9 +30,7 @@ _SUFFIXES = (".json", ".csv")
 
 
 def evaluate(
-    adapter: Annotated[
-        Path, typer.Argument(help="Folder that vapt-fast train or model.save_adapter() wrote.")
-    ],
+    adapter: options.Adapter,
     data: Annotated[
         str,
         typer.Option(
@@ -39,22 +40,15 @@ def evaluate(
     ],
     split: Annotated[
         Literal["train", "val", "test"] | None,
-        typer.Option(help="Of a folder that is split already (default: test)."),
+        typer.Option(help="The split, of a folder that is split already (default: test)."),
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
-    backbone: Annotated[
-        str | None,
-        typer.Option(help="timm's name of the backbone, as local-dir:/folder (default: the adapter's)."),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="File with the backbone's weights, if the adapter's folder has none.")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="auto, reference, torch, triton or cuda; see vapt-fast info.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    device: options.Device = "auto",
+    backbone: options.AdapterBackbone = None,
+    weights: options.AdapterWeights = None,
+    backend: options.Backend = None,
+    batch_size: options.BatchSize = 64,
+    workers: options.Workers = 0,
+    as_json: options.AsJson = False,
     output: Annotated[
         Path | None,
         typer.Option(
@@ -62,23 +56,13 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Test a trained model on labelled images: accuracy, by class too, and what is taken for what.
+    """Test a trained model on labelled images: accuracy, also by class, and which classes are confused.
 
     A folder with one folder a class is taken as a whole. If vapt-fast train has split the same folder, most
     of its images were trained on, and the numbers say nothing about new ones.
     """
-    from ..training import UserError, load_model
-    from ..training.evaluation import evaluate_by_class
-    from ..training.files import write_atomically
-    from ..training.splits import evaluation_data
-    from .train import pick_device
-
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    bars = Progress(
-        TextColumn("images"), *columns, console=status, transient=True, disable=not status.is_terminal
-    )
     with failures():
-        check_backend(backend)
+        check_backend(backend, "--backend")
         if output is not None and output.suffix.lower() not in _SUFFIXES:
             raise UserError(f"--output must end in one of {_SUFFIXES}, got {output}")
         device = pick_device(device)
@@ -87,8 +71,8 @@ def evaluate(
         dataset = evaluation_data(data, metadata["data_config"], metadata["class_names"], chosen)
         if split is None and _was_trained_on(adapter, data):
             say(f"note: {data} was split for the training of this model, which saw most of it", status)
-        with bars:
-            task = bars.add_task("", total=len(dataset))
+        with progress_bars(transient=True, disable=not status.is_terminal) as bars:
+            task = bars.add_task("images", total=len(dataset))
             result = evaluate_by_class(
                 model.to(device),
                 dataset,
@@ -103,11 +87,7 @@ def evaluate(
         if output is not None:
             text = _csv(result) if output.suffix.lower() == ".csv" else f"{as_json_text}\n"
             write_atomically(output, text.encode(errors="backslashreplace"))
-    absent = [
-        name for name, images in zip(result.class_names, result.class_counts, strict=True) if not images
-    ]
-    if absent:
-        say(f"without images here: {count(len(absent), 'class', 'classes')}: {', '.join(absent)}", status)
+    _note_absent(result)
     if as_json:
         print(as_json_text)
     else:
@@ -118,15 +98,20 @@ def evaluate(
 
 def _was_trained_on(adapter: Path, data: str) -> bool:
     """Whether ``adapter`` is of a run that split ``data`` itself."""
-    from ..training.errors import UserError
-    from ..training.run import OPTIONS_NAME, RunOptions
-
     if data == "digits" or (Path(data) / "train").is_dir() or not (adapter / OPTIONS_NAME).exists():
         return False
     try:
         return RunOptions.read(adapter).data == str(Path(data).resolve())
     except UserError:  # of another version: nobody knows
         return False
+
+
+def _note_absent(result: Evaluation) -> None:
+    absent = [
+        name for name, images in zip(result.class_names, result.class_counts, strict=True) if not images
+    ]
+    if absent:
+        say(f"without images here: {count(len(absent), 'class', 'classes')}: {', '.join(absent)}", status)
 
 
 def _show(result: Evaluation) -> None:
@@ -167,7 +152,7 @@ def _print_whole(table: Table) -> None:
 
 
 def _csv(result: Evaluation) -> str:
-    """A line for each class: its images, its accuracy, and for how many each class was said."""
+    """Return a line for each class: its images, its accuracy, and how many were taken for each class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class", "images", "accuracy", *result.class_names])

@@ -1,4 +1,4 @@
-"""``vapt-fast info``: what would run on this machine."""
+"""``vapt-fast info``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from .. import info as machine
+from ..model import AdaptiveViT
+from ..training import UserError
+from ..training.methods import check_backbone
 from .console import failures, say
 
 __all__ = ["info"]
@@ -20,10 +23,6 @@ def info(
     """Show versions, devices and backends, and why a backend can't run here."""
     say(machine.report())
     if model is not None:
-        from ..model import AdaptiveViT
-        from ..training.errors import UserError
-        from ..training.methods import check_backbone
-
         with failures():
             check_backbone(model)
             try:

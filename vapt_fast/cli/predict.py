@@ -4,51 +4,40 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import torch
 import typer
 from rich.table import Table
 from rich.text import Text
+from torch import nn
 
-from .console import cell, check_backend, failures, out, say, status
-
-if TYPE_CHECKING:
-    from torch import nn
+from ..training import UserError, eval_transform, load_model, open_image
+from ..training.images import IMAGE_EXTENSIONS
+from ..training.run import check_backend
+from . import options
+from .console import cell, failures, out, pick_device, say, status
 
 __all__ = ["predict"]
 
 
 def predict(
-    adapter: Annotated[
-        Path, typer.Argument(help="Folder that vapt-fast train or model.save_adapter() wrote.")
-    ],
+    adapter: options.Adapter,
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    as_json: options.AsJson = False,
     top: Annotated[int, typer.Option(min=1, help="How many classes to name for each image.")] = 1,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images a step.")] = 64,
-    device: Annotated[str, typer.Option(help="cpu, cuda, ...; auto takes a GPU if there is one.")] = "auto",
-    backbone: Annotated[
-        str | None,
-        typer.Option(
-            help="timm's name of the backbone, as local-dir:/folder (default: what the adapter says)."
-        ),
-    ] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="File with the backbone's weights, if the adapter's folder has none.")
-    ] = None,
-    backend: Annotated[
-        str | None, typer.Option(help="auto, reference, torch, triton or cuda; see vapt-fast info.")
-    ] = None,
+    batch_size: options.BatchSize = 64,
+    device: options.Device = "auto",
+    backbone: options.AdapterBackbone = None,
+    weights: options.AdapterWeights = None,
+    backend: options.Backend = None,
 ) -> None:
     """Name the class of images with a trained model.
 
     Files that are no images are reported and left out; the exit code is then 2.
     """
-    from ..training import load_model
-    from .train import pick_device
-
     with failures():
-        check_backend(backend)
+        check_backend(backend, "--backend")
         device = pick_device(device)
         model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
         paths = _image_files(images)
@@ -64,10 +53,7 @@ def predict(
 
 
 def _image_files(given: list[Path]) -> list[Path]:
-    """The files themselves, and the images in the folders, sorted."""
-    from ..training import UserError
-    from ..training.images import IMAGE_EXTENSIONS
-
+    """Return the files themselves, and the images in the folders, sorted."""
     paths: list[Path] = []
     for path in given:
         if not path.is_dir():
@@ -83,11 +69,7 @@ def _image_files(given: list[Path]) -> list[Path]:
 def _predict(
     model: nn.Module, metadata: dict[str, Any], paths: list[Path], top: int, batch_size: int, device: str
 ) -> tuple[list[dict[str, Any]], list[str]]:
-    """The ``top`` classes of each image with their probabilities, and what is wrong with the other files."""
-    import torch
-
-    from ..training import UserError, eval_transform, open_image
-
+    """Return the ``top`` classes of each image with their probabilities, and the errors of other files."""
     class_names = metadata["class_names"]
     transform = eval_transform(metadata["data_config"])
     predictions, errors = [], []

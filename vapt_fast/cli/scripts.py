@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..training import UserError
 from .console import failures
 
 __all__ = ["timm"]
@@ -18,13 +19,11 @@ def timm(
     script: Annotated[Path, typer.Argument(help="train.py, validate.py, inference.py or another script.")],
     arguments: Annotated[list[str] | None, typer.Argument(help="The script's own arguments.")] = None,
 ) -> None:
-    """Run a script of timm's (or your own) that can then make models by their vapt_ names.
+    """Run a script of timm's, or your own, with the vapt_ names known to timm.
 
-    As in: vapt-fast timm validate.py DATA --model vapt_vit_base_patch16_224 --checkpoint CHECKPOINT. The exit
-    code is the script's.
+    For example: vapt-fast timm validate.py DATA --model vapt_vit_base_patch16_224 --checkpoint CHECKPOINT.
+    The exit code is the script's.
     """
-    from ..training.errors import UserError
-
     with failures():
         if not script.is_file():
             raise UserError(f"SCRIPT must be a Python file, got {script}, which is no file")

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..training import UserError
+from ..training.timm_checkpoint import read_class_names, read_timm_checkpoint, timm_model
 from .console import count, failures, say, status
 
 __all__ = ["timm_adapter"]
@@ -47,8 +49,6 @@ def timm_adapter(
     ] = None,
 ) -> None:
     """Make an adapter folder, for predict and evaluate, of a checkpoint of timm's train.py."""
-    from ..training.timm_checkpoint import read_class_names, read_timm_checkpoint, timm_model
-
     with failures():
         options = dict(map(_parse, model_kwarg or []))
         state, args = read_timm_checkpoint(checkpoint, use_ema=use_ema)
@@ -70,9 +70,7 @@ def timm_adapter(
 
 
 def _parse(text: str) -> tuple[str, Any]:
-    """A name and a value: a Python literal, else a str."""
-    from ..training.errors import UserError
-
+    """Return a name and a value: a Python literal, else a str."""
     name, sign, value = text.partition("=")
     if not name or not sign:
         raise UserError(f"--model-kwarg must be KEY=VALUE, got {text!r}")

@@ -1,19 +1,23 @@
-"""Training, choosing a learning rate and saving, for VAPT and the methods it is compared with."""
+"""Training, the choice of a learning rate and saving, for VAPT and the methods it is compared with."""
 
 from .errors import UserError
+from .evaluation import Score, evaluate
 from .images import open_image
 from .methods import METHODS, build_model
+from .options import RunOptions
 from .recipe import Recipe
+from .run import run
 from .saved import load_model, save_model
 from .search import Found, search
 from .splits import Splits, digit_splits, folder_splits
-from .trainer import Score, Trainer, evaluate
+from .trainer import Trainer
 from .transforms import data_config, eval_transform
 
 __all__ = [
     "METHODS",
     "Found",
     "Recipe",
+    "RunOptions",
     "Score",
     "Splits",
     "Trainer",
@@ -26,6 +30,7 @@ __all__ = [
     "folder_splits",
     "load_model",
     "open_image",
+    "run",
     "save_model",
     "search",
 ]

@@ -1,7 +1,7 @@
 """Checkpoints: tensors, numbers, texts, lists and dicts in one file that is never half-written.
 
-The file begins with one line, ``vapt_fast checkpoint, version 0.1.0, sha256 ...``; what torch.save writes
-follows, and the sha256 is that of it.
+The file begins with one line, ``vapt_fast checkpoint, version 0.1.0, sha256 ...``; what torch.save
+writes follows, and the sha256 is of that.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """What ``save_checkpoint`` of this version wrote, on the CPU. Nothing in the file can run code.
+    """Load what ``save_checkpoint`` of this version wrote, on the CPU. Nothing in the file can run code.
 
     Raises:
         UserError: there is no such file, it is damaged, or another version of this library wrote it.

@@ -1,4 +1,4 @@
-"""UserError: what a user asked for can't be done, and the message says what to change."""
+"""UserError, the mistakes that users can correct, and checks that raise it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class UserError(ValueError):
 
 
 def printable(text: str | os.PathLike[str]) -> str:
-    r"""A name, a path or a message as one line that every terminal can show: "a\nb", "\udcff" escaped."""
+    r"""Return a name, a path or a message as one line for any terminal: "a\nb", "\udcff" escaped."""
     return "".join(
         character.encode("unicode_escape").decode()
         if unicodedata.category(character) in _UNPRINTABLE

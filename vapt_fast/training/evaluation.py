@@ -1,30 +1,43 @@
-"""How well a model does, class by class."""
+"""Accuracy and loss of a model on labelled images, in all and class by class."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from .errors import UserError
-from .trainer import classify
+from .loader import LabelledImages, make_loader
+from .trainer import autocast
 
-__all__ = ["Evaluation", "evaluate_by_class"]
+__all__ = ["Evaluation", "Score", "classify", "evaluate", "evaluate_by_class"]
+
+
+@dataclass(frozen=True)
+class Score:
+    """The accuracy and the loss of a model on a data set.
+
+    Attributes:
+        accuracy: share of the images whose class is named right, 0 to 1.
+        loss: mean cross-entropy, nats.
+    """
+
+    accuracy: float
+    loss: float
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a model said about labelled images.
+    """The predictions of a model on labelled images, counted.
 
     Attributes:
         class_names: of the model, by index.
-        confusion: (C, C), int64: how many images of the row's class were said to be of the column's.
+        confusion: (C, C), int64: how many images of the row's class were taken for the column's.
         loss: mean cross-entropy, nats.
     """
 
@@ -34,22 +47,22 @@ class Evaluation:
 
     @property
     def num_images(self) -> int:
-        """Images of all classes."""
+        """The number of images."""
         return int(self.confusion.sum())
 
     @property
     def class_counts(self) -> list[int]:
-        """Images of each class."""
+        """The number of images of each class."""
         return self.confusion.sum(1).tolist()
 
     @property
     def accuracy(self) -> float:
-        """The share of the images whose class was said, 0 to 1."""
+        """The share of the images that were classified right, 0 to 1."""
         return int(self.confusion.trace()) / self.num_images
 
     @property
     def class_accuracy(self) -> list[float | None]:
-        """The same for the images of each class, None for a class without images."""
+        """The accuracy on the images of each class, None for a class without images."""
         right = self.confusion.diagonal().tolist()
         return [hit / total if total else None for hit, total in zip(right, self.class_counts, strict=True)]
 
@@ -60,7 +73,7 @@ class Evaluation:
         return sum(known) / len(known)
 
     def largest_confusions(self, count: int) -> list[tuple[str, str, int]]:
-        """The most frequent mistakes: the true class, the class that was said, how many images."""
+        """Return the most frequent mistakes: the true class, the predicted one, the number of images."""
         mistakes = self.confusion - self.confusion.diag().diag()
         numbers, places = mistakes.flatten().sort(descending=True, stable=True)
         size = len(self.class_names)
@@ -71,7 +84,7 @@ class Evaluation:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as JSON can express it."""
+        """Return everything as JSON takes it."""
         by_class = zip(self.class_names, self.class_counts, self.class_accuracy, strict=True)
         return {
             "images": self.num_images,
@@ -85,26 +98,63 @@ class Evaluation:
         }
 
 
-def evaluate_by_class(
+@torch.no_grad()
+def classify(
     model: nn.Module,
-    dataset: Dataset,
-    class_names: Sequence[str],
+    dataset: LabelledImages,
     *,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
+    amp: str | None = None,
     workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
-    """Run a model, which is left in eval mode, on labelled images.
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield logits (B, C), float32, and labels (B,) of a data set, batch by batch, both on ``device``.
 
     Args:
-        model: gives logits (B, C).
+        model: gives logits, and is on ``device``; it is left in eval mode.
+        dataset: of (image, index of its class).
+        batch_size: images a step.
+        device: where to compute.
+        amp: compute in "bfloat16" or "float16" where that is safe (autocast); None for float32.
+        workers: processes that read images.
+
+    Raises:
+        UserError: an image that can't be read.
+    """
+    device = torch.device(device)
+    model.eval()
+    for images, labels in make_loader(dataset, batch_size, workers=workers):
+        with autocast(device, amp):
+            logits = model(images.to(device))
+        yield logits.float(), labels.to(device)
+
+
+def evaluate(model: nn.Module, dataset: LabelledImages, **options: Any) -> Score:
+    """Return the accuracy and the loss of a model on a data set; arguments as for ``classify``."""
+    totals = torch.zeros(2, dtype=torch.float64, device=options.get("device", "cpu"))  # images right, loss
+    for logits, labels in classify(model, dataset, **options):
+        right = (logits.argmax(1) == labels).sum()
+        totals += torch.stack([right.double(), _total_loss(logits, labels)])
+    accuracy, loss = (totals / len(dataset)).tolist()
+    return Score(accuracy, loss)
+
+
+def evaluate_by_class(
+    model: nn.Module,
+    dataset: LabelledImages,
+    class_names: Sequence[str],
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    **options: Any,
+) -> Evaluation:
+    """Count the predictions of a model on labelled images by class.
+
+    Args:
+        model: gives logits (B, C); it is left in eval mode.
         dataset: of (image, index of its class); at least one.
         class_names: C names, by index.
-        batch_size: images a step.
-        device: where to compute; the model is on it.
-        workers: processes that read images.
         progress: told how many images are done, of how many.
+        **options: as for ``classify``.
 
     Raises:
         UserError: another number of class names than of logits, or an image that can't be read.
@@ -112,13 +162,17 @@ def evaluate_by_class(
     size = len(class_names)
     confusion = torch.zeros(size, size, dtype=torch.int64)
     loss, done = 0.0, 0
-    for logits, labels in classify(model, dataset, batch_size=batch_size, device=device, workers=workers):
+    for logits, labels in classify(model, dataset, **options):
         if logits.shape[1] != size:
             raise UserError(f"the model tells {logits.shape[1]} classes apart, but has {size} class names")
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        places = (labels * size + logits.argmax(1)).cpu()
-        confusion += torch.bincount(places, minlength=size * size).view(size, size)
+        loss += _total_loss(logits, labels).item()
+        cells = (labels * size + logits.argmax(1)).cpu()
+        confusion += torch.bincount(cells, minlength=size * size).view(size, size)
         done += len(labels)
         if progress is not None:
             progress(done, len(dataset))
     return Evaluation(tuple(class_names), confusion, loss / done)
+
+
+def _total_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="sum").double()

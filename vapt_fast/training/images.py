@@ -21,6 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -40,7 +41,7 @@ _SHOWN = 20
 
 
 def open_image(path: str | Path) -> Image.Image:
-    """The image in a file, as RGB; see the top of this module.
+    """Read the image in a file, as RGB; see the top of this module.
 
     Raises:
         UserError: the file is missing, is no image, is damaged or is too large; the message names it.
@@ -59,9 +60,9 @@ def open_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise UserError(f"{printable(path)} is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
+        most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UserError(
-            f"{printable(path)} is too large, it has more than {2 * Image.MAX_IMAGE_PIXELS:,} pixels: "
-            "make it smaller first"
+            f"{printable(path)} is too large, it has more than {most:,} pixels: make it smaller first"
         ) from error
     except Exception as error:  # for damaged files, Pillow's decoders raise almost anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -96,7 +97,7 @@ def check_images(
 
 
 class _Errors(Dataset):
-    """What is wrong with each file: a message, empty for an image that can be read."""
+    """The error of each file: a message, empty for an image that can be read."""
 
     def __init__(self, paths: Sequence[str | Path]) -> None:
         self._paths = paths
@@ -124,7 +125,7 @@ def _as_rgb(image: Image.Image, unsigned: bool) -> Image.Image:
         return Image.fromarray(_brightness(image, unsigned)).convert("RGB")
     if image.mode == "LAB":
         lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        return cast(Image.Image, ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB"))
     if image.mode[-1] in "Aa" or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -132,7 +133,7 @@ def _as_rgb(image: Image.Image, unsigned: bool) -> Image.Image:
 
 
 def _brightness(image: Image.Image, unsigned: bool) -> np.ndarray:
-    """The pixels (H, W), uint8, of a gray picture with more than 8 bits."""
+    """Return the pixels (H, W), uint8, of a gray picture with more than 8 bits."""
     numbers = np.asarray(image)
     if image.mode == "I" and unsigned:
         numbers = numbers.view(np.uint32)

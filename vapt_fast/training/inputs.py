@@ -1,4 +1,4 @@
-"""What a run was started with, besides its options: a run that goes on must find the same."""
+"""The inputs of a run besides its options: a resumed run must find the same."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SHOWN = 3  # of the files that differ, how many a message names
 
 
 def describe_inputs(splits: Splits, config: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """What decides a run besides its options, as JSON has it.
+    """Return what decides a run besides its options, as JSON has it.
 
     Args:
         splits: the images.
@@ -50,10 +50,10 @@ def write_inputs(folder: Path, inputs: dict[str, Any]) -> None:
 
 
 def check_inputs(folder: Path, now: dict[str, Any]) -> None:
-    """Raise unless the run in ``folder`` was started with the same inputs.
+    """Check that the run in ``folder`` was started with the same inputs.
 
     Raises:
-        UserError: what differs; or the file in ``folder`` is missing or damaged.
+        UserError: they differ, and how; or the file in ``folder`` is missing or damaged.
     """
     path = folder / INPUTS_NAME
     try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch.utils.data import (
     DataLoader,
     Dataset,
     RandomSampler,
+    Sampler,
     SequentialSampler,
     TensorDataset,
     default_collate,
@@ -19,17 +20,25 @@ from torch.utils.data import (
 
 from .errors import UserError
 
-__all__ = ["in_memory", "make_loader"]
+__all__ = ["LabelledImages", "in_memory", "make_loader"]
 
 
-def in_memory(dataset: Dataset) -> TensorDataset:
-    """All images of a data set, decoded and transformed once. For transforms without anything random."""
+class LabelledImages(Protocol):
+    """A data set of known size, of (image (3, H, W), index of its class)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+def in_memory(dataset: LabelledImages) -> TensorDataset:
+    """Return a data set with all images decoded and transformed once, by transforms that draw nothing."""
     images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
     return TensorDataset(torch.stack(images), torch.tensor(labels))
 
 
 class Batches:
-    """The batches of a DataLoader. An image that can't be read is the UserError that names it.
+    """The batches of a DataLoader, which raise the UserError that names an image that can't be read.
 
     A worker hands errors over as values: raised, they would arrive wrapped in its traceback.
     """
@@ -48,7 +57,7 @@ class Batches:
 
 
 class _ErrorsAsValues(Dataset):
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: LabelledImages) -> None:
         self._dataset = dataset
 
     def __len__(self) -> int:
@@ -67,9 +76,9 @@ def _collate(samples: list[Any]) -> Any:
 
 
 def make_loader(
-    dataset: Dataset, batch_size: int, *, shuffle_seed: int | None = None, workers: int = 0
+    dataset: LabelledImages, batch_size: int, *, shuffle_seed: int | None = None, workers: int = 0
 ) -> Batches:
-    """Batches of (images (B, 3, H, W), labels (B,)).
+    """Return batches of (images (B, 3, H, W), labels (B,)).
 
     Args:
         dataset: of (image, label).
@@ -80,9 +89,8 @@ def make_loader(
     Raises:
         UserError: while iterating, an image that can't be read; the message names it.
     """
-    if shuffle_seed is None:
-        sampler = SequentialSampler(dataset)
-    else:
+    sampler: Sampler[int] = SequentialSampler(dataset)
+    if shuffle_seed is not None:
         sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(shuffle_seed))
     # A generator of its own, for the workers: the order and the global generator stay out of it.
     generator = torch.Generator().manual_seed(shuffle_seed or 0)

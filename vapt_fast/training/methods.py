@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import timm
+from timm import get_pretrained_cfg
 from torch import Tensor, nn
 
 from ..config import KINDS, PromptConfig
 from ..model import AdaptiveViT
-from ..names import similar_names
+from ..names import create_backbone, is_backbone, similar_names
 from ..source import load_weights
 from .errors import UserError
 
@@ -31,7 +32,7 @@ class Method:
     """One way to adapt a pre-trained model.
 
     Attributes:
-        title: for tables.
+        title: the name in tables.
         prompts: what differs from the user's PromptConfig; None for a model without prompts and with every
             weight trained.
         base_lrs: by optimizer, the learning rates tried if the user gives none, at a batch size of 256.
@@ -39,7 +40,7 @@ class Method:
 
     title: str
     prompts: dict[str, Any] | None
-    base_lrs: dict[str, tuple[float, ...]]
+    base_lrs: Mapping[str, tuple[float, ...]]
 
 
 # The papers search ten learning rates from 0.05 to 50 for prompts. These are a coarse walk over that range.
@@ -64,9 +65,9 @@ def check_backbone(name: str) -> None:
     Raises:
         UserError: it doesn't; the message suggests similar names.
     """
-    if timm.is_model(name.partition(".")[0]):
+    if is_backbone(name):
         try:
-            timm.get_pretrained_cfg(name)
+            get_pretrained_cfg(name)
         except RuntimeError as error:
             problem = f"backbone {name!r}: {error}"
         else:
@@ -78,7 +79,7 @@ def check_backbone(name: str) -> None:
 
 
 def method_name(name: str) -> str:
-    """The key of METHODS for a method, or for the kind of its prompts.
+    """Return the key of METHODS for a method, or for the kind of its prompts.
 
     Raises:
         UserError: neither.
@@ -105,7 +106,7 @@ def build_model(
     weights: str | Path | None = None,
     **timm_options: Any,
 ) -> nn.Module:
-    """The model that a method trains: an AdaptiveViT, or for "full" a plain timm model.
+    """Make the model that a method trains: an AdaptiveViT, or for "full" a plain timm model.
 
     Args:
         method: a key of METHODS, or a kind of prompts.
@@ -128,22 +129,21 @@ def build_model(
         raise UserError(f"num_classes must be a positive int, got {num_classes!r}")
     pretrained = pretrained and weights is None
     timm_options = {"num_classes": num_classes, "pretrained": pretrained, **timm_options}
-    made: str | nn.Module = backbone
-    if changes is None or weights is not None:
-        made, timm_options = timm.create_model(backbone, **timm_options), {}
+    config = None if changes is None else replace(prompts or PromptConfig(), **changes)
+    if config is not None and weights is None:
+        return AdaptiveViT(backbone, prompts=config, backend=backend, **timm_options)
+    model = create_backbone(backbone, **timm_options)
     if weights is not None:
-        load_weights(made, weights)
-    if changes is None:
-        return made
-    config = replace(prompts or PromptConfig(), **changes)
-    return AdaptiveViT(made, prompts=config, backend=backend, **timm_options)
+        load_weights(model, weights)
+    return model if config is None else AdaptiveViT(model, prompts=config, backend=backend)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """What is trained, in groups for an optimizer: everything decays but the head's bias."""
+    """Group the trained parameters for an optimizer: everything decays but the head's bias."""
     if isinstance(model, AdaptiveViT):
         return model.param_groups(weight_decay)
-    head = {id(parameter) for parameter in model.get_classifier().parameters() if parameter.ndim == 1}
+    classifier: nn.Module = cast(Any, model).get_classifier()
+    head = {id(parameter) for parameter in classifier.parameters() if parameter.ndim == 1}
     parameters = list(model.parameters())
     return [
         {"params": [p for p in parameters if id(p) not in head], "weight_decay": weight_decay},
@@ -152,7 +152,7 @@ def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors that training changes, by their names in the state dict; they share the model's memory."""
+    """Return the tensors that training changes, by their names in the state dict, without a copy."""
     if isinstance(model, AdaptiveViT):
         return {name: t for name, t in model.state_dict().items() if name.startswith("adapters.")}
     return model.state_dict()

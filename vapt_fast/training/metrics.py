@@ -12,7 +12,7 @@ __all__ = ["MetricsLog"]
 
 
 class MetricsLog:
-    """Appends objects to a file, each on the disk before ``write`` returns.
+    """A log that appends objects to a file, each on the disk before ``write`` returns.
 
     Args:
         path: the file; None to keep nothing.
@@ -28,7 +28,7 @@ class MetricsLog:
 
     @property
     def size(self) -> int:
-        """Bytes written so far."""
+        """The number of bytes written so far."""
         return 0 if self._path is None else self._path.stat().st_size
 
     def write(self, metrics: dict[str, Any]) -> None:

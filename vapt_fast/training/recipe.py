@@ -1,4 +1,4 @@
-"""Recipe: the numbers of one training, and the learning rate they give at each step."""
+"""Recipe: the hyper-parameters of one training, and its learning rate at each step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OPTIMIZERS = ("sgd", "adamw")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train: an optimizer, a linear warm-up of its learning rate, then a cosine down to zero.
+    """The hyper-parameters of a training: linear warm-up of the learning rate, then a cosine to zero.
 
     Attributes:
         base_lr: the learning rate at a batch size of 256. The one used is ``base_lr * batch_size / 256``,
@@ -74,7 +74,7 @@ class Recipe:
             raise UserError(f"seed must be in [0, 2**32), got {self.seed}")
 
     def learning_rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of optimizer step ``step``, counted from 0."""
+        """Return the learning rate of optimizer step ``step``, counted from 0."""
         peak = self.base_lr * self.batch_size / 256
         steps = self.epochs * steps_per_epoch
         warmup = min(self.warmup_epochs * steps_per_epoch, steps // 2)

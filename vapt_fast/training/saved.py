@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
-import timm
 from torch import nn
 
 from ..adapters import AdapterError
 from ..data import full_data_config
 from ..model import AdaptiveViT
+from ..names import create_backbone
 from ..source import rebuild_args
 from .errors import UserError
 from .files import write_atomically
@@ -44,7 +44,7 @@ def save_model(
         own = {name: value for name, value in metadata.items() if name not in known}
         model.save_adapter(folder, metadata=own, include_backbone=include_backbone, **known)
         return
-    cfg = model.pretrained_cfg
+    cfg: dict[str, Any] = cast(Any, model).pretrained_cfg
     tag = cfg.get("tag")
     description = {
         "backbone": f"{cfg['architecture']}.{tag}" if tag else cfg["architecture"],
@@ -63,7 +63,7 @@ def load_model(
     backbone: str | None = None,
     weights: str | Path | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """The model in a folder, in eval mode, and its metadata.
+    """Load the model in a folder, in eval mode, and its metadata.
 
     Args:
         folder: what ``save_model`` or ``AdaptiveViT.save_adapter`` wrote.
@@ -98,7 +98,7 @@ def _load_full(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         with safetensors.safe_open(path, framework="pt") as file:
             description = json.loads((file.metadata() or {})[_HEADER_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
-        model = timm.create_model(description["backbone"], **description["args"])
+        model = create_backbone(description["backbone"], **description["args"])
         model.load_state_dict(tensors)
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} is damaged or no model of this library: {error}") from error

@@ -1,8 +1,8 @@
-"""Training with every candidate recipe, and keeping the one that does best on the validation images."""
+"""Search: train by every candidate recipe and keep the best on the validation images."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, save_checkpoint
 from .errors import UserError
+from .evaluation import Score, evaluate
+from .loader import LabelledImages
 from .methods import trained_state
 from .metrics import MetricsLog
 from .recipe import Recipe
 from .splits import Splits
-from .trainer import Epoch, Score, Trainer, evaluate, load_trained_state, seed_everything
+from .trainer import Epoch, Trainer, load_trained_state, seed_everything
 
 __all__ = ["CHECKPOINT_NAME", "METRICS_NAME", "Found", "Progress", "Start", "search"]
 
@@ -29,7 +31,7 @@ Progress = Callable[[int, Epoch, Score | None], None]
 
 @dataclass(frozen=True)
 class Found:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         model: trained by the best recipe, in eval mode.
@@ -103,7 +105,11 @@ def search(
         "metrics_size": 0 if start is None else start.metrics_size,
     }
     if resume:
-        state = _load_state(folder / CHECKPOINT_NAME, state["recipes"])
+        if folder is None:
+            raise UserError("resume needs the folder that the search was stopped in")
+        expected, state = state["recipes"], load_checkpoint(folder / CHECKPOINT_NAME)
+        if state["recipes"] != expected:
+            raise UserError(f"{folder / CHECKPOINT_NAME} was written with other options: resume with those")
     log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
     options: dict[str, Any] = {"device": device, "workers": workers}
 
@@ -114,14 +120,9 @@ def search(
             trainer.load_state_dict(state["current"])
         elif start is not None:
             trainer.start_from(start.model, start.epochs)
-        scoring = {"batch_size": recipe.batch_size, "amp": recipe.amp, **options}
-        while not trainer.finished:
-            epoch = trainer.run_epoch()
-            score = None
-            if trainer.finished or trainer.epoch % validate_every == 0:
-                score = evaluate(trainer.model, splits.validation, **scoring)
+        for epoch, score in _epochs(trainer, splits, validate_every, options):
             log.write(_metrics(index, recipe, epoch, score))
-            if trainer.finished:
+            if trainer.finished and score is not None:
                 _finish_candidate(state, trainer, score)
             else:
                 state["current"] = trainer.state_dict()
@@ -130,7 +131,31 @@ def search(
                 save_checkpoint(folder / CHECKPOINT_NAME, state)
             if progress is not None:
                 progress(index, epoch, score)
+    return _best(state, make_model, splits, recipes, options)
 
+
+def _epochs(
+    trainer: Trainer, splits: Splits, validate_every: int, options: dict[str, Any]
+) -> Iterator[tuple[Epoch, Score | None]]:
+    """Train to the end; yield every epoch with its score in validation, which the last always has."""
+    while not trainer.finished:
+        epoch = trainer.run_epoch()
+        validated = trainer.finished or trainer.epoch % validate_every == 0
+        yield epoch, _score(trainer.model, splits.validation, trainer.recipe, options) if validated else None
+
+
+def _score(model: nn.Module, dataset: LabelledImages, recipe: Recipe, options: dict[str, Any]) -> Score:
+    return evaluate(model, dataset, batch_size=recipe.batch_size, amp=recipe.amp, **options)
+
+
+def _best(
+    state: dict[str, Any],
+    make_model: Callable[[], nn.Module],
+    splits: Splits,
+    recipes: Sequence[Recipe],
+    options: dict[str, Any],
+) -> Found:
+    """Make the best candidate's model again, and test it."""
     best = state["best"]
     if best is None:
         raise UserError(
@@ -138,10 +163,9 @@ def search(
             "give lower ones"
         )
     recipe = recipes[best["index"]]
-    model = _seeded(make_model, recipe).to(device)
+    model = _seeded(make_model, recipe).to(options["device"])
     load_trained_state(model, best["model"])
-    scoring = {"batch_size": recipe.batch_size, "amp": recipe.amp, **options}
-    test = None if splits.test is None else evaluate(model, splits.test, **scoring)
+    test = None if splits.test is None else _score(model, splits.test, recipe, options)
     chosen = state["candidates"][best["index"]]
     validation = Score(chosen["validation_accuracy"], chosen["validation_loss"])
     return Found(model.eval(), recipe, validation, test, state["candidates"])
@@ -153,7 +177,7 @@ def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
 
 
 def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score) -> None:
-    """Enter a trained candidate in the list, and keep its tensors if it is the best so far."""
+    """List a trained candidate, and keep its tensors if it is the best so far."""
     candidate = {
         "base_lr": trainer.recipe.base_lr,
         "weight_decay": trainer.recipe.weight_decay,
@@ -169,13 +193,6 @@ def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score) -> 
     if state["best"] is None or merit > state["best"]["merit"]:
         tensors = {name: tensor.cpu().clone() for name, tensor in trained_state(trainer.model).items()}
         state["best"] = {"index": len(state["candidates"]) - 1, "merit": merit, "model": tensors}
-
-
-def _load_state(path: Path, recipes: list[dict[str, Any]]) -> dict[str, Any]:
-    state = load_checkpoint(path)
-    if state["recipes"] != recipes:
-        raise UserError(f"{path} was written with other options: resume with the same ones")
-    return state
 
 
 def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score | None) -> dict[str, Any]:

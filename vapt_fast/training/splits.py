@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Subset, TensorDataset
+from torch.utils.data import Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
-from ..digits import digit_images
+from ..demo import NEW_DIGITS, digit_images
 from .errors import UserError, printable
 from .images import IMAGE_EXTENSIONS, open_image
+from .loader import LabelledImages, in_memory
 from .transforms import Augmentation, eval_transform, train_transform
 
 __all__ = [
-    "NEW_DIGITS",
     "Splits",
     "digit_splits",
     "evaluation_data",
@@ -28,7 +28,6 @@ __all__ = [
     "stratified_order",
 ]
 
-NEW_DIGITS = range(5, 10)  # the digits backbone was pre-trained on the others
 _DIGITS_TEST = 400
 _DIGITS_VALIDATION = 196
 _DIGITS_TEST_SEED = 2501  # the test images are the same for every seed of a run
@@ -49,14 +48,14 @@ class Splits:
     """
 
     class_names: tuple[str, ...]
-    train: Dataset
-    validation: Dataset
-    test: Dataset | None
+    train: LabelledImages
+    validation: LabelledImages
+    test: LabelledImages | None
     files: dict[str, list[str]] = field(default_factory=dict)
 
 
-def image_files(*datasets: Dataset | None) -> list[str]:
-    """The paths of the image files that the data sets read; none for images in memory and for None."""
+def image_files(*datasets: object) -> list[str]:
+    """Return the paths of the image files that the data sets read; none for images in memory and None."""
     paths: list[str] = []
     for dataset in datasets:
         if isinstance(dataset, Subset):
@@ -67,7 +66,7 @@ def image_files(*datasets: Dataset | None) -> list[str]:
     return paths
 
 
-class _Transformed(Dataset):
+class _Transformed:
     """Images in memory that are transformed anew whenever they are read."""
 
     def __init__(self, images: Sequence[Image.Image], labels: Sequence[int], transform: Any) -> None:
@@ -81,7 +80,7 @@ class _Transformed(Dataset):
 
 
 def stratified_order(labels: Sequence[int], seed: int) -> list[int]:
-    """A random order of all indices in which every beginning has the classes in their proportions."""
+    """Return a random order of all indices; every beginning of it has the classes in their proportions."""
     generator = torch.Generator().manual_seed(seed)
     shuffled = torch.randperm(len(labels), generator=generator).tolist()
     members: dict[int, list[int]] = {}
@@ -101,7 +100,7 @@ def digit_splits(
     num_train: int | None = None,
     augmentation: Augmentation | str = "none",
 ) -> Splits:
-    """The real digit images 5 to 9: 400 for test, 196 for validation, the rest, at most 300, to train on.
+    """Split the real digit images 5 to 9: 400 for test, 196 for validation, at most 300 for training.
 
     The test images are always the same; ``seed`` deals out the others. A smaller training set is the
     beginning of a larger one.
@@ -126,7 +125,7 @@ def digit_splits(
     rest = rest[stratified_order(labels[rest].tolist(), seed)]
     validation, train = rest[:_DIGITS_VALIDATION], rest[_DIGITS_VALIDATION:]
     train = train[: _check_num_train(num_train, len(train), len(NEW_DIGITS))]
-    learning: Dataset = TensorDataset(pixels[train], labels[train])
+    learning: LabelledImages = TensorDataset(pixels[train], labels[train])
     if isinstance(augmentation, str):
         augmentation = Augmentation(augmentation)
     if augmentation.random:
@@ -150,7 +149,7 @@ def folder_splits(
     test_share: float = 0.2,
     augmentation: Augmentation | str = "none",
 ) -> Splits:
-    """Images in folders named after their classes.
+    """Split images in folders named after their classes.
 
     Either ``root`` has the folders ``train``, optionally ``val`` and ``test``, each with one folder a class;
     without ``val``, a share of ``train`` is split off. Or ``root`` has one folder a class and is split in
@@ -174,19 +173,22 @@ def folder_splits(
     if not (root / "train").is_dir():
         order = stratified_order(_open_folder(root, fixed).targets, seed)
         num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
-        test: Dataset | None = Subset(_open_folder(root, fixed), order[:num_test]) if num_test else None
-        validation: Dataset = Subset(_open_folder(root, fixed), order[num_test : num_test + num_validation])
-        train, order = _open_folder(root, learning), order[num_test + num_validation :]
+        num_held_out = num_test + num_validation
+        test: LabelledImages | None = (
+            Subset(_open_folder(root, fixed), order[:num_test]) if num_test else None
+        )
+        validation: LabelledImages = Subset(_open_folder(root, fixed), order[num_test:num_held_out])
+        train, order = _open_folder(root, learning), order[num_held_out:]
     else:
-        folders = {split: _find_folder(root, names) for split, names in SPLIT_FOLDERS.items()}
-        train = _open_folder(folders["train"], learning)
+        train = _open_folder(root / "train", learning)
         order = stratified_order(train.targets, seed)
-        test = None if folders["test"] is None else _open_folder(folders["test"], fixed, train.classes)
-        if folders["validation"] is not None:
-            validation = _open_folder(folders["validation"], fixed, train.classes)
+        test_folder, validation_folder = (_find_split(root, split) for split in ("test", "validation"))
+        test = None if test_folder is None else _open_folder(test_folder, fixed, train.classes)
+        if validation_folder is not None:
+            validation = _open_folder(validation_folder, fixed, train.classes)
         else:
             num_validation = round(validation_share * len(order))
-            validation = Subset(_open_folder(folders["train"], fixed), order[:num_validation])
+            validation = Subset(_open_folder(root / "train", fixed), order[:num_validation])
             order = order[num_validation:]
     if not len(validation):
         raise UserError(
@@ -194,21 +196,20 @@ def folder_splits(
             "rate: add images, or give a larger validation share"
         )
     count = _check_num_train(num_train, len(order), len(train.classes))
-    parts = {"train": Subset(train, order[:count]), "validation": validation, "test": test}
-    files = {name: _paths(part, root) for name, part in parts.items() if part is not None}
-    return Splits(tuple(train.classes), **parts, files=files)
-
-
-def _paths(part: ImageFolder | Subset, root: Path) -> list[str]:
-    """The images of a split, as paths within ``root``."""
-    folder, indices = (part.dataset, part.indices) if isinstance(part, Subset) else (part, range(len(part)))
-    return [Path(folder.samples[index][0]).relative_to(root).as_posix() for index in indices]
+    learned = Subset(train, order[:count])
+    parts = {"train": learned, "validation": validation, "test": test}
+    files = {
+        name: [Path(path).relative_to(root).as_posix() for path in image_files(part)]
+        for name, part in parts.items()
+        if part is not None
+    }
+    return Splits(tuple(train.classes), learned, validation, test, files)
 
 
 def evaluation_data(
     root: str | Path, config: dict[str, Any], class_names: Sequence[str], split: str | None = None
-) -> Dataset:
-    """Images to evaluate a model on, labelled with its classes by their names.
+) -> LabelledImages:
+    """Open images to evaluate a model on, labelled with its classes by their names.
 
     Args:
         root: a folder that is split already, as for ``folder_splits``, or one with one folder a class, all of
@@ -225,19 +226,18 @@ def evaluation_data(
     root = Path(root)
     if not root.is_dir():
         raise _no_folder(root)
-    found = {name: _find_folder(root, names) for name, names in SPLIT_FOLDERS.items()}
+    found = {name: _find_split(root, name) for name in SPLIT_FOLDERS}
     if any(name in class_names for names in SPLIT_FOLDERS.values() for name in names):
         found = dict.fromkeys(found)  # these are classes
+    folder: Path | None = root
+    chosen = "test" if split is None else split
     if any(found.values()):
-        chosen = "test" if split is None else split
         folder = found[chosen]
-        if folder is None:
-            there = [name for name, path in found.items() if path is not None]
-            raise UserError(f"{printable(root)} has no images of the split {chosen!r}, it has {there}")
     elif split is not None:
         raise UserError(f"{printable(root)} has no folder {SPLIT_FOLDERS[split][0]}/: leave the split out")
-    else:
-        folder = root
+    if folder is None:
+        there = [name for name, path in found.items() if path is not None]
+        raise UserError(f"{printable(root)} has no images of the split {chosen!r}, it has {there}")
     dataset = _open_folder(folder, eval_transform(config), allow_empty=True)
     labels = _matched(dataset.classes, class_names, printable(folder))
     if not len(dataset):
@@ -246,16 +246,17 @@ def evaluation_data(
     return dataset
 
 
-def _digits_to_test(config: dict[str, Any], class_names: Sequence[str], split: str | None) -> Dataset:
+def _digits_to_test(config: dict[str, Any], class_names: Sequence[str], split: str | None) -> TensorDataset:
     if split not in (None, "test"):
         raise UserError(f"of the digits, only the split 'test' is the same in every run; got {split!r}")
     splits = digit_splits(config, seed=0)
-    images, labels = splits.test.tensors
+    assert splits.test is not None
+    images, labels = in_memory(splits.test).tensors
     return TensorDataset(images, torch.tensor(_matched(splits.class_names, class_names, "digits"))[labels])
 
 
 def _matched(names: Sequence[str], class_names: Sequence[str], where: str) -> list[int]:
-    """The index of each name among the model's classes."""
+    """Return the index of each name among the model's classes."""
     unknown = sorted(set(names) - set(class_names))
     if unknown:
         raise UserError(
@@ -292,8 +293,8 @@ def _is_image(path: str) -> bool:
     return path.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def _find_folder(root: Path, names: Sequence[str]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)
+def _find_split(root: Path, split: str) -> Path | None:
+    return next((root / name for name in SPLIT_FOLDERS[split] if (root / name).is_dir()), None)
 
 
 def _check_num_train(num_train: int | None, available: int, num_classes: int) -> int:

@@ -1,4 +1,4 @@
-"""From a checkpoint of timm's train.py to an adapter."""
+"""The way from a checkpoint of timm's train.py to an adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -30,7 +30,7 @@ _HEADS = (f"adapters.{DEFAULT_ADAPTER}.head.weight", "head.weight")
 def read_timm_checkpoint(
     path: str | Path, *, use_ema: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a timm checkpoint and the arguments that train.py had. Nothing in the file can run code.
+    """Read the tensors of a timm checkpoint and train.py's arguments. Nothing in the file can run code.
 
     Args:
         path: what timm's CheckpointSaver wrote, or a state dict, also as a .safetensors file.
@@ -57,7 +57,8 @@ def read_timm_checkpoint(
     key = "state_dict_ema" if use_ema else "state_dict"
     if use_ema and key not in content:
         raise UserError(f"{shown} has no averaged weights (state_dict_ema): leave out --use-ema")
-    state = clean_state_dict(content.get(key, content))
+    found: Any = content.get(key, content)
+    state = clean_state_dict(found)
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{shown} has no state dict; expected tensors by name, under {key!r} or on their own")
     args = content.get("args")
@@ -73,7 +74,7 @@ def timm_model(
     image_size: int | None = None,
     options: dict[str, Any] | None = None,
 ) -> tuple[AdaptiveViT, dict[str, Any]]:
-    """The model of a timm checkpoint in eval mode, and how its images are prepared.
+    """Make the model of a timm checkpoint in eval mode, and tell how its images are prepared.
 
     Args:
         state, args: of ``read_timm_checkpoint``.
@@ -104,7 +105,7 @@ def timm_model(
             raise UserError("the checkpoint doesn't tell how many classes it has: give --num-classes")
         chosen["num_classes"] = len(heads[0])
     try:
-        built = timm.create_model(name, **chosen)
+        built = cast(AdaptiveViT, timm.create_model(name, **chosen))
         built.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
         reason = " ".join(str(error).split())
@@ -116,7 +117,7 @@ def timm_model(
 
 
 def _timm_arguments(args: dict[str, Any]) -> dict[str, Any]:
-    """What train.py gives to ``timm.create_model`` and decides what the model is; no paths of files."""
+    """Return train.py's arguments for ``timm.create_model`` that decide what the model is; no paths."""
     size = args.get("input_size")
     found = {
         "num_classes": args.get("num_classes"),
@@ -129,7 +130,7 @@ def _timm_arguments(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_class_names(path: str | Path, num_classes: int) -> Sequence[str]:
-    """Names from a text file with one a line, or of the folders in a folder, in timm's order.
+    """Read names from a text file with one a line, or those of the folders in a folder, in timm's order.
 
     Raises:
         UserError: no such file or folder, or another number of names.

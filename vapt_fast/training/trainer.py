@@ -1,11 +1,10 @@
-"""Trainer: one model, one recipe, epoch by epoch, in a way that can be stopped and taken up again."""
+"""Trainer: one model, one recipe, epoch by epoch; training can be stopped and resumed."""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,36 +12,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from .loader import make_loader
+from .loader import LabelledImages, make_loader
 from .methods import param_groups, trained_state
 from .recipe import Recipe
 
-__all__ = ["Epoch", "Score", "Trainer", "autocast", "classify", "evaluate", "seed_everything"]
-
-
-@dataclass(frozen=True)
-class Score:
-    """How well a model does on a data set.
-
-    Attributes:
-        accuracy: share of the images whose class is named right, 0 to 1.
-        loss: mean cross-entropy, nats.
-    """
-
-    accuracy: float
-    loss: float
+__all__ = ["Epoch", "Trainer", "autocast", "load_trained_state", "seed_everything"]
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one epoch of training did.
+    """The record of one epoch of training.
 
     Attributes:
         epoch: counted from 1.
         lr: learning rate of the last step.
-        train_loss: mean over the images, nats; as trained, with dropout and label smoothing.
+        train_loss: mean over the images, nats, with dropout and label smoothing.
         train_accuracy: of the same outputs, 0 to 1.
         seconds: wall-clock time.
     """
@@ -55,7 +40,7 @@ class Epoch:
 
 
 class Trainer:
-    """Trains a model by a recipe.
+    """A model in training by a recipe.
 
     Everything random in an epoch (order, augmentation, dropout) starts from (seed, number of the epoch), so
     that no state of random generators needs to outlive an epoch: after ``load_state_dict`` training goes on
@@ -77,7 +62,7 @@ class Trainer:
         self,
         model: nn.Module,
         recipe: Recipe,
-        train_data: Dataset,
+        train_data: LabelledImages,
         *,
         device: torch.device | str = "cpu",
         workers: int = 0,
@@ -94,11 +79,11 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """No epoch is left, or none that is worth it."""
+        """Whether no epoch is left, or none that is worth it."""
         return self.diverged or self.epoch >= self.recipe.epochs
 
     def run_epoch(self) -> Epoch:
-        """One pass over the training images."""
+        """Train on every training image once."""
         started = time.perf_counter()
         epoch_seed = seed_everything(self.recipe.seed, self.epoch)
         loader = make_loader(
@@ -133,7 +118,7 @@ class Trainer:
         return torch.stack([loss.detach().double() * len(labels), right.double()])
 
     def state_dict(self) -> dict[str, Any]:
-        """All that is needed to go on from here: plain numbers and tensors (copies)."""
+        """Return all that is needed to go on from here: plain numbers and copies of tensors."""
         return {
             "recipe": asdict(self.recipe),
             "epoch": self.epoch,
@@ -174,49 +159,8 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     model.load_state_dict({**model.state_dict(), **state})
 
 
-@torch.no_grad()
-def classify(
-    model: nn.Module,
-    dataset: Dataset,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    amp: str | None = None,
-    workers: int = 0,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits (B, classes), float32, and labels (B,) of a data set, batch by batch, both on ``device``.
-
-    The model is left in eval mode.
-    """
-    device = torch.device(device)
-    model.eval()
-    for images, labels in make_loader(dataset, batch_size, workers=workers):
-        with autocast(device, amp):
-            logits = model(images.to(device))
-        yield logits.float(), labels.to(device)
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    dataset: Dataset,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str = "cpu",
-    amp: str | None = None,
-    workers: int = 0,
-) -> Score:
-    """Accuracy and loss of a model, which is left in eval mode, on a data set."""
-    totals = torch.zeros(2, dtype=torch.float64, device=device)
-    batches = classify(model, dataset, batch_size=batch_size, device=device, amp=amp, workers=workers)
-    for logits, labels in batches:
-        totals[0] += (logits.argmax(1) == labels).sum()
-        totals[1] += F.cross_entropy(logits, labels, reduction="sum")
-    return Score(*(totals / len(dataset)).tolist())
-
-
 def seed_everything(seed: int, epoch: int = 0) -> int:
-    """Start Python's, NumPy's and PyTorch's generators from (seed, epoch); returns the seed they got."""
+    """Seed Python's, NumPy's and PyTorch's generators by (seed, epoch), and return the seed they got."""
     mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
     random.seed(mixed)
     np.random.seed(mixed)
@@ -225,5 +169,5 @@ def seed_everything(seed: int, epoch: int = 0) -> int:
 
 
 def autocast(device: torch.device, amp: str | None) -> torch.autocast:
-    """Mixed precision in the dtype ``amp``, none if that is None."""
+    """Return a context of mixed precision in the dtype ``amp``; None for full precision."""
     return torch.autocast(device.type, getattr(torch, amp or "bfloat16"), enabled=amp is not None)

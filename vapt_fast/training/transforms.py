@@ -1,4 +1,4 @@
-"""Images as a model wants them: from a PIL image to a normalised tensor."""
+"""Transforms of images: from a PIL image to the normalised tensor that a model takes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import CenterCropOrPad, RandomCropOrPad
 from torchvision import transforms
 
-from .. import data
+from ..data import eval_transform
 from .errors import UserError, check_types
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "data_config", "eval_transform", "train_transform"]
@@ -28,7 +28,7 @@ _RANDOM_CROPS = {transforms.CenterCrop: transforms.RandomCrop, CenterCropOrPad: 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is changed at random in training images.
+    """The random changes of training images.
 
     Attributes:
         kind: "none"; "flip" (left and right, half the time); "crop-flip" (a crop of the size that the model
@@ -68,7 +68,7 @@ class Augmentation:
 
 
 def data_config(pretrained_cfg: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """How images must be prepared for a model: input_size, mean, std, interpolation, crop_pct, crop_mode.
+    """Return how a model's images are prepared: input_size, mean, std, interpolation, crop_pct, crop_mode.
 
     Args:
         pretrained_cfg: of the model.
@@ -78,24 +78,20 @@ def data_config(pretrained_cfg: dict[str, Any], **changes: Any) -> dict[str, Any
     return config | {name: value for name, value in changes.items() if value is not None}
 
 
-def eval_transform(config: dict[str, Any]) -> Any:
-    """From a PIL image to a normalised tensor (3, H, W), with nothing random in it."""
-    return data.eval_transform(config)
-
-
 def train_transform(config: dict[str, Any], augmentation: Augmentation | str) -> Any:
-    """As ``eval_transform``, with an augmentation, which may be given by its kind.
+    """Return ``eval_transform`` with an augmentation, which may be given by its kind.
 
     Raises:
         UserError: an unknown kind.
     """
     chosen = Augmentation(augmentation) if isinstance(augmentation, str) else augmentation
     if chosen.kind in _RESIZED_CROPS:
+        jitter: Any = chosen.color_jitter or None  # timm takes None, which its annotation lacks
         crop, flip, *rest = create_transform(
             **config,
             is_training=True,
             scale=(_SMALLEST_CROP if chosen.crop_scale is None else chosen.crop_scale, 1.0),
-            color_jitter=chosen.color_jitter or None,
+            color_jitter=jitter,
             re_prob=chosen.random_erasing,
             re_mode="pixel",
         ).transforms

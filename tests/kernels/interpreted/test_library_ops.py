@@ -45,7 +45,9 @@ def plain(values):
 @pytest.mark.parametrize(("name", "sizes"), CASES)
 def test_opcheck(name, sizes):
     (op, implementation, args), (_, _, saved, grad_results, needed) = recorded(name, sizes)
-    leaves = [v.requires_grad_() if f in needed else v for f, v in zip(args._fields, plain(args), strict=True)]
+    leaves = [
+        v.requires_grad_() if f in needed else v for f, v in zip(args._fields, plain(args), strict=True)
+    ]
     torch.library.opcheck(op.library_op, (*leaves, implementation))
     backward_op = getattr(torch.ops.vapt_fast, f"{op.name}_backward").default
     flags = [field in needed for field in args._fields]

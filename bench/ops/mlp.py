@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch.nn.functional as F
-from harness import MODES, Job, Op, Sizes, Work, kernels
+from harness import Job, Op, Sizes, Work, kernels
 from torch import Tensor
 
 from vapt_fast.functional import mlp
 
-RIVALS = [*kernels("mlp"), "torch, compiled"]
+RIVALS = (*kernels("mlp"), "torch, compiled")
+PROMPTS = False
 
 
-def job(sizes: Sizes) -> Job:
+def job(sizes: Sizes, num_prompts: int) -> Job:
     element, dim, hidden = sizes.dtype.itemsize, sizes.dim, sizes.hidden
     tokens, weights = float(sizes.rows * dim), 2.0 * dim * hidden
     products = 4.0 * sizes.rows * dim * hidden
@@ -34,19 +34,11 @@ def job(sizes: Sizes) -> Job:
     )
 
 
-def implementation(rival: str, sizes: Sizes) -> Op:
-    name, _, compiled = rival.partition(", ")
-    op = partial(mlp, backend=name)
-    return sizes.compile(op) if compiled else op
+def implementation(name: str, sizes: Sizes) -> Op:
+    return partial(mlp, backend=name)
 
 
 def _definition(
     x: Tensor, fc1_weight: Tensor, fc1_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor
 ) -> Tensor:
     return F.linear(F.gelu(F.linear(x, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_mlp(bench, sizes, rival, mode):
-    bench("mlp", job(sizes), rival, implementation(rival, sizes), mode)

@@ -6,14 +6,15 @@ from collections.abc import Iterable
 
 from PIL import Image
 
-__all__ = ["IMAGE_SIZE", "digit_images"]
+__all__ = ["NEW_DIGITS", "OLD_DIGITS", "digit_images"]
 
-IMAGE_SIZE = 8  # height and width of the images, pixels
+OLD_DIGITS = range(5)  # those that the backbone was pre-trained on
+NEW_DIGITS = range(5, 10)  # those that the methods adapt it to
 _WHITE = 16  # brightest value in the data
 
 
 def digit_images(digits: Iterable[int] = range(10)) -> tuple[list[Image.Image], list[int]]:
-    """Images of some of the ten digits, in the order in which scikit-learn stores them.
+    """Return images of some of the ten digits, in the order in which scikit-learn stores them.
 
     Args:
         digits: which of 0 to 9.

@@ -1,18 +1,18 @@
-"""The last block's attention of one row, with and without making its keys and values."""
+"""The last block's attention of one row, with and without computing its keys and values."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
-from harness import MODES, Job, Op, Sizes, Work, kernels
+from harness import Job, Op, Sizes, Work, kernels
 from torch import Tensor
 
 from vapt_fast.functional import absorbed_attention
 
-RIVALS = [*kernels("absorbed_attention"), "torch, compiled", "SDPA"]
+RIVALS = (*kernels("absorbed_attention"), "torch, compiled", "SDPA")
+PROMPTS = True
 
 
 def job(sizes: Sizes, num_prompts: int) -> Job:
@@ -36,26 +36,17 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
     )
 
 
-def implementation(rival: str, sizes: Sizes) -> Op:
-    if rival == "SDPA":
+def implementation(name: str, sizes: Sizes) -> Op:
+    if name == "SDPA":
         return _literal
-    name, _, compiled = rival.partition(", ")
-    op = partial(absorbed_attention, scale=(sizes.dim // sizes.heads) ** -0.5, backend=name)
-    return sizes.compile(op) if compiled else op
+    return partial(absorbed_attention, scale=(sizes.dim // sizes.heads) ** -0.5, backend=name)
 
 
 def _literal(q: Tensor, x: Tensor, prompts: Tensor, key_weight: Tensor, value_weight: Tensor) -> Tensor:
-    """Keys and values of all rows, then PyTorch's attention."""
+    """Compute keys and values of all rows, then PyTorch's attention."""
     rows, heads = torch.cat([prompts, x], dim=1), q.shape[2]
     k, v = (
         F.linear(rows, weight.flatten(0, 1)).unflatten(-1, (heads, -1)).transpose(1, 2)
         for weight in (key_weight, value_weight)
     )
     return F.scaled_dot_product_attention(q.transpose(1, 2), k, v).transpose(1, 2)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_absorbed_attention(bench, sizes, num_prompts, rival, mode):
-    group = f"absorbed_attention, P = {num_prompts}"
-    bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)

@@ -1,4 +1,4 @@
-"""Methods against each other on the real digits 5 to 9, which the backbone has never seen."""
+"""The experiment: methods compared on the real digits 5 to 9, which the backbone has never seen."""
 
 from __future__ import annotations
 
@@ -11,24 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 
-from .methods import build_model
-from .recipe import Recipe
-from .saved import save_model
-from .search import Found, search
-from .splits import NEW_DIGITS, digit_splits
-from .transforms import data_config
+from ..names import DEMO_BACKBONE
+from ..training import Found, Recipe, build_model, data_config, digit_splits, save_model, search
+from .backbone import default_cfgs
+from .digits import NEW_DIGITS
 
-__all__ = ["Comparison", "Outcome", "compare"]
-
-BACKBONE = "vit_digits_patch4_32"
+__all__ = ["Experiment", "Outcome", "run_experiment"]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What is compared.
+class Experiment:
+    """An experiment: which methods are compared, and how each is trained.
 
     Attributes:
         methods: keys of METHODS.
@@ -49,7 +44,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one method did with one number of training images.
+    """The result of one method with one number of training images.
 
     Attributes:
         method: key of METHODS.
@@ -69,25 +64,25 @@ class Outcome:
 
     @property
     def mean(self) -> float:
-        """Mean test accuracy over the seeds, 0 to 1."""
+        """The mean test accuracy over the seeds, 0 to 1."""
         return statistics.mean(self.test)
 
     @property
     def spread(self) -> float:
-        """Standard deviation of the test accuracy over the seeds (n - 1), 0 for one seed."""
+        """The standard deviation of the test accuracy over the seeds (n - 1), 0 for one seed."""
         return statistics.stdev(self.test) if len(self.test) > 1 else 0.0
 
 
-def compare(
-    comparison: Comparison,
+def run_experiment(
+    experiment: Experiment,
     folder: Path,
     on_outcome: Callable[[Outcome], None],
     processes: int | None = None,
 ) -> list[Outcome]:
-    """Run a comparison.
+    """Run an experiment.
 
     Args:
-        comparison: what to compare.
+        experiment: what to compare.
         folder: the first seed's models are saved in ``folder/method-images``, for ``load_model``.
         on_outcome: called with every outcome as soon as it is there.
         processes: how many to share the work, each with one thread, because models this small have no work
@@ -96,53 +91,58 @@ def compare(
     Returns:
         The outcomes by number of training images, then in the order of the methods.
     """
-    jobs = [(method, num_train) for num_train in comparison.epochs for method in comparison.methods]
+    jobs = [(method, num_train) for num_train in experiment.epochs for method in experiment.methods]
     # The longest first, so that no process is left alone with one at the end.
-    queue = sorted(jobs, key=lambda job: job[1] * comparison.epochs[job[1]], reverse=True)
+    queue = sorted(jobs, key=lambda job: job[1] * experiment.epochs[job[1]], reverse=True)
     outcomes = {}
     processes = min(processes or os.cpu_count() or 1, len(jobs))
     spawn = multiprocessing.get_context("spawn")  # forked threads of PyTorch can hang
     with ProcessPoolExecutor(processes, spawn, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures = {pool.submit(run_method, comparison, folder, *job): job for job in queue}
+        futures = {pool.submit(run_method, experiment, folder, *job): job for job in queue}
         for future in as_completed(futures):
             outcomes[futures[future]] = future.result()
             on_outcome(outcomes[futures[future]])
     return [outcomes[job] for job in jobs]
 
 
-def run_method(comparison: Comparison, folder: Path, method: str, num_train: int) -> Outcome:
+def run_method(experiment: Experiment, folder: Path, method: str, num_train: int) -> Outcome:
     """Choose the learning rate of one method with the first seed, then test it with every seed."""
-    base_lrs = comparison.full_base_lrs if method == "full" else comparison.base_lrs
-    chosen, validation, test = None, {}, []
-    for seed in comparison.seeds:
-        found = train_on_digits(comparison, method, num_train, seed, base_lrs if chosen is None else [chosen])
-        if chosen is None:
-            chosen = found.recipe.base_lr
-            validation = {c["base_lr"]: c["validation_accuracy"] for c in found.candidates}
-            save_model(found.model, folder / f"{method}-{num_train}", _metadata())
-        test.append(found.test.accuracy)
-    num_trained = sum(p.numel() for p in found.model.parameters() if p.requires_grad)
-    return Outcome(method, num_train, chosen, validation, test, num_trained)
+    base_lrs = experiment.full_base_lrs if method == "full" else experiment.base_lrs
+    first, *seeds = experiment.seeds
+    found = train_on_digits(experiment, method, num_train, first, base_lrs)
+    save_model(found.model, folder / f"{method}-{num_train}", _metadata())
+    chosen = [found.recipe.base_lr]
+    again = [train_on_digits(experiment, method, num_train, seed, chosen) for seed in seeds]
+    return Outcome(
+        method=method,
+        num_train=num_train,
+        base_lr=found.recipe.base_lr,
+        validation={c["base_lr"]: c["validation_accuracy"] for c in found.candidates},
+        test=[one.test.accuracy for one in (found, *again) if one.test is not None],
+        num_trained=sum(p.numel() for p in found.model.parameters() if p.requires_grad),
+    )
 
 
 def train_on_digits(
-    comparison: Comparison, method: str, num_train: int, seed: int, base_lrs: Iterable[float]
+    experiment: Experiment, method: str, num_train: int, seed: int, base_lrs: Iterable[float]
 ) -> Found:
-    """One method, one number of training images, one seed."""
-    epochs = comparison.epochs[num_train]
-    numbers = {"epochs": epochs, "warmup_epochs": max(1, epochs // 10), "batch_size": comparison.batch_size}
-    metadata = _metadata()
+    """Train one method on one number of training images with one seed."""
+    epochs, batch_size, metadata = experiment.epochs[num_train], experiment.batch_size, _metadata()
+    recipes = [
+        Recipe(base_lr, epochs=epochs, warmup_epochs=max(1, epochs // 10), batch_size=batch_size, seed=seed)
+        for base_lr in base_lrs
+    ]
     return search(
-        lambda: build_model(method, BACKBONE, len(metadata["class_names"])),
+        lambda: build_model(method, DEMO_BACKBONE, len(metadata["class_names"])),
         digit_splits(metadata["data_config"], seed, num_train),
-        [Recipe(base_lr, seed=seed, **numbers) for base_lr in base_lrs],
+        recipes,
         validate_every=epochs,
     )
 
 
 def _metadata() -> dict[str, Any]:
-    """What prediction needs to know."""
+    """Return what prediction needs to know."""
     return {
         "class_names": [str(digit) for digit in NEW_DIGITS],
-        "data_config": data_config(timm.get_pretrained_cfg(BACKBONE).to_dict()),
+        "data_config": data_config(default_cfgs[DEMO_BACKBONE].default.to_dict()),
     }

@@ -1,20 +1,20 @@
-"""Residual, the block's LayerNorm and the pooling of tokens into prompts, against the literal method's."""
+"""The residual, the block's LayerNorm and the pooling of tokens, against the literal method's."""
 
 from __future__ import annotations
 
 from functools import partial
-from importlib import import_module
 
-import pytest
 import torch
 import torch.nn.functional as F
-from harness import MODES, Job, Op, Sizes, Work, kernels
+from harness import Job, Op, Sizes, Work, kernels
 from torch import Tensor
 
 from vapt_fast.functional import prompt_matrices, prompt_pool
 
 EPS, PROMPT_EPS, KERNEL = 1e-6, 1e-5, 2
-RIVALS = [*kernels("prompt_pool"), "cuda, two passes", "torch, compiled", "literal", "literal, compiled"]
+RIVALS = (*kernels("prompt_pool"), "cuda, two passes", "torch, compiled", "literal", "literal, compiled")
+PROMPTS = True
+SETTINGS = {"cuda, two passes": ("vapt_fast.ops.prompt_pool.cuda", "ONE_PASS", False)}
 
 
 def job(sizes: Sizes, num_prompts: int) -> Job:
@@ -42,24 +42,13 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
     )
 
 
-def implementation(rival: str, sizes: Sizes) -> Op:
-    name, _, variant = rival.partition(", ")
-    op = partial(_literal, sizes.grid) if name == "literal" else partial(_rewritten, sizes.grid, name)
-    return sizes.compile(op) if variant == "compiled" else op
+def implementation(name: str, sizes: Sizes) -> Op:
+    return partial(_literal, sizes.grid) if name == "literal" else partial(_rewritten, sizes.grid, name)
 
 
-def _literal(
-    grid: tuple[int, int],
-    x: Tensor,
-    branch: Tensor,
-    projection: Tensor,
-    kernel: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Two LayerNorms, a convolution and a projection; sum, normalised tokens (B, T, C), pooled (B, P, C)."""
+def _literal(grid: tuple[int, int], *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Run two LayerNorms, a convolution and a projection; return sum and normalised tokens, pooled tokens."""
+    x, branch, projection, kernel, weight, bias, norm_weight, norm_bias = inputs
     total = x + branch
     normed = F.layer_norm(total, total.shape[-1:], norm_weight, norm_bias, EPS)
     z = F.layer_norm(total[:, 1:].to(weight.dtype), weight.shape, weight, bias, PROMPT_EPS)
@@ -68,19 +57,9 @@ def _literal(
     return total, normed, F.linear(planes.flatten(2), projection).transpose(1, 2)
 
 
-def _rewritten(
-    grid: tuple[int, int],
-    backend: str,
-    x: Tensor,
-    branch: Tensor,
-    projection: Tensor,
-    kernel: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """With the matrix made anew, for one block; in a model it is made for all blocks at once."""
+def _rewritten(grid: tuple[int, int], backend: str, *inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Pool with a matrix that is made anew, for one block; a model makes those of all blocks at once."""
+    x, branch, projection, kernel, weight, bias, norm_weight, norm_bias = inputs
     matrix = prompt_matrices(projection[None], kernel[None], grid)[0]
     return prompt_pool(
         x,
@@ -95,12 +74,3 @@ def _rewritten(
         prompt_eps=PROMPT_EPS,
         backend=backend,
     )
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_prompt_pool(bench, sizes, num_prompts, rival, mode, monkeypatch):
-    if rival == "cuda, two passes":
-        monkeypatch.setattr(import_module("vapt_fast.ops.prompt_pool.cuda"), "ONE_PASS", False)
-    group = f"prompt_pool, P = {num_prompts}"
-    bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)

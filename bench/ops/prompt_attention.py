@@ -1,18 +1,19 @@
-"""Attention with prompts, on the joint projections: our kernels, and PyTorch's on concatenated keys."""
+"""Attention with prompts, on the joint projections: the kernels, and PyTorch's on concatenated keys."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
-from harness import MODES, Job, Op, Sizes, Work, kernels
+from harness import Job, Op, Sizes, Work, kernels
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from vapt_fast import BackendUnavailableError
 from vapt_fast.functional import prompt_attention_packed
 
-RIVALS = [*kernels("prompt_attention"), "cudnn", "flash", "efficient", "explicit"]
+RIVALS = (*kernels("prompt_attention"), "cudnn", "flash", "efficient", "explicit")
+PROMPTS = True
 
 
 def job(sizes: Sizes, num_prompts: int) -> Job:
@@ -31,12 +32,14 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
     )
 
 
-def implementation(rival: str, sizes: Sizes) -> Op:
-    if rival == "explicit":
+def implementation(name: str, sizes: Sizes) -> Op:
+    if name == "explicit":
         return partial(_explicit, sizes.heads)
     heads = {"num_heads": sizes.heads, "num_kv_heads": sizes.heads, "scale": _scale(sizes.heads, sizes.dim)}
-    if rival != "efficient":
-        return partial(prompt_attention_packed, **heads, backend=rival)
+    if name != "efficient":
+        return partial(prompt_attention_packed, **heads, backend=name)
+    if sizes.device.type != "cuda":
+        raise BackendUnavailableError("PyTorch's memory-efficient attention needs a CUDA GPU")
 
     def efficient(qkv: Tensor, prompt_kv: Tensor) -> Tensor:
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
@@ -50,18 +53,9 @@ def _scale(heads: int, dim: int) -> float:
 
 
 def _explicit(heads: int, qkv: Tensor, prompt_kv: Tensor) -> Tensor:
-    """Two products and a softmax, as in the method's publication: (B, T, h, d)."""
+    """Compute two products and a softmax, as in the method's publication: (B, T, h, d)."""
     q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, dim=-1))
     prompt_k, prompt_v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in prompt_kv.chunk(2, dim=-1))
     k, v = torch.cat([prompt_k, k], dim=2), torch.cat([prompt_v, v], dim=2)
     scores = (q * _scale(heads, qkv.shape[-1] // 3)) @ k.transpose(-2, -1)
     return (scores.softmax(dim=-1) @ v).transpose(1, 2)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_prompt_attention(bench, sizes, num_prompts, rival, mode):
-    if rival == "efficient" and sizes.device.type != "cuda":
-        pytest.skip("PyTorch's memory-efficient attention needs a CUDA GPU")
-    group = f"prompt_attention, P = {num_prompts}"
-    bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)

@@ -1,4 +1,4 @@
-"""``vit_digits_patch4_32``: a small Vision Transformer, pre-trained on the digits 0 to 4, known to timm."""
+"""The demo's backbone: a small Vision Transformer, pre-trained on the digits 0 to 4 and known to timm."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ default_cfgs = generate_default_cfgs(
             "first_conv": "patch_embed.proj",
             "classifier": "head",
             "license": "apache-2.0",
-            "description": "Pre-trained on scikit-learn's digits 0 to 4; see vapt_fast.digits.pretrain.",
+            "description": "Pre-trained on scikit-learn's digits 0 to 4; see vapt_fast.demo.pretrain.",
         }
     }
 )
@@ -34,7 +34,7 @@ default_cfgs = generate_default_cfgs(
 
 @register_model
 def vit_digits_patch4_32(pretrained: bool = False, **kwargs: Any) -> VisionTransformer:
-    """A Vision Transformer for 32 x 32 images: patches of 4 x 4, 64 channels, 4 blocks, 2 heads.
+    """Return a Vision Transformer for 32 x 32 images: patches of 4 x 4, 64 channels, 4 blocks, 2 heads.
 
     Args:
         pretrained: load the weights that come with this package. They were trained on the digits 0 to 4

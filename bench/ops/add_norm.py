@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from functools import partial
+
 import torch.nn.functional as F
-from harness import MODES, Job, Op, Sizes, Work, kernels
+from harness import Job, Op, Sizes, Work, kernels
 from torch import Tensor
 
 from vapt_fast.functional import add_norm
 
+RIVALS = (*kernels("add_norm"), "eager", "eager, compiled")
+PROMPTS = False
 EPS = 1e-6
-RIVALS = [*kernels("add_norm"), "eager", "eager, compiled"]
 
 
-def job(sizes: Sizes) -> Job:
+def job(sizes: Sizes, num_prompts: int) -> Job:
     shape, tokens = (sizes.batch, sizes.tokens, sizes.dim), float(sizes.rows * sizes.dim)
     return Job(
         make=lambda: [
@@ -29,23 +31,10 @@ def job(sizes: Sizes) -> Job:
     )
 
 
-def implementation(rival: str, sizes: Sizes) -> Op:
-    name, _, compiled = rival.partition(", ")
-    if name == "eager":
-        return sizes.compile(_eager) if compiled else _eager
-
-    def op(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-        return add_norm(x, branch, weight, bias, eps=EPS, backend=name)
-
-    return op
+def implementation(name: str, sizes: Sizes) -> Op:
+    return _eager if name == "eager" else partial(add_norm, eps=EPS, backend=name)
 
 
 def _eager(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     total = x + branch
     return total, F.layer_norm(total, weight.shape, weight, bias, EPS)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_add_norm(bench, sizes, rival, mode):
-    bench("add_norm", job(sizes), rival, implementation(rival, sizes), mode)

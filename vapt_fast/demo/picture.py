@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from .. import functional
-from ..digits import digit_images
 from ..model import AdaptiveViT
 from ..prompts import AdaptivePrompts
+from ..training import METHODS, eval_transform, load_model
 from ..training.files import write_atomically
-from ..training.methods import METHODS
-from ..training.saved import load_model
-from ..training.splits import NEW_DIGITS
-from ..training.transforms import eval_transform
+from .digits import NEW_DIGITS, digit_images
+from .experiment import Outcome
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-    from ..training.comparison import Outcome
+    from matplotlib.figure import SubFigure
 
 __all__ = ["draw", "prompt_maps"]
 
 
 @torch.no_grad()
 def prompt_maps(model: AdaptiveViT, images: Tensor) -> dict[int, Tensor]:
-    """How much each patch of each image shapes the prompts, for every adaptive block with a shared kernel.
+    """Measure how much each patch of each image shapes the prompts of every adaptive block.
 
     The prompts before the projector are t = M z, with M the projection over positions and the convolution in
     one matrix and z the normalised patch tokens. Moving patch n to the average patch of its image changes t
     by the norm |M[:, n]| * |z_n - mean z|. That is the map.
 
     Args:
-        model: with adaptive prompts.
+        model: with adaptive prompts and, if any, a shared convolution.
         images: (B, 3, height, width), as the model takes them.
 
     Returns:
@@ -48,7 +44,7 @@ def prompt_maps(model: AdaptiveViT, images: Tensor) -> dict[int, Tensor]:
     ]
     entering = model.forward_intermediates(images, [i - 1 for i in adaptive], intermediates_only=True)
     for index, tokens in zip(adaptive, entering, strict=True):
-        block = model.prompts.blocks[index]
+        block = cast(AdaptivePrompts, model.prompts.blocks[index])
         kernel = None if block.kernel is None else block.kernel.flatten(0, 1)
         matrix = functional.prompt_matrices(
             block.token_projection.weight[None], kernel, model.grid, padding=config.conv_padding
@@ -60,10 +56,10 @@ def prompt_maps(model: AdaptiveViT, images: Tensor) -> dict[int, Tensor]:
 
 
 def draw(outcomes: list[Outcome], vapt_folder: Path, path: Path) -> None:
-    """Draw the results of a comparison, and what the prompts of a VAPT model look at.
+    """Draw the results of the experiment, and what the prompts of a VAPT model look at.
 
     Args:
-        outcomes: of ``compare``.
+        outcomes: of ``run_experiment``.
         vapt_folder: a model trained with the method "vapt".
         path: PNG file to write.
     """
@@ -71,7 +67,7 @@ def draw(outcomes: list[Outcome], vapt_folder: Path, path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 5), layout="constrained", dpi=150)
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.1))
+    left, right = cast("list[SubFigure]", figure.subfigures(1, 2, width_ratios=(1, 1.1)))
     _draw_accuracy(left, outcomes)
     _draw_maps(right, vapt_folder)
     content = io.BytesIO()
@@ -79,7 +75,7 @@ def draw(outcomes: list[Outcome], vapt_folder: Path, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def _draw_accuracy(figure: Any, outcomes: list[Outcome]) -> None:
+def _draw_accuracy(figure: SubFigure, outcomes: list[Outcome]) -> None:
     axes = figure.subplots()
     for method in dict.fromkeys(outcome.method for outcome in outcomes):
         row = [outcome for outcome in outcomes if outcome.method == method]
@@ -102,13 +98,13 @@ def _draw_accuracy(figure: Any, outcomes: list[Outcome]) -> None:
     axes.legend()
 
 
-def _draw_maps(figure: Figure, vapt_folder: Path) -> None:
+def _draw_maps(figure: SubFigure, vapt_folder: Path) -> None:
     model, metadata = load_model(vapt_folder)
     digits, labels = digit_images(NEW_DIGITS)
     shown = [digits[labels.index(digit)] for digit in NEW_DIGITS]
     transform = eval_transform(metadata["data_config"])
     pixels = torch.stack([transform(image) for image in shown])
-    maps = prompt_maps(model, pixels)
+    maps = prompt_maps(cast(AdaptiveViT, model), pixels)
     axes = figure.subplots(len(maps) + 1, len(shown), squeeze=False)
     for column in range(len(shown)):
         gray = pixels[column].mean(0).numpy()

@@ -1,19 +1,19 @@
-"""From pooled tokens to the prompts that a block's projections read."""
+"""The projector: from pooled tokens to the prompts that a block's projections read."""
 
 from __future__ import annotations
 
 from functools import partial
 
-import pytest
 import torch
 import torch.nn.functional as F
-from harness import MODES, Job, Op, Sizes, Work, kernels
+from harness import Job, Op, Sizes, Work, kernels
 from torch import Tensor
 
 from vapt_fast.functional import prompt_projector
 
 EPS, WIDTH = 1e-6, 8
-RIVALS = [*kernels("prompt_projector"), "torch, compiled"]
+RIVALS = (*kernels("prompt_projector"), "torch, compiled")
+PROMPTS = True
 
 
 def job(sizes: Sizes, num_prompts: int) -> Job:
@@ -39,19 +39,9 @@ def job(sizes: Sizes, num_prompts: int) -> Job:
     )
 
 
-def implementation(rival: str, sizes: Sizes) -> Op:
-    name, _, compiled = rival.partition(", ")
-
-    def op(
-        pooled: Tensor,
-        bias: Tensor,
-        down: Tensor,
-        up: Tensor,
-        channels: Tensor,
-        features: Tensor,
-        norm_weight: Tensor,
-        norm_bias: Tensor,
-    ) -> Tensor:
+def implementation(name: str, sizes: Sizes) -> Op:
+    def op(*inputs: Tensor) -> Tensor:
+        pooled, bias, down, up, channels, features, norm_weight, norm_bias = inputs
         return prompt_projector(
             pooled,
             bias,
@@ -66,27 +56,12 @@ def implementation(rival: str, sizes: Sizes) -> Op:
             backend=name,
         )
 
-    return sizes.compile(op) if compiled else op
+    return op
 
 
-def _definition(
-    pooled: Tensor,
-    bias: Tensor,
-    down: Tensor,
-    up: Tensor,
-    channels: Tensor,
-    features: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-) -> Tensor:
+def _definition(*inputs: Tensor) -> Tensor:
+    pooled, bias, down, up, channels, features, norm_weight, norm_bias = inputs
     t = pooled * channels + bias[:, None]
     t = t + (features * (t @ down.t()).relu()) @ up.t()
     # Computed in the dtype of t, to which the affine is cast.
     return F.layer_norm(t, t.shape[-1:], norm_weight.to(t.dtype), norm_bias.to(t.dtype), EPS)
-
-
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("rival", RIVALS)
-def test_prompt_projector(bench, sizes, num_prompts, rival, mode):
-    group = f"prompt_projector, P = {num_prompts}"
-    bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)

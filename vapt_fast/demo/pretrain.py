@@ -1,4 +1,4 @@
-"""Pre-train ``vit_digits_patch4_32`` on the digits 0 to 4: ``python -m vapt_fast.digits.pretrain --help``.
+"""Pre-train ``vit_digits_patch4_32`` on the digits 0 to 4: ``python -m vapt_fast.demo.pretrain --help``.
 
 The model learns to name the digit and by how many quarter turns the image was rotated, 20 classes in all.
 Rotation makes it look at shape, which is what carries over to digits that it has never seen.
@@ -20,12 +20,11 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .images import digit_images
-from .model import WEIGHTS
+from .backbone import WEIGHTS, vit_digits_patch4_32
+from .digits import OLD_DIGITS, digit_images
 
 __all__ = ["pretrain"]
 
-DIGITS = range(5)
 _TURNS = 4  # quarter turns
 _BATCH = 32
 _LEARNING_RATE = 2e-3
@@ -46,14 +45,12 @@ def pretrain(epochs: int = 7, seed: int = 0, held_out: int = 0) -> tuple[dict[st
         rotation both right.
     """
     torch.manual_seed(seed)
-    model = timm.create_model("vit_digits_patch4_32", pretrained=False)
+    model = vit_digits_patch4_32()
     for module in model.modules():
-        if isinstance(
-            module, nn.Linear
-        ):  # timm starts at a deviation of 0.02, too small for so narrow a model
+        if isinstance(module, nn.Linear):  # timm's deviation of 0.02 is too small for so narrow a model
             nn.init.xavier_uniform_(module.weight)
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-    images, digits = digit_images(DIGITS)
+    images, digits = digit_images(OLD_DIGITS)
     pixels, labels = torch.stack([transform(image) for image in images]), torch.tensor(digits)
     order = torch.randperm(len(labels))
     test, train = order[:held_out], order[held_out:]
@@ -83,7 +80,7 @@ def pretrain(epochs: int = 7, seed: int = 0, held_out: int = 0) -> tuple[dict[st
 
 
 def _turn(images: Tensor, digits: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate each image by its number of quarter turns; the class says digit and turns."""
+    """Rotate each image by its number of quarter turns; return the images and their classes."""
     turned = torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)])
     return turned, digits * _TURNS + turns
 

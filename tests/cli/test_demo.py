@@ -1,0 +1,61 @@
+"""The demo: its experiment, its picture, and what it needs."""
+
+import importlib.util
+
+import pytest
+import torch
+from command import error_of
+
+from vapt_fast import PromptConfig
+from vapt_fast.demo.experiment import Experiment, run_experiment
+from vapt_fast.demo.picture import draw, prompt_maps
+from vapt_fast.training import build_model
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "sklearn"])
+def test_the_demo_misses_a_package_at_its_start(missing, monkeypatch, tmp_path):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    package = {"sklearn": "scikit-learn"}.get(missing, missing)
+    message = error_of("demo", "--output", tmp_path / "out")
+    assert f"the demo needs {package}, which is not installed" in message
+    assert f"pip install {package}" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_experiment_and_picture(tmp_path):
+    experiment = Experiment(
+        methods=("vapt", "full"),
+        epochs={5: 2, 10: 1},
+        seeds=(0, 1),
+        base_lrs=(1.0, 0.1),
+        full_base_lrs=(0.01,),
+    )
+    seen = []
+    outcomes = run_experiment(experiment, tmp_path, seen.append, processes=1)
+    jobs = [(method, num_train) for num_train in (5, 10) for method in ("vapt", "full")]
+    assert [(outcome.method, outcome.num_train) for outcome in outcomes] == jobs
+    assert sorted(seen, key=outcomes.index) == outcomes
+    for outcome in outcomes:
+        assert outcome.base_lr == max(outcome.validation, key=outcome.validation.get)
+        assert len(outcome.test) == 2
+        assert 0 < outcome.mean < 1
+    draw(outcomes, tmp_path / "vapt-10", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("conv", [{}, {"conv_kernel": None}, {"conv_kernel": 3, "conv_padding": 1}])
+def test_prompt_maps_are_of_the_right_patches(conv):
+    """A projection that looks at one place gives a map that is zero out of the convolution's reach."""
+    model = build_model("vapt", "vit_digits_patch4_32", 5, prompts=PromptConfig(num_prompts=2, **conv)).eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for block in model.prompts.blocks[1:]:
+            block.token_projection.weight[:, 10] = 1.0
+    maps = prompt_maps(model, torch.randn(3, 3, 32, 32))
+    reach = 1 if model.config.conv_kernel is None else model.config.conv_kernel**2
+    assert sorted(maps) == [1, 2, 3]
+    for strength in maps.values():
+        assert strength.shape == (3, 8, 8)
+        assert torch.allclose(strength.sum((1, 2)), torch.ones(3))
+        assert ((strength > 0).flatten(1).sum(1) == reach).all()

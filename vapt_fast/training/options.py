@@ -1,0 +1,175 @@
+"""RunOptions: everything that decides what a run computes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from .._version import __version__
+from ..arguments import plain
+from ..names import DEMO_BACKBONE
+from .errors import UserError, check_types
+from .files import write_atomically
+from .methods import METHODS, method_name
+from .recipe import Recipe
+from .search import METRICS_NAME
+from .transforms import Augmentation
+
+__all__ = ["OPTIONS_NAME", "RESULT_NAME", "RunOptions"]
+
+OPTIONS_NAME = "run.json"
+RESULT_NAME = "result.json"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The options that decide what a run computes, kept in its folder so that a stopped run can go on.
+
+    Attributes:
+        data: "digits" or a folder of images; see ``folder_splits``.
+        backbone: timm's name.
+        method: key of METHODS, or a kind of prompts.
+        prompts: options of PromptConfig; the method decides on the kind.
+        base_lrs: candidates, at a batch size of 256; None for the method's own.
+        weight_decays: candidates; tried with every learning rate. None for 1e-4, or 0.01 with AdamW.
+        recipe: the other numbers of Recipe, by name.
+        train_images: how many images to train on; None for all.
+        validation_share, test_share: of a folder that is not split already.
+        augment, crop_scale, color_jitter, random_erasing: of the training images; see Augmentation.
+        image_size: side of the images, in pixels, a multiple of the patch size; None for the backbone's.
+        crop_mode, crop_pct: of timm's preparation of images; None for the backbone's.
+        cache: keep all images of a folder in memory; not with augmentation.
+        pretrained: start from pre-trained weights.
+        weights: a file with the backbone's weights, in the place of pre-trained ones.
+        backend: as for AdaptiveViT.
+        extends: of a run that goes on with the model of a finished one: its ``epochs`` and ``metrics_size``.
+    """
+
+    data: str = "digits"
+    backbone: str = DEMO_BACKBONE
+    method: str = "vapt"
+    prompts: dict[str, Any] = field(default_factory=dict)
+    base_lrs: list[float] | None = None
+    weight_decays: list[float] | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    train_images: int | None = None
+    validation_share: float = 0.2
+    test_share: float = 0.2
+    augment: str = "none"
+    crop_scale: float | None = None
+    color_jitter: float = 0.0
+    random_erasing: float = 0.0
+    image_size: int | None = None
+    crop_mode: str | None = None
+    crop_pct: float | None = None
+    cache: bool = False
+    pretrained: bool = True
+    weights: str | None = None
+    backend: str | None = None
+    extends: dict[str, int] | None = None
+
+    def __post_init__(self) -> None:
+        for option in fields(self):  # the dataclass is frozen
+            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
+        check_types(self)
+        object.__setattr__(self, "method", method_name(self.method))
+        if self.augmentation.random and self.cache:
+            raise UserError(f"cache keeps every image as it is first read: not with {self.augmentation}")
+        if self.image_size is not None and self.image_size < 1:
+            raise UserError(f"image_size must be at least 1, got {self.image_size}")
+        if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:
+            raise UserError(
+                "validation_share and test_share must be at least 0 and together below 1, got "
+                f"{self.validation_share} and {self.test_share}"
+            )
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            raise UserError(f"crop_pct must be in (0, 1], got {self.crop_pct}")
+
+    @classmethod
+    def read(cls, folder: Path) -> RunOptions:
+        """Return the options of the run in ``folder``.
+
+        Raises:
+            UserError: there is no run, or one that another version of this library started.
+        """
+        path = folder / OPTIONS_NAME
+        try:
+            options = json.loads(path.read_text(encoding="utf-8"))
+            version = options.pop("library_version", None)
+        except FileNotFoundError as error:
+            raise UserError(f"{path} does not exist: there is no run to resume in {folder}") from error
+        except (ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        unknown = sorted(set(options) - {option.name for option in fields(cls)})
+        if unknown:
+            raise UserError(
+                f"{path} has the unknown options {unknown}: it was written by vapt_fast {version}, and this "
+                f"is {__version__}"
+            )
+        return cls(**options)
+
+    def write(self, folder: Path) -> None:
+        """Keep the options in ``folder``."""
+        options = {"library_version": __version__, **asdict(self)}
+        write_atomically(folder / OPTIONS_NAME, json.dumps(options, indent=2).encode())
+
+    @property
+    def needs_backbone_file(self) -> bool:
+        """Whether timm can't make the frozen backbone by its name: it is then kept with the adapter."""
+        frozen = METHODS[self.method].prompts is not None
+        return frozen and (self.weights is not None or not self.pretrained)
+
+    def extended(self, epochs: int, folder: Path) -> RunOptions:
+        """Return the options to train the model of the finished run in ``folder`` on, up to ``epochs``.
+
+        The recipe that won is the only one. Its learning rate goes along the cosine of the new length from
+        where the old length ended, so it rises again; the optimizer starts without momentum.
+
+        Raises:
+            UserError: the run was as long already, or its result is damaged.
+        """
+        path = folder / RESULT_NAME
+        try:
+            chosen = json.loads(path.read_text(encoding="utf-8"))["recipe"]
+            trained, base_lr, weight_decay = (chosen[key] for key in ("epochs", "base_lr", "weight_decay"))
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+        if epochs <= trained:
+            raise UserError(
+                f"the run in {folder} is finished: it was trained for {trained} epochs. To train on, give "
+                f"--epochs with a larger number, got {epochs}"
+            )
+        return replace(
+            self,
+            base_lrs=[base_lr],
+            weight_decays=[weight_decay],
+            recipe={**self.recipe, "epochs": epochs},
+            extends={"epochs": trained, "metrics_size": (folder / METRICS_NAME).stat().st_size},
+        )
+
+    def recipes(self) -> list[Recipe]:
+        """Return one recipe for every candidate."""
+        try:
+            optimizer = Recipe(base_lr=1.0, **self.recipe).optimizer
+        except TypeError as error:  # an unknown name
+            raise UserError(f"recipe: {error}") from error
+        base_lrs = METHODS[self.method].base_lrs[optimizer] if self.base_lrs is None else self.base_lrs
+        default_decay = 0.01 if optimizer == "adamw" else 1e-4
+        weight_decays = [default_decay] if self.weight_decays is None else self.weight_decays
+        return [
+            Recipe(base_lr=base_lr, weight_decay=weight_decay, **self.recipe)
+            for base_lr, weight_decay in product(base_lrs, weight_decays)
+        ]
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """The random changes of training images."""
+        return Augmentation(self.augment, self.crop_scale, self.color_jitter, self.random_erasing)
+
+    @property
+    def timm_options(self) -> dict[str, Any]:
+        """The keywords for timm beside the backbone's name."""
+        return {} if self.image_size is None else {"img_size": self.image_size}
