@@ -44,7 +44,7 @@ _PROMPT_OPTIONS = [option for option in fields(PromptConfig) if not option.name.
 
 _KINDS = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
-_METHODS = ", ".join([*(cls.method for cls in KINDS.values()), "linear", "full"])
+_METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "full")
 
 _MOMENT = 1.0  # seconds
 
@@ -138,13 +138,7 @@ def train(
             _MODEL,
         ),
     ] = None,
-    method: Annotated[
-        str,
-        _option(
-            f"What to train: {_METHODS}. The kinds of PromptConfig are other names: {_KINDS}.",
-            _MODEL,
-        ),
-    ] = "vapt",
+    method: str = "vapt",
     backend: Annotated[
         str | None, _option("auto, reference, torch, triton or cuda; see vapt-fast info.", _MODEL)
     ] = None,
@@ -247,14 +241,17 @@ def _prompt_value(option: Field, given: Any) -> Any:
     raise UserError(f"{flag} must be an integer or {other}, got {given!r}")
 
 
-def _with_prompt_options(command: Callable) -> inspect.Signature:
-    """The signature of ``command`` with the options of PromptConfig in the place of its ``**prompts``."""
+def _with_kinds_and_options(command: Callable) -> inspect.Signature:
+    """The signature of ``command``: all methods, and the options of PromptConfig for its ``**prompts``."""
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    help = f"What to train. The kinds of PromptConfig are other names: {_KINDS}."
+    methods = Annotated[Literal[tuple(dict.fromkeys([*_METHODS, *KINDS]))], _option(help, _MODEL)]  # type: ignore
+    own = [p.replace(annotation=methods) if p.name == "method" else p for p in own]
     return signature.replace(parameters=[*own, *map(_prompt_parameter, _PROMPT_OPTIONS)])
 
 
-train.__signature__ = _with_prompt_options(train)  # type: ignore[attr-defined]
+train.__signature__ = _with_kinds_and_options(train)  # type: ignore[attr-defined]
 
 
 def _set_threads(threads: int | None, backbone: str) -> None:
