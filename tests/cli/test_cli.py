@@ -170,7 +170,6 @@ def test_train_writes_and_tells_the_result(tmp_path):
         (["--prompts", "-1"], "num_prompts must be at least 0, got -1"),
         (["--num-prompts", "2,x"], "--num-prompts must be an integer or one for each block, as 10,10,0, got"),
         (["--num-prompts", "2,1"], "num_prompts must have one number for each of the backbone's 4 blocks"),
-        (["--method", "vapd"], "method must be one of ('vapt', 'vpt-deep', 'vfpt', 'kv',"),
         (["--conv-kernel", "two"], "--conv-kernel must be an integer or 'none', got 'two'"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--lr", "-1"], "base_lr must be a positive number, got -1.0"),

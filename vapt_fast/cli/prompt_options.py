@@ -11,15 +11,16 @@ from ..config import KINDS, PromptConfig
 from ..training import UserError
 from .options import MODEL, PROMPTS, option
 
-__all__ = ["PROMPT_OPTIONS", "Method", "prompt_value", "with_prompt_options"]
+__all__ = ["PROMPT_OPTIONS", "prompt_value", "with_prompt_options"]
 
 PROMPT_OPTIONS = [field for field in fields(PromptConfig) if not field.name.startswith("kind")]
 
 _METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "full")
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
-Method = Annotated[
-    Literal[tuple(dict.fromkeys([*_METHODS, *KINDS]))],  # type: ignore[valid-type]  # as many as are registered
+# As many as are registered.
+_METHOD = Annotated[
+    Literal[tuple(dict.fromkeys([*_METHODS, *KINDS]))],  # type: ignore
     option(f"What to train. The kinds of PromptConfig are other names: {_OTHER_NAMES}.", MODEL),
 ]
 
@@ -43,9 +44,10 @@ def prompt_value(field: Field, given: Any) -> Any:
 
 
 def with_prompt_options(command: Callable) -> inspect.Signature:
-    """Return the signature of ``command`` with the options of PromptConfig in place of its ``**prompts``."""
+    """Return the signature of ``command``: all methods, and the options of PromptConfig for its ``**prompts``."""
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    own = [p.replace(annotation=_METHOD) if p.name == "method" else p for p in own]
     return signature.replace(parameters=[*own, *map(_parameter, PROMPT_OPTIONS)])
 
 

@@ -22,7 +22,7 @@ from ..training.run import check_backend
 from ..training.trainer import Epoch
 from . import options
 from .console import count, failures, out, pick_device, progress_bars, say, status
-from .prompt_options import PROMPT_OPTIONS, Method, prompt_value, with_prompt_options
+from .prompt_options import PROMPT_OPTIONS, prompt_value, with_prompt_options
 
 __all__ = ["train"]
 
@@ -67,7 +67,7 @@ def train(
     backbone: options.Backbone = DEMO_BACKBONE,
     pretrained: options.Pretrained = True,
     weights: options.Weights = None,
-    method: Method = "vapt",
+    method: str = "vapt",
     backend: options.ModelBackend = None,
     lr: options.LearningRates = None,
     weight_decay: options.WeightDecays = None,
