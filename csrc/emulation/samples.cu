@@ -1,11 +1,11 @@
-// Small kernels that use every primitive in the way it is meant, and the same with one mistake: to test that
-// the emulation runs the first and finds the second. ``samples KERNEL MISTAKE`` prints "right" or "wrong".
+// Small kernels that use the primitives correctly, or with one mistake, which the emulation has to find. ``samples KERNEL
+// MISTAKE`` prints "right" or "wrong".
 
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "vapt_fast/device.cuh"
+#include "common/device.cuh"
 
 using namespace vapt_fast;
 
@@ -20,61 +20,58 @@ enum class Mistake {
   copied_too_early,  // into what others still read
   no_end,            // a barrier that half of the threads never reach
   parted_lanes,      // a shuffle that half of the lanes never reach
-  wrong_count,       // of threads at a barrier
-  one_place,         // where two blocks write
+  one_place,         // that two blocks write
   ends_too_early,    // while the other block of the cluster reads its shared memory
 };
 
 constexpr int kThreads = 64;
 constexpr int kWords = 4;  // that a thread copies
 
-// out[i] = in[i] with the threads' parts, of this block, in opposite order; twice.
+// Copies a block's words, those of its threads in reverse order; twice.
 __global__ void reverse(const std::uint32_t* in, std::uint32_t* out, Mistake mistake) {
   auto* const shared = reinterpret_cast<std::uint32_t*>(shared_memory());
   for (int round = 0; round < 2; ++round) {
-    const std::int64_t part = (2 * block() + round) * kThreads;
+    const std::int64_t part = (2 * block_id() + round) * kThreads;
     if (round > 0 && mistake != Mistake::copied_too_early) {
       sync_threads();  // the last round's words have been read
     }
-    const int at = mistake == Mistake::beyond_the_end ? thread() + 1 : thread();
-    copy_async(shared + at * kWords, in + (part + thread()) * kWords);
+    const int at = mistake == Mistake::beyond_the_end ? thread_id() + 1 : thread_id();
+    cp_async(shared + at * kWords, in + (part + thread_id()) * kWords);
     if (mistake != Mistake::no_commit) {
-      commit_copies();
+      cp_async_commit();
     }
     if (mistake != Mistake::no_wait) {
-      wait_for_copies<0>();
+      cp_async_wait<0>();
     }
     if (mistake != Mistake::no_barrier) {
       sync_threads();
     }
-    const Bytes16 words = load16(shared + (kThreads - 1 - thread()) * kWords);
+    const Bytes16 words = load16(shared + (kThreads - 1 - thread_id()) * kWords);
     const bool elsewhere = mistake == Mistake::one_place;
-    store16(out + ((elsewhere ? round * kThreads : part) + thread()) * kWords, words);
+    store16(out + ((elsewhere ? round * kThreads : part) + thread_id()) * kWords, words);
   }
-  wait_for_copies<0>();
+  cp_async_wait<0>();
 }
 
-// out[t] = the sum of all in, for each of the threads, by way of warps, barriers for some threads and a
-// cluster.
+// Stores the sum of all of ``in`` for each thread, by shuffles, shared memory and a cluster.
 __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake) {
   auto* const shared = reinterpret_cast<std::uint32_t*>(shared_memory());
-  std::uint32_t value = in[block() * kThreads + thread()];
-  if (mistake != Mistake::parted_lanes || lane() < 16) {
-    for (int mask = 1; mask < kLanes; mask *= 2) {
+  std::uint32_t value = in[block_id() * kThreads + thread_id()];
+  if (mistake != Mistake::parted_lanes || lane_id() < 16) {
+    for (int mask = 1; mask < kWarpSize; mask *= 2) {
       value += shuffle_xor(value, mask);
     }
   }
-  // The first warp gets the second one's by barrier 1, which nobody else may use with another count.
-  if (lane() == 0) {
-    shared[warp()] = value;
+  if (lane_id() == 0) {
+    shared[warp_id()] = value;
   }
   if (mistake != Mistake::no_barrier) {
-    sync_some(1, mistake == Mistake::wrong_count && warp() > 0 ? kLanes : kThreads);
-  }
-  if (mistake == Mistake::no_end && warp() == 0) {
     sync_threads();
   }
-  if (thread() == 0) {
+  if (mistake == Mistake::no_end && warp_id() == 0) {
+    sync_threads();
+  }
+  if (thread_id() == 0) {
     shared[2] = shared[0] + shared[1];
   }
   sync_cluster();
@@ -82,7 +79,7 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
   for (int rank = 0; rank < 2; ++rank) {
     total += cluster_peer(shared, rank)[2];
   }
-  out[block() * kThreads + thread()] = shuffle(total, cluster_rank());
+  out[block_id() * kThreads + thread_id()] = shuffle(total, cluster_rank());
   if (mistake != Mistake::ends_too_early) {
     sync_cluster();  // until the other block has read this one's memory
   }
@@ -90,8 +87,8 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
 
 // In the order of Mistake.
 constexpr const char* kNames[] = {
-    "none",   "beyond_the_end", "no_barrier",  "no_wait",   "no_commit",      "copied_too_early",
-    "no_end", "parted_lanes",   "wrong_count", "one_place", "ends_too_early",
+    "none",   "beyond_the_end", "no_barrier", "no_wait",        "no_commit", "copied_too_early",
+    "no_end", "parted_lanes",   "one_place",  "ends_too_early",
 };
 
 }  // namespace
