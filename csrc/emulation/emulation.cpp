@@ -3,6 +3,7 @@
 
 #include "common/device.cuh"
 
+#include <malloc.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -349,6 +350,7 @@ void run(const LaunchShape& shape, const std::function<void()>& kernel) {
       shape.threads < kWarpSize || shape.threads > 1024 || shape.threads % kWarpSize) {
     fail("no such launch");
   }
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);  // or the stacks' pages go back to the system after each block
   Launch launch;
   launch.shape = &shape;
   launch.kernel = &kernel;
