@@ -21,9 +21,11 @@ def on_emulation(monkeypatch):
     monkeypatch.setattr(device, "unsupported_reasons", lambda name, device: [])
     monkeypatch.setattr(backend, "unavailable_reasons", lambda name: [])
     torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
-    with use_backend("cuda"):
-        yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        with use_backend("cuda"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=[True, False], ids=["one pass", "two passes"])
@@ -34,7 +36,7 @@ def passes(monkeypatch, request):
 
 @pytest.fixture
 def launching(monkeypatch):
-    """``with launching(name=value) as launches``: the names and arguments of launches, some of them changed."""
+    """``with launching(name=value) as launches``: names and arguments of launches, some changed."""
     launch = cuda.launch
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""What prompt_pool's CUDA kernels compute, on a CPU (csrc/emulation): values, gradients, bounds, races, refusals."""
+"""What prompt_pool's CUDA kernels compute and refuse, on a CPU (csrc/emulation); bounds and races."""
 
 import itertools
 import mmap
@@ -217,6 +217,18 @@ def test_absent_gradients_and_factors(passes, launching):
         assert_same(actual, backward(grad_outputs._replace(**given), saved._replace(**kept)))
 
 
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize("branch", [False, True])
+def test_opcheck(branch, affine):
+    args = arguments(branch=branch, affine=affine)
+    needed = [name in OP.differentiable and getattr(args, name) is not None for name in args._fields]
+    grad_outputs, saved = backward_inputs(args)
+    backward_op = torch.ops.vapt_fast.prompt_pool_backward.default
+    torch.library.opcheck(backward_op, (*grad_outputs[: OP.num_results], *saved, needed, "cuda"))
+    leaves = [t.requires_grad_() if need else t for t, need in zip(args, needed, strict=True)]
+    torch.library.opcheck(OP.library_op, (*leaves, "cuda"))
+
+
 # ---- the same bits
 
 
@@ -233,7 +245,7 @@ def test_an_image_does_not_depend_on_the_others(passes):
 
 
 def same_values(tensor):
-    """``tensor`` in other layouts, some of which the kernels read as they are, or repeated by a stride of 0."""
+    """``tensor`` in other layouts, some of which the kernels read as they are; one repeats an image."""
     padded = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 8), float("nan"), dtype=tensor.dtype)
     padded[..., 8:] = tensor
     yield tensor, padded[..., 8:]
@@ -343,7 +355,7 @@ def test_clusters_only_where_they_fit_in_the_backward(monkeypatch, sizes, limits
 def test_both_ways_of_the_backward_agree(monkeypatch, sizes, dtype, tokens):
     inputs = backward_inputs(arguments(dtype, tokens, **sizes))
     in_one, in_two = in_both(monkeypatch, lambda: backward(*inputs))
-    # In one pass the sums of the matrix's rows, by which the gradient of bias is made, aren't rounded to tf32.
+    # In one pass the sums of the matrix's rows, which make the gradient of bias, aren't rounded to tf32.
     assert not torch.equal(in_one.affine[1], in_two.affine[1])
     for actual, expected in zip(in_one, in_two, strict=True):
         eps = max(torch.finfo(actual.dtype).eps, 2**-10)  # tf32's
@@ -426,6 +438,7 @@ def sizes(**changes):
 
 
 NULL = "must not be null"
+REQUIRED = ("weight", "bias", "mean", "rstd", "workspace", "grad_matrix", "grad_weight", "grad_bias")
 ROW = "every row of {} must begin at a multiple of 16 bytes"
 BEGIN = "{} must begin at a multiple of 16 bytes"
 
@@ -476,11 +489,7 @@ def test_what_contradicts_the_header_is_refused(launching, error, message, chang
     ("message", "changes"),
     [
         *((f"{name} {NULL}", {name: None}) for name in ("total", "grad_pooled", "matrix")),
-        *(
-            (f"{name} {NULL}", {name: 0})
-            for name in ("weight", "bias", "mean", "rstd", "workspace")
-            + ("grad_matrix", "grad_weight", "grad_bias")
-        ),
+        *((f"{name} {NULL}", {name: 0}) for name in REQUIRED),
         *(
             (ROW.format(name), {name: (64, 240, 13)})
             for name in ("total", "grad_total", "grad_normed", "grad_pooled")
