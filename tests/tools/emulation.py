@@ -120,12 +120,13 @@ def device(shared_memory: int = 227 * 1024, clusters: int = 2) -> Iterator[None]
 
 def run_sanitized(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess:
     """Run Python on ``arguments``, where ``module`` has the kernels with a sanitizer."""
-    library = subprocess.run(
-        [COMPILER, f"-print-file-name={LIBRARIES[sanitizer]}"], capture_output=True, text=True, check=True
-    )
+    libraries = []
+    for name in (LIBRARIES[sanitizer], "libstdc++.so"):  # without this one they find no __cxa_throw
+        command = [COMPILER, f"-print-file-name={name}"]
+        libraries.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
     environment = {
         "VAPT_FAST_TEST_SANITIZER": sanitizer,
-        "LD_PRELOAD": library.stdout.strip(),
+        "LD_PRELOAD": ":".join(libraries),
         "ASAN_OPTIONS": "detect_leaks=0",  # Python's
         "TSAN_OPTIONS": "halt_on_error=1",
     }
