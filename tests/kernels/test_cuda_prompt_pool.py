@@ -431,91 +431,76 @@ def test_nan_in_the_gradient_leaves_prefix_tokens_alone(passes):
 
 
 def sizes(**changes):
-    counts = {"batch": 2, "prefix": 1, "patches": 9, "channels": 24, "rows": 3}
-    return emulation.module().PromptPoolSizes(
-        **{"dtype": "bfloat16", "float32_tokens": False} | counts | changes
-    )
-
-
-NULL = "must not be null"
-REQUIRED = ("weight", "bias", "mean", "rstd", "workspace", "grad_matrix", "grad_weight", "grad_bias")
-ROW = "every row of {} must begin at a multiple of 16 bytes"
-BEGIN = "{} must begin at a multiple of 16 bytes"
+    given = {"dtype": "bfloat16", "float32_tokens": False, "batch": 2, "prefix": 1, "patches": 9}
+    return emulation.module().PromptPoolSizes(**given | {"channels": 24, "rows": 3} | changes)
 
 
 @pytest.mark.parametrize(
     ("error", "message", "changes"),
     [
-        (ValueError, "sizes must not be negative, got -1 images", {"sizes": {"batch": -1}}),
-        (ValueError, "there must be a patch, got 0", {"sizes": {"patches": 0}}),
-        (NotImplementedError, "8, 16, 24, ... channels, got 12", {"sizes": {"channels": 12}}),
-        (NotImplementedError, "too large: 1099511627776 images", {"sizes": {"batch": 2**40}}),
-        (NotImplementedError, "2 images, 1 [+] 1099511627776 tokens", {"sizes": {"patches": 2**40}}),
-        (ValueError, "total must be null where branch is", {"branch": None}),
-        (ValueError, "norm_bias must be null where norm_weight is", {"norm_weight": 0}),
-        *((ValueError, f"{name} {NULL}", {name: None}) for name in ("x", "matrix")),
-        *(
-            (ValueError, f"{name} {NULL}", {name: 0})
-            for name in ("weight", "bias", "norm_bias", "normed", "pooled", "mean", "rstd", "total")
-        ),
-        *(
-            (ValueError, ROW.format(name), {name: (64, *strides)})
-            for name in ("x", "branch")
-            for strides in ((12, 24), (240, 12))
-        ),
-        *(
-            (ValueError, BEGIN.format(name), {name: 8})
-            for name in ("layer_scale", "weight", "bias", "norm_weight", "norm_bias", "normed", "pooled")
-        ),
-        (ValueError, BEGIN.format("x"), {"x": (66, 240, 24)}),
-        (TypeError, "x has the wrong type: [(]16, 8[)]", {"x": (16, 8)}),
-        (TypeError, "x has the wrong type: 16", {"x": 16}),
-        (TypeError, "eps has the wrong type: None", {"eps": None}),
-        (TypeError, "an argument is unknown", {"y": 0}),
+        (ValueError, "sizes must not be negative, got -1 images", {"batch": -1}),
+        (ValueError, "there must be a patch, got 0", {"patches": 0}),
+        (NotImplementedError, "8, 16, 24, ... channels, got 12", {"channels": 12}),
+        (NotImplementedError, "too large: 1099511627776 images", {"batch": 2**40}),
+        (NotImplementedError, "2 images, 1 [+] 1099511627776 tokens", {"patches": 2**40}),
+        (ValueError, "dtype must be float16 or bfloat16, got float32", {"dtype": "float32"}),
     ],
     ids=str,
 )
-def test_what_contradicts_the_header_is_refused(launching, error, message, changes):
+def test_sizes_that_are_refused(launching, error, message, changes):
+    with pytest.raises(error, match=message), launching(sizes=sizes(**changes)):
+        forward(arguments())
+
+
+NULL = "{} must not be null"
+ROW = "every row of {} must begin at a multiple of 16 bytes"
+BEGIN = "{} must begin at a multiple of 16 bytes"
+
+
+@pytest.mark.parametrize(
+    ("op", "message", "value", "names"),
+    [
+        ("forward", NULL, None, "x matrix"),
+        ("forward", NULL, 0, "weight bias norm_bias normed pooled mean rstd total"),
+        ("forward", ROW, (64, 12, 24), "x branch"),
+        ("forward", ROW, (64, 240, 12), "x branch"),
+        ("forward", BEGIN, (66, 240, 24), "x branch"),
+        ("forward", BEGIN, 8, "layer_scale weight bias norm_weight norm_bias normed pooled"),
+        ("forward", "total must be null where {} is", None, "branch"),
+        ("forward", "norm_bias must be null where {} is", 0, "norm_weight"),
+        ("backward", NULL, None, "total grad_pooled matrix"),
+        ("backward", NULL, 0, "weight bias mean rstd workspace grad_matrix grad_weight grad_bias"),
+        ("backward", ROW, (64, 240, 13), "total grad_total grad_normed grad_pooled"),
+        ("backward", BEGIN, 4, "layer_scale weight bias norm_weight workspace grad_x grad_branch"),
+    ],
+    ids=str,
+)
+def test_what_contradicts_the_header_is_refused(launching, op, message, value, names):
     args = arguments()
-    out = OP.allocate(args, "cuda")
-    if "sizes" in changes:
-        changes = {"sizes": sizes(**changes["sizes"])}
-    with launching(**changes), pytest.raises(error, match=f"prompt_pool_forward.*{message}"):
-        cuda.forward(args, out)
-    assert all(output.isnan().all() for output in out)
+    grad_outputs, saved = backward_inputs(args)
+    call = rf"prompt_pool_{op}\(dtype=bfloat16, float32_tokens=False, batch=2, .*rows=3\): "
+    for name in names.split():
+        out, grads = OP.allocate(args, "cuda"), OP.allocate_gradients(saved, OP.differentiable)
+        with launching(**{name: value}), pytest.raises(ValueError, match=call + message.format(name)):
+            cuda.forward(args, out) if op == "forward" else cuda.backward(saved, grad_outputs, grads)
+        assert all(written.isnan().all() for written in (*out, *grads))
 
 
 @pytest.mark.parametrize(
     ("message", "changes"),
     [
-        *((f"{name} {NULL}", {name: None}) for name in ("total", "grad_pooled", "matrix")),
-        *((f"{name} {NULL}", {name: 0}) for name in REQUIRED),
-        *(
-            (ROW.format(name), {name: (64, 240, 13)})
-            for name in ("total", "grad_total", "grad_normed", "grad_pooled")
-        ),
-        *(
-            (BEGIN.format(name), {name: 4})
-            for name in ("layer_scale", "weight", "bias", "norm_weight", "workspace", "grad_x", "grad_branch")
-        ),
+        ("x has the wrong type: [(]16, 8[)]", {"x": (16, 8)}),
+        ("x has the wrong type: 16", {"x": 16}),
+        ("eps has the wrong type: None", {"eps": None}),
+        ("an argument is unknown", {"y": 0}),
     ],
     ids=str,
 )
-def test_what_contradicts_the_header_is_refused_in_the_backward(launching, message, changes):
-    grad_outputs, saved = backward_inputs(arguments())
-    grads = OP.allocate_gradients(saved, OP.differentiable)
-    call = r"prompt_pool_backward\(dtype=bfloat16, float32_tokens=False, batch=2, .*rows=3\): "
-    with launching(**changes), pytest.raises(ValueError, match=call + message):
-        cuda.backward(saved, grad_outputs, grads)
-    assert all(grad.isnan().all() for grad in grads)
-
-
-def test_a_keyword_is_missing_or_a_dtype_unknown():
-    module = emulation.module()
+def test_keywords_that_are_refused(launching, message, changes):
+    with launching(**changes), pytest.raises(TypeError, match=f"prompt_pool_forward: {message}"):
+        forward(arguments())
     with pytest.raises(TypeError, match="prompt_pool_forward: eps is missing"):
-        module.prompt_pool_forward(sizes=sizes())
-    with pytest.raises(ValueError, match="dtype must be float16 or bfloat16, got float32"):
-        sizes(dtype="float32")
+        emulation.module().prompt_pool_forward(sizes=sizes())
 
 
 # ---- bounds and races
