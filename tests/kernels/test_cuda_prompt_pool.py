@@ -2,6 +2,7 @@
 
 import itertools
 import mmap
+from typing import NamedTuple
 
 import emulation
 import pytest
@@ -10,7 +11,7 @@ from op_cases import assert_policy, assert_same_results, layouts, pool_case, res
 
 from vapt_fast.ops.base import OPS
 from vapt_fast.ops.prompt_pool import cuda
-from vapt_fast.ops.prompt_pool.op import Arguments, Outputs
+from vapt_fast.ops.prompt_pool.op import Arguments
 
 pytestmark = pytest.mark.usefixtures("on_emulation")
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -36,6 +37,14 @@ SHAPES = [
     (2, 1, 33, 136, 35),
     (1, 1, 65, 72, 129),
 ]
+
+
+class Incoming(NamedTuple):
+    """Gradients of the op's results."""
+
+    total: torch.Tensor
+    normed: torch.Tensor
+    pooled: torch.Tensor
 
 
 def arguments(
@@ -67,15 +76,15 @@ def forward(args):
 
 
 def backward_inputs(args):
-    """Incoming gradients, and what a forward pass has saved."""
+    """The incoming gradients, and what a forward pass has saved."""
     outputs = forward(args)
     grads = (torch.randn(t.shape).to(t.dtype) for t in (args.x, outputs.normed, outputs.pooled))
-    return Outputs(*grads), OP.save(args, outputs)
+    return Incoming(*grads), OP.save(args, outputs)
 
 
-def backward(grad_outputs, saved):
+def backward(incoming, saved):
     needed = [name for name in OP.differentiable if name != "branch" or saved.branch_dtype is not None]
-    return OP.backward("cuda", grad_outputs, saved, needed)
+    return OP.backward("cuda", saved, incoming, needed)
 
 
 def forward_and_backward(args):
@@ -170,10 +179,10 @@ def test_what_is_pooled_is_without_the_affine_of_the_norm(passes):
     ours, expected = forward(args), forward(plain)
     assert_same(ours._replace(normed=None), expected._replace(normed=None))
     assert torch.equal(ours.normed[..., 1::3], args.norm_bias[1::3].bfloat16().expand(2, 10, -1))
-    grad_outputs, saved = backward_inputs(args)
-    expected = backward(grad_outputs, saved)
-    grad_outputs.normed[..., 1::3] = 1e3
-    assert_same(backward(grad_outputs, saved), expected)
+    incoming, saved = backward_inputs(args)
+    expected = backward(incoming, saved)
+    incoming.normed[..., 1::3] = 1e3
+    assert_same(backward(incoming, saved), expected)
 
 
 def test_constant_rows(passes):
@@ -204,8 +213,8 @@ def test_absent_gradients_and_factors(passes, launching):
     explicit = args._replace(layer_scale=ones, norm_weight=ones, norm_bias=zeros)
     absent = args._replace(layer_scale=None, norm_weight=None, norm_bias=None)
     assert_same(forward(absent), forward(explicit))
-    grad_outputs, saved = backward_inputs(args)
-    zero = {"total": torch.zeros_like(grad_outputs.total), "normed": torch.zeros_like(grad_outputs.normed)}
+    incoming, saved = backward_inputs(args)
+    zero = {"total": torch.zeros_like(incoming.total), "normed": torch.zeros_like(incoming.normed)}
     for absent, given, kept in (
         ({"layer_scale": 0}, {}, {"layer_scale": ones}),
         ({"norm_weight": 0}, {}, {"norm_weight": ones}),
@@ -213,8 +222,8 @@ def test_absent_gradients_and_factors(passes, launching):
         ({"grad_normed": None}, {"normed": zero["normed"]}, {}),
     ):
         with launching(**absent):
-            actual = backward(grad_outputs, saved)
-        assert_same(actual, backward(grad_outputs._replace(**given), saved._replace(**kept)))
+            actual = backward(incoming, saved)
+        assert_same(actual, backward(incoming._replace(**given), saved._replace(**kept)))
 
 
 @pytest.mark.parametrize("affine", [False, True])
@@ -222,9 +231,9 @@ def test_absent_gradients_and_factors(passes, launching):
 def test_opcheck(branch, affine):
     args = arguments(branch=branch, affine=affine)
     needed = [name in OP.differentiable and getattr(args, name) is not None for name in args._fields]
-    grad_outputs, saved = backward_inputs(args)
+    incoming, saved = backward_inputs(args)
     backward_op = torch.ops.vapt_fast.prompt_pool_backward.default
-    torch.library.opcheck(backward_op, (*grad_outputs[: OP.num_results], *saved, needed, "cuda"))
+    torch.library.opcheck(backward_op, (*incoming, *saved, needed, "cuda"))
     leaves = [t.requires_grad_() if need else t for t, need in zip(args, needed, strict=True)]
     torch.library.opcheck(OP.library_op, (*leaves, "cuda"))
 
@@ -237,10 +246,10 @@ def test_an_image_does_not_depend_on_the_others(passes):
     outputs = forward(args)
     alone = forward(args._replace(x=args.x[2:], branch=args.branch[2:]))
     assert_same(alone[:5], [t[2:] for t in outputs[:5]])
-    grad_outputs, saved = backward_inputs(args)
-    grads = backward(grad_outputs, saved)
+    incoming, saved = backward_inputs(args)
+    grads = backward(incoming, saved)
     saved = saved._replace(**{name: getattr(saved, name)[2:].clone() for name in ("total", "mean", "rstd")})
-    alone = backward(Outputs(*(t[2:].clone() for t in grad_outputs[:3])), saved)
+    alone = backward(Incoming(*(t[2:].clone() for t in incoming)), saved)
     assert_same(alone[:2], [t[2:] for t in grads[:2]])
 
 
@@ -262,13 +271,13 @@ def test_layouts_make_no_difference(passes):
     for name in ("x", "branch", "matrix"):
         for pair in same_values(getattr(args, name)):
             assert_same(*(forward(args._replace(**{name: same})) for same in pair))
-    grad_outputs, saved = backward_inputs(args)
+    incoming, saved = backward_inputs(args)
     for name in ("total", "normed", "pooled"):
-        for pair in same_values(getattr(grad_outputs, name)):
-            assert_same(*(backward(grad_outputs._replace(**{name: same}), saved) for same in pair))
+        for pair in same_values(getattr(incoming, name)):
+            assert_same(*(backward(incoming._replace(**{name: same}), saved) for same in pair))
     for name in ("total", "matrix"):
         for pair in same_values(getattr(saved, name)):
-            assert_same(*(backward(grad_outputs, saved._replace(**{name: same})) for same in pair))
+            assert_same(*(backward(incoming, saved._replace(**{name: same})) for same in pair))
 
 
 @pytest.mark.parametrize("strides", [(2**31 + 64, 8, 1), (64, 2**31 + 64, 1)], ids=str)
@@ -285,10 +294,10 @@ def test_offsets_beyond_32_bits(passes, strides):
 
     args = arguments(prefix=1, patches=1, dim=8, rows=2)
     assert_same(forward(apart(args, "x", "branch", "matrix")), forward(args))
-    grad_outputs, saved = backward_inputs(args)
-    expected = backward(grad_outputs, saved)
-    assert_same(backward(apart(grad_outputs, "total", "normed", "pooled"), saved), expected)
-    assert_same(backward(grad_outputs, apart(saved, "total", "matrix")), expected)
+    incoming, saved = backward_inputs(args)
+    expected = backward(incoming, saved)
+    assert_same(backward(apart(incoming, "total", "normed", "pooled"), saved), expected)
+    assert_same(backward(incoming, apart(saved, "total", "matrix")), expected)
 
 
 # ---- one pass or two
@@ -413,9 +422,9 @@ def test_nan_stays_in_its_image_and_a_prefix_token_out_of_what_is_pooled(passes)
 
 def test_nan_in_the_gradient_leaves_prefix_tokens_alone(passes):
     """Also where a prefix token would only be multiplied by 0."""
-    grad_outputs, saved = backward_inputs(arguments(dim=136))
-    grad_outputs.pooled[0, 1, 130] = float("nan")
-    grads = backward(grad_outputs, saved)
+    incoming, saved = backward_inputs(arguments(dim=136))
+    incoming.pooled[0, 1, 130] = float("nan")
+    grads = backward(incoming, saved)
     for grad in grads[:2]:
         assert grad[0, 1:].isnan().all()
         assert torch.isfinite(grad[0, 0]).all()
@@ -477,12 +486,12 @@ BEGIN = "{} must begin at a multiple of 16 bytes"
 )
 def test_what_contradicts_the_header_is_refused(launching, op, message, value, names):
     args = arguments()
-    grad_outputs, saved = backward_inputs(args)
+    incoming, saved = backward_inputs(args)
     call = rf"prompt_pool_{op}\(dtype=bfloat16, float32_tokens=False, batch=2, .*rows=3\): "
     for name in names.split():
         out, grads = OP.allocate(args, "cuda"), OP.allocate_gradients(saved, OP.differentiable)
         with launching(**{name: value}), pytest.raises(ValueError, match=call + message.format(name)):
-            cuda.forward(args, out) if op == "forward" else cuda.backward(saved, grad_outputs, grads)
+            cuda.forward(args, out) if op == "forward" else cuda.backward(saved, incoming, grads)
         assert all(written.isnan().all() for written in (*out, *grads))
 
 
