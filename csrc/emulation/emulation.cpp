@@ -67,9 +67,7 @@ struct Block {
   Barrier barrier;
 };
 
-struct Group {
-  std::deque<Copy> copies;
-};
+using Group = std::deque<Copy>;
 
 struct Thread {
   Fiber fiber;
@@ -197,7 +195,7 @@ void thread_main() {
   }
   acquire(&current_launch->begin);
   (*current_launch->kernel)();
-  if (!current->groups.empty() || !current->open.copies.empty()) {
+  if (!current->groups.empty() || !current->open.empty()) {
     fail("ends without having waited for its copies");
   }
   Block& block = *current->block;
@@ -323,19 +321,16 @@ void count_bank_conflicts(const char* addresses) {
   }
 }
 
-void begin_copy(Copy copy) { current->open.copies.push_back(copy); }
+void begin_copy(Copy copy) { current->open.push_back(copy); }
 
-void cp_async_commit() {
-  current->groups.push_back(std::move(current->open));
-  current->open = {};
-}
+void cp_async_commit() { current->groups.push_back(std::exchange(current->open, {})); }
 
 const Copy* next_copy(int pending) {
   while (static_cast<int>(current->groups.size()) > pending) {
     Group& group = current->groups.front();
-    if (!group.copies.empty()) {
-      current->copy = group.copies.front();
-      group.copies.pop_front();
+    if (!group.empty()) {
+      current->copy = group.front();
+      group.pop_front();
       return &current->copy;
     }
     current->groups.pop_front();

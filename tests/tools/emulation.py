@@ -8,7 +8,6 @@ Environment:
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
 import hashlib
 import importlib.util
@@ -28,6 +27,7 @@ CSRC = Path(os.environ.get("VAPT_FAST_TEST_CSRC", Path(__file__).parents[2] / "c
 WARNINGS = ("-w",) if "VAPT_FAST_TEST_CSRC" in os.environ else ("-Wall", "-Wextra", "-Werror")
 BUILD = CSRC.parent / "build" / "emulation"
 COMPILER = shutil.which("g++")
+COMMON = ("-std=c++20", "-O1", "-fPIC")
 SANITIZERS = {
     "": (),
     # Without optimisation it compiles in a fifth of the time.
@@ -40,11 +40,13 @@ LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 def _command(*flags: str) -> list[str]:
     if COMPILER is None:
         pytest.skip("there is no g++ for the kernels")
-    return [COMPILER, "-std=c++20", "-O1", "-fPIC", f"-I{CSRC}", *flags]
+    return [COMPILER, *COMMON, f"-I{CSRC}", *flags]
 
 
 def _made(name: str, contents: str, command: list[str]) -> Path:
     """What ``command`` writes to its ``-o``; only if it has not been made of the same ``contents`` before."""
+    import fcntl  # not on Windows
+
     folder = BUILD / hashlib.sha256(contents.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:  # other processes need the same
@@ -60,7 +62,7 @@ def _object(source: Path, *flags: str) -> Path:
     # What it includes of csrc, and not of the system.
     rule = subprocess.run([*command, "-MM", str(source)], capture_output=True, text=True, check=True).stdout
     files = rule.replace("\\\n", " ").split()[1:]
-    contents = "".join([*flags, sys.version, *(Path(file).read_text() for file in files)])
+    contents = "".join([sys.version, *COMMON, *flags, *(Path(file).read_text() for file in files)])
     return _made(f"{source.stem}.o", contents, [*command, "-c", str(source)])
 
 
