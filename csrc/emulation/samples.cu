@@ -2,7 +2,7 @@
 // MISTAKE`` prints "right" or "wrong".
 
 #include <cstdlib>
-#include <string>
+#include <string_view>
 #include <vector>
 
 #include "common/device.cuh"
@@ -11,18 +11,7 @@ using namespace vapt_fast;
 
 namespace {
 
-enum class Mistake {
-  none,
-  beyond_the_end,    // of shared memory
-  no_barrier,        // between writing and reading shared memory
-  no_wait,           // for asynchronous copies
-  no_commit,         // of asynchronous copies
-  copied_too_early,  // into what others still read
-  no_end,            // a barrier that half of the threads never reach
-  parted_lanes,      // a shuffle that half of the lanes never reach
-  one_place,         // that two blocks write
-  ends_too_early,    // while the other block of the cluster reads its shared memory
-};
+using Mistake = std::string_view;
 
 constexpr int kThreads = 64;
 constexpr int kWords = 4;  // that a thread copies
@@ -32,22 +21,22 @@ __global__ void reverse(const std::uint32_t* in, std::uint32_t* out, Mistake mis
   auto* const shared = reinterpret_cast<std::uint32_t*>(shared_memory());
   for (int round = 0; round < 2; ++round) {
     const std::int64_t part = (2 * block_id() + round) * kThreads;
-    if (round > 0 && mistake != Mistake::copied_too_early) {
+    if (round > 0 && mistake != "copied_too_early") {
       sync_threads();  // the last round's words have been read
     }
-    const int at = mistake == Mistake::beyond_the_end ? thread_id() + 1 : thread_id();
+    const int at = mistake == "beyond_the_end" ? thread_id() + 1 : thread_id();
     cp_async(shared + at * kWords, in + (part + thread_id()) * kWords);
-    if (mistake != Mistake::no_commit) {
+    if (mistake != "no_commit") {
       cp_async_commit();
     }
-    if (mistake != Mistake::no_wait) {
+    if (mistake != "no_wait") {
       cp_async_wait<0>();
     }
-    if (mistake != Mistake::no_barrier) {
+    if (mistake != "no_barrier") {
       sync_threads();
     }
     const Bytes16 words = load16(shared + (kThreads - 1 - thread_id()) * kWords);
-    const bool elsewhere = mistake == Mistake::one_place;
+    const bool elsewhere = mistake == "one_place";
     store16(out + ((elsewhere ? round * kThreads : part) + thread_id()) * kWords, words);
   }
   cp_async_wait<0>();
@@ -57,7 +46,7 @@ __global__ void reverse(const std::uint32_t* in, std::uint32_t* out, Mistake mis
 __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake) {
   auto* const shared = reinterpret_cast<std::uint32_t*>(shared_memory());
   std::uint32_t value = in[block_id() * kThreads + thread_id()];
-  if (mistake != Mistake::parted_lanes || lane_id() < 16) {
+  if (mistake != "parted_lanes" || lane_id() < 16) {
     for (int mask = 1; mask < kWarpSize; mask *= 2) {
       value += shuffle_xor(value, mask);
     }
@@ -65,10 +54,10 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
   if (lane_id() == 0) {
     shared[warp_id()] = value;
   }
-  if (mistake != Mistake::no_barrier) {
+  if (mistake != "no_barrier") {
     sync_threads();
   }
-  if (mistake == Mistake::no_end && warp_id() == 0) {
+  if (mistake == "no_end" && warp_id() == 0) {
     sync_threads();
   }
   if (thread_id() == 0) {
@@ -80,16 +69,10 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
     total += cluster_peer(shared, rank)[2];
   }
   out[block_id() * kThreads + thread_id()] = shuffle(total, cluster_rank());
-  if (mistake != Mistake::ends_too_early) {
+  if (mistake != "ends_too_early") {
     sync_cluster();  // until the other block has read this one's memory
   }
 }
-
-// In the order of Mistake.
-constexpr const char* kNames[] = {
-    "none",   "beyond_the_end", "no_barrier", "no_wait",        "no_commit", "copied_too_early",
-    "no_end", "parted_lanes",   "one_place",  "ends_too_early",
-};
 
 }  // namespace
 
@@ -97,17 +80,12 @@ int main(int count, char** arguments) {
   if (count != 3) {
     return EXIT_FAILURE;
   }
-  Mistake mistake = Mistake::none;
-  for (std::size_t i = 0; i < std::size(kNames); ++i) {
-    if (arguments[2] == std::string(kNames[i])) {
-      mistake = static_cast<Mistake>(i);
-    }
-  }
+  const Mistake mistake = arguments[2];
   LaunchShape shape;
   shape.blocks = 2;
   shape.threads = kThreads;
   bool right = true;
-  if (arguments[1] == std::string("reverse")) {
+  if (std::string_view(arguments[1]) == "reverse") {
     const std::size_t words = 2 * 2 * kThreads * kWords;
     std::vector<std::uint32_t> in(words);
     std::vector<std::uint32_t> out(words);

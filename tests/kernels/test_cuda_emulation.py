@@ -23,6 +23,8 @@ def test_right_kernels_are_right(sanitizer, kernel):
 @pytest.mark.parametrize(
     ("kernel", "mistake", "sanitizer", "found"),
     [
+        # A write beyond shared memory; no barrier between writing and reading it, or before the next write;
+        # a place where both rounds write; asynchronous copies without a wait or a commit.
         ("reverse", "beyond_the_end", "address", "heap-buffer-overflow"),
         ("reverse", "no_barrier", "thread", "data race"),
         ("reverse", "copied_too_early", "thread", "data race"),
@@ -30,6 +32,8 @@ def test_right_kernels_are_right(sanitizer, kernel):
         ("reverse", "no_wait", "", "wrong"),
         ("reverse", "copied_too_early", "", "wrong"),
         ("reverse", "no_commit", "", "ends without having waited for its copies"),
+        # No barrier; a block that ends while the other reads its shared memory; a barrier and a shuffle that
+        # half of the threads or lanes never reach.
         ("sum", "no_barrier", "thread", "data race"),
         ("sum", "ends_too_early", "thread", "data race"),
         ("sum", "no_end", "", "hangs: waits for threads that wait elsewhere or have ended"),
