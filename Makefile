@@ -10,10 +10,10 @@ OUT ?= demo-out
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
 
-# Compiled by the installation, where there is nvcc.
-CUDA_SOURCES := $(wildcard csrc/CMakeLists.txt csrc/*.cpp csrc/*.cu csrc/*.cuh csrc/include/*/*)
+STYLED := $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) csrc/*/*.$(kind)))
 
-STYLED := $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) csrc/*/*.$(kind) csrc/*/*/*.$(kind)))
+# Compiled by the installation, where there is nvcc.
+CUDA_SOURCES := csrc/CMakeLists.txt $(filter-out csrc/emulation/%,$(STYLED))
 
 $(BIN)/.installed: pyproject.toml setup.py $(CUDA_SOURCES)
 	$(PYTHON) -m venv $(VENV)

@@ -1,8 +1,9 @@
-// The runtime of the emulation: fibers, barriers, exchanges. Compiled without sanitizers; it tells them,
-// where they are linked in, which fiber runs and what a barrier orders.
+// The runtime of the emulation: fibers, barriers, exchanges. Compiled without sanitizers; where they are linked in, it
+// tells them which fiber runs and what a barrier orders.
 
-#include "vapt_fast/device.cuh"
+#include "common/device.cuh"
 
+#include <malloc.h>
 #include <ucontext.h>
 
 #include <cstdlib>
@@ -28,12 +29,10 @@ namespace vapt_fast::runtime {
 namespace {
 
 constexpr std::size_t kStack = 128 * 1024;
-constexpr int kBarriers = 16;
 constexpr unsigned kSwitchOrdersNothing = 1;
 
-std::int64_t limit = 227 * 1024;
+Limits device{227 * 1024, 2};  // shared memory as on sm_90
 std::int64_t conflicts = 0;
-std::int64_t num_clusters = 2;
 
 // A stack, and where it was left.
 struct Fiber {
@@ -47,31 +46,28 @@ struct Fiber {
 };
 
 struct Barrier {
-  int expected = 0;  // 0: nobody is there
   int arrived = 0;
   std::uint64_t generation = 0;
-  char order[2];  // what ThreadSanitizer knows even and odd generations by
+  char order[2];  // ThreadSanitizer's handles of even and odd generations
 };
 
 struct Warp {
   Barrier exchange;  // orders no memory
   Barrier barrier;
   const char* operation = nullptr;
-  alignas(16) char slots[2][kLanes * kSlot];
+  alignas(16) char slots[2][kWarpSize * kSlot];
 };
 
 struct Block {
   std::int64_t index = 0;
   int running = 0;  // threads
-  char end;         // what ThreadSanitizer orders the end of its threads by
+  char end;         // ThreadSanitizer's handle of the end of its threads
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
   std::vector<Warp> warps;
-  Barrier barriers[kBarriers];
+  Barrier barrier;
 };
 
-struct Group {
-  std::deque<Copy> copies;
-};
+using Group = std::deque<Copy>;
 
 struct Thread {
   Fiber fiber;
@@ -80,14 +76,13 @@ struct Thread {
   int rank = 0;  // of its block in the cluster
   bool finished = false;
   const Barrier* waits_at = nullptr;
-  std::uint64_t generation = 0;  // of the barrier, that it waits to end
+  std::uint64_t generation = 0;  // of that barrier
   std::uint64_t exchanges = 0;
   std::deque<Group> groups;  // committed ones
   Group open;
   Copy copy{};  // the one last given out
 };
 
-// Blocks that run together.
 struct Cluster {
   std::vector<Block> blocks;
   std::vector<Thread> threads;
@@ -98,8 +93,8 @@ struct Launch {
   const LaunchShape* shape;
   const std::function<void()>* kernel;
   Fiber host;
-  char begin, end;  // what ThreadSanitizer orders all fibers by
-  // Under ThreadSanitizer kept until the end, since to free memory would order the blocks that used it.
+  char begin, end;  // ThreadSanitizer's handles of all fibers
+  // Under ThreadSanitizer kept until the end: freeing memory would order the blocks that used it.
   std::deque<Cluster> clusters;
 };
 
@@ -129,8 +124,7 @@ void release(void* address) {
 
 void thread_main();
 
-// Goes on where the fiber was left, or at its beginning. Twenty times as fast as swapcontext, which asks the
-// system for the signal mask.
+// Resumes a fiber, or starts it. Twenty times as fast as swapcontext, which makes a system call for the signal mask.
 [[noreturn]] __attribute__((noinline)) void resume(Fiber& fiber) {
   if (fiber.started) {
     __builtin_longjmp(fiber.registers, 1);
@@ -201,7 +195,7 @@ void thread_main() {
   }
   acquire(&current_launch->begin);
   (*current_launch->kernel)();
-  if (!current->groups.empty() || !current->open.copies.empty()) {
+  if (!current->groups.empty() || !current->open.empty()) {
     fail("ends without having waited for its copies");
   }
   Block& block = *current->block;
@@ -219,17 +213,12 @@ void thread_main() {
 // ---- barriers
 
 void wait(Barrier& barrier, int threads, bool orders_memory) {
-  if (barrier.expected == 0) {
-    barrier.expected = threads;
-  } else if (barrier.expected != threads) {
-    fail("meets threads at a barrier that expect another number of threads");
-  }
   char* const order = &barrier.order[barrier.generation % 2];
   if (orders_memory) {
     release(order);
   }
-  if (++barrier.arrived == barrier.expected) {
-    barrier.expected = barrier.arrived = 0;
+  if (++barrier.arrived == threads) {
+    barrier.arrived = 0;
     ++barrier.generation;
   } else {
     current->waits_at = &barrier;
@@ -249,7 +238,7 @@ void prepare(Cluster& prepared, const LaunchShape& shape, std::int64_t first_blo
     Block& block = prepared.blocks[static_cast<std::size_t>(rank)];
     block.index = first_block + rank;
     block.running = shape.threads;
-    block.warps.resize(static_cast<std::size_t>(shape.threads / kLanes));
+    block.warps.resize(static_cast<std::size_t>(shape.threads / kWarpSize));
     const auto bytes = static_cast<std::size_t>(shape.shared_memory);
     void* memory = nullptr;
     if (posix_memalign(&memory, 128, bytes) != 0) {
@@ -272,12 +261,12 @@ void prepare(Cluster& prepared, const LaunchShape& shape, std::int64_t first_blo
   }
 }
 
-Warp& current_warp() { return current->block->warps[static_cast<std::size_t>(current->index / kLanes)]; }
+Warp& current_warp() { return current->block->warps[static_cast<std::size_t>(current->index / kWarpSize)]; }
 
 }  // namespace
 
-int thread() { return current->index; }
-std::int64_t block() { return current->block->index; }
+int thread_id() { return current->index; }
+std::int64_t block_id() { return current->block->index; }
 int cluster_rank() { return current->rank; }
 char* shared_memory() { return current->block->shared.get(); }
 
@@ -288,14 +277,9 @@ char* peer_shared_memory(int rank) {
   return cluster->blocks[static_cast<std::size_t>(rank)].shared.get();
 }
 
-void sync_some(int id, int threads) {
-  if (id < 0 || id >= kBarriers || threads % kLanes) {
-    fail("no such barrier");
-  }
-  wait(current->block->barriers[id], id == 0 ? current_launch->shape->threads : threads, true);
-}
+void sync_threads() { wait(current->block->barrier, current_launch->shape->threads, true); }
 
-void sync_warp() { wait(current_warp().barrier, kLanes, true); }
+void sync_warp() { wait(current_warp().barrier, kWarpSize, true); }
 
 void sync_cluster() { wait(cluster->barrier, static_cast<int>(cluster->threads.size()), true); }
 
@@ -304,25 +288,25 @@ const char* exchange(const char* operation, const void* data, std::size_t size) 
   if (size > kSlot) {
     fail("exchanges too much at once");
   }
-  if (warp.exchange.expected == 0) {
+  if (warp.exchange.arrived == 0) {
     warp.operation = operation;
   } else if (std::strcmp(warp.operation, operation) != 0) {
-    std::fprintf(stderr, "emulation: lanes part ways: %s and %s\n", warp.operation, operation);
+    std::fprintf(stderr, "emulation: lanes diverge: %s and %s\n", warp.operation, operation);
     fail("its warp does something else");
   }
-  // Two buffers: nobody writes the other one again before everybody has read this one.
+  // Two buffers: the other one is not written again before all lanes have read this one.
   char* const slots = warp.slots[current->exchanges++ % 2];
-  char* const slot = slots + current->index % kLanes * kSlot;
+  char* const slot = slots + current->index % kWarpSize * kSlot;
   for (std::size_t i = 0; i < size; ++i) {
     slot[i] = static_cast<const char*>(data)[i];
     asm volatile("" ::: "memory");  // not memcpy, which ThreadSanitizer would watch
   }
-  wait(warp.exchange, kLanes, false);
+  wait(warp.exchange, kWarpSize, false);
   return slots;
 }
 
-void watch_banks(const char* addresses) {
-  if (current->index % kLanes != 0) {
+void count_bank_conflicts(const char* addresses) {
+  if (current->index % kWarpSize != 0) {
     return;
   }
   for (int matrix = 0; matrix < 4; ++matrix) {
@@ -337,21 +321,16 @@ void watch_banks(const char* addresses) {
   }
 }
 
-std::int64_t bank_conflicts() { return std::exchange(conflicts, 0); }
+void begin_copy(Copy copy) { current->open.push_back(copy); }
 
-void begin_copy(Copy copy) { current->open.copies.push_back(copy); }
-
-void commit_copies() {
-  current->groups.push_back(std::move(current->open));
-  current->open = {};
-}
+void cp_async_commit() { current->groups.push_back(std::exchange(current->open, {})); }
 
 const Copy* next_copy(int pending) {
   while (static_cast<int>(current->groups.size()) > pending) {
     Group& group = current->groups.front();
-    if (!group.copies.empty()) {
-      current->copy = group.copies.front();
-      group.copies.pop_front();
+    if (!group.empty()) {
+      current->copy = group.front();
+      group.pop_front();
       return &current->copy;
     }
     current->groups.pop_front();
@@ -359,17 +338,14 @@ const Copy* next_copy(int pending) {
   return nullptr;
 }
 
-std::int64_t shared_memory_limit() { return limit; }
-void set_shared_memory_limit(std::int64_t bytes) { limit = bytes; }
-
-std::int64_t clusters_at_once() { return num_clusters; }
-void set_clusters_at_once(std::int64_t count) { num_clusters = count; }
+const Limits& limits() { return device; }
 
 void run(const LaunchShape& shape, const std::function<void()>& kernel) {
   if (shape.blocks < 1 || shape.blocks > 0x7fffffff || shape.blocks % shape.cluster || shape.cluster < 1 ||
-      shape.threads < kLanes || shape.threads > 1024 || shape.threads % kLanes) {
+      shape.threads < kWarpSize || shape.threads > 1024 || shape.threads % kWarpSize) {
     fail("no such launch");
   }
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);  // or the stacks' pages go back to the system after each block
   Launch launch;
   launch.shape = &shape;
   launch.kernel = &kernel;
@@ -400,3 +376,22 @@ void run(const LaunchShape& shape, const std::function<void()>& kernel) {
 }
 
 }  // namespace vapt_fast::runtime
+
+// ---- for the tests, by ctypes
+
+#define EXPORT __attribute__((visibility("default")))
+
+extern "C" {
+
+EXPORT void set_limits(std::int64_t shared_memory, std::int64_t clusters) {
+  vapt_fast::runtime::device = {shared_memory, clusters};
+}
+
+// Those since the last call.
+EXPORT std::int64_t bank_conflicts() { return std::exchange(vapt_fast::runtime::conflicts, 0); }
+
+EXPORT float from_float16(std::uint16_t bits) { return vapt_fast::to_float(vapt_fast::Float16{bits}); }
+EXPORT float from_bfloat16(std::uint16_t bits) { return vapt_fast::to_float(vapt_fast::BFloat16{bits}); }
+EXPORT std::uint16_t to_float16(float value) { return vapt_fast::round_to<vapt_fast::Float16>(value).bits; }
+EXPORT std::uint16_t to_bfloat16(float value) { return vapt_fast::round_to<vapt_fast::BFloat16>(value).bits; }
+}

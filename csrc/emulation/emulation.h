@@ -1,18 +1,16 @@
-// The primitives of vapt_fast/device.cuh for a CPU, so that a CUDA kernel compiled with any C++17 compiler
-// runs there, is debugged there, and is watched by AddressSanitizer and ThreadSanitizer.
+// The primitives of common/device.cuh on a CPU. A CUDA kernel compiled by any C++17 compiler runs there, can be debugged
+// there, and is checked by AddressSanitizer and ThreadSanitizer.
 //
-// Each CUDA thread is a fiber. What a warp does together is an exchange among its 32 fibers. To
-// ThreadSanitizer fibers are threads that only barriers order, not the turns they take: one run finds a
-// missing barrier, whatever the turns were. Shared memory is a heap buffer of exactly the size asked for,
-// filled with NaN. An asynchronous copy leaves NaN at its destination when it is issued and copies as late as
-// it may: when it is waited for.
+// Each CUDA thread is a fiber; a warp-wide operation is an exchange among 32 fibers. To ThreadSanitizer fibers are
+// threads that only barriers order, not the turns they take: one run finds a missing barrier, whatever the turns were.
+// Shared memory is a heap buffer of exactly the requested size, filled with NaN. An asynchronous copy leaves NaN at its
+// destination when it is issued and copies as late as it may: when it is waited for.
 //
-// A kernel that would hang, whose lanes part ways at a common operation, or a block of which ends while others of its
-// cluster read its shared memory, ends the process with a message. Of the banks of shared memory only those that
-// load_matrices reads are watched.
+// The process ends with a message if a kernel hangs, if the lanes of a warp diverge at a warp-wide operation, or if a
+// block ends while others of its cluster read its shared memory. Bank conflicts are counted for ldmatrix_x4 only.
 //
-// The functions here belong to the kernel and are instrumented with it. Those of ``runtime``, which fibers
-// call in turns without any order, are in emulation.cpp, which must be compiled without sanitizers.
+// The functions here belong to the kernel and are instrumented with it. Those of ``runtime``, which fibers call in turns
+// without any order, are in emulation.cpp, which must be compiled without sanitizers.
 
 #pragma once
 
@@ -24,7 +22,7 @@
 #include <cstring>
 #include <functional>
 
-#include "vapt_fast/launch.h"
+#include "common/launch.h"
 
 #define __global__
 #define __host__
@@ -34,65 +32,62 @@
 
 namespace vapt_fast {
 
-using std::max;  // nvcc has them without a namespace
+using std::max;  // global in nvcc
 using std::min;
 
 namespace runtime {
 
-constexpr std::size_t kSlot = 64;  // bytes that a lane can exchange
+constexpr std::size_t kSlot = 64;  // bytes that a lane can exchange at once
 
 struct Copy {
   void* shared;
   const void* global;
 };
 
-int thread();
-std::int64_t block();
+int thread_id();
+std::int64_t block_id();
 int cluster_rank();
 char* shared_memory();
 char* peer_shared_memory(int rank);
 
-void sync_some(int id, int threads);  // 0 for all threads of the block
+void sync_threads();
 void sync_warp();
 void sync_cluster();
 
-// Gives the lane's data to the warp and returns everyone's, kSlot bytes apart, good until the next exchange.
-// All lanes must name the same operation.
+// Gives the lane's data to the warp and returns all lanes', kSlot bytes apart, valid until the next exchange. All lanes
+// must name the same operation.
 const char* exchange(const char* operation, const void* data, std::size_t size);
 
-// Given the addresses of the rows of four matrices, kSlot bytes apart: counts those rows that lie in the banks of
-// another row of their matrix, once for a warp.
-void watch_banks(const char* addresses);
-std::int64_t bank_conflicts();  // counted since the last call
+// Counts bank conflicts of four matrices, once per warp, from the addresses of their rows, kSlot bytes apart.
+void count_bank_conflicts(const char* addresses);
 
 void begin_copy(Copy copy);
-void commit_copies();
+void cp_async_commit();
 // The next copy of a group that is not among the last ``pending``; null when there is none.
 const Copy* next_copy(int pending);
 
-// Bytes of shared memory that a block may have; 227 KiB, as on sm_90, until it is set.
-std::int64_t shared_memory_limit();
-void set_shared_memory_limit(std::int64_t bytes);
+// The emulated device: bytes of shared memory per block, clusters that it runs at once.
+struct Limits {
+  std::int64_t shared_memory;
+  std::int64_t clusters;
+};
 
-// Clusters that run at once, as the device is said to do: 2 until it is set.
-std::int64_t clusters_at_once();
-void set_clusters_at_once(std::int64_t count);
+const Limits& limits();
 
 void run(const LaunchShape& shape, const std::function<void()>& kernel);
 
 }  // namespace runtime
 
-inline int thread() { return runtime::thread(); }
-inline int lane() { return thread() % kLanes; }
-inline int warp() { return thread() / kLanes; }
-inline std::int64_t block() { return runtime::block(); }
+inline int thread_id() { return runtime::thread_id(); }
+inline int lane_id() { return thread_id() % kWarpSize; }
+inline int warp_id() { return thread_id() / kWarpSize; }
+inline std::int64_t block_id() { return runtime::block_id(); }
 inline char* shared_memory() { return runtime::shared_memory(); }
 
-inline int computed_here(int value) { return value; }
+inline int opaque(int value) { return value; }
 
-inline void sync_threads() { runtime::sync_some(0, 0); }
+inline void sync_threads() { runtime::sync_threads(); }
 inline void sync_warp() { runtime::sync_warp(); }
-inline void sync_some(int id, int threads) { runtime::sync_some(id, threads); }
 
 inline int cluster_rank() { return runtime::cluster_rank(); }
 inline void sync_cluster() { runtime::sync_cluster(); }
@@ -112,40 +107,39 @@ T shuffle(T value, int source) {
 
 template <typename T>
 T shuffle_xor(T value, int mask) {
-  return shuffle(value, lane() ^ mask);
+  return shuffle(value, lane_id() ^ mask);
 }
 
 inline Bytes16 load16(const void* from) { return *static_cast<const Bytes16*>(from); }
 inline void store16(void* to, Bytes16 bytes) { *static_cast<Bytes16*>(to) = bytes; }
 inline Bytes8 load8(const void* from) { return *static_cast<const Bytes8*>(from); }
 
-inline void copy_async(void* shared, const void* global) {
+inline void cp_async(void* shared, const void* global) {
   store16(shared, {{~0u, ~0u, ~0u, ~0u}});
   runtime::begin_copy({shared, global});
 }
 
-inline void commit_copies() { runtime::commit_copies(); }
+inline void cp_async_commit() { runtime::cp_async_commit(); }
 
 template <int PENDING>
-void wait_for_copies() {
+void cp_async_wait() {
   while (const runtime::Copy* copy = runtime::next_copy(PENDING)) {
     store16(copy->shared, load16(copy->global));
   }
 }
 
-// What a lane gives to load_matrices.
 struct MatrixRow {
   Bytes16 elements;
   const void* address;
 };
 
-inline void load_matrices(std::uint32_t (&r)[4], const void* row) {
+inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
   const MatrixRow mine{load16(row), row};
-  const char* rows = runtime::exchange("load_matrices", &mine, sizeof mine);
-  runtime::watch_banks(rows + offsetof(MatrixRow, address));
+  const char* rows = runtime::exchange("ldmatrix_x4", &mine, sizeof mine);
+  runtime::count_bank_conflicts(rows + offsetof(MatrixRow, address));
   for (int m = 0; m < 4; ++m) {
-    const char* from = rows + (8 * m + lane() / 4) * runtime::kSlot;
-    std::memcpy(&r[m], from + lane() % 4 * sizeof r[m], sizeof r[m]);
+    const char* from = rows + (8 * m + lane_id() / 4) * runtime::kSlot;
+    std::memcpy(&r[m], from + lane_id() % 4 * sizeof r[m], sizeof r[m]);
   }
 }
 
@@ -220,7 +214,7 @@ inline std::uint32_t to_tf32(float value) {
 inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
   std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   for (std::uint32_t& word : mine) {
-    word &= ~0x1fffu;  // the tensor cores do not look at the rest
+    word &= ~0x1fffu;  // the tensor cores ignore the rest
   }
   const char* all = runtime::exchange("mma_tf32", mine, sizeof mine);
   const auto of = [all](int from, int i) {
@@ -229,8 +223,8 @@ inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b
     return value;
   };
   for (int i = 0; i < 4; ++i) {
-    const int row = lane() / 4;
-    const int column = 2 * (lane() % 4) + i % 2;
+    const int row = lane_id() / 4;
+    const int column = 2 * (lane_id() % 4) + i % 2;
     for (int k = 0; k < 8; ++k) {
       c[i] += of(4 * row + k % 4, i / 2 + 2 * (k / 4)) * of(4 * column + k % 4, 4 + k / 4);
     }
@@ -248,25 +242,20 @@ struct Device {
   bool has_clusters;
 };
 
-inline Device current_device() { return {{}, runtime::shared_memory_limit(), true}; }
+inline Device current_device() { return {{}, runtime::limits().shared_memory, true}; }
 
 template <typename... Parameters>
-std::int64_t clusters_at_once(void (*)(Parameters...), const LaunchShape& shape, const Device& device) {
-  return device.has_clusters && shape.shared_memory <= device.shared_memory ? runtime::clusters_at_once() : 0;
+std::int64_t max_active_clusters(void (*)(Parameters...), const LaunchShape& shape, const Device& device) {
+  return shape.shared_memory <= device.shared_memory ? runtime::limits().clusters : 0;
 }
 
 template <typename... Parameters>
 Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream, Parameters... arguments) {
-  Status status;
-  if (shape.shared_memory > runtime::shared_memory_limit()) {
-    status.code = Code::unsupported;
-    std::snprintf(status.message, sizeof status.message,
-                  "the kernel needs %lld bytes of shared memory, the device has %lld",
-                  static_cast<long long>(shape.shared_memory), static_cast<long long>(runtime::shared_memory_limit()));
-    return status;
+  if (shape.shared_memory > runtime::limits().shared_memory) {
+    return {Code::unsupported, "the kernel needs more shared memory than the device has"};
   }
   runtime::run(shape, [&] { kernel(arguments...); });
-  return status;
+  return {};
 }
 
 }  // namespace vapt_fast

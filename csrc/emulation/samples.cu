@@ -1,80 +1,66 @@
-// Small kernels that use every primitive in the way it is meant, and the same with one mistake: to test that
-// the emulation runs the first and finds the second. ``samples KERNEL MISTAKE`` prints "right" or "wrong".
+// Small kernels that use the primitives correctly, or with one mistake, which the emulation has to find. ``samples KERNEL
+// MISTAKE`` prints "right" or "wrong".
 
 #include <cstdlib>
-#include <string>
+#include <string_view>
 #include <vector>
 
-#include "vapt_fast/device.cuh"
+#include "common/device.cuh"
 
 using namespace vapt_fast;
 
 namespace {
 
-enum class Mistake {
-  none,
-  beyond_the_end,    // of shared memory
-  no_barrier,        // between writing and reading shared memory
-  no_wait,           // for asynchronous copies
-  no_commit,         // of asynchronous copies
-  copied_too_early,  // into what others still read
-  no_end,            // a barrier that half of the threads never reach
-  parted_lanes,      // a shuffle that half of the lanes never reach
-  wrong_count,       // of threads at a barrier
-  one_place,         // where two blocks write
-  ends_too_early,    // while the other block of the cluster reads its shared memory
-};
+using Mistake = std::string_view;
 
 constexpr int kThreads = 64;
 constexpr int kWords = 4;  // that a thread copies
 
-// out[i] = in[i] with the threads' parts, of this block, in opposite order; twice.
+// Copies a block's words, those of its threads in reverse order; twice.
 __global__ void reverse(const std::uint32_t* in, std::uint32_t* out, Mistake mistake) {
   auto* const shared = reinterpret_cast<std::uint32_t*>(shared_memory());
   for (int round = 0; round < 2; ++round) {
-    const std::int64_t part = (2 * block() + round) * kThreads;
-    if (round > 0 && mistake != Mistake::copied_too_early) {
+    const std::int64_t part = (2 * block_id() + round) * kThreads;
+    if (round > 0 && mistake != "copied_too_early") {
       sync_threads();  // the last round's words have been read
     }
-    const int at = mistake == Mistake::beyond_the_end ? thread() + 1 : thread();
-    copy_async(shared + at * kWords, in + (part + thread()) * kWords);
-    if (mistake != Mistake::no_commit) {
-      commit_copies();
+    const int at = mistake == "beyond_the_end" ? thread_id() + 1 : thread_id();
+    cp_async(shared + at * kWords, in + (part + thread_id()) * kWords);
+    if (mistake != "no_commit") {
+      cp_async_commit();
     }
-    if (mistake != Mistake::no_wait) {
-      wait_for_copies<0>();
+    if (mistake != "no_wait") {
+      cp_async_wait<0>();
     }
-    if (mistake != Mistake::no_barrier) {
+    if (mistake != "no_barrier") {
       sync_threads();
     }
-    const Bytes16 words = load16(shared + (kThreads - 1 - thread()) * kWords);
-    const bool elsewhere = mistake == Mistake::one_place;
-    store16(out + ((elsewhere ? round * kThreads : part) + thread()) * kWords, words);
+    const Bytes16 words = load16(shared + (kThreads - 1 - thread_id()) * kWords);
+    const bool elsewhere = mistake == "one_place";
+    store16(out + ((elsewhere ? round * kThreads : part) + thread_id()) * kWords, words);
   }
-  wait_for_copies<0>();
+  cp_async_wait<0>();
 }
 
-// out[t] = the sum of all in, for each of the threads, by way of warps, barriers for some threads and a
-// cluster.
+// Stores the sum of all of ``in`` for each thread, by shuffles, shared memory and a cluster.
 __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake) {
   auto* const shared = reinterpret_cast<std::uint32_t*>(shared_memory());
-  std::uint32_t value = in[block() * kThreads + thread()];
-  if (mistake != Mistake::parted_lanes || lane() < 16) {
-    for (int mask = 1; mask < kLanes; mask *= 2) {
+  std::uint32_t value = in[block_id() * kThreads + thread_id()];
+  if (mistake != "parted_lanes" || lane_id() < 16) {
+    for (int mask = 1; mask < kWarpSize; mask *= 2) {
       value += shuffle_xor(value, mask);
     }
   }
-  // The first warp gets the second one's by barrier 1, which nobody else may use with another count.
-  if (lane() == 0) {
-    shared[warp()] = value;
+  if (lane_id() == 0) {
+    shared[warp_id()] = value;
   }
-  if (mistake != Mistake::no_barrier) {
-    sync_some(1, mistake == Mistake::wrong_count && warp() > 0 ? kLanes : kThreads);
-  }
-  if (mistake == Mistake::no_end && warp() == 0) {
+  if (mistake != "no_barrier") {
     sync_threads();
   }
-  if (thread() == 0) {
+  if (mistake == "no_end" && warp_id() == 0) {
+    sync_threads();
+  }
+  if (thread_id() == 0) {
     shared[2] = shared[0] + shared[1];
   }
   sync_cluster();
@@ -82,17 +68,11 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
   for (int rank = 0; rank < 2; ++rank) {
     total += cluster_peer(shared, rank)[2];
   }
-  out[block() * kThreads + thread()] = shuffle(total, cluster_rank());
-  if (mistake != Mistake::ends_too_early) {
+  out[block_id() * kThreads + thread_id()] = shuffle(total, cluster_rank());
+  if (mistake != "ends_too_early") {
     sync_cluster();  // until the other block has read this one's memory
   }
 }
-
-// In the order of Mistake.
-constexpr const char* kNames[] = {
-    "none",   "beyond_the_end", "no_barrier",  "no_wait",   "no_commit",      "copied_too_early",
-    "no_end", "parted_lanes",   "wrong_count", "one_place", "ends_too_early",
-};
 
 }  // namespace
 
@@ -100,17 +80,12 @@ int main(int count, char** arguments) {
   if (count != 3) {
     return EXIT_FAILURE;
   }
-  Mistake mistake = Mistake::none;
-  for (std::size_t i = 0; i < std::size(kNames); ++i) {
-    if (arguments[2] == std::string(kNames[i])) {
-      mistake = static_cast<Mistake>(i);
-    }
-  }
+  const Mistake mistake = arguments[2];
   LaunchShape shape;
   shape.blocks = 2;
   shape.threads = kThreads;
   bool right = true;
-  if (arguments[1] == std::string("reverse")) {
+  if (std::string_view(arguments[1]) == "reverse") {
     const std::size_t words = 2 * 2 * kThreads * kWords;
     std::vector<std::uint32_t> in(words);
     std::vector<std::uint32_t> out(words);

@@ -10,17 +10,18 @@ import pytest
 import torch
 from native import MISSING, instructions, stacks
 
-from vapt_fast.backends import _dispatch, _native
 from vapt_fast.info import report
+from vapt_fast.ops import device as devices
 
 # ---- the compiled module, where there is one
 
 
 @pytest.fixture(scope="module")
 def native():
-    if _native.missing_because():
-        pytest.skip(_native.missing_because()[0])
-    return _native.native()
+    missing = devices.native_missing_reasons()
+    if missing:
+        pytest.skip(missing[0])
+    return devices.native()
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +65,15 @@ def test_machine_code(native, stack_of, architecture):
     if not any(architecture in architectures for architectures in stack_of.values()):
         pytest.skip(f"not compiled for {architecture}")
     for kernel, counts in instructions(native, architecture).items():
-        function = kernel.split()[1].split("<")[0]
-        if architecture == "sm_80" and function in ("normalise_and_pool", "products_and_gradients"):
+        if architecture == "sm_80" and "one_pass" in kernel:
             continue  # clusters begin with sm_90: they are empty
 
         def some(*names, also="", counts=counts):
             return any(name.startswith(names) and also in name for name in counts)
 
-        assert some("HMMA", "HGMMA", "UTCHMMA") == (function not in ("normalise", "add_chunks")), kernel
-        assert some("LDG", "LDGSTS", also=".128") == (function != "add_chunks"), kernel
+        is_reduction = "reduce_kernel" in kernel
+        assert some("HMMA") == (not is_reduction and "norm_kernel" not in kernel), kernel
+        assert some("LDG", "LDGSTS", also=".128") == (not is_reduction), kernel
         assert not some("ATOM", "RED.", "REDG", "REDS"), f"{kernel} adds in no fixed order"
         assert not some("LDL", "STL"), f"{kernel} spills"
 
@@ -84,52 +85,53 @@ def test_machine_code(native, stack_of, architecture):
 def machine(monkeypatch):
     """A machine with everything, of which parts can be taken away."""
 
+    def forget():
+        for function in (devices._cuda_unavailable_reasons, devices._device_unsupported_reasons):
+            function.cache_clear()
+
     def change(why="", gpu=True):
         fake = SimpleNamespace(architectures="80-real,90a-real,100-virtual", runtime_version=13000)
         fake.unsupported_because = lambda device: why
         monkeypatch.setitem(sys.modules, "vapt_fast._C", fake)
-        _native.device_lacks.cache_clear()
         monkeypatch.setattr(torch.version, "cuda", "13.0")
         monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+        forget()
 
     change()
     yield change
-    _native.device_lacks.cache_clear()
+    forget()
 
 
-def test_nothing_is_in_the_way(machine):
-    assert _dispatch.unavailable_because("cuda") == []
-
-
-def test_without_a_gpu(machine):
-    machine(gpu=False)
-    assert _dispatch.unavailable_because("cuda") == ["its kernels need a CUDA GPU"]
+@pytest.mark.parametrize("gpu", [True, False])
+def test_it_needs_a_gpu(machine, gpu):
+    machine(gpu=gpu)
+    assert devices.unavailable_reasons("cuda") == ([] if gpu else ["its kernels need a CUDA GPU"])
 
 
 @pytest.mark.parametrize("device", [torch.device("cuda"), torch.device("cuda", 0)], ids=str)
 def test_what_the_runtime_says_is_the_reason(machine, device):
     why = "cudaErrorNoKernelImageForDevice: no kernel image is available for execution on the device"
     machine(why)
-    (reason,) = _dispatch.device_lacks("cuda", device)
+    (reason,) = devices.unsupported_reasons("cuda", device)
     assert reason.startswith(
         "its kernels, compiled by CUDA 13.0 for 80-real, 90a-real, 100-virtual, don't run on cuda:0: " + why
     )
     assert "set VAPT_FAST_CUDA_ARCHS and install it again" in reason
-    assert _dispatch.unavailable_because("cuda") == [reason]
+    assert devices.unavailable_reasons("cuda") == [reason]
 
 
-def test_not_compiled(machine, monkeypatch, tmp_path):
+@pytest.mark.parametrize("note", [None, "there is no nvcc; install one"])
+def test_not_compiled(machine, monkeypatch, tmp_path, note):
     monkeypatch.setitem(sys.modules, "vapt_fast._C", None)
-    note = tmp_path / "_C_missing.txt"
-    monkeypatch.setattr(_native, "NOTE", note)
-    (reason,) = _dispatch.unavailable_because("cuda")
-    assert "pip install, which builds them, was not run; then install it again with pip" in reason
-    note.write_text("there is no nvcc; install one\n")
-    (reason,) = _dispatch.unavailable_because("cuda")
-    assert "without its compiled kernels: there is no nvcc; install one; then install it again" in reason
+    monkeypatch.setattr(devices, "NOTE", tmp_path / "_C_missing.txt")
+    if note:
+        devices.NOTE.write_text(f"{note}\n")
+    (reason,) = devices.unavailable_reasons("cuda")
+    why = note or "pip install, which builds them, was not run"
+    assert f"without its compiled kernels: {why}; then install it again with pip" in reason
     assert reason in report()
 
 
@@ -138,8 +140,8 @@ def test_not_loadable(machine, monkeypatch):
         raise ImportError("libstdc++.so.6: version `GLIBCXX_3.4.99' not found")
 
     monkeypatch.delitem(sys.modules, "vapt_fast._C")
-    monkeypatch.setattr(_native.importlib, "import_module", fail)
-    (reason,) = _dispatch.unavailable_because("cuda")
+    monkeypatch.setattr(devices.importlib, "import_module", fail)
+    (reason,) = devices.unavailable_reasons("cuda")
     assert reason.startswith("vapt_fast._C can't be imported: libstdc++.so.6")
 
 

@@ -1,68 +1,136 @@
-"""The CUDA kernels compiled for a CPU, see csrc/emulation, with the compiler that the tests find."""
+"""vapt_fast._C compiled for a CPU (csrc/emulation), with the compiler that the tests find.
+
+Environment:
+    VAPT_FAST_TEST_CSRC: other sources than those of csrc, as mutants are.
+    VAPT_FAST_TEST_SANITIZER: one of SANITIZERS, for the kernels; its library must have been loaded first.
+"""
 
 from __future__ import annotations
 
 import ctypes
-import fcntl
+import functools
+import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
-from ctypes import c_char, c_int32
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-import torch
-from torch import Tensor
 
-CSRC = Path(__file__).parents[2] / "csrc"
+CSRC = Path(os.environ.get("VAPT_FAST_TEST_CSRC", Path(__file__).parents[2] / "csrc"))
+WARNINGS = ("-w",) if "VAPT_FAST_TEST_CSRC" in os.environ else ("-Wall", "-Wextra", "-Werror")
+BUILD = CSRC.parent / "build" / "emulation"
 COMPILER = shutil.which("g++")
-DTYPES = {torch.float16: 0, torch.bfloat16: 1}
-OK, INVALID, UNSUPPORTED = range(3)
+COMMON = ("-std=c++20", "-O1", "-fPIC")
 SANITIZERS = {
+    "": (),
     # Without optimisation it compiles in a fifth of the time.
-    "address,undefined": ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
-    "thread": ("-O1", "-g1", "-fsanitize=thread"),
+    "address": ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"),
+    "thread": ("-g1", "-fsanitize=thread"),
 }
+LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
 
 
-def build(output: Path, sources: list[Path], *flags: str) -> Path:
-    """Compile ``sources`` with ``flags``, the emulation's runtime without sanitizers, and link them."""
-    includes = [f"-I{CSRC / 'include'}", f"-I{CSRC / 'emulation'}"]
-    runtime = output.with_suffix(".runtime.o")
-    common = [COMPILER, "-std=c++17", "-O1", "-fPIC", "-Wall", "-Wextra", "-Werror", *includes]
-    for more, arguments in [
-        ((), ["-c", str(CSRC / "emulation" / "emulation.cpp"), "-o", str(runtime)]),
-        (flags, ["-x", "c++", *map(str, sources), "-x", "none", str(runtime), "-o", str(output)]),
-    ]:
-        subprocess.run([*common, "-Wno-unknown-pragmas", *more, *arguments], check=True)
-    return output
-
-
-def built(factory: pytest.TempPathFactory, name: str, sources: list[Path], *flags: str) -> Path:
-    """``build``, once for all processes of the tests; without a compiler the test is skipped."""
+def _command(*flags: str) -> list[str]:
     if COMPILER is None:
         pytest.skip("there is no g++ for the kernels")
-    folder = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:  # it has a folder of its own beside the others'
-        folder = folder.parent
-    with open(folder / f"{name}.lock", "w") as lock:
+    return [COMPILER, *COMMON, f"-I{CSRC}", *flags]
+
+
+def _made(name: str, contents: str, command: list[str]) -> Path:
+    """What ``command`` writes to its ``-o``; only if it has not been made of the same ``contents`` before."""
+    import fcntl  # not on Windows
+
+    folder = BUILD / hashlib.sha256(contents.encode()).hexdigest()[:16]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # other processes need the same
         fcntl.flock(lock, fcntl.LOCK_EX)
-        output = folder / name
-        if not output.exists():
-            build(output, sources, *flags)
-    return output
+        if not (folder / name).exists():
+            subprocess.run([*command, "-o", str(folder / "unfinished")], check=True)
+            (folder / "unfinished").replace(folder / name)
+    return folder / name
 
 
-def library(factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The launchers, see csrc/emulation/exports.cpp."""
-    sources = [*CSRC.glob("*.cu"), CSRC / "emulation" / "exports.cpp"]
-    return ctypes.CDLL(str(built(factory, "kernels.so", sources, "-shared")))
+def _object(source: Path, *flags: str) -> Path:
+    command = _command(*flags, *WARNINGS, "-Wno-unknown-pragmas", "-x", "c++")
+    # What it includes of csrc, and not of the system.
+    rule = subprocess.run([*command, "-MM", str(source)], capture_output=True, text=True, check=True).stdout
+    files = rule.replace("\\\n", " ").split()[1:]
+    contents = "".join([sys.version, *COMMON, *flags, *(Path(file).read_text() for file in files)])
+    return _made(f"{source.stem}.o", contents, [*command, "-c", str(source)])
 
 
-class Status(ctypes.Structure):
-    _fields_ = (("code", c_int32), ("message", c_char * 240))
+def _linked(name: str, objects: list[Path], *flags: str) -> Path:
+    return _made(name, " ".join(map(str, [*flags, *objects])), [*_command(*flags), *map(str, objects)])
 
 
-def unwritten(*shape: int, dtype: torch.dtype) -> Tensor:
-    """Memory full of NaN."""
-    return torch.full(shape, float("nan"), dtype=dtype)
+def program(source: Path, sanitizer: str = "") -> Path:
+    """The program of one source and the emulation's runtime."""
+    flags = SANITIZERS[sanitizer]
+    objects = [_object(source, *flags), _object(CSRC / "emulation" / "emulation.cpp")]
+    return _linked(source.stem, objects, *flags)
+
+
+@functools.cache
+def module() -> ModuleType:
+    """vapt_fast._C for the CPU: the kernels with the sanitizer, if there is one, all else without."""
+    pybind11 = pytest.importorskip("pybind11")
+    flags = SANITIZERS[os.environ.get("VAPT_FAST_TEST_SANITIZER", "")]
+    includes = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
+    constants = ('-DVAPT_FAST_ARCHITECTURES="80-virtual"', "-DVAPT_FAST_RUNTIME_VERSION=13000")
+    bindings = (CSRC / "module.cpp", *CSRC.glob("*/bindings.cpp"))
+    kernels = sorted(path for path in CSRC.glob("*/*.cu") if path.parent.name != "emulation")
+    objects = [
+        *(_object(file, "-fvisibility=hidden", *flags) for file in kernels),
+        *(_object(file, "-fvisibility=hidden", *includes, *constants) for file in bindings),
+        _object(CSRC / "emulation" / "emulation.cpp", "-fvisibility=hidden"),
+    ]
+    path = _linked(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", objects, "-shared", *flags)
+    spec = importlib.util.spec_from_file_location("_C", path)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+@functools.cache
+def emulator() -> ctypes.CDLL:
+    """What controls the emulation, the last functions in emulation.cpp."""
+    library = ctypes.CDLL(module().__file__)
+    library.bank_conflicts.restype = ctypes.c_int64
+    for name in ("float16", "bfloat16"):
+        decode, encode = getattr(library, f"from_{name}"), getattr(library, f"to_{name}")
+        decode.argtypes, decode.restype = [ctypes.c_uint16], ctypes.c_float
+        encode.argtypes, encode.restype = [ctypes.c_float], ctypes.c_uint16
+    return library
+
+
+@contextmanager
+def device(shared_memory: int = 227 * 1024, clusters: int = 2) -> Iterator[None]:
+    """Another device: bytes of shared memory per block, clusters that run at once."""
+    try:
+        emulator().set_limits(ctypes.c_int64(shared_memory), ctypes.c_int64(clusters))
+        yield
+    finally:
+        emulator().set_limits(ctypes.c_int64(227 * 1024), ctypes.c_int64(2))
+
+
+def run_sanitized(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run Python on ``arguments``, where ``module`` has the kernels with a sanitizer."""
+    libraries = []
+    for name in (LIBRARIES[sanitizer], "libstdc++.so"):  # without this one they find no __cxa_throw
+        command = [COMPILER, f"-print-file-name={name}"]
+        libraries.append(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    environment = {
+        "VAPT_FAST_TEST_SANITIZER": sanitizer,
+        "LD_PRELOAD": ":".join(libraries),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's
+        "TSAN_OPTIONS": "halt_on_error=1",
+    }
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
@@ -29,20 +30,19 @@ def stacks(native: ModuleType) -> dict[str, dict[str, int]]:
     sizes: dict[str, dict[str, int]] = {}
     for architecture, dump in _by("arch = ", _dump(native, "--dump-resource-usage")):
         for kernel, usage in _by("Function ", dump):
-            sizes.setdefault(kernel.rstrip(":"), {})[architecture] = int(re.search(r"STACK:(\d+)", usage)[1])
-    names = _readable(list(sizes))
-    return {names[kernel]: of for kernel, of in sizes.items()}
+            sizes.setdefault(_readable(kernel.rstrip(":")), {})[architecture] = int(
+                re.search(r"STACK:(\d+)", usage)[1]
+            )
+    return sizes
 
 
 def instructions(native: ModuleType, architecture: str) -> dict[str, Counter[str]]:
     """Kernel -> how often which instruction of the machine code of one architecture occurs in it."""
-    dump = _dump(native, "-sass", "-arch", architecture)
-    code = {
-        kernel: Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", body, re.MULTILINE))
-        for kernel, body in _by("Function : ", dump)
+    pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)"
+    return {
+        _readable(kernel): Counter(re.findall(pattern, body, re.MULTILINE))
+        for kernel, body in _by("Function : ", _dump(native, "-sass", "-arch", architecture))
     }
-    names = _readable(list(code))
-    return {names[kernel]: counts for kernel, counts in code.items()}
 
 
 def _dump(native: ModuleType, *options: str) -> str:
@@ -60,13 +60,10 @@ def _by(heading: str, dump: str) -> list[tuple[str, str]]:
     return [(line.strip(), body) for line, _, body in (part.partition("\n") for part in parts)]
 
 
-def _readable(symbols: list[str]) -> dict[str, str]:
-    """Symbol -> "prompt_pool_forward normalise<BFloat16>": its file, its function."""
-    command = [find_tool("c++filt"), "--no-params"]
-    demangled = subprocess.run(
-        command, input="\n".join(symbols), capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    # nvcc names the unnamed namespace of a file by the file.
-    files = [re.search(r"_GLOBAL__N__[0-9a-f]+_\d+_(\w+)_cu_[0-9a-f]{8}", symbol)[1] for symbol in symbols]
-    clean = (re.sub(r"vapt_fast::(\(anonymous namespace\)::)?", "", name) for name in demangled)
-    return {s: f"{file} {name}" for s, file, name in zip(symbols, files, clean, strict=True)}
+@functools.cache
+def _readable(symbol: str) -> str:
+    """A kernel's name with its template's arguments, without namespaces."""
+    name = subprocess.run(
+        [find_tool("c++filt"), "--no-params", symbol], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    return re.sub(r"(\w+|\(anonymous namespace\))::", "", name.removeprefix("void "))

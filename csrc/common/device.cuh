@@ -1,20 +1,18 @@
-// Every primitive of the device that the kernels use.
+// The device primitives that the kernels use.
 //
-// nvcc compiles them to PTX (sm_80 or later; clusters sm_90). Any other compiler takes the emulation, where
-// the same kernels run on a CPU and every missing barrier, missing wait and stray address shows: see
-// csrc/emulation.
+// nvcc compiles them to PTX (sm_80 or later; clusters: sm_90). Any other compiler takes csrc/emulation, which runs the
+// same kernels on a CPU and finds missing barriers, missing waits and stray addresses.
 //
-// "All lanes": the 32 lanes of a warp call the function together, as they do after a branch on warp() alone.
+// "Warp-wide": all 32 lanes of a warp call the function together.
 
 #pragma once
 
 #include <cstdint>
 
-#include "vapt_fast/launch.h"
+#include "common/launch.h"
 
 namespace vapt_fast {
 
-// Elements in memory.
 struct Float16 {
   std::uint16_t bits;
 };
@@ -30,19 +28,19 @@ struct alignas(8) Bytes8 {
   std::uint32_t words[2];
 };
 
-constexpr int kLanes = 32;
+constexpr int kWarpSize = 32;
 
 struct LaunchShape {
-  std::int64_t blocks = 0;  // in one dimension: the other two end at 65,535
-  int threads = 0;          // a block
+  std::int64_t blocks = 0;  // gridDim.x: the other two dimensions end at 65,535
+  int threads = 0;          // per block
   std::int64_t shared_memory = 0;
-  int cluster = 1;  // blocks that run together and see one another's shared memory
+  int cluster = 1;  // blocks per cluster
 };
 
 }  // namespace vapt_fast
 
 #ifndef __CUDACC__
-#include "emulation.h"
+#include "emulation/emulation.h"
 #else
 
 #include <cuda_runtime.h>
@@ -51,36 +49,30 @@ struct LaunchShape {
 
 namespace vapt_fast {
 
-// ---- where a thread is
+// ---- indices
 
-__device__ __forceinline__ int thread() { return static_cast<int>(threadIdx.x); }
-__device__ __forceinline__ int lane() { return thread() % kLanes; }
-__device__ __forceinline__ int warp() { return thread() / kLanes; }
-__device__ __forceinline__ std::int64_t block() { return blockIdx.x; }
+__device__ __forceinline__ int thread_id() { return static_cast<int>(threadIdx.x); }
+__device__ __forceinline__ int lane_id() { return thread_id() % kWarpSize; }
+__device__ __forceinline__ int warp_id() { return thread_id() / kWarpSize; }
+__device__ __forceinline__ std::int64_t block_id() { return blockIdx.x; }
 
-// The block's shared memory, of the size it was launched with, at a multiple of 128 bytes.
+// The block's dynamic shared memory, aligned to 128 bytes.
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;
 }
 
-// The value, about which the compiler knows nothing before this line: what follows from it is computed here,
-// and is not held in registers through everything that comes before.
-__device__ __forceinline__ int computed_here(int value) {
+// The value, opaque to the compiler: what depends on it can't be hoisted above this line and held in registers.
+__device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
 
-// ---- barriers: what was written before them is seen after them
+// ---- barriers, which also order memory
 
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
-
-// Barrier ``id``, 1 to 15, of the first ``threads`` that arrive: a multiple of 32.
-__device__ __forceinline__ void sync_some(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // ---- clusters
 
@@ -90,13 +82,13 @@ __device__ __forceinline__ int cluster_rank() {
   return static_cast<int>(rank);
 }
 
-// Of all threads of all blocks of the cluster. A block must not end while another reads its shared memory.
+// The barrier of the cluster. A block must not end while another reads its shared memory.
 __device__ __forceinline__ void sync_cluster() {
-  // Not ".aligned": the lanes of a warp may come one after the other, from a loop that ends at different turns.
+  // Not ".aligned": the lanes of a warp may arrive diverged, from a loop with different trip counts.
   asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
 }
 
-// Where block ``rank`` of the cluster has what this block has at ``shared``.
+// The address in the shared memory of block ``rank`` that corresponds to ``shared`` in this block's.
 template <typename T>
 __device__ __forceinline__ T* cluster_peer(T* shared, int rank) {
   T* peer;
@@ -104,7 +96,7 @@ __device__ __forceinline__ T* cluster_peer(T* shared, int rank) {
   return peer;
 }
 
-// ---- exchange within a warp, of all lanes; it orders no memory
+// ---- shuffles: warp-wide, and they order no memory
 
 template <typename T>
 __device__ __forceinline__ T shuffle_xor(T value, int mask) {
@@ -136,23 +128,23 @@ __device__ __forceinline__ Bytes8 load8(const void* from) {
   return {{words.x, words.y}};
 }
 
-// 16 bytes, at some time until the wait for their group; until then ``shared`` is undefined.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+// Copies 16 bytes asynchronously; ``shared`` is undefined until the wait for their group.
+__device__ __forceinline__ void cp_async(void* shared, const void* global) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
-// Makes a group of this thread's copies since the last group.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Commits this thread's copies since the last group as a group.
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-// Waits for all of this thread's groups but the last PENDING. Other threads see them after a barrier.
+// Waits for all of this thread's groups but the last PENDING. Other threads see the copies after a barrier.
 template <int PENDING>
-__device__ __forceinline__ void wait_for_copies() {
+__device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements, of all lanes. Lanes 8 m to 8 m + 7 give the rows of matrix m, 16
-// bytes each in shared memory. Lane l gets elements 2 (l % 4) and the next of row l / 4 of matrix m in r[m].
-__device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void* row) {
+// Four 8 x 8 matrices of 16-bit elements, warp-wide. Lanes 8 m to 8 m + 7 give the rows of matrix m, 16 bytes each in
+// shared memory. Lane l gets elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4 of matrix m in r[m].
+__device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                : "r"(shared_address(row))
@@ -164,7 +156,7 @@ __device__ __forceinline__ void load_matrices(std::uint32_t (&r)[4], const void*
 __device__ __forceinline__ std::uint32_t bits_of(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float float_of(std::uint32_t bits) { return __uint_as_float(bits); }
 
-// Two elements in a word, the first in its low half; rounded to nearest even.
+// Two elements in a word, the first in the low half, rounded to nearest even.
 template <typename Element>
 __device__ __forceinline__ std::uint32_t pack(float first, float second);
 
@@ -182,7 +174,7 @@ __device__ __forceinline__ std::uint32_t pack<BFloat16>(float first, float secon
   return word;
 }
 
-// What ``pack`` packed.
+// The inverse of ``pack``.
 template <typename Element>
 __device__ __forceinline__ void unpack(std::uint32_t word, float& first, float& second);
 
@@ -199,16 +191,16 @@ __device__ __forceinline__ void unpack<BFloat16>(std::uint32_t word, float& firs
   second = float_of(word & 0xffff0000u);
 }
 
-// The bits of a float32 rounded to tf32: to nearest, ties away from 0.
+// The bits of a float32 rounded to tf32, to nearest, ties away from 0.
 __device__ __forceinline__ std::uint32_t to_tf32(float value) {
   std::uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
   return bits;
 }
 
-// c += a b, of all lanes: a (16, 8) and b (8, 8) of tf32, c (16, 8) of float32.
+// c += a b, warp-wide: a (16, 8) and b (8, 8) in tf32, c (16, 8) in float32.
 //
-// With g = lane / 4 and t = lane % 4, a lane has a = a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4);
+// With g = lane / 4 and t = lane % 4, a lane holds a = a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4);
 // b0 = b(t, g), b1 = b(t + 4, g); and c = c(g, 2 t), c(g, 2 t + 1), c(g + 8, 2 t), c(g + 8, 2 t + 1).
 __device__ __forceinline__ void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
                                          std::uint32_t b1) {
@@ -229,7 +221,7 @@ inline Status cuda_status(cudaError_t error) {
   return status;
 }
 
-// ok if there is code of ``kernel`` for ``device``, which becomes current: it is loaded, and compiled if it is PTX.
+// ok if ``kernel`` has code for ``device``, which becomes current. Loads it, and compiles it if it is PTX.
 template <typename... Parameters>
 Status supported(void (*kernel)(Parameters...), int device) {
   cudaFuncAttributes attributes{};
@@ -238,15 +230,15 @@ Status supported(void (*kernel)(Parameters...), int device) {
     error = cudaFuncGetAttributes(&attributes, kernel);
   }
   if (error != cudaSuccess) {
-    cudaGetLastError();  // or the next launch, anyone's, would report it
+    cudaGetLastError();  // else the next launch, anyone's, reports it
   }
   return cuda_status(error);
 }
 
-// What of a device decides between kernels.
+// The properties of a device that decide between kernels.
 struct Device {
   Status status;
-  std::int64_t shared_memory = 0;  // bytes that a block may have
+  std::int64_t shared_memory = 0;  // bytes per block, at most
   bool has_clusters = false;
 };
 
@@ -264,10 +256,10 @@ inline Device current_device() {
   return {cuda_status(error), bytes, major >= 9};
 }
 
-// A launch as the runtime takes it.
-class Launch {
+// A launch configuration of the runtime.
+class LaunchConfig {
  public:
-  Launch(const LaunchShape& shape, Stream stream, bool names_cluster) {
+  LaunchConfig(const LaunchShape& shape, Stream stream, bool sets_cluster) {
     cluster_.id = cudaLaunchAttributeClusterDimension;
     cluster_.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
     config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
@@ -275,16 +267,16 @@ class Launch {
     config_.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_memory);
     config_.stream = stream;
     config_.attrs = &cluster_;
-    config_.numAttrs = names_cluster ? 1 : 0;
+    config_.numAttrs = sets_cluster ? 1 : 0;
   }
-  Launch(const Launch&) = delete;  // it holds its own address
+  LaunchConfig(const LaunchConfig&) = delete;  // it holds its own address
 
-  const cudaLaunchConfig_t* config() const { return &config_; }
+  const cudaLaunchConfig_t* get() const { return &config_; }
 
-  // Lets ``kernel`` have the shared memory. Only if it may not yet, since that can wait for copies in flight; and all
-  // of a block's ``most`` bytes, since another thread's launch of it may need more than this one.
+  // Raises the kernel's limit of dynamic shared memory. Only if it is too low, since that can wait for copies in
+  // flight; and to ``most``, since a launch by another thread may need more than this one.
   template <typename... Parameters>
-  cudaError_t allow(void (*kernel)(Parameters...), int most) const {
+  cudaError_t raise_limit(void (*kernel)(Parameters...), int most) const {
     cudaFuncAttributes now{};
     const cudaError_t error = cudaFuncGetAttributes(&now, kernel);
     if (error != cudaSuccess || static_cast<std::size_t>(now.maxDynamicSharedSizeBytes) >= config_.dynamicSmemBytes) {
@@ -298,14 +290,14 @@ class Launch {
   cudaLaunchConfig_t config_{};
 };
 
-// How many clusters of ``kernel`` the current device, ``device``, runs at once; 0 if none. Code for GPUs before sm_90,
-// which the driver also translates for later ones, has kernels of clusters without a body.
+// How many clusters of ``kernel`` fit on the current device, ``device``, at once; 0 if none do. In PTX for GPUs before
+// sm_90, which the driver also compiles for later ones, kernels with clusters have no body.
 template <typename... Parameters>
-std::int64_t clusters_at_once(void (*kernel)(Parameters...), const LaunchShape& shape, const Device& device) {
+std::int64_t max_active_clusters(void (*kernel)(Parameters...), const LaunchShape& shape, const Device& device) {
   if (!device.has_clusters || shape.shared_memory > device.shared_memory) {
     return 0;
   }
-  const Launch one(shape, nullptr, true);
+  const LaunchConfig config(shape, nullptr, true);
   int count = 0;
   cudaFuncAttributes compiled{};
   cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
@@ -313,10 +305,10 @@ std::int64_t clusters_at_once(void (*kernel)(Parameters...), const LaunchShape& 
     return 0;
   }
   if (error == cudaSuccess) {
-    error = one.allow(kernel, static_cast<int>(device.shared_memory));
+    error = config.raise_limit(kernel, static_cast<int>(device.shared_memory));
   }
   if (error == cudaSuccess) {
-    error = cudaOccupancyMaxActiveClusters(&count, kernel, one.config());
+    error = cudaOccupancyMaxActiveClusters(&count, kernel, config.get());
   }
   if (error != cudaSuccess) {
     cudaGetLastError();
@@ -325,7 +317,7 @@ std::int64_t clusters_at_once(void (*kernel)(Parameters...), const LaunchShape& 
   return count;
 }
 
-// Launches ``kernel`` on the current device; can be captured in a graph.
+// Launches ``kernel`` on the current device; can be captured in a CUDA graph.
 template <typename... Parameters>
 Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, Parameters... arguments) {
   const Device device = current_device();
@@ -339,13 +331,13 @@ Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, P
                   static_cast<long long>(shape.shared_memory), static_cast<long long>(device.shared_memory));
     return status;
   }
-  const Launch launch(shape, stream, shape.cluster > 1);
-  cudaError_t error = launch.allow(kernel, static_cast<int>(device.shared_memory));
+  const LaunchConfig config(shape, stream, shape.cluster > 1);
+  cudaError_t error = config.raise_limit(kernel, static_cast<int>(device.shared_memory));
   if (error == cudaSuccess) {
-    error = cudaLaunchKernelEx(launch.config(), kernel, arguments...);
+    error = cudaLaunchKernelEx(config.get(), kernel, arguments...);
   }
   if (error != cudaSuccess) {
-    cudaGetLastError();  // or the next launch, anyone's, would report this one's error
+    cudaGetLastError();  // else the next launch, anyone's, reports it
   }
   return cuda_status(error);
 }

@@ -1,0 +1,22 @@
+// vapt_fast._C: the launchers as Python functions, which take addresses, strides, sizes and a stream, and run on the
+// current device. Nothing here depends on PyTorch: one build serves all its versions.
+
+#include <pybind11/pybind11.h>
+
+#include <string>
+
+#include "prompt_pool/api.h"
+
+namespace vapt_fast {
+void bind_prompt_pool(pybind11::module_& module);
+}
+
+PYBIND11_MODULE(_C, module) {
+  module.doc() = "The launchers of vapt_fast's CUDA kernels.";
+  module.attr("architectures") = VAPT_FAST_ARCHITECTURES;      // CMAKE_CUDA_ARCHITECTURES, comma-separated
+  module.attr("runtime_version") = VAPT_FAST_RUNTIME_VERSION;  // of CUDA and of nvcc, 13000 for 13.0
+  module.def(
+      "unsupported_because", [](int device) { return std::string(vapt_fast::prompt_pool_supported(device).message); },
+      pybind11::arg("device"), "Why a device, which becomes current, can't run the kernels; empty if it can.");
+  vapt_fast::bind_prompt_pool(module);
+}

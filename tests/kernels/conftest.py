@@ -1,0 +1,54 @@
+"""The CUDA kernels on a CPU."""
+
+import sys
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import emulation
+import pytest
+import torch
+
+from vapt_fast import use_backend
+from vapt_fast.ops import backend, device
+from vapt_fast.ops.prompt_pool import cuda
+
+
+@pytest.fixture
+def on_emulation(monkeypatch):
+    """The CUDA kernels run, on CPU tensors. Memory that was not written holds NaN."""
+    monkeypatch.setitem(sys.modules, "vapt_fast._C", emulation.module())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(device, "unsupported_reasons", lambda name, device: [])
+    monkeypatch.setattr(backend, "unavailable_reasons", lambda name: [])
+    torch.use_deterministic_algorithms(True)  # which fills what torch.empty returns
+    try:
+        with use_backend("cuda"):
+            yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=[True, False], ids=["one pass", "two passes"])
+def passes(monkeypatch, request):
+    monkeypatch.setattr(cuda, "ONE_PASS", request.param)
+    return 1 if request.param else 2
+
+
+@pytest.fixture
+def launching(monkeypatch):
+    """``with launching(name=value) as launches``: names and arguments of launches, some changed."""
+    launch = cuda.launch
+
+    @contextmanager
+    def launching(**changes):
+        launches = []
+
+        def record(name, on, **arguments):
+            launches.append((name, arguments | changes))
+            launch(name, on, **arguments | changes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(cuda, "launch", record)
+            yield launches
+
+    return launching
