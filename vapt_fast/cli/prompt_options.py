@@ -19,8 +19,8 @@ _METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "ful
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
 # As many as are registered.
-_METHOD = Annotated[
-    Literal[tuple(dict.fromkeys([*_METHODS, *KINDS]))],  # type: ignore
+_METHOD: Any = Annotated[
+    Literal[tuple(dict.fromkeys([*_METHODS, *KINDS]))],
     option(f"What to train. The kinds of PromptConfig are other names: {_OTHER_NAMES}.", MODEL),
 ]
 
@@ -44,7 +44,7 @@ def prompt_value(field: Field, given: Any) -> Any:
 
 
 def with_prompt_options(command: Callable) -> inspect.Signature:
-    """Return the signature of ``command``: all methods, and the options of PromptConfig for its ``**prompts``."""
+    """Return the signature of ``command``, with PromptConfig's options in place of its ``**prompts``."""
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
     own = [p.replace(annotation=_METHOD) if p.name == "method" else p for p in own]
