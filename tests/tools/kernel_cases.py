@@ -19,7 +19,7 @@ from op_cases import (
     projector_case,
 )
 
-__all__ = ["KERNELS", "Kernels", "converted", "laid_out", "precision_cases", "random_cases"]
+__all__ = ["KERNELS", "REAL", "Kernels", "converted", "laid_out", "precision_cases", "random_cases"]
 
 
 @dataclass(frozen=True)
@@ -289,6 +289,18 @@ KERNELS = {
         [({"batch": 1, "tokens": 194, "dim": 3, "hidden": 194, "out": 3}, dim, 2**24 - 8) for dim in (0, 1)],
         [],
     ),
+}
+
+
+# One block of a ViT-B/16 at 224 x 224 pixels with 50 prompts, by ops.
+REAL = {
+    "add_norm": {"tokens": 197, "dim": 768},
+    "prompt_pool": {"prefix": 1, "patches": 196, "dim": 768, "rows": 50},
+    "prompt_projector": {"prompts": 50, "dim": 768, "width": 8, "eps": 1e-6},
+    "prompt_attention": {"queries": 197, "tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
+    "prompt_attention_packed": {"tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
+    "absorbed_attention": {"tokens": 197, "heads": 12, "dim": 64, "channels": 768, "prompts": 50},
+    "mlp": {"tokens": 197, "dim": 768, "hidden": 3072, "out": 768},
 }
 
 

@@ -12,6 +12,8 @@ from torch import nn
 
 from vapt_fast import BackendUnavailableError, PromptConfig, use_backend
 
+pytestmark = pytest.mark.full
+
 VIT = "vit_tiny_patch16_224"
 DROPOUT = {"prompt_dropout": 0.3, "projector_dropout": 0.3, "channel_dropout": 0.3}
 KINDS = {
