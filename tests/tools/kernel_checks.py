@@ -21,7 +21,7 @@ def made(op: str, **sizes: Any) -> tuple:
 
 
 def check_values(op: str, sizes: dict[str, Any], layout: str = "padded rows") -> None:
-    """Outputs and gradients equal the formula's in float64, and every load and store is of what it may touch."""
+    """Outputs and gradients equal the formula's in float64; kernels load and store only what they may."""
     function, formula, tensors, options = made(op, **sizes)
     expected = results(formula, tensors, options)
     lay_out = partial(laid_out, layout=layout)
@@ -34,7 +34,7 @@ def check_values(op: str, sizes: dict[str, Any], layout: str = "padded rows") ->
 
 
 def check_far_offsets(op: str, sizes: dict[str, Any], dim: int, stride: int) -> None:
-    """The same with ``stride`` between neighbours in a dimension of each tensor; what leaves 32 bits raises."""
+    """With ``stride`` between neighbours in a dimension of each tensor: no offset is wrong."""
     function, _, tensors, options = made(op, **sizes)
     tensors = [t.float() for t in tensors]
     options = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in options.items()}

@@ -1,7 +1,7 @@
 """Mutation tests of the Triton kernels: each small change of a kernel's source has to be noticed.
 
-``python tests/tools/kill_mutants.py [FILE ...]`` makes the mutants of files of kernels/, runs a few quick checks
-on each of them, prints which check notices it, and fails where more than 5% survive; mutants.md says which may.
+``python tests/tools/kill_mutants.py [FILE ...]`` makes mutants of files of kernels/, runs a few quick checks
+on each, prints which check notices it, and fails where more than 5% survive; mutants.md says which may.
 A mutant takes a second or two, in a process of its own that is forked from this one: torch is there already.
 """
 

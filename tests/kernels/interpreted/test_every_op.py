@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from vapt_fast import BackendUnavailableError, functional
 
-COUNT = 40
 LAYOUTS = ("transposed", "padded rows", "offset by one")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 for_every_op = pytest.mark.parametrize("op", KERNELS)
@@ -58,13 +57,15 @@ CHOSEN = [
     for op in KERNELS
     for sizes in (*KERNELS[op].quick, *KERNELS[op].wide, KERNELS[op].quick[0] | {"batch": 0})
 ]
-RANDOM = [case for op in KERNELS for case in values_of(op, 0, COUNT)]
-MORE = [
-    pytest.param(*case, marks=pytest.mark.nightly) for op in KERNELS for case in values_of(op, COUNT, 250)
+RANDOM = [
+    pytest.param(*case, marks=marks)
+    for start, stop, marks in ((0, 10, ()), (10, 40, pytest.mark.full), (40, 250, pytest.mark.nightly))
+    for op in KERNELS
+    for case in values_of(op, start, stop)
 ]
 
 
-@pytest.mark.parametrize(("op", "sizes"), [*CHOSEN, *RANDOM, *MORE], ids=name_of)
+@pytest.mark.parametrize(("op", "sizes"), [*CHOSEN, *RANDOM], ids=name_of)
 def test_equals_the_formula_and_touches_what_it_may(op, sizes):
     check_values(op, sizes)
 
@@ -285,6 +286,7 @@ def test_a_forward_derivative_raises(op):
                 function(*tensors, **options | {name: dual})
 
 
+@pytest.mark.full
 @for_every_op
 def test_compiles_into_one_graph_for_any_batch(op):
     unmasked = {"masked": False} if "masked" in KERNELS[op].sizes else {}
