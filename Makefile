@@ -42,12 +42,13 @@ mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have cha
 	$(BIN)/python tests/tools/kill_mutants.py
 	$(BIN)/python tests/tools/cuda_mutants.py
 
-lint: $(BIN)/.installed ## style, of Python and of csrc
+lint: $(BIN)/.installed ## style, of Python and of csrc, and types
 	@$(MAKE) --no-print-directory lint-only
 
 lint-only: # with what BIN holds, installing nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(STYLED)
 
 bench: $(BIN)/.installed ## the backends on this machine, whole models and single ops

@@ -13,7 +13,7 @@ from floors import Work as Work
 from torch import Tensor
 
 from vapt_fast import BackendUnavailableError
-from vapt_fast.backends import _dispatch
+from vapt_fast.ops.base import OPS
 
 MODES = ("forward", "forward and backward")
 SEED = 0
@@ -170,7 +170,7 @@ class Bench:
 
 def kernels(op: str) -> list[str]:
     """The backends that have kernels for ``op``, and "torch", its definition."""
-    return [name for name in ("torch", "triton", "cuda") if name in _dispatch.IMPLEMENTATIONS[op]]
+    return [name for name in ("torch", "triton", "cuda") if name in ("torch", *OPS[op].implementations)]
 
 
 def _caller(op: Op, inputs: list[Tensor], mode: str) -> Callable[[], tuple[Tensor, ...]]:

@@ -101,6 +101,6 @@ def _rewritten(
 @pytest.mark.parametrize("rival", RIVALS)
 def test_prompt_pool(bench, sizes, num_prompts, rival, mode, monkeypatch):
     if rival == "cuda, two passes":
-        monkeypatch.setattr(import_module("vapt_fast.backends.cuda.prompt_pool"), "ONE_PASS", False)
+        monkeypatch.setattr(import_module("vapt_fast.ops.prompt_pool.cuda"), "ONE_PASS", False)
     group = f"prompt_pool, P = {num_prompts}"
     bench(group, job(sizes, num_prompts), rival, implementation(rival, sizes), mode)

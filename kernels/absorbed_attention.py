@@ -10,9 +10,9 @@ and backward from dy, with ds[b, m] = p[b, m] * (dp[b, m] - sum_n p[b, m, n] dp[
     dp[b, m, n] = dy[b, m] . rows[b, n]                   dqueries[b, m] = sum_n ds[b, m, n] rows[b, n]
     drows[b, n] = sum_m ds[b, m, n] queries[b, m] + p[b, m, n] dy[b, m]
 
-So there are three kernels: ``scores`` of rows, by which dp is computed too, ``weighted_sums`` of rows, y and
-dqueries, and ``grad_rows``. The softmax between them is of small matrices, (B, M, P + T). Each kernel reads x
-once; prompts and tokens are never concatenated in memory.
+So there are three kernels: scores of rows, by which dp is computed too, weighted sums of rows, y and
+dqueries, and the gradient of rows. The softmax between them is of small matrices, (B, M, P + T). Each kernel
+reads x once; prompts and tokens are never concatenated in memory.
 
 Everything is computed in the queries' dtype: float32, or float64. (B, *, C) comes as (tensor, *strides), and
 a stride of 0 repeats; (B, M, P + T) is contiguous, as is what the launcher allocates. Offsets are 64-bit.
@@ -49,7 +49,7 @@ def load_weights(weights, image, query, is_query, key, is_key, num_queries, row_
 
 
 @triton.jit
-def scores(
+def absorbed_attention_scores_kernel(
     products,
     queries,
     prompts,
@@ -83,7 +83,7 @@ def scores(
 
 
 @triton.jit
-def weighted_sums(
+def absorbed_attention_sums_kernel(
     sums,
     weights,
     prompts,
@@ -116,7 +116,7 @@ def weighted_sums(
 
 
 @triton.jit
-def grad_rows(
+def absorbed_attention_bwd_rows_kernel(
     grad,
     grad_scores,
     p,

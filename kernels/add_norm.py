@@ -2,17 +2,18 @@
 
 For a row of C channels, with statistics over them:
 
-    total  = x + layer_scale * branch             rounded to its dtype before anything is computed from it
-    xhat   = (total - mean) * rstd        rstd of the variance + EPS
+    total  = x + layer_scale * branch   rounded to its dtype before anything is computed from it
+    xhat   = (total - mean) * rstd      rstd of the variance + EPS
     normed = xhat * weight + bias
 
 A row stays in registers, as CHUNKS blocks of BLOCK_C channels, so each tensor passes through memory once:
-``forward`` reads x and branch and writes total and normed; ``backward`` reads total and the gradients of total
-and normed, and writes those of x and branch. What there is none of (branch, layer_scale, weight and bias, a gradient
-that nobody needs) is None and costs nothing.
+the forward kernel reads x and branch and writes total and normed; the backward kernel reads total and the
+gradients of total and normed, and writes those of x and branch. What there is none of (branch, layer_scale,
+weight and bias, a gradient that nobody needs) is None and costs nothing.
 
-Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give come with all
-their strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are one-dimensional.
+Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples of a
+pointer and all strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are
+one-dimensional.
 """
 
 import triton
@@ -33,21 +34,26 @@ def elements_of(first_channel, num_channels, is_row, BLOCK_T: tl.constexpr, BLOC
 
 
 @triton.jit
-def forward(
+def rows_of(tokens, image, token):
+    """Where rows (BLOCK_T,) of (B, T, C) begin, as a column, and the stride of their channels."""
+    pointer, image_stride, token_stride, channel_stride = tokens
+    return pointer + (image * image_stride + token * token_stride)[:, None], channel_stride
+
+
+@triton.jit
+def load_channels(vector, channel, mask):
+    """The elements of a (C,) by which the channels are multiplied or shifted."""
+    pointer, stride = vector
+    return tl.load(pointer + channel * stride, mask, 0)
+
+
+@triton.jit
+def add_norm_fwd_kernel(
     x,
-    x_image,
-    x_token,
-    x_channel,
     branch,
-    branch_image,
-    branch_token,
-    branch_channel,
     layer_scale,
-    layer_scale_channel,
     weight,
-    weight_channel,
     bias,
-    bias_channel,
     total,
     normed,
     mean,
@@ -65,9 +71,9 @@ def forward(
     row, is_row = block_of(tl.program_id(0), num_rows, BLOCK_T)
     image, token = row // num_tokens, row % num_tokens
     start = (row * num_channels)[:, None]
-    x += (image * x_image + token * x_token)[:, None]
+    x, x_channel = rows_of(x, image, token)
     if branch is not None:
-        branch += (image * branch_image + token * branch_token)[:, None]
+        branch, branch_channel = rows_of(branch, image, token)
 
     values = ()
     sums = tl.zeros((BLOCK_T, BLOCK_C), dtype)
@@ -77,7 +83,7 @@ def forward(
         if branch is not None:
             added = tl.load(branch + channel * branch_channel, mask, 0).to(dtype)
             if layer_scale is not None:
-                added *= tl.load(layer_scale + channel * layer_scale_channel, mask, 0).to(dtype)
+                added *= load_channels(layer_scale, channel, mask).to(dtype)
             rounded = (value + added).to(total.dtype.element_ty)
             tl.store(total + start + channel, rounded, mask)
             value = rounded.to(dtype)
@@ -98,8 +104,8 @@ def forward(
         channel, mask = elements_of(chunk * BLOCK_C, num_channels, is_row, BLOCK_T, BLOCK_C)
         result = (values[chunk] - mu[:, None]) * r[:, None]
         if weight is not None:
-            result *= tl.load(weight + channel * weight_channel, mask, 0).to(dtype)
-            result += tl.load(bias + channel * bias_channel, mask, 0).to(dtype)
+            result *= load_channels(weight, channel, mask).to(dtype)
+            result += load_channels(bias, channel, mask).to(dtype)
         tl.store(normed + start + channel, result.to(normed.dtype.element_ty), mask)
 
 
@@ -109,7 +115,6 @@ def store_gradients(
     grad_total,
     grad_total_channel,
     layer_scale,
-    layer_scale_channel,
     grad_x,
     grad_branch,
     start,
@@ -126,28 +131,17 @@ def store_gradients(
         tl.store(grad_x + start + channel, grad.to(grad_x.dtype.element_ty), mask)
     if grad_branch is not None:
         if layer_scale is not None:
-            grad *= tl.load(layer_scale + channel * layer_scale_channel, mask, 0).to(grad.dtype)
+            grad *= load_channels(layer_scale, channel, mask).to(grad.dtype)
         tl.store(grad_branch + start + channel, grad.to(grad_branch.dtype.element_ty), mask)
 
 
 @triton.jit
-def backward(
+def add_norm_bwd_kernel(
     total,
-    total_image,
-    total_token,
-    total_channel,
     grad_total,
-    grad_total_image,
-    grad_total_token,
-    grad_total_channel,
     grad_normed,
-    grad_normed_image,
-    grad_normed_token,
-    grad_normed_channel,
     layer_scale,
-    layer_scale_channel,
     weight,
-    weight_channel,
     mean,
     rstd,
     grad_x,
@@ -168,10 +162,11 @@ def backward(
     row, is_row = block_of(tl.program_id(0), num_rows, BLOCK_T)
     image, token = row // num_tokens, row % num_tokens
     start = (row * num_channels)[:, None]
-    total += (image * total_image + token * total_token)[:, None]
-    grad_normed += (image * grad_normed_image + token * grad_normed_token)[:, None]
+    total, total_channel = rows_of(total, image, token)
+    grad_normed, grad_normed_channel = rows_of(grad_normed, image, token)
+    grad_total_channel = 0
     if grad_total is not None:
-        grad_total += (image * grad_total_image + token * grad_total_token)[:, None]
+        grad_total, grad_total_channel = rows_of(grad_total, image, token)
     mu = tl.load(mean + row, is_row, 0)[:, None]
     r = tl.load(rstd + row, is_row, 0)[:, None]
 
@@ -184,7 +179,7 @@ def backward(
         xhat = (tl.load(total + channel * total_channel, mask, 0).to(dtype) - mu) * r
         a = tl.load(grad_normed + channel * grad_normed_channel, mask, 0).to(dtype)
         if weight is not None:
-            a *= tl.load(weight + channel * weight_channel, mask, 0).to(dtype)
+            a *= load_channels(weight, channel, mask).to(dtype)
         xhats += (xhat,)
         grads += (a,)
         sums += a
@@ -196,6 +191,5 @@ def backward(
         channel, mask = elements_of(chunk * BLOCK_C, num_channels, is_row, BLOCK_T, BLOCK_C)
         grad = r * (grads[chunk] - mean_a - xhats[chunk] * mean_product)
         store_gradients(
-            grad, grad_total, grad_total_channel, layer_scale, layer_scale_channel, grad_x, grad_branch,
-            start, channel, mask,
-        )  # fmt: skip
+            grad, grad_total, grad_total_channel, layer_scale, grad_x, grad_branch, start, channel, mask
+        )

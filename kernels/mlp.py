@@ -2,8 +2,8 @@
 
 Forward and backward of y = fc2(gelu(fc1(x))), exact GELU, over M rows x (M, C), D hidden features:
 
-    activate      a = gelu(h), h = x W1^T + b1: a and, for the backward, h, (M, D)
-    grad_hidden   dh = (dy W2) * gelu'(h), (M, D)
+    forward    a = gelu(h), h = x W1^T + b1: a and, for the backward, h, (M, D)
+    backward   dh = (dy W2) * gelu'(h), (M, D)
 
 The two other products, a W2^T + b2 and dh W1, are plain and left to the vendor's library. D is 4 C as a rule,
 so its rows are what memory traffic consists of: here each is written once and h read once, where a GELU apart
@@ -16,8 +16,8 @@ float32, or float64 for float64 tensors, each in a fixed order.
 
 import triton
 import triton.language as tl
+from vapt_fast.kernels.common import normal_cdf
 
-SQRT_HALF = tl.constexpr(0.7071067811865476)
 INVERSE_SQRT_2PI = tl.constexpr(0.3989422804014327)
 
 # Rows of tiles that are computed column by column: programs that run together then share what they read.
@@ -86,13 +86,7 @@ def place_of(
 
 
 @triton.jit
-def normal_cdf(x):
-    """The standard normal distribution function."""
-    return 0.5 * (1.0 + tl.erf(x * SQRT_HALF))
-
-
-@triton.jit
-def activate(
+def mlp_fwd_kernel(
     activated,
     hidden,
     x,
@@ -125,7 +119,7 @@ def activate(
 
 
 @triton.jit
-def grad_hidden(
+def mlp_bwd_kernel(
     grad_h,
     hidden,
     grad_y,

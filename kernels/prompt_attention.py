@@ -2,11 +2,11 @@
 
 Forward and backward of o = softmax(scale * q [prompt_k, k]^T + [0, bias]) [prompt_v, v], head by head:
 
-    forward        o (B, Tq, h, d) and lse (B, h, Tq); one program per image, head and block of queries
-    row_products   row_dot (B, h, Tq), the sum over d of o * do; likewise
-    grad_queries   dq = scale * ds [prompt_k, k], ds = p * (do [prompt_v, v]^T - row_dot); likewise
-    grad_keys      dk = scale * ds^T q and dv = p^T do of one source of keys, the tokens or the prompts;
-                   one program per image, group of heads and block of keys
+    fwd           o (B, Tq, h, d) and lse (B, h, Tq); one program per image, head and block of queries
+    row_dot       row_dot (B, h, Tq), the sum over d of o * do; likewise
+    bwd_queries   dq = scale * ds [prompt_k, k], ds = p * (do [prompt_v, v]^T - row_dot); likewise
+    bwd_keys      dk = scale * ds^T q and dv = p^T do of one source of keys, the tokens or the prompts;
+                  one program per image, head of keys and block of keys
 
 Scores are kept in base 2: s = log2(e) * (scale * q k^T + bias), p = exp2(s - lse), where lse is log2 of the
 sum of exp2(s) over the keys. Statistics and sums are in lse's dtype: float32, or float64 for float64 tensors.
@@ -125,8 +125,8 @@ def scores_of(a, b, bias, first_a, first_b, num_a, num_b, SCALE: tl.constexpr, d
 @triton.jit
 def attend(
     acc,
-    total,
-    peak,
+    row_sum,
+    row_max,
     q,
     k_head,
     v_head,
@@ -140,26 +140,27 @@ def attend(
 ):
     """Go on with an online softmax over one source of keys.
 
-    peak = max s, total = sum of exp2(s - peak) and acc = sum of exp2(s - peak) v over the keys so far.
+    row_max = max s, row_sum = sum of exp2(s - row_max) and acc = sum of exp2(s - row_max) v over the keys so
+    far.
     """
     for block in range(tl.cdiv(num_keys, BLOCK)):
         first = block * BLOCK
         k = load_rows(k_head, first, num_keys, BLOCK, HEAD_DIM, q.shape[1])
         v = load_rows(v_head, first, num_keys, BLOCK, HEAD_DIM, q.shape[1])
         s = scores_of(q, k, bias_head, first_query, first, num_queries, num_keys, SCALE, acc.dtype)
-        new_peak = tl.maximum(peak, tl.max(s, axis=1))
+        new_max = tl.maximum(row_max, tl.max(s, axis=1))
         # A bias of -inf may have hidden every key so far, and -inf less -inf is NaN.
-        shift = tl.where(new_peak == MINUS_INF, 0.0, new_peak)
+        shift = tl.where(new_max == MINUS_INF, 0.0, new_max)
         p = tl.exp2(s - shift[:, None])
-        decay = tl.exp2(peak - shift)
-        acc = acc * decay[:, None] + product(p.to(v.dtype), v, acc.dtype)
-        total = total * decay + tl.sum(p, axis=1)
-        peak = new_peak
-    return acc, total, peak
+        rescale = tl.exp2(row_max - shift)
+        acc = acc * rescale[:, None] + product(p.to(v.dtype), v, acc.dtype)
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
+        row_max = new_max
+    return acc, row_sum, row_max
 
 
 @triton.jit
-def forward(
+def prompt_attention_fwd_kernel(
     lse,
     out,
     q,
@@ -172,7 +173,7 @@ def forward(
     num_tokens,
     num_prompts,
     num_heads,
-    heads_per_group,
+    repeats,
     SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -183,29 +184,29 @@ def forward(
     """out (B, Tq, h, d) and lse. One program: BLOCK_QUERIES queries of one head of one image."""
     dtype: tl.constexpr = lse.dtype.element_ty
     image, head, first = block_of(num_queries, num_heads, BLOCK_QUERIES)
-    group = head // heads_per_group
+    kv_head = head // repeats
     q_block = load_rows(head_of(q, image, head), first, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], dtype)
-    total = tl.zeros([BLOCK_QUERIES], dtype)
-    peak = tl.full([BLOCK_QUERIES], MINUS_INF, dtype)
-    acc, total, peak = attend(
-        acc, total, peak,
-        q_block, head_of(prompt_k, image, group), head_of(prompt_v, image, group), None,
+    row_sum = tl.zeros([BLOCK_QUERIES], dtype)
+    row_max = tl.full([BLOCK_QUERIES], MINUS_INF, dtype)
+    acc, row_sum, row_max = attend(
+        acc, row_sum, row_max,
+        q_block, head_of(prompt_k, image, kv_head), head_of(prompt_v, image, kv_head), None,
         first, num_queries, num_prompts, SCALE, HEAD_DIM, BLOCK_PROMPTS,
     )  # fmt: skip
     bias_head = bias
     if bias is not None:
         bias_head = bias_of(bias, image, head)
-    acc, total, peak = attend(
-        acc, total, peak,
-        q_block, head_of(k, image, group), head_of(v, image, group), bias_head,
+    acc, row_sum, row_max = attend(
+        acc, row_sum, row_max,
+        q_block, head_of(k, image, kv_head), head_of(v, image, kv_head), bias_head,
         first, num_queries, num_tokens, SCALE, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
     # A query from which every key is hidden gets 0, as in scaled_dot_product_attention, and an lse that makes
     # its p 0 again in the backward.
-    hidden = peak == MINUS_INF
-    acc /= tl.where(hidden, 1.0, total)[:, None]
-    logsumexp = tl.where(hidden, 0.0, peak + tl.log2(total))
+    hidden = row_max == MINUS_INF
+    acc /= tl.where(hidden, 1.0, row_sum)[:, None]
+    logsumexp = tl.where(hidden, 0.0, row_max + tl.log2(row_sum))
     store_rows(acc, head_of(out, image, head), first, num_queries, HEAD_DIM)
     store_statistic(logsumexp, lse, image, head, first, num_queries, num_heads)
 
@@ -214,7 +215,7 @@ def forward(
 
 
 @triton.jit
-def row_products(
+def prompt_attention_row_dot_kernel(
     row_dot,
     out,
     grad_out,
@@ -224,7 +225,7 @@ def row_products(
     BLOCK_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
 ):
-    """row_dot (B, h, Tq) = sum over d of out * grad_out. One program: as in ``forward``."""
+    """row_dot (B, h, Tq) = sum over d of out * grad_out. One program: as in the forward kernel."""
     dtype: tl.constexpr = row_dot.dtype.element_ty
     image, head, first = block_of(num_queries, num_heads, BLOCK_QUERIES)
     o = load_rows(head_of(out, image, head), first, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
@@ -266,7 +267,7 @@ def add_grad_of_queries(
 
 
 @triton.jit
-def grad_queries(
+def prompt_attention_bwd_queries_kernel(
     lse,
     row_dot,
     grad_q,
@@ -281,7 +282,7 @@ def grad_queries(
     num_tokens,
     num_prompts,
     num_heads,
-    heads_per_group,
+    repeats,
     SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -289,9 +290,9 @@ def grad_queries(
     BLOCK_TOKENS: tl.constexpr,
     BLOCK_PROMPTS: tl.constexpr,
 ):
-    """grad_q (B, Tq, h, d). One program: as in ``forward``."""
+    """grad_q (B, Tq, h, d). One program: as in the forward kernel."""
     image, head, first = block_of(num_queries, num_heads, BLOCK_QUERIES)
-    group = head // heads_per_group
+    kv_head = head // repeats
     q_block = load_rows(head_of(q, image, head), first, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     do = load_rows(head_of(grad_out, image, head), first, num_queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIM)
     lse_rows = load_statistic(lse, image, head, first, num_queries, num_heads, BLOCK_QUERIES)
@@ -299,7 +300,7 @@ def grad_queries(
     acc = tl.zeros([BLOCK_QUERIES, BLOCK_DIM], lse.dtype.element_ty)
     acc = add_grad_of_queries(
         acc, q_block, do, lse_rows, row_dot_rows,
-        head_of(prompt_k, image, group), head_of(prompt_v, image, group), None,
+        head_of(prompt_k, image, kv_head), head_of(prompt_v, image, kv_head), None,
         first, num_queries, num_prompts, SCALE, HEAD_DIM, BLOCK_PROMPTS,
     )  # fmt: skip
     bias_head = bias
@@ -307,14 +308,14 @@ def grad_queries(
         bias_head = bias_of(bias, image, head)
     acc = add_grad_of_queries(
         acc, q_block, do, lse_rows, row_dot_rows,
-        head_of(k, image, group), head_of(v, image, group), bias_head,
+        head_of(k, image, kv_head), head_of(v, image, kv_head), bias_head,
         first, num_queries, num_tokens, SCALE, HEAD_DIM, BLOCK_TOKENS,
     )  # fmt: skip
     store_rows(acc * SCALE, head_of(grad_q, image, head), first, num_queries, HEAD_DIM)
 
 
 @triton.jit
-def grad_keys(
+def prompt_attention_bwd_keys_kernel(
     lse,
     row_dot,
     grad_k,
@@ -327,22 +328,22 @@ def grad_keys(
     num_queries,
     num_keys,
     num_heads,
-    heads_per_group,
+    repeats,
     SCALE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """grad_k and grad_v (B, num_keys, g, d). One program: BLOCK_KEYS keys of one group of one image."""
+    """grad_k and grad_v (B, num_keys, g, d). One program: BLOCK_KEYS keys of one kv_head of one image."""
     dtype: tl.constexpr = lse.dtype.element_ty
-    image, group, first = block_of(num_keys, num_heads // heads_per_group, BLOCK_KEYS)
-    k_block = load_rows(head_of(k, image, group), first, num_keys, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
-    v_block = load_rows(head_of(v, image, group), first, num_keys, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+    image, kv_head, first = block_of(num_keys, num_heads // repeats, BLOCK_KEYS)
+    k_block = load_rows(head_of(k, image, kv_head), first, num_keys, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+    v_block = load_rows(head_of(v, image, kv_head), first, num_keys, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
     dk = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype)
     dv = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype)
-    for member in range(heads_per_group):
-        head = group * heads_per_group + member
+    for member in range(repeats):
+        head = kv_head * repeats + member
         q_head, do_head = head_of(q, image, head), head_of(grad_out, image, head)
         bias_head = bias
         if bias is not None:
@@ -364,5 +365,5 @@ def grad_keys(
             dv += product(p.to(do.dtype), do, dtype)
             ds = p * (product(v_block, tl.trans(do), dtype) - row_dot_rows[None, :])
             dk += product(ds.to(q_block.dtype), q_block, dtype)
-    store_rows(dk * SCALE, head_of(grad_k, image, group), first, num_keys, HEAD_DIM)
-    store_rows(dv, head_of(grad_v, image, group), first, num_keys, HEAD_DIM)
+    store_rows(dk * SCALE, head_of(grad_k, image, kv_head), first, num_keys, HEAD_DIM)
+    store_rows(dv, head_of(grad_v, image, kv_head), first, num_keys, HEAD_DIM)

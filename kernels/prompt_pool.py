@@ -8,15 +8,16 @@ For image b, token t, patch n = t - num_prefix, channel c and row r of the pooli
     pooled[b, r, c] = weight[c] * raw[b, r, c] + bias[c] * sum_n M[r, n]
     normed[b, t, c] = norm_weight[c] * xhat[b, t, c] + norm_bias[c]
 
-normed, mean and rstd come from add_norm's ``forward``; where a branch is added there, x is the total here.
+normed, mean and rstd come from add_norm's forward kernel; where a branch is added there, x is the total here.
 
-Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give come with all
-their strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are one-dimensional.
+Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples of a
+pointer and all strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are
+one-dimensional.
 """
 
 import triton
 import triton.language as tl
-from vapt_fast.kernels.add_norm import elements_of, store_gradients
+from vapt_fast.kernels.add_norm import elements_of, load_channels, rows_of, store_gradients
 from vapt_fast.kernels.common import block_of
 
 
@@ -27,18 +28,11 @@ def prompt_factor(rstd, EPS: tl.constexpr, PROMPT_EPS: tl.constexpr):
 
 
 @triton.jit
-def pool(
+def prompt_pool_fwd_kernel(
     x,
-    x_image,
-    x_token,
-    x_channel,
     matrix,
-    matrix_row,
-    matrix_patch,
     weight,
-    weight_channel,
     bias,
-    bias_channel,
     mean,
     rstd,
     pooled,
@@ -55,6 +49,8 @@ def pool(
     BLOCK_C: tl.constexpr,
 ):
     """pooled and raw (B, R, C). One program: BLOCK_R rows and BLOCK_C channels of one image."""
+    x, x_image, x_token, x_channel = x
+    matrix, matrix_row, matrix_patch = matrix
     dtype = mean.dtype.element_ty
     channel_blocks, row_blocks = tl.cdiv(num_channels, BLOCK_C), tl.cdiv(num_rows, BLOCK_R)
     image = (tl.program_id(0) // (channel_blocks * row_blocks)).to(tl.int64)
@@ -78,8 +74,8 @@ def pool(
         sums = tl.dot(m, z, sums, input_precision=PRECISION, out_dtype=dtype)
         row_sums += tl.sum(m, axis=1)
 
-    w = tl.load(weight + channel * weight_channel, is_channel, 0)
-    b = tl.load(bias + channel * bias_channel, is_channel, 0)
+    w = load_channels(weight, channel, is_channel)
+    b = load_channels(bias, channel, is_channel)
     at = (image * num_rows + row[:, None]) * num_channels + channel[None, :]
     mask = is_row[:, None] & is_channel[None, :]
     tl.store(raw + at, sums, mask)
@@ -98,9 +94,7 @@ def branches(
     matrix,
     matrix_row,
     weight,
-    weight_channel,
     norm_weight,
-    norm_weight_channel,
     mu,
     r,
     s,
@@ -126,8 +120,8 @@ def branches(
     xhat = tl.where(mask, (values - mu[:, None]) * r[:, None], 0)
     a = tl.load(grad_normed[:, None] + channel[None, :] * grad_normed_channel, mask, 0).to(dtype)
     if norm_weight is not None:
-        a *= tl.load(norm_weight + channel * norm_weight_channel, is_channel, 0).to(dtype)[None, :]
-    w = tl.load(weight + channel * weight_channel, is_channel, 0)
+        a *= load_channels(norm_weight, channel, is_channel).to(dtype)[None, :]
+    w = load_channels(weight, channel, is_channel)
     b = tl.zeros(a.shape, dtype)
     for row_start in range(0, num_rows, BLOCK_R):
         row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
@@ -141,32 +135,15 @@ def branches(
 
 
 @triton.jit
-def tokens_backward(
+def prompt_pool_bwd_tokens_kernel(
     x,
-    x_image,
-    x_token,
-    x_channel,
     grad_total,
-    grad_total_image,
-    grad_total_token,
-    grad_total_channel,
     grad_normed,
-    grad_normed_image,
-    grad_normed_token,
-    grad_normed_channel,
     grad_pooled,
-    grad_pooled_image,
-    grad_pooled_row,
-    grad_pooled_channel,
     matrix,
-    matrix_row,
-    matrix_patch,
     weight,
-    weight_channel,
     norm_weight,
-    norm_weight_channel,
     layer_scale,
-    layer_scale_channel,
     mean,
     rstd,
     grad_x,
@@ -187,6 +164,10 @@ def tokens_backward(
     With a and b of ``branches`` and means over the channels, x gets through both of its norms
     rstd * (a + b - mean(a + b) - xhat * (mean(a * xhat) + s^2 * mean(b * xhat))).
     """
+    x, x_image, x_token, x_channel = x
+    grad_normed, grad_normed_image, grad_normed_token, grad_normed_channel = grad_normed
+    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
+    matrix, matrix_row, matrix_patch = matrix
     dtype = mean.dtype.element_ty
     token_blocks = tl.cdiv(num_tokens, BLOCK_T)
     image = (tl.program_id(0) // token_blocks).to(tl.int64)
@@ -200,16 +181,17 @@ def tokens_backward(
     grad_normed += image * grad_normed_image + token * grad_normed_token
     grad_pooled += image * grad_pooled_image
     matrix += (token - num_prefix) * matrix_patch
+    grad_total_channel = 0
     if grad_total is not None:
-        grad_total += (image * grad_total_image + token * grad_total_token)[:, None]
+        grad_total, grad_total_channel = rows_of(grad_total, image, token)
 
     sums = tl.zeros((BLOCK_T,), dtype)
     products = tl.zeros((BLOCK_T,), dtype)
     for start in range(0, num_channels, BLOCK_C):
         xhat, a, b = branches(
             x, x_channel, grad_normed, grad_normed_channel, grad_pooled, grad_pooled_row, grad_pooled_channel,
-            matrix, matrix_row, weight, weight_channel, norm_weight, norm_weight_channel, mu, r, s, is_token,
-            is_patch, start, num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
+            matrix, matrix_row, weight, norm_weight, mu, r, s, is_token, is_patch, start,
+            num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         sums += tl.sum(a + b, axis=1)
         products += tl.sum((a + b * (s * s)[:, None]) * xhat, axis=1)
@@ -220,31 +202,23 @@ def tokens_backward(
     for start in range(0, num_channels, BLOCK_C):
         xhat, a, b = branches(
             x, x_channel, grad_normed, grad_normed_channel, grad_pooled, grad_pooled_row, grad_pooled_channel,
-            matrix, matrix_row, weight, weight_channel, norm_weight, norm_weight_channel, mu, r, s, is_token,
-            is_patch, start, num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
+            matrix, matrix_row, weight, norm_weight, mu, r, s, is_token, is_patch, start,
+            num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
         )  # fmt: skip
         grad = r[:, None] * (a + b - sums[:, None] - xhat * products[:, None])
         channel, mask = elements_of(start, num_channels, is_token, BLOCK_T, BLOCK_C)
         store_gradients(
-            grad, grad_total, grad_total_channel, layer_scale, layer_scale_channel, grad_x, grad_branch,
+            grad, grad_total, grad_total_channel, layer_scale, grad_x, grad_branch,
             ((image * num_tokens + token) * num_channels)[:, None], channel, mask,
         )  # fmt: skip
 
 
 @triton.jit
-def matrix_backward(
+def prompt_pool_bwd_matrix_kernel(
     x,
-    x_image,
-    x_token,
-    x_channel,
     grad_pooled,
-    grad_pooled_image,
-    grad_pooled_row,
-    grad_pooled_channel,
     weight,
-    weight_channel,
     bias,
-    bias_channel,
     mean,
     rstd,
     partial,
@@ -261,11 +235,13 @@ def matrix_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial (chunks, R, N): the gradient of M from each chunk of images, to be added up by ``add_chunks``.
+    """partial (chunks, R, N): the gradient of M from each chunk of images; see ``sum_chunks_kernel``.
 
     sum_b sum_c grad_pooled[b, r, c] * z[b, n, c], z = weight * s * xhat + bias. One program: BLOCK_R rows and
     BLOCK_N patches, over ``images_per_program`` images.
     """
+    x, x_image, x_token, x_channel = x
+    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
     dtype = mean.dtype.element_ty
     num_patches = num_tokens - num_prefix
     patch_blocks, row_blocks = tl.cdiv(num_patches, BLOCK_N), tl.cdiv(num_rows, BLOCK_R)
@@ -289,8 +265,8 @@ def matrix_backward(
             g = tl.load(g_at, is_row[:, None] & is_channel[None, :], 0)
             x_at = x + image * x_image + token[:, None] * x_token + channel[None, :] * x_channel
             values = tl.load(x_at, is_patch[:, None] & is_channel[None, :], 0).to(dtype)
-            w = tl.load(weight + channel * weight_channel, is_channel, 0)
-            b = tl.load(bias + channel * bias_channel, is_channel, 0)
+            w = load_channels(weight, channel, is_channel)
+            b = load_channels(bias, channel, is_channel)
             # Beyond the last channel g is 0 and z is finite, beyond the last patch nothing is stored.
             z = (values - mu[:, None]) * factor[:, None] * w[None, :] + b[None, :]
             sums = tl.dot(g, tl.trans(z), sums, input_precision=PRECISION, out_dtype=dtype)
@@ -300,14 +276,9 @@ def matrix_backward(
 
 
 @triton.jit
-def affine_backward(
+def prompt_pool_bwd_affine_kernel(
     grad_pooled,
-    grad_pooled_image,
-    grad_pooled_row,
-    grad_pooled_channel,
     matrix,
-    matrix_row,
-    matrix_patch,
     raw,
     partial,
     num_images,
@@ -319,11 +290,13 @@ def affine_backward(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial (chunks, 2, C): the gradients of weight and bias from each chunk of images, for ``add_chunks``.
+    """partial (chunks, 2, C): the gradients of weight and bias from each chunk of images.
 
     sum_b sum_r grad_pooled * raw and sum_b sum_r grad_pooled * sum_n M. One program: BLOCK_C channels, over
     ``images_per_program`` images.
     """
+    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
+    matrix, matrix_row, matrix_patch = matrix
     dtype = raw.dtype.element_ty
     channel_blocks = tl.cdiv(num_channels, BLOCK_C)
     chunk = tl.program_id(0) // channel_blocks

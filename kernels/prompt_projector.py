@@ -21,20 +21,13 @@ Everything is computed in ``pooled``'s dtype: float32, or float64. Tensors that 
 
 import triton
 import triton.language as tl
-from vapt_fast.kernels.common import block_of
+from vapt_fast.kernels.common import block_of, normal_cdf
 
-SQRT_HALF = tl.constexpr(0.7071067811865476)
 NORMAL_PEAK = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 MINUS_INF = tl.constexpr(float("-inf"))
 
 
 # ---- activations
-
-
-@triton.jit
-def normal_cdf(x):
-    """The probability that a standard normal variable is below x."""
-    return 0.5 * (1 + tl.erf(x * SQRT_HALF))
 
 
 @triton.jit
@@ -165,7 +158,7 @@ def raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION:
 
 
 @triton.jit
-def project(
+def prompt_projector_fwd_kernel(
     prompts,
     hidden,
     mean,
@@ -270,7 +263,7 @@ def grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel)
 
 
 @triton.jit
-def project_backward(
+def prompt_projector_bwd_rows_kernel(
     grad_pooled,
     grad_hidden,
     means,
@@ -299,7 +292,7 @@ def project_backward(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_pooled (B, P, C), and what the gradients of the other arguments need. One program: as ``project``.
+    """grad_pooled (B, P, C), and what the other gradients need. One program: as in the forward kernel.
 
     grad_hidden (B, P, r); ``means`` (2, B, P), the last two of grad_of_raw's ``norm``; ``sums`` (B, P), each
     row's part of the gradient of bias; ``products`` (B, P), that of the tensor scale.
@@ -370,7 +363,7 @@ def project_backward(
 
 
 @triton.jit
-def weights_backward(
+def prompt_projector_bwd_weights_kernel(
     partial,
     grad_prompts,
     pooled,
@@ -400,7 +393,7 @@ def weights_backward(
     """partial (chunks, 2, r, C): the gradients of down and of up, transposed, from each chunk of images.
 
     The sums over the rows of grad_hidden * t and of features * (gradient of raw), to be added up by
-    ``add_chunks``. One program: BLOCK_C channels, over the ``rows_per_program`` rows of a chunk.
+    ``sum_chunks_kernel``. One program: BLOCK_C channels, over the ``rows_per_program`` rows of a chunk.
     """
     dtype = pooled[0].dtype.element_ty
     channel_blocks = tl.cdiv(num_channels, BLOCK_C)

@@ -5,10 +5,10 @@ from . import functional
 from . import registry as registry  # its import gives timm the names vapt_*
 from ._version import __version__
 from .adapters import AdapterError
-from .backends._dispatch import BackendUnavailableError, use_backend
 from .config import PromptConfig
 from .model import AdaptiveViT
 from .official import from_official, to_official
+from .ops.backend import BackendUnavailableError, use_backend
 
 __all__ = [
     "AdapterError",

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, SupportsFloat, SupportsIndex, cast
 
-__all__ = ["boolean", "integer", "plain", "real", "size_pair"]
+__all__ = ["boolean", "choice", "integer", "listing", "plain", "real", "size_pair"]
 
 
 def integer(name: str, value: object, minimum: int | None = None) -> int:
-    """The int that ``value`` is: Python's, numpy's, or an array or tensor without dimensions.
+    """Return the int that ``value`` is: Python's, numpy's, or an array or tensor without dimensions.
 
     Raises:
         TypeError: not an integer; a bool is none.
@@ -18,7 +19,7 @@ def integer(name: str, value: object, minimum: int | None = None) -> int:
     if isinstance(value, bool) or _kind(value) not in (None, "integer"):
         raise TypeError(f"{name} must be an int, got {value!r}")
     try:
-        number = operator.index(value)
+        number = operator.index(cast(SupportsIndex, value))
     except TypeError:
         raise TypeError(f"{name} must be an int, got {value!r}") from None
     if minimum is not None and number < minimum:
@@ -27,7 +28,7 @@ def integer(name: str, value: object, minimum: int | None = None) -> int:
 
 
 def real(name: str, value: object) -> float:
-    """The float that ``value`` is: Python's or numpy's number, or an array or tensor without dimensions.
+    """Return the float that ``value`` is: Python's, numpy's, or an array or tensor without dimensions.
 
     Raises:
         TypeError: not a real number; a bool is none.
@@ -35,11 +36,11 @@ def real(name: str, value: object) -> float:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number and _kind(value) not in ("integer", "real"):
         raise TypeError(f"{name} must be a float, got {value!r}")
-    return float(value)
+    return float(cast(SupportsFloat, value))
 
 
 def boolean(name: str, value: object) -> bool:
-    """The bool that ``value`` is, Python's or numpy's.
+    """Return the bool that ``value`` is, Python's or numpy's.
 
     Raises:
         TypeError: not a bool; 0 and 1 are none.
@@ -49,8 +50,22 @@ def boolean(name: str, value: object) -> bool:
     return bool(value)
 
 
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Return the one of ``choices`` that ``value`` is.
+
+    Raises:
+        TypeError: not a str.
+        ValueError: none of them.
+    """
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, one of {choices}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
 def size_pair(name: str, value: Any) -> tuple[int, int]:
-    """The (height, width) that ``value`` is: two positive integers, or one for both.
+    """Return the (height, width) that ``value`` is: two positive integers, or one for both.
 
     Raises:
         TypeError: not one or two integers.
@@ -68,7 +83,7 @@ def size_pair(name: str, value: Any) -> tuple[int, int]:
 
 
 def plain(value: Any) -> Any:
-    """``value`` with Python's numbers in the place of numpy's and torch's; whatever else there is stays.
+    """Return ``value`` with Python's numbers in the place of numpy's and torch's; all else stays.
 
     Dicts, lists and tuples are gone through.
     """
@@ -77,6 +92,11 @@ def plain(value: Any) -> Any:
     if type(value) in (list, tuple):
         return type(value)(map(plain, value))
     return value.item() if _kind(value) in ("bool", "integer", "real") else value
+
+
+def listing(summary: str, problems: Iterable[str]) -> str:
+    """Return the message of an error that has several reasons, one line each."""
+    return "\n  - ".join([f"{summary}:", *problems])
 
 
 def _kind(value: object) -> str | None:

@@ -1,11 +1,13 @@
-"""PromptConfig: every option of the prompts, validated when it is made."""
+"""PromptConfig: every option of the prompts, declared once and checked when a config is made."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, fields
+import textwrap
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import Field, asdict, dataclass, field, fields
+from functools import partial
 from typing import Any
 
 from .activations import ACTIVATIONS
@@ -13,130 +15,214 @@ from .arguments import boolean, integer, real
 
 __all__ = ["KINDS", "PromptConfig", "explain_unexpected", "split_options"]
 
-KINDS = ("adaptive", "deep", "shallow")
+KINDS: dict[str, Any] = {}
+"""The kinds of prompts by name, each a class; ``vapt_fast.prompts.register_kind`` adds to them."""
 
-METHOD_KINDS = {"vapt": "adaptive", "vpt-deep": "deep", "vpt-shallow": "shallow"}
-"""The kind of prompts of each method, by its name on the command line."""
+Check = Callable[[str, Any], Any]
+
+
+def _option(default: Any, help: str, check: Check, *flags: str, choices: Sequence[str] | None = None) -> Any:
+    """A field of PromptConfig, from which everything about the option derives.
+
+    Args:
+        default: its default; of a factory if callable.
+        help: what it means, for ``help(PromptConfig)`` and the command line.
+        check: called with the name and the value; returns the value as it is kept, or raises.
+        flags: its names on the command line beside ``--name``.
+        choices: all values that are allowed, if they are few.
+    """
+    metadata = {"help": help, "check": check, "flags": flags, "choices": choices}
+    return field(default=default, metadata=metadata)
+
+
+def _optional(check: Check) -> Check:
+    def check_unless_none(name: str, value: object) -> Any:
+        return None if value is None else check(name, value)
+
+    return check_unless_none
+
+
+def _choice(choices: Sequence[str], name: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, one of {choices}, got {value!r}")
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+    return value
+
+
+def _share(name: str, value: object) -> float:
+    share = real(name, value)
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {share}")
+    return share
+
+
+def _rate(name: str, value: object) -> float:
+    rate = real(name, value)
+    if not 0.0 <= rate < 1.0:
+        raise ValueError(f"{name} must be in [0, 1), got {rate}")
+    return rate
+
+
+def _kind(name: str, value: object) -> str:
+    kinds = tuple(KINDS)
+    if not isinstance(value, str) or value in kinds:
+        return _choice(kinds, name, value)
+    of_method = [kind for kind, cls in KINDS.items() if cls.method == value]
+    hint = f"that method's kind is {of_method[0]!r}" if of_method else "register a kind of your own first"
+    raise ValueError(f"{name} must be one of {kinds}, got {value!r}; {hint}")
+
+
+def _num_prompts(name: str, value: object) -> int | tuple[int, ...]:
+    if isinstance(value, (list, tuple)):
+        return tuple(integer(f"{name}[{i}]", number, minimum=0) for i, number in enumerate(value))
+    try:
+        return integer(name, value, minimum=0)
+    except TypeError as error:
+        raise TypeError(f"{error}; expected an int, or a sequence with one int a block") from None
+
+
+def _mapping(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise TypeError(f"{name} must be a mapping from names to values, got {value!r}")
+    return dict(value)
+
+
+def _choice_option(default: str, help: str, choices: Sequence[str]) -> Any:
+    return _option(default, help, partial(_choice, tuple(choices)), choices=tuple(choices))
+
+
+_at_least_0 = partial(integer, minimum=0)
+_size = _optional(partial(integer, minimum=1))
 
 
 @dataclass(frozen=True)
 class PromptConfig:
     """How prompts are made and where they go.
 
-    Attributes:
-        kind: ``"adaptive"`` computes the prompts of each block from the image's own patch tokens (VAPT,
-            arXiv 2501.18936, section 4); ``"deep"`` learns a table for every block (VPT-deep, Jia et al.
-            2022); ``"shallow"`` learns one table, placed before block 0, whose tokens then travel through
-            all blocks (VPT-shallow).
-        num_prompts: P, prompts a block. 0 makes a linear probe: only the head is trained.
-        static_depth: number of first blocks whose prompts are a learned table (``"adaptive"`` only).
-        conv_kernel: K, side of the K x K convolution over the patch grid; None for no convolution.
-        conv_padding: zero padding of that convolution on each side, in patches, smaller than K.
-        conv_shared: True for one kernel shared by all channels, False for one kernel a channel (depthwise).
-        projector_dim: r, width of the feature projector's bottleneck; None for no projector.
-        projector_shared: True for one projector for all blocks, False for one a block.
-        projector_activation: ``"relu"``, ``"gelu"`` (exact), ``"sigmoid"``, ``"softmax"`` (over the r
-            features) or ``"identity"``.
-        projector_dropout: dropout rate on the r features.
-        projector_scale_learnable: learn the factor of the projector's branch (it starts at 1).
-        prompt_dropout: dropout rate on the static tables.
-        channel_dropout: rate at which whole (image, channel) planes are dropped after the convolution.
-        pool_prompts: average the prompts of the last block together with the patch tokens, as the public
-            MAE variant does. Needs a backbone with average pooling.
-
     Raises:
         TypeError: a value of the wrong type.
         ValueError: a value out of range; the message names the option, what was given and what is expected.
     """
 
-    kind: str = "adaptive"
-    num_prompts: int = 10
-    static_depth: int = 1
-    conv_kernel: int | None = 2
-    conv_padding: int = 0
-    conv_shared: bool = True
-    projector_dim: int | None = 8
-    projector_shared: bool = True
-    projector_activation: str = "relu"
-    projector_dropout: float = 0.1
-    projector_scale_learnable: bool = False
-    prompt_dropout: float = 0.0
-    channel_dropout: float = 0.1
-    pool_prompts: bool = False
+    kind: str = _option(
+        "adaptive",
+        'how prompts are made: "adaptive" computes those of each block from the image\'s own patch tokens '
+        '(VAPT, arXiv 2501.18936, section 4); "deep" learns a table for every block (VPT-deep, Jia et al. '
+        '2022); "shallow" learns one table, placed before block 0, whose tokens then travel through all '
+        'blocks (VPT-shallow); "fourier" transforms the tables of "deep" (VFPT); "kv" learns keys and values '
+        "for each block's attention (prefix tuning); or a kind of your own, see vapt_fast.prompts",
+        _kind,
+    )
+    num_prompts: int | Sequence[int] = _option(
+        10,
+        "number P of prompts: one for all blocks, or one for each block; 0 for all makes a linear probe",
+        _num_prompts,
+        "--prompts",
+    )
+    static_depth: int = _option(
+        1, "number of first blocks whose prompts are a learned table (adaptive prompts only)", _at_least_0
+    )
+    conv_kernel: int | None = _option(
+        2, "side K of the K x K convolution over the patch grid; none for no convolution", _size
+    )
+    conv_padding: int = _option(
+        0, "zero padding of that convolution on each side, in patches, smaller than K", _at_least_0
+    )
+    conv_shared: bool = _option(
+        True, "one kernel shared by all channels; otherwise one a channel (depthwise)", boolean
+    )
+    projector_dim: int | None = _option(
+        8, "width r of the feature projector's bottleneck; none for no projector", _size
+    )
+    projector_shared: bool = _option(True, "one projector for all blocks; otherwise one a block", boolean)
+    projector_activation: str = _choice_option(
+        "relu",
+        "activation of the projector; gelu is exact, softmax is over the r features",
+        tuple(ACTIVATIONS),
+    )
+    projector_dropout: float = _option(0.1, "dropout rate on the r features", _rate)
+    projector_scale_learnable: bool = _option(
+        False, "learn the factor of the projector's branch, which starts at 1", boolean
+    )
+    prompt_dropout: float = _option(0.0, "dropout rate on learned tables", _rate)
+    channel_dropout: float = _option(
+        0.1, "rate at which whole (image, channel) planes are dropped after the convolution", _rate
+    )
+    pool_prompts: bool = _option(
+        False,
+        "average the prompts of the last block together with the patch tokens, as the public MAE variant "
+        "does; needs a backbone with average pooling",
+        boolean,
+    )
+    add_table: bool = _option(
+        False, "add a learned table to the computed prompts (adaptive prompts only)", boolean
+    )
+    fourier_share: float = _option(
+        1.0,
+        "share of the prompts that are the Fourier transform of their table (fourier prompts only)",
+        _share,
+    )
+    fourier_dims: str = _choice_option(
+        "all",
+        "transform over the sequence of prompts, over the channels, or over both (fourier prompts only)",
+        ("all", "sequence", "channel"),
+    )
+    kind_options: Mapping[str, Any] = field(
+        default_factory=dict,
+        hash=False,
+        metadata={"help": "the own options of a kind from outside this package", "check": _mapping},
+    )
 
     def __post_init__(self) -> None:
-        if self.kind in tuple(METHOD_KINDS):
-            raise ValueError(
-                f"kind must be one of {KINDS}, got {self.kind!r}; that method's kind is "
-                f"{METHOD_KINDS[self.kind]!r}"
-            )
-        _check_choice("kind", self.kind, KINDS)
-        self._set("num_prompts", integer("num_prompts", self.num_prompts, minimum=0))
-        self._set("static_depth", integer("static_depth", self.static_depth, minimum=0))
-        if self.conv_kernel is not None:
-            self._set("conv_kernel", integer("conv_kernel", self.conv_kernel, minimum=1))
-        self._set("conv_padding", integer("conv_padding", self.conv_padding, minimum=0))
-        if self.conv_padding and (self.conv_kernel is None or self.conv_padding >= self.conv_kernel):
-            raise ValueError(
-                f"conv_padding must be smaller than conv_kernel ({self.conv_kernel}), got {self.conv_padding}"
-            )
-        if self.projector_dim is not None:
-            self._set("projector_dim", integer("projector_dim", self.projector_dim, minimum=1))
-        _check_choice("projector_activation", self.projector_activation, tuple(ACTIVATIONS))
-        for name in ("projector_dropout", "prompt_dropout", "channel_dropout"):
-            self._set(name, _rate(name, getattr(self, name)))
-        for name in ("conv_shared", "projector_shared", "projector_scale_learnable", "pool_prompts"):
-            self._set(name, boolean(name, getattr(self, name)))
-
-    def _set(self, name: str, value: object) -> None:
-        object.__setattr__(self, name, value)  # the dataclass is frozen
+        for option in fields(self):
+            value = option.metadata["check"](option.name, getattr(self, option.name))
+            object.__setattr__(self, option.name, value)  # the dataclass is frozen
+        KINDS[self.kind].check_config(self)
 
     @classmethod
     def from_dict(cls, options: dict[str, Any]) -> PromptConfig:
-        """The config with these options; unknown names are a TypeError that lists the known ones."""
-        known = [field.name for field in fields(cls)]
+        """Return the config with these options; unknown names are a TypeError that lists the known ones."""
+        known = [option.name for option in fields(cls)]
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise TypeError(f"unknown prompt options {unknown}, expected some of {known}")
         return cls(**options)
 
     def as_keywords(self) -> dict[str, Any]:
-        """The options as keywords for timm.create_model, with 0 for None, which it would drop."""
+        """Return the options as keywords for timm.create_model, with 0 for None, which it would drop."""
         return {name: 0 if value is None else value for name, value in asdict(self).items()}
 
-    def num_static_blocks(self, depth: int) -> int:
-        """How many of ``depth`` blocks, from block 0 on, get their prompts from a learned table."""
-        if self.num_prompts == 0:
-            return 0
-        return {"adaptive": min(self.static_depth, depth), "deep": depth, "shallow": 1}[self.kind]
-
-    def num_adaptive_blocks(self, depth: int) -> int:
-        """How many of ``depth`` blocks, the last ones, compute their prompts from the image."""
-        if self.num_prompts == 0 or self.kind != "adaptive":
-            return 0
-        return depth - self.num_static_blocks(depth)
-
-    def conv_output(self, grid: tuple[int, int]) -> tuple[int, int]:
-        """Height and width, in patches, of the grid after the convolution.
+    def num_prompts_by_block(self, depth: int) -> tuple[int, ...]:
+        """Return the number of prompts of each of ``depth`` blocks.
 
         Raises:
-            ValueError: the convolution leaves nothing of a grid this small.
+            ValueError: ``num_prompts`` has another number of entries.
         """
-        if self.conv_kernel is None:
-            return grid
-        height, width = (side + 2 * self.conv_padding - self.conv_kernel + 1 for side in grid)
-        if height < 1 or width < 1:
+        if isinstance(self.num_prompts, int):
+            return (self.num_prompts,) * depth
+        if len(self.num_prompts) != depth:
             raise ValueError(
-                f"conv_kernel={self.conv_kernel} with conv_padding={self.conv_padding} does not fit the "
-                f"{grid[0]}x{grid[1]} patch grid; use a smaller kernel, more padding or a larger image"
+                f"num_prompts must have one number for each of the backbone's {depth} blocks, got "
+                f"{len(self.num_prompts)}: {self.num_prompts}"
             )
-        return height, width
+        return tuple(self.num_prompts)
+
+
+def _described(option: Field) -> str:
+    text = f"{option.name}: {option.metadata['help']}."
+    return textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 12)
+
+
+PromptConfig.__doc__ = "\n".join(
+    [f"{PromptConfig.__doc__}", "    Attributes:", *map(_described, fields(PromptConfig))]
+)
 
 
 def split_options(
     prompts: PromptConfig | None, options: Mapping[str, Any]
 ) -> tuple[PromptConfig, dict[str, Any]]:
-    """The options of the prompts, and all others.
+    """Return the options of the prompts, and all others.
 
     timm.create_model drops keywords that are None, so 0 says it for the two options where None matters:
     ``conv_kernel=0`` means no convolution and ``projector_dim=0`` no projector.
@@ -149,10 +235,11 @@ def split_options(
         TypeError: ``prompts`` is not a PromptConfig, or there are options of the prompts beside it.
         TypeError, ValueError: as PromptConfig raises.
     """
-    names = {field.name for field in fields(PromptConfig)}
+    names = {option.name for option in fields(PromptConfig)}
     own = {name: value for name, value in options.items() if name in names}
     if prompts is None:
-        own |= {name: None for name in ("conv_kernel", "projector_dim") if own.get(name) == 0}
+        optional = (option.name for option in fields(PromptConfig) if option.metadata["check"] is _size)
+        own |= {name: None for name in optional if own.get(name) == 0}
         prompts = PromptConfig(**own)
     elif not isinstance(prompts, PromptConfig):
         raise TypeError(f"prompts must be a PromptConfig, got {type(prompts).__name__}")
@@ -180,17 +267,3 @@ def explain_unexpected(error: TypeError, options: Collection[str], backbone: str
         f"{name!r} is an option neither of the prompts nor of timm's {backbone}{meant} The prompts' options "
         f"are {own}"
     )
-
-
-def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, one of {choices}, got {value!r}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-
-
-def _rate(name: str, value: object) -> float:
-    rate = real(name, value)
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {rate}")
-    return rate

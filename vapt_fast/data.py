@@ -9,7 +9,7 @@ from typing import Any
 from timm.data import create_transform, resolve_data_config
 from torchvision import transforms
 
-from .arguments import integer, plain, real
+from .arguments import choice, integer, plain, real
 
 __all__ = ["DATA_KEYS", "eval_transform", "full_data_config"]
 
@@ -23,7 +23,7 @@ CROP_MODES = ("center", "squash", "border")
 def full_data_config(
     pretrained_cfg: Mapping[str, Any], given: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """All of DATA_KEYS, as JSON has them: from ``given``, else from ``pretrained_cfg``, else timm's defaults.
+    """Return all of DATA_KEYS, as JSON has them: ``given``, else ``pretrained_cfg``, else timm's defaults.
 
     Args:
         pretrained_cfg: timm's description of a model, with the ``input_size`` that it takes.
@@ -50,7 +50,7 @@ def full_data_config(
 
 
 def check_data_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with lists for sequences, if all its values are in range.
+    """Return the config with lists for sequences, if all its values are in range.
 
     Raises:
         TypeError, ValueError: which key, what was given, what is expected.
@@ -62,9 +62,7 @@ def check_data_config(config: Mapping[str, Any]) -> dict[str, Any]:
     if min(checked["std"]) <= 0:
         raise ValueError(f"data_config std must be positive, got {checked['std']}")
     for name, choices in (("interpolation", INTERPOLATIONS), ("crop_mode", CROP_MODES)):
-        if config[name] not in choices:
-            raise ValueError(f"data_config {name} must be one of {choices}, got {config[name]!r}")
-        checked[name] = config[name]
+        checked[name] = choice(f"data_config {name}", config[name], choices)
     checked["crop_pct"] = real("data_config crop_pct", config["crop_pct"])
     if not 0 < checked["crop_pct"] < math.inf:
         raise ValueError(f"data_config crop_pct must be positive, got {checked['crop_pct']}")
@@ -72,7 +70,7 @@ def check_data_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def eval_transform(config: Mapping[str, Any]) -> transforms.Compose:
-    """From a PIL image to a normalised tensor (in_chans, H, W), with nothing random in it.
+    """Return the transform of a PIL image to a normalised tensor (in_chans, H, W); nothing in it is random.
 
     Images in colour become grey for a model of one channel.
 

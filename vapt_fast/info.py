@@ -10,10 +10,11 @@ import torch
 
 from ._version import __version__
 from .backbones.blocks import fallback_reason, standard_block
-from .backends import _dispatch, _measurements, _native
-from .forward.fused import can_pool
 from .model import AdaptiveViT
-from .prompts import AdaptivePrompts
+from .ops.backend import BACKENDS, ENVIRONMENT_VARIABLE
+from .ops.base import OPS
+from .ops.device import compiled_by, native, native_missing_reasons, unavailable_reasons
+from .ops.measurement import INHERITING
 
 __all__ = ["forward_report", "report"]
 
@@ -24,25 +25,24 @@ def report() -> str:
     Versions, devices and backends, each backend with what it is or every reason why it can't run; and the
     implementations of each op with those that "auto" prefers on a GPU, and what was measured of them.
     """
-    chosen = os.environ.get(_dispatch.ENVIRONMENT_VARIABLE)
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE)
     lines = [
         f"vapt_fast {__version__}",
         f"  python {platform.python_version()}, torch {torch.__version__}, timm {_version('timm')}, "
         f"triton {_version('triton')}",
         f"  devices: {', '.join(_devices())}",
         f"  compiled kernels: {_compiled_kernels()}",
-        f"  {_dispatch.ENVIRONMENT_VARIABLE}: {chosen if chosen is not None else 'not set'}",
+        f"  {ENVIRONMENT_VARIABLE}: {chosen if chosen is not None else 'not set'}",
         "backends",
     ]
-    for name, meaning in _dispatch.BACKENDS.items():
-        reasons = _dispatch.unavailable_because(name)
+    for name, meaning in BACKENDS.items():
+        reasons = unavailable_reasons(name)
         lines.append(f"  {name:<10} {'no:  ' + '; '.join(reasons) if reasons else 'yes: ' + meaning}")
     lines.append("ops")
-    for op, implementations in _dispatch.IMPLEMENTATIONS.items():
-        lines.append(f"  {op:<16} {', '.join(implementations)}")
-        entries = [str(entry) for entry in _measurements.MEASUREMENTS if entry.op == op]
-        lines.append(f"    auto: {'; else '.join([*entries, 'torch'])}")
-    inheriting = ", ".join(f"sm_{major}{minor}" for major, minor in _measurements.INHERITING)
+    for op in OPS.values():
+        lines.append(f"  {op.name:<16} {', '.join(('torch', *op.implementations))}")
+        lines.append(f"    auto: {'; else '.join([*map(str, op.measured), 'torch'])}")
+    inheriting = ", ".join(f"sm_{major}{minor}" for major, minor in INHERITING)
     lines.append(f"  auto takes the same, though it was not measured there, on {inheriting}, and in float16")
     return "\n".join(lines)
 
@@ -57,8 +57,9 @@ def forward_report(model: AdaptiveViT) -> str:
         else:
             called = parts.called()
             how = "rewritten" + (f", {' and '.join(called)} called" if called else "")
-        if index < len(model.prompts.blocks) and isinstance(model.prompts.blocks[index], AdaptivePrompts):
-            how += "; prompts pooled" if can_pool(model.prompts, index) else "; prompts called"
+        if index < len(model.prompts.blocks):
+            made = model.prompts.blocks[index].report(**model.prompts.shared)
+            how += f"; {made}" if made else ""
         if lines and lines[-1][0] == how:
             lines[-1][1].append(index)
         else:
@@ -71,9 +72,9 @@ def _block_range(indices: list[int]) -> str:
 
 
 def _compiled_kernels() -> str:
-    if _native.missing_because():
+    if native_missing_reasons():
         return "none, see backend cuda"
-    return f"by CUDA {_native.compiled_by()} for {_native.native().architectures.replace(',', ', ')}"
+    return f"by CUDA {compiled_by()} for {native().architectures.replace(',', ', ')}"
 
 
 def _version(package: str) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from . import adapters
-from .arguments import integer, plain, size_pair
+from .adapters import Adapter
+from .arguments import integer, plain
 from .backbones import (
-    adopt,
+    TimmViT,
     check_image_size,
-    check_supported,
     grid_size,
     head_inputs,
     image_size,
@@ -26,52 +25,21 @@ from .backbones import (
     set_image_size,
     take_heads,
 )
-from .backends import _dispatch
-from .config import PromptConfig, explain_unexpected, split_options
+from .config import PromptConfig, split_options
+from .creation import make_backbone, reset_head
 from .data import eval_transform, full_data_config
 from .forward import fused, reference
+from .initialisation import init_from_data
 from .modules import call_within, weights_of
-from .names import similar_names
-from .prompts import AdaptivePrompts, Prompts
-from .resize import resize_adaptive_prompts
-from .source import backbone_source, check_state_names, rebuild_args
+from .ops.backend import check_backend, resolve
+from .prompts import Geometry, Prompts
+from .source import backbone_source, check_state_names
 from .timm_api import TimmModel, normed_tokens
 
 __all__ = ["DEFAULT_ADAPTER", "AdaptiveViT"]
 
 AVERAGING = ("avg", "avgmax", "max")
 DEFAULT_ADAPTER = "default"
-
-
-class Adapter(nn.Module):
-    """What is learned for one task: the prompts and the head. Its state dict is what an adapter file holds.
-
-    Args:
-        prompts: the prompts.
-        heads: the classifiers by timm's names, ``head`` and, of a distilled backbone, ``head_dist``.
-        num_classes: what they tell apart, 0 without classifier.
-    """
-
-    def __init__(self, prompts: Prompts, heads: dict[str, nn.Module], num_classes: int) -> None:
-        super().__init__()
-        self.num_classes = num_classes
-        self.head_names = tuple(heads)
-        self.prompts = prompts
-        self.set_heads(heads)
-
-    def set_heads(self, heads: dict[str, nn.Module]) -> None:
-        """Take other classifiers of the same names."""
-        for name, head in heads.items():
-            setattr(self, name, head)
-
-    def heads(self) -> list[nn.Module]:
-        """The classifiers."""
-        return [getattr(self, name) for name in self.head_names]
-
-    def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
-        """Logits (B, num_classes) of what each classifier reads, (B, C); the mean of several."""
-        logits = [head(features) for head, features in zip(self.heads(), inputs, strict=True)]
-        return logits[0] if len(logits) == 1 else sum(logits[1:], logits[0]) / len(logits)
 
 
 class AdaptiveViT(TimmModel):
@@ -131,18 +99,16 @@ class AdaptiveViT(TimmModel):
         super().__init__()
         config, options = split_options(prompts, options)
         if backend is not None:
-            _dispatch.check_backend(backend)
-        by_name, timm_options = isinstance(backbone, str), plain(options)
-        model = _make_backbone(backbone, pretrained, timm_options)
+            check_backend(backend)
+        timm_options = plain(options)
+        model = make_backbone(backbone, pretrained, timm_options)
         num_classes = integer("backbone.num_classes", model.num_classes)
-        if not by_name and timm_options:
-            num_classes = timm_options.get("num_classes", num_classes)
-            num_classes = _reset_classifier(model, num_classes, timm_options.get("global_pool"))
         _check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
 
         self.config = config
         self.backend = backend
-        self.backbone_source = backbone_source(model, timm_options, pretrained if by_name else None)
+        known = pretrained if isinstance(backbone, str) else None
+        self.backbone_source = backbone_source(model, timm_options, known)
         self.backbone_name = self.backbone_source["name"]
         self.adapter_metadata: dict[str, Any] = {}
         self.class_names: tuple[str, ...] | None = None
@@ -150,24 +116,21 @@ class AdaptiveViT(TimmModel):
         self.grad_checkpointing = False
         self.active_adapter = DEFAULT_ADAPTER
         self._image_size = image_size(model)
-        prompts = Prompts(
-            config,
+        geometry = Geometry(
             dim=model.embed_dim,
             depth=len(model.blocks),
             grid=grid_size(model, self._image_size),
             patch_size=patch_size(model),
-        ).to(next(model.parameters()).device)
+            blocks=model.blocks,
+        )
+        own_prompts = Prompts(config, geometry).to(next(model.parameters()).device)
         heads = take_heads(model)
         self.backbone = model
         # The head comes last of all parameters: timm's gradient clipping counts on it.
-        self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(prompts, heads, num_classes)})
+        self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(own_prompts, heads, num_classes)})
         self.train()
 
     # ---- what is learned
-
-    @property
-    def _adapter(self) -> Adapter:
-        return self.adapters[self.active_adapter]
 
     @property
     def prompts(self) -> Prompts:
@@ -260,7 +223,11 @@ class AdaptiveViT(TimmModel):
             return self.backbone.forward_head(x, pre_logits=True)
         return self._adapter(head_inputs(self.backbone, x))
 
-    def _head_inputs(self, backbone: nn.Module, tokens: Tensor, extra: int) -> tuple[Tensor, ...]:
+    def init_from_data(self, loader: Iterable[Any], *, num_images: int = 512, seed: int = 0) -> None:
+        """Start learned tables at the centres of real tokens; see vapt_fast.initialisation.init_from_data."""
+        init_from_data(self, loader, num_images=num_images, seed=seed)
+
+    def _head_inputs(self, backbone: TimmViT, tokens: Tensor, extra: int) -> tuple[Tensor, ...]:
         if not self.config.pool_prompts:
             tokens = remove_prompts(tokens, backbone.num_prefix_tokens, extra)
         return head_inputs(backbone, backbone.norm(tokens))
@@ -268,7 +235,7 @@ class AdaptiveViT(TimmModel):
     def _run(
         self,
         images: Tensor,
-        finish: Callable[[nn.Module, Tensor, int], Any],
+        finish: Callable[[TimmViT, Tensor, int], Any],
         *,
         num_rows: int | None = None,
         **options: Any,
@@ -278,9 +245,10 @@ class AdaptiveViT(TimmModel):
         All of it runs within calls of the prompts and of the backbone, so that hooks on them that gather or
         move parameters surround every use.
         """
-        self._check_images(images)
+        self.check_images(images)
         options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
-        backend = _dispatch.resolve(self.backend)
+        backend = resolve(self.backend)
+        forward_tokens: Callable[..., tuple[Tensor, int]]
         if backend == "reference":
             forward_tokens = partial(reference.forward_tokens, **options)
         else:
@@ -290,14 +258,15 @@ class AdaptiveViT(TimmModel):
             dtype = torch.promote_types(images.dtype, torch.float32)
             masks = prompts.draw_masks(images.shape[0], dtype=dtype, device=images.device)
 
-            def within_backbone(backbone: nn.Module, images: Tensor) -> Any:
+            def within_backbone(backbone: TimmViT, images: Tensor) -> Any:
                 return finish(backbone, *forward_tokens(backbone, prompts, images, masks))
 
             return call_within(self.backbone, within_backbone, images)
 
         return self.prompts(images, within_prompts)
 
-    def _check_images(self, images: Tensor) -> None:
+    def check_images(self, images: Tensor) -> None:
+        """Raise TypeError or ValueError for images that ``forward`` can't take."""
         if not isinstance(images, Tensor):
             raise TypeError(f"images must be a tensor, got {type(images).__name__}")
         channels = self.backbone.in_chans
@@ -318,25 +287,9 @@ class AdaptiveViT(TimmModel):
             )
         if images.device != weight.device and not weight.is_meta:  # weights that wait elsewhere are meta
             raise ValueError(f"images must be on the model's device {weight.device}, got {images.device}")
-        check_image_size(self.backbone, tuple(images.shape[-2:]), self._image_size)
+        check_image_size(self.backbone, (images.shape[-2], images.shape[-1]), self._image_size)
 
     # ---- geometry and head
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(H, W), patches along each side of the image."""
-        return grid_size(self.backbone, self._image_size)
-
-    @property
-    def backbone_args(self) -> dict[str, Any]:
-        """Keywords for ``timm.create_model`` that make this backbone again, head and input size included."""
-        return rebuild_args(
-            self.backbone,
-            num_classes=self.num_classes,
-            in_chans=self.backbone.in_chans,
-            global_pool=self.global_pool,
-            img_size=list(self._image_size),
-        )
 
     def set_input_size(
         self, img_size: tuple[int, int] | None = None, patch_size: tuple[int, int] | None = None
@@ -354,16 +307,10 @@ class AdaptiveViT(TimmModel):
             ValueError: a size the backbone or the prompts' convolution can't take; nothing is changed.
         """
         old_grid = self.grid
-        new_size = set_image_size(self.backbone, self._image_size, img_size, patch_size, self._check_grid)
-        self._image_size = new_size
+        check_grid = self.prompts.check_grid
+        self._image_size = set_image_size(self.backbone, self._image_size, img_size, patch_size, check_grid)
         if self.grid != old_grid:
-            for block in self.prompts.blocks:
-                if isinstance(block, AdaptivePrompts):
-                    resize_adaptive_prompts(block, self.grid)
-
-    def _check_grid(self, grid: tuple[int, int]) -> None:
-        if self.config.kind == "adaptive":
-            self.config.conv_output(grid)
+            self.prompts.resize(self.grid)
 
     def get_classifier(self) -> Any:
         """The head: a module, or two for a distilled backbone."""
@@ -378,9 +325,8 @@ class AdaptiveViT(TimmModel):
         """
         if global_pool is not None:
             _check_pooling(self.config, global_pool, global_pool == "map")
-        num_classes = _reset_classifier(self.backbone, num_classes, global_pool)
-        self._adapter.set_heads(take_heads(self.backbone))
-        self._adapter.num_classes = num_classes
+        num_classes = reset_head(self.backbone, num_classes, global_pool)
+        self._adapter.set_heads(take_heads(self.backbone), num_classes)
         self.class_names = None
         self.train(self.training)
 
@@ -389,10 +335,10 @@ class AdaptiveViT(TimmModel):
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.prompts.blocks = self.prompts.blocks[: len(self.backbone.blocks)]
+        self.prompts.prune(len(self.backbone.blocks))
+        self.config = self.prompts.config
         if prune_head:
-            self._adapter.set_heads(take_heads(self.backbone))
-            self._adapter.num_classes = 0
+            self._adapter.set_heads(take_heads(self.backbone), num_classes=0)
         return take
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -404,7 +350,7 @@ class AdaptiveViT(TimmModel):
 
     def save_adapter(
         self,
-        folder: str | PathLike,
+        folder: str | PathLike[str],
         *,
         metadata: dict[str, Any] | None = None,
         class_names: Sequence[str] | None = None,
@@ -421,17 +367,17 @@ class AdaptiveViT(TimmModel):
             include_backbone=include_backbone,
         )
 
-    def load_adapter(self, folder: str | PathLike, *, check_backbone: bool = True) -> None:
+    def load_adapter(self, folder: str | PathLike[str], *, check_backbone: bool = True) -> None:
         """Read prompts and head from ``folder``; see vapt_fast.adapters.load."""
         adapters.load(self, folder, check_backbone=check_backbone)
 
     @classmethod
     def from_adapter(
         cls,
-        folder: str | PathLike,
+        folder: str | PathLike[str],
         *,
         backbone: nn.Module | str | None = None,
-        weights: str | PathLike | None = None,
+        weights: str | PathLike[str] | None = None,
         check_backbone: bool = True,
         backend: str | None = None,
     ) -> AdaptiveViT:
@@ -444,64 +390,6 @@ class AdaptiveViT(TimmModel):
             check_backbone=check_backbone,
             backend=backend,
         )
-
-
-def _make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str, Any]) -> nn.Module:
-    if isinstance(backbone, AdaptiveViT):
-        raise TypeError("backbone must be a timm model without prompts, got an AdaptiveViT")
-    if isinstance(backbone, str):
-        if backbone.startswith("vapt_"):
-            raise ValueError(
-                f"backbone must be the name of a timm model without prompts, got {backbone!r}; "
-                f"use {backbone.removeprefix('vapt_')!r} here, or timm.create_model({backbone!r})"
-            )
-        if options.get("features_only"):
-            raise ValueError("features_only=True has no prompts; use AdaptiveViT.forward_intermediates()")
-        if not timm.is_model(backbone.partition(".")[0]) and ":" not in backbone:
-            raise ValueError(
-                f"backbone {backbone!r} is no timm model; similar names: {similar_names(backbone)}"
-            )
-        if options.get("num_classes") is not None:
-            options = options | {"num_classes": integer("num_classes", options["num_classes"], minimum=0)}
-        if options.get("img_size") is not None:
-            options = options | {"img_size": size_pair("img_size", options["img_size"])}
-        try:
-            model = timm.create_model(backbone, pretrained=pretrained, **options)
-        except TypeError as error:
-            explained = explain_unexpected(error, options, backbone)
-            if explained is None:
-                raise
-            raise explained from error
-        if isinstance(model, AdaptiveViT):
-            raise ValueError(
-                f"backbone {backbone!r} is a model with prompts already; make it by "
-                f"timm.create_model({backbone!r}, {pretrained=})"
-            )
-        check_supported(model)
-        return adopt(model, shared=False)
-    check_supported(backbone)
-    if pretrained:
-        raise ValueError("pretrained=True needs the name of a backbone; a timm model keeps its own weights")
-    unknown = sorted(set(options) - {"num_classes", "global_pool"})
-    if unknown:
-        raise TypeError(
-            f"options {unknown} need the name of a backbone; a timm model is taken as it is, with "
-            "num_classes, global_pool and the options of PromptConfig only"
-        )
-    return adopt(backbone, shared=True)
-
-
-def _reset_classifier(model: nn.Module, num_classes: int, global_pool: str | None) -> int:
-    """Another head, and pooling if given, for ``model``; returns the number of classes as an int."""
-    num_classes = integer("num_classes", num_classes, minimum=0)
-    before = model.num_classes
-    try:
-        model.reset_classifier(num_classes, global_pool)
-    except AssertionError as error:
-        name = type(model).__name__
-        model.num_classes = before  # which timm has changed by then
-        raise ValueError(f"global_pool={global_pool!r} does not suit {name}: {error}") from error
-    return num_classes
 
 
 def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:

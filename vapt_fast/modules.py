@@ -11,7 +11,7 @@ import copy
 import sys
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any
+from typing import Any, SupportsIndex
 
 from timm.layers import (
     GELU,
@@ -25,7 +25,6 @@ from timm.layers import (
     RmsNorm,
     SwiGLU,
 )
-from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
@@ -40,7 +39,9 @@ __all__ = [
     "has_global_hooks",
     "has_user_hooks",
     "is_active_dropout",
+    "is_patched",
     "is_plain",
+    "register_by_token",
     "remember_forward",
     "share_tensors",
     "token_mixing_reason",
@@ -54,12 +55,12 @@ WEIGHT_HOOKS = ("torch.distributed.", "torch.nn.utils.", "accelerate.hooks")
 WATCHERS = ("torch.utils.module_tracker",)
 
 # What timm's blocks are made of, besides attention. Each acts on every token by itself.
-BY_TOKEN = (
+BY_TOKEN: list[type[nn.Module]] = [
     *(nn.Identity, nn.Linear, nn.Dropout, DropPath, LayerScale),
     *(nn.LayerNorm, LayerNorm, nn.RMSNorm, RmsNorm),
     *(nn.GELU, GELU, GELUTanh, QuickGELU, nn.SiLU, nn.ReLU),
-    *(Mlp, GluMlp, GeGluMlp, SwiGLU, nn.Sequential),
-)
+    *(Mlp, GluMlp, SwiGLU, nn.Sequential),
+]
 # So do the layers of these packages, which take the place of a Linear.
 BY_TOKEN_PACKAGES = ("peft.tuners.",)
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # are never called
@@ -67,22 +68,36 @@ CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList) 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
-_FORWARDS: dict[type, Callable] = {}
+_FORWARDS: dict[type, Callable[..., Any] | None] = {}
+_ANCESTORS: dict[type, tuple[type[nn.Module], ...]] = {}  # a class and those of its bases that are remembered
 
 
 def remember_forward(*classes: type[nn.Module]) -> None:
     """Note the forward of ``classes`` as their library defines it: ``is_plain`` compares with it later.
 
-    One that was replaced before is not noted, so that no module of that class is ever plain.
+    One that was replaced before is noted as None, so that no module of that class is ever plain.
     """
     for cls in classes:
         code = getattr(cls.forward, "__code__", None)
-        if code is not None and code.co_filename == sys.modules[cls.__module__].__file__:
-            _FORWARDS[cls] = cls.forward
+        file = getattr(sys.modules[cls.__module__], "__file__", None)
+        own = code is not None and code.co_filename == file
+        _FORWARDS.setdefault(cls, cls.forward if own else None)
+        _ANCESTORS[cls] = tuple(base for base in cls.__mro__ if base in _FORWARDS)
+
+
+def register_by_token(*classes: type[nn.Module]) -> None:
+    """Note that modules of ``classes`` act on every token by itself, as a Linear does."""
+    remember_forward(*classes)
+    BY_TOKEN.extend(cls for cls in classes if cls not in BY_TOKEN)
+
+
+def is_patched(cls: type[nn.Module]) -> bool:
+    """Return whether ``cls`` or a base of it was given another forward since it was remembered."""
+    return any(base.forward is not _FORWARDS[base] for base in _ANCESTORS[cls])
 
 
 def is_plain(module: nn.Module, *classes: type[nn.Module]) -> bool:
-    """Whether reading the weights of ``module`` comes to the same as calling it.
+    """Return whether reading the weights of ``module`` comes to the same as calling it.
 
     That is: it is of exactly one of ``classes`` (no subclass, as LoRA layers and parametrised or sharded
     modules are), neither it nor its class was given another forward, it has no hooks, and its weights are
@@ -103,7 +118,7 @@ def _is_untouched(module: nn.Module) -> bool:
 
 
 def token_mixing_reason(module: nn.Module, name: str) -> str | None:
-    """Why a call of ``module`` with some of the tokens might not give the rows of a call with all of them.
+    """Return why ``module``, called with some of the tokens, might not give the rows that it gives of all.
 
     None if it does. What is not known to act on every token by itself might not: modules of the user's own,
     those whose class was given another forward, hooks, dropouts that are on, weights of unknown classes
@@ -122,7 +137,7 @@ def token_mixing_reason(module: nn.Module, name: str) -> str | None:
 
 
 def _is_plainly_by_token(module: nn.Module) -> bool:
-    """Whether nobody has touched any part of ``module``: the usual case, asked in every call, so fast."""
+    """Return whether nobody has touched any part of ``module``: the usual case, asked in every call."""
     parts = [module]
     while parts:
         part = parts.pop()
@@ -143,12 +158,17 @@ def _acts_by_token(part: nn.Module) -> bool:
     if cls not in BY_TOKEN:
         # Sharded and parametrised modules are of subclasses, without a forward of their own.
         bases = (base for base in BY_TOKEN if isinstance(part, base) and base.forward is cls.forward)
-        cls = next(bases, None)
-    known = cls in _FORWARDS and cls.forward is _FORWARDS[cls]
-    return known and all(_is_ordinary(tensor) or _is_sharded(tensor) for tensor in part._parameters.values())
+        known = next(bases, None)
+        if known is None:
+            return False
+        cls = known
+    known_forward = _FORWARDS.get(cls) is cls.forward
+    return known_forward and all(
+        _is_ordinary(tensor) or _is_sharded(tensor) for tensor in part._parameters.values()
+    )
 
 
-def _is_sharded(tensor: Tensor) -> bool:
+def _is_sharded(tensor: Tensor | None) -> bool:
     return type(tensor).__module__.startswith("torch.distributed.")
 
 
@@ -162,7 +182,7 @@ def _is_ordinary(tensor: Tensor | None) -> bool:
 
 
 def has_user_hooks(module: nn.Module) -> bool:
-    """Whether hooks or another forward of the user's may use or change what ``module`` computes.
+    """Return whether hooks or another forward of the user's may use or change what ``module`` computes.
 
     Those that only prepare its weights don't count.
     """
@@ -172,7 +192,7 @@ def has_user_hooks(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """Whether there are hooks on all modules that may change what they compute."""
+    """Return whether there are hooks on all modules that may change what they compute."""
     return any(
         not _is_of(hook, WATCHERS) for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name).values()
     )
@@ -184,7 +204,7 @@ def _is_of(hook: Any, packages: tuple[str, ...]) -> bool:
 
 
 def is_active_dropout(module: nn.Module) -> bool:
-    """Whether ``module`` itself is a dropout that is on."""
+    """Return whether ``module`` itself is a dropout that is on."""
     if not module.training:
         return False
     if isinstance(module, DropPath):
@@ -193,7 +213,7 @@ def is_active_dropout(module: nn.Module) -> bool:
 
 
 def weights_of(module: nn.Module, most: int | None = None) -> list[Tensor]:
-    """The floating-point parameters of ``module``; in replicas of DataParallel they are plain attributes.
+    """Return the floating-point parameters of ``module``, also of a replica, which has them as attributes.
 
     Args:
         module: any.
@@ -220,11 +240,13 @@ class Enclosing:
     function, which may use the module's parts in its own way.
     """
 
-    def forward(self, *args: Any, within: Callable | None = None, **kwargs: Any) -> Any:
-        """The module's own forward; or, with ``within``, ``within(self, *args)``."""
-        return super().forward(*args, **kwargs) if within is None else within(self, *args)
+    def forward(self, *args: Any, within: Callable[..., Any] | None = None, **kwargs: Any) -> Any:
+        """Run the module's own forward; or, with ``within``, ``within(self, *args)``."""
+        if within is not None:
+            return within(self, *args)
+        return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the class that it is mixed with
 
-    def __reduce_ex__(self, protocol: int) -> tuple:
+    def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
         return _restore, (class_of(self),), self.__getstate__()
 
 
@@ -235,8 +257,8 @@ def enclosing(module: nn.Module) -> nn.Module:
     return module
 
 
-def call_within(module: nn.Module, function: Callable, *args: Any) -> Any:
-    """``function(module, *args)``, run within a call of ``module``."""
+def call_within(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Return ``function(module, *args)``, run within a call of ``module``."""
     return enclosing(module)(*args, within=function)
 
 
@@ -250,15 +272,16 @@ def _enclosing_class(cls: type) -> type:
     return _ENCLOSING[cls]
 
 
-def class_of(module: nn.Module) -> type:
-    """The class of ``module``, or the one that it had before ``enclosing``."""
+def class_of(module: object) -> type:
+    """Return the class of ``module``, or the one that it had before ``enclosing``."""
     mro = type(module).__mro__
     return mro[mro.index(Enclosing) + 1] if Enclosing in mro else mro[0]
 
 
 def _restore(cls: type) -> nn.Module:
     restored = _enclosing_class(cls)
-    return restored.__new__(restored)
+    module: nn.Module = restored.__new__(restored)  # type: ignore[call-overload]
+    return module
 
 
 def share_tensors(module: nn.Module, own: Iterable[nn.Module]) -> nn.Module:

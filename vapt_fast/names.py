@@ -1,4 +1,4 @@
-"""Names of backbones: which of timm's modules are served, and what a mistyped name may have meant."""
+"""Names of backbones: what a mistyped one may have meant."""
 
 from __future__ import annotations
 
@@ -6,18 +6,9 @@ import difflib
 
 import timm
 
-__all__ = ["TIMM_MODULES", "similar_names"]
+from .backbones import timm_modules
 
-# The timm modules whose models are all of classes that vapt_fast.backbones serves.
-TIMM_MODULES = (
-    "beit",
-    "deit",
-    "eva",
-    "naflexvit",
-    "vision_transformer",
-    "vision_transformer_hybrid",
-    "vitamin",
-)
+__all__ = ["similar_names"]
 
 _OWN = "vit_digits_*"  # vapt_fast.digits
 
@@ -34,7 +25,7 @@ def similar_names(name: str, count: int = 5) -> list[str]:
         name is right and whose tag is not, the tags it has.
     """
     architecture, _, tag = name.removeprefix("vapt_").partition(".")
-    known = [*timm.list_models(module=TIMM_MODULES), *timm.list_models(_OWN)]
+    known = [*timm.list_models(module=timm_modules()), *timm.list_models(_OWN)]
     near = difflib.get_close_matches(architecture, known, n=count, cutoff=0.6)
     if not tag:
         return near

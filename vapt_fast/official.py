@@ -6,7 +6,8 @@ Block i of the backbone is ``transformer.encoder.layer.{i}``. The learned table 
 ``transformer.deep_prompt_norm.{j}`` is the LayerNorm and ``transformer.deep_prompt_downsample.{j}`` holds the
 convolution, ``.conv.kernel``, and the token projection, ``.linear``; without a convolution it is the token
 projection itself. ``transformer.deep_prompt_embeddings_mlp`` is the projector of all blocks; where each block
-has its own, ``.{j}`` follows. No name or shape tells the activation and the dropout rates.
+has its own, ``.{j}`` follows. No name or shape tells the activation and the dropout rates. The names of the
+prompts are those of each kind's ``official_names``.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import torch
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from .arguments import integer
+from .arguments import integer, listing, size_pair
 from .config import PromptConfig
 from .model import DEFAULT_ADAPTER, AdaptiveViT
 from .modules import class_of
+from .prompts import AdaptivePrompts, StaticPrompts
+from .source import misfits
 
 __all__ = ["from_official", "to_official"]
 
@@ -34,11 +37,6 @@ ADAPTER = f"adapters.{DEFAULT_ADAPTER}."
 PATCHES = "transformer.embeddings.patch_embeddings"
 POSITIONS = "transformer.embeddings.position_embeddings"
 LAYER = "transformer.encoder.layer"
-TABLE = "transformer.prompt_embeddings"
-MORE_TABLES = "transformer.deep_prompt_embeddings"
-PROMPT_NORM = "transformer.deep_prompt_norm"
-POOLING = "transformer.deep_prompt_downsample"
-PROJECTOR = "transformer.deep_prompt_embeddings_mlp"
 
 # timm's names of modules with weight and bias, and the public ones
 MODULES = {
@@ -82,8 +80,8 @@ def from_official(
     if wrong:
         raise TypeError(f"state_dict must hold tensors only, got something else under {wrong}")
     geometry = _read_geometry(state_dict, img_size)
-    contradictions = list(_contradictions(state_dict, prompts, geometry))
     model = AdaptiveViT(_build_backbone(geometry, num_heads), prompts=prompts)
+    contradictions = list(_contradictions(state_dict, model))
     _raise_any(contradictions + list(_misfits(state_dict, model)))
     # With assign, a parameter becomes the tensor given for it and so takes over its dtype.
     model.load_state_dict(_from_official_names(state_dict, model), assign=True)
@@ -126,45 +124,16 @@ def _renamed(model: AdaptiveViT) -> dict[str, str]:
     for i in range(len(model.backbone.blocks)):
         for ours, theirs in BLOCK_MODULES.items():
             modules[f"backbone.blocks.{i}.{ours}"] = f"{LAYER}.{i}.{theirs}"
-    first = len(model.prompts.blocks) - _num_adaptive(model)
-    convolved = model.config.conv_kernel is not None
-    for j in range(_num_adaptive(model)):
-        block = f"{ADAPTER}prompts.blocks.{first + j}"
-        modules[f"{block}.norm"] = f"{PROMPT_NORM}.{j}"
-        modules[f"{block}.token_projection"] = f"{POOLING}.{j}.linear" if convolved else f"{POOLING}.{j}"
-
     names = {
         "backbone.cls_token": "transformer.embeddings.cls_token",
         "backbone.pos_embed": POSITIONS,
     }
     for ours, theirs in modules.items():
         names |= {f"{ours}.weight": f"{theirs}.weight", f"{ours}.bias": f"{theirs}.bias"}
-    if convolved:
-        for j in range(_num_adaptive(model)):
-            names[f"{ADAPTER}prompts.blocks.{first + j}.kernel"] = f"{POOLING}.{j}.conv.kernel"
-    for ours, theirs in _projectors(model).items():
-        names |= {
-            f"{ours}.down.weight": f"{theirs}.block.0.weight",
-            f"{ours}.up.weight": f"{theirs}.block.2.weight",
-        }
-        if model.config.projector_scale_learnable:
-            names[f"{ours}.scale"] = f"{theirs}.scale"
+    for ours, public in model.prompts.official_names().items():
+        if isinstance(public, str):
+            names[f"{ADAPTER}prompts.{ours}"] = public
     return names
-
-
-def _projectors(model: AdaptiveViT) -> dict[str, str]:
-    """Our names of the projectors and the public ones."""
-    if model.config.projector_dim is None or _num_adaptive(model) == 0:
-        return {}
-    if model.config.projector_shared:
-        return {f"{ADAPTER}prompts.projector": PROJECTOR}
-    first = len(model.prompts.blocks) - _num_adaptive(model)
-    blocks = f"{ADAPTER}prompts.blocks"
-    return {f"{blocks}.{first + j}.projector": f"{PROJECTOR}.{j}" for j in range(_num_adaptive(model))}
-
-
-def _num_adaptive(model: AdaptiveViT) -> int:
-    return model.config.num_adaptive_blocks(len(model.backbone.blocks))
 
 
 def _fused(model: AdaptiveViT) -> dict[str, list[str]]:
@@ -180,9 +149,11 @@ def _fused(model: AdaptiveViT) -> dict[str, list[str]]:
 
 def _stacked(model: AdaptiveViT) -> dict[str, list[str]]:
     """The public names of the joint tables of prompts, and our names of their parts."""
-    num_static = len(model.prompts.blocks) - _num_adaptive(model)
-    tables = [f"{ADAPTER}prompts.blocks.{i}.table" for i in range(num_static)]
-    return {official: names for official, names in ((TABLE, tables[:1]), (MORE_TABLES, tables[1:])) if names}
+    stacked: dict[str, list[str]] = {}
+    for ours, public in model.prompts.official_names().items():  # in the order of their rows
+        if not isinstance(public, str):
+            stacked.setdefault(public[0], []).append(f"{ADAPTER}prompts.{ours}")
+    return stacked
 
 
 # ---- reading shapes
@@ -208,31 +179,25 @@ def _read_geometry(state: Mapping[str, Tensor], img_size: int | tuple[int, int] 
         f"{LAYER}.0.ffn.fc1.weight": "(mlp, C)",
         "head.weight": "(classes, C)",
     }
-    shapes = [_shape(state, name, expected.count(",") + 1) for name, expected in sources.items()]
+    shapes = {name: tuple(state[name].shape) for name in sources if name in state}
     _raise_any(
-        f"{name}: expected shape {sources[name]}, got {_told_shape(state, name)}"
-        for name, shape in zip(sources, shapes, strict=True)
-        if shape is None
+        f"{name}: expected shape {expected}, got {shapes.get(name, 'no such tensor')}"
+        for name, expected in sources.items()
+        if len(shapes.get(name, ())) != expected.count(",") + 1
     )
-    (dim, in_chans, *patch_size), (_, num_tokens, _), (mlp_dim, _), (num_classes, _) = shapes
+    (dim, in_chans, *patch), (_, num_tokens, _), (mlp_dim, _), (num_classes, _) = map(
+        shapes.__getitem__, sources
+    )
+    patch_size = patch[0], patch[1]
     return _Geometry(
         dim=dim,
         depth=_count(state, LAYER),
         mlp_dim=mlp_dim,
         num_classes=num_classes,
         in_chans=in_chans,
-        patch_size=tuple(patch_size),
-        grid=_find_grid(num_tokens - 1, tuple(patch_size), img_size),
+        patch_size=patch_size,
+        grid=_find_grid(num_tokens - 1, patch_size, img_size),
     )
-
-
-def _shape(state: Mapping[str, Tensor], name: str, ndim: int) -> tuple[int, ...] | None:
-    """The shape of a tensor, None if it is missing or has another number of dimensions."""
-    return tuple(state[name].shape) if name in state and state[name].ndim == ndim else None
-
-
-def _told_shape(state: Mapping[str, Tensor], name: str) -> str:
-    return str(tuple(state[name].shape)) if name in state else "no such tensor"
 
 
 def _count(state: Mapping[str, Tensor], prefix: str) -> int:
@@ -251,18 +216,11 @@ def _find_grid(
             "a square grid of patches; for other images pass img_size=(height, width)",
         )
     else:
-        height, width = _sides(img_size)
+        height, width = size_pair("img_size", img_size)
         grid = (height // patch_size[0], width // patch_size[1])
         origin = f"{grid[0]}x{grid[1]} patches, from img_size={img_size} and patches of {patch_size}"
     _raise_any([f"{POSITIONS}: {num_patches} patches, expected {origin}"] * (math.prod(grid) != num_patches))
     return grid
-
-
-def _sides(img_size: object) -> tuple[int, int]:
-    sides = tuple(img_size) if isinstance(img_size, (tuple, list)) else (img_size, img_size)
-    if len(sides) != 2:
-        raise TypeError(f"img_size must be (height, width) in pixels or one side, got {img_size!r}")
-    return integer("img_size", sides[0], minimum=1), integer("img_size", sides[1], minimum=1)
 
 
 def _build_backbone(geometry: _Geometry, num_heads: int) -> VisionTransformer:
@@ -270,7 +228,10 @@ def _build_backbone(geometry: _Geometry, num_heads: int) -> VisionTransformer:
     if num_heads < 1 or geometry.dim % num_heads:
         raise ValueError(f"num_heads must divide the {geometry.dim} channels of the tensors, got {num_heads}")
     return VisionTransformer(
-        img_size=tuple(math.prod(sides) for sides in zip(geometry.grid, geometry.patch_size, strict=True)),
+        img_size=(
+            geometry.grid[0] * geometry.patch_size[0],
+            geometry.grid[1] * geometry.patch_size[1],
+        ),
         patch_size=geometry.patch_size,
         in_chans=geometry.in_chans,
         num_classes=geometry.num_classes,
@@ -290,73 +251,32 @@ def _build_backbone(geometry: _Geometry, num_heads: int) -> VisionTransformer:
 # ---- checks
 
 
-def _contradictions(state: Mapping[str, Tensor], prompts: PromptConfig, geometry: _Geometry) -> Iterator[str]:
-    """Where the tensors tell other options than ``prompts``."""
-    rows = _shape(state, MORE_TABLES, 3)
-    found = ((TABLE in state) + (rows[0] if rows else 0), _count(state, PROMPT_NORM))
-    expected = (prompts.num_static_blocks(geometry.depth), prompts.num_adaptive_blocks(geometry.depth))
+def _contradictions(state: Mapping[str, Tensor], model: AdaptiveViT) -> Iterator[str]:
+    """Where the tensors tell other options than those of ``model``."""
+    prompts, classes = model.config, (StaticPrompts, AdaptivePrompts)
+    expected = [sum(isinstance(block, cls) for block in model.prompts.blocks) for cls in classes]
+    found = [cls.official_count(state) for cls in classes]
     if found != expected:
         yield (
             f"prompts.kind={prompts.kind!r} with num_prompts={prompts.num_prompts} and "
             f"static_depth={prompts.static_depth} makes {expected[0]} static tables and {expected[1]} "
-            f"adaptive blocks of {geometry.depth}, the tensors have {found[0]} and {found[1]}"
+            f"adaptive blocks of {len(model.backbone.blocks)}, the tensors have {found[0]} and {found[1]}"
         )
-    told = _num_prompts_told(state)
+    told = StaticPrompts.official_options(state)
     if found[1] and expected[1]:
-        told |= _pooling_told(state, geometry.grid) | _projector_told(state)
+        told |= AdaptivePrompts.official_options(state, model.grid)
     for option, value in told.items():
         given = getattr(prompts, option)
         if given != value:
             yield f"prompts.{option} is {given!r}, the tensors tell {value!r}"
 
 
-def _num_prompts_told(state: Mapping[str, Tensor]) -> dict[str, int]:
-    table = _shape(state, TABLE, 3)
-    return {"num_prompts": table[1]} if table else {}
-
-
-def _pooling_told(state: Mapping[str, Tensor], grid: tuple[int, int]) -> dict[str, object]:
-    """What the first adaptive block's tensors tell of the convolution's options."""
-    name = f"{POOLING}.0.conv.kernel"
-    if name not in state:
-        return {"conv_kernel": None}
-    kernel, linear = _shape(state, name, 4), _shape(state, f"{POOLING}.0.linear.weight", 2)
-    if kernel is None:
-        return {}
-    told = {"conv_kernel": kernel[-1], "conv_shared": kernel[0] == 1}
-    if linear is not None:
-        for padding in range(kernel[-1]):
-            if math.prod(side + 2 * padding - kernel[-1] + 1 for side in grid) == linear[1]:
-                told["conv_padding"] = padding
-    return told
-
-
-def _projector_told(state: Mapping[str, Tensor]) -> dict[str, object]:
-    shared = f"{PROJECTOR}.block.0.weight" in state
-    projector = PROJECTOR if shared else f"{PROJECTOR}.0"
-    if f"{projector}.block.0.weight" not in state:
-        return {"projector_dim": None}
-    down = _shape(state, f"{projector}.block.0.weight", 2)
-    return {
-        **({"projector_dim": down[0]} if down else {}),
-        "projector_shared": shared,
-        "projector_scale_learnable": f"{projector}.scale" in state,
-    }
-
-
 def _misfits(state: Mapping[str, Tensor], model: AdaptiveViT) -> Iterator[str]:
     """Missing, unexpected and unfit tensors of a state dict meant for ``model``."""
-    expected = to_official(model)
-    for name in expected:
-        if name not in state:
-            yield f"{name}: missing, expected shape {tuple(expected[name].shape)}"
-        elif state[name].shape != expected[name].shape:
-            yield f"{name}: shape {tuple(state[name].shape)}, expected {tuple(expected[name].shape)}"
-        elif not state[name].is_floating_point():
-            yield f"{name}: dtype {state[name].dtype}, expected floating-point numbers"
-    for name in state:
-        if name not in expected:
-            yield f"{name}: unexpected"
+    yield from misfits(state, to_official(model))
+    for name, value in state.items():
+        if not value.is_floating_point():
+            yield f"{name}: dtype {value.dtype}, expected floating-point numbers"
     for parts in _fused(model).values():
         dtypes = {state[part].dtype for part in parts if part in state}
         if len(dtypes) > 1:
@@ -381,6 +301,9 @@ def _inexpressible(model: AdaptiveViT) -> Iterator[str]:
             yield f"backbone.blocks.{i}: {type(block).__name__}, expected timm's Block"
         elif not isinstance(block.mlp.act, nn.GELU) or block.mlp.act.approximate != "none":
             yield f"backbone.blocks.{i}.mlp.act: {block.mlp.act}, expected the exact GELU"
+    if not isinstance(model.config.num_prompts, int):
+        yield f"prompts.num_prompts: {model.config.num_prompts}, expected one number for all blocks"
+        return
     own = model.state_dict().keys()
     known = (
         _renamed(model).keys()
@@ -394,6 +317,4 @@ def _inexpressible(model: AdaptiveViT) -> Iterator[str]:
 def _raise_any(problems: Iterator[str] | list[str]) -> None:
     problems = list(problems)
     if problems:
-        raise ValueError(
-            "\n  - ".join(["state dict and model do not fit the public implementation:", *problems])
-        )
+        raise ValueError(listing("state dict and model do not fit the public implementation", problems))

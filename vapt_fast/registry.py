@@ -21,10 +21,10 @@ from timm.models import (
     split_model_name_tag,
 )
 
+from .backbones import timm_modules
 from .config import PromptConfig
 from .data import DATA_KEYS
 from .model import AdaptiveViT
-from .names import TIMM_MODULES
 from .source import PREFIX
 
 # timm's sources of whole models
@@ -85,8 +85,8 @@ def _published(
         options["img_size"] = saved["img_size"]
     tagged = f"{name}.{cfg.get('tag')}"
     tagged = tagged if tagged in get_arch_pretrained_cfgs(name) else name
-    own = timm.get_pretrained_cfg(tagged)
-    own = {} if own is None else own.to_dict()
+    known = timm.get_pretrained_cfg(tagged)
+    own = {} if known is None else known.to_dict()
     own |= {key: cfg[key] for key in (*DATA_KEYS, "fixed_input_size") if cfg.get(key) is not None}
     model = AdaptiveViT(tagged, prompts=prompts, pretrained_cfg=own, **options)
     if pretrained:
@@ -116,5 +116,5 @@ def _register(name: str) -> None:
     globals()[PREFIX + name] = register_model(_entrypoint(name))
 
 
-for _name in timm.list_models(module=TIMM_MODULES):
+for _name in timm.list_models(module=timm_modules()):
     _register(_name)

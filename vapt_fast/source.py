@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from timm.models import get_arch_pretrained_cfgs, load_state_dict
-from torch import nn
+from torch import Tensor, nn
 
-from .arguments import plain
+from .arguments import listing, plain
 
 __all__ = [
+    "HEADS",
     "LOCAL_ARGS",
     "PREFIX",
     "backbone_source",
     "check_state_names",
     "is_local",
     "load_weights",
+    "misfits",
     "rebuild_args",
 ]
+
+# The beginnings of the names of a backbone's classifiers in its state dict.
+HEADS = ("head.", "head_dist.")
 
 # of the names under which timm knows an architecture with prompts
 PREFIX = "vapt_"
@@ -55,7 +60,7 @@ def backbone_source(
         name, file = f"local-dir:{file}", None
     elif cfg.get("source") == "hf-hub":
         name, file = f"hf-hub:{cfg.get('hf_hub_id')}", None
-    elif file and any(known.file == file for known in get_arch_pretrained_cfgs(architecture).values()):
+    elif architecture and file in [known.file for known in get_arch_pretrained_cfgs(architecture).values()]:
         file = None  # timm's own entry for that name
     path = (options or {}).get("checkpoint_path") or file
     return {
@@ -114,28 +119,25 @@ def load_weights(backbone: nn.Module, path: str | PathLike) -> None:
     if translate is not None:
         state = translate(state, backbone)
     own = backbone.state_dict()
-    head = tuple(f"{name}." for name in ("head", "head_dist"))
     own, state = (
-        {name: value for name, value in of.items() if not name.startswith(head)} for of in (own, state)
+        {name: value for name, value in of.items() if not name.startswith(HEADS)} for of in (own, state)
     )
-    problems = [f"{name}: missing" for name in own if name not in state]
-    for name, value in state.items():
-        if name not in own:
-            problems.append(f"{name}: unexpected")
-        elif getattr(value, "shape", None) != own[name].shape:
-            problems.append(
-                f"{name}: shape {tuple(getattr(value, 'shape', ()))}, expected {tuple(own[name].shape)}"
-            )
-    if problems:
-        raise ValueError(
-            "\n  - ".join([f"weights {str(path)!r} do not fit {type(backbone).__name__}:", *problems])
-        )
+    if problems := list(misfits(state, own)):
+        raise ValueError(listing(f"weights {str(path)!r} do not fit {type(backbone).__name__}", problems))
     backbone.load_state_dict(state, strict=False)  # the head's are the only ones missing
     # timm's key for where the weights came from
-    backbone.pretrained_cfg = {
-        **(getattr(backbone, "pretrained_cfg", None) or {}),
-        "file": str(path.absolute()),
-    }
+    cfg = getattr(backbone, "pretrained_cfg", None) or {}
+    cast(Any, backbone).pretrained_cfg = {**cfg, "file": str(path.absolute())}
+
+
+def misfits(state: Mapping[str, Any], expected: Mapping[str, Tensor]) -> Iterator[str]:
+    """Yield which tensors of a state dict are missing, of another shape, or unexpected."""
+    for name, tensor in expected.items():
+        if name not in state:
+            yield f"{name}: missing, expected shape {tuple(tensor.shape)}"
+        elif (shape := tuple(getattr(state[name], "shape", ()))) != tensor.shape:
+            yield f"{name}: shape {shape}, expected {tuple(tensor.shape)}"
+    yield from (f"{name}: unexpected" for name in state if name not in expected)
 
 
 def check_state_names(state: Mapping[str, Any], backbone: nn.Module) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
-from timm.layers import global_pool_nlc
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .backbones import remove_prompts
+from .adapters import Adapter
+from .arguments import choice
+from .backbones import TimmViT, grid_size, pool, remove_prompts
 from .config import PromptConfig
-from .source import PREFIX
+from .source import PREFIX, rebuild_args
 
 __all__ = ["TimmModel", "normed_tokens"]
 
@@ -22,28 +23,22 @@ class TimmModel(nn.Module):
     AdaptiveViT adds the attributes and methods that are declared here without a value.
     """
 
-    backbone: nn.Module
+    backbone: TimmViT
     config: PromptConfig
     adapters: nn.ModuleDict
     active_adapter: str
-    backbone_args: dict[str, Any]
-    grid: tuple[int, int]
     grad_checkpointing: bool
     _image_size: tuple[int, int]
     _run: Callable[..., Any]
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens (B, T, C) to pooled features (B, C), as the backbone pools."""
-        for name in ("pool", "_pool"):
-            if hasattr(self.backbone, name):
-                return getattr(self.backbone, name)(x, pool_type)
-        kind = self.global_pool if pool_type is None else pool_type
-        return global_pool_nlc(x, kind, num_prefix_tokens=self.num_prefix_tokens)
+        return pool(self.backbone, x, pool_type)
 
     def forward_intermediates(
         self,
         x: Tensor,
-        indices: int | Sequence[int] | None = None,
+        indices: int | list[int] | None = None,
         return_prefix_tokens: bool = False,
         norm: bool = False,
         stop_early: bool = False,
@@ -68,12 +63,11 @@ class TimmModel(nn.Module):
         Returns:
             The list of intermediates, or (final tokens after the norm (B, T, C), that list); or the dict.
         """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
         taps: dict[int, Any] = dict.fromkeys(take)
 
-        def finish(backbone: nn.Module, tokens: Tensor, extra: int) -> Any:
+        def finish(backbone: TimmViT, tokens: Tensor, extra: int) -> Any:
             num_prefix = backbone.num_prefix_tokens
             prefixes, intermediates = [], []
             for index in take:
@@ -106,7 +100,7 @@ class TimmModel(nn.Module):
         """DINO's form of ``forward_intermediates``: the last n blocks, or these blocks."""
         return self.forward_intermediates(
             x,
-            n,
+            n if isinstance(n, int) else list(n),
             return_prefix_tokens=return_prefix_tokens,
             norm=norm,
             output_fmt="NCHW" if reshape else "NLC",
@@ -114,9 +108,29 @@ class TimmModel(nn.Module):
         )
 
     @property
+    def _adapter(self) -> Adapter:
+        return cast(Adapter, self.adapters[self.active_adapter])
+
+    @property
     def num_classes(self) -> int:
         """The number of classes of the active adapter's head; 0 without a head."""
-        return self.adapters[self.active_adapter].num_classes
+        return self._adapter.num_classes
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(H, W), patches along each side of the image."""
+        return grid_size(self.backbone, self._image_size)
+
+    @property
+    def backbone_args(self) -> dict[str, Any]:
+        """Keywords for ``timm.create_model`` that make this backbone again, head and input size included."""
+        return rebuild_args(
+            self.backbone,
+            num_classes=self.num_classes,
+            in_chans=self.backbone.in_chans,
+            global_pool=self.global_pool,
+            img_size=list(self._image_size),
+        )
 
     @property
     def global_pool(self) -> str:
@@ -200,7 +214,7 @@ class TimmModel(nn.Module):
 
         groups = {name: within_backbone(it) for name, it in self.backbone.group_matcher(coarse).items()}
         prompts = r"^adapters\.[^.]+\.prompts\."
-        groups["blocks"] += [(rf"{prompts}blocks\.(\d+)", None), (rf"{prompts}projector", (99999,))]
+        groups["blocks"] += [(rf"{prompts}blocks\.(\d+)", None), (rf"{prompts}(?!blocks\.)", (99999,))]
         return groups
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -208,6 +222,6 @@ class TimmModel(nn.Module):
         self.grad_checkpointing = enable
 
 
-def normed_tokens(backbone: nn.Module, tokens: Tensor, extra: int) -> Tensor:
+def normed_tokens(backbone: TimmViT, tokens: Tensor, extra: int) -> Tensor:
     """Tokens (B, T, C) after the final norm, without prompts."""
     return backbone.norm(remove_prompts(tokens, backbone.num_prefix_tokens, extra))

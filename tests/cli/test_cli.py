@@ -3,6 +3,7 @@
 import argparse
 import errno
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -13,6 +14,7 @@ import sys
 import textwrap
 import time
 from contextlib import suppress
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -30,6 +32,7 @@ from vapt_fast import AdaptiveViT, PromptConfig
 from vapt_fast.cli import app
 from vapt_fast.cli.console import count
 from vapt_fast.cli.pictures import draw, prompt_maps
+from vapt_fast.cli.train import train
 from vapt_fast.digits import digit_images
 from vapt_fast.training import (
     UserError,
@@ -92,6 +95,18 @@ def test_train_writes_what_it_says(trained):
     assert json.loads((trained / "run.json").read_text())["prompts"]["num_prompts"] == 2
 
 
+def test_prompts_by_block_and_every_option(tmp_path):
+    """The options are those of PromptConfig."""
+    options = ["--num-prompts", "2,0,3,1", "--projector-dim", "none", "--add-table", "--no-conv-shared"]
+    result = invoke("train", "--output", tmp_path, *QUICK[:-2], "--epochs", "1", *options)
+    assert result.exit_code == 0, result.output
+    config = load_model(tmp_path)[0].config
+    expected = PromptConfig(num_prompts=(2, 0, 3, 1), projector_dim=None, add_table=True, conv_shared=False)
+    assert config == expected
+    signature = inspect.signature(train).parameters
+    assert signature.keys() >= {field.name for field in fields(PromptConfig)} - {"kind", "kind_options"}
+
+
 def test_train_tells_the_result(tmp_path):
     result = invoke("train", "--output", tmp_path, *QUICK, "--method", "linear", "--lr", "0.5")
     assert result.exit_code == 0, result.output
@@ -106,6 +121,9 @@ def test_train_tells_the_result(tmp_path):
         (["--data", "/nowhere"], "data must be 'digits' or a folder"),
         (["--backbone", "vit_digit"], "backbone must be the name of a timm model, got 'vit_digit'"),
         (["--prompts", "-1"], "num_prompts must be at least 0, got -1"),
+        (["--num-prompts", "2,x"], "--num-prompts must be an integer or one for each block, as 10,10,0, got"),
+        (["--num-prompts", "2,1"], "num_prompts must have one number for each of the backbone's 4 blocks"),
+        (["--method", "vapd"], "method must be one of ('vapt', 'vpt-deep', 'vfpt', 'kv',"),
         (["--conv-kernel", "two"], "--conv-kernel must be an integer or 'none', got 'two'"),
         (["--epochs", "0"], "epochs must be at least 1, got 0"),
         (["--lr", "-1"], "base_lr must be a positive number, got -1.0"),
@@ -212,7 +230,7 @@ def test_a_full_disk_leaves_the_earlier_adapter_and_a_run_to_resume(trained, tmp
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(vapt_fast.adapters, "_write_files", full)
+        patch.setattr(vapt_fast.adapters.file, "_write_files", full)
         message = error_of(invoke("train", "--output", folder, *QUICK, "--overwrite", "--seed", "1"), code=1)
     assert "the disk is full" in message
     assert f"vapt-fast train --resume --output {folder}" in message

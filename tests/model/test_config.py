@@ -8,7 +8,7 @@ import timm
 import torch
 
 from vapt_fast import AdaptiveViT, PromptConfig
-from vapt_fast.config import METHOD_KINDS
+from vapt_fast.prompts import AdaptivePrompts, Geometry, Prompts, StaticPrompts
 
 
 def test_the_default_is_the_papers_recipe():
@@ -42,23 +42,24 @@ def test_is_frozen_and_comparable():
     ],
 )
 def test_blocks_of_each_sort(options, static, adaptive):
-    config = PromptConfig(**options)
-    assert config.num_static_blocks(12) == static
-    assert config.num_adaptive_blocks(12) == adaptive
+    blocks = Prompts(PromptConfig(**options), Geometry(4, 12, (3, 3), (4, 4))).blocks
+    assert sum(isinstance(block, StaticPrompts) for block in blocks) == static
+    assert sum(isinstance(block, AdaptivePrompts) for block in blocks) == adaptive
 
 
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, (13, 9)),
-        ({"conv_kernel": None}, (14, 10)),
-        ({"conv_kernel": 3, "conv_padding": 1}, (14, 10)),
-        ({"conv_kernel": 10}, (5, 1)),
-        ({"conv_kernel": 3, "conv_padding": 2}, (16, 12)),
+        ({}, 13 * 9),
+        ({"conv_kernel": None}, 14 * 10),
+        ({"conv_kernel": 3, "conv_padding": 1}, 14 * 10),
+        ({"conv_kernel": 10}, 5 * 1),
+        ({"conv_kernel": 3, "conv_padding": 2}, 16 * 12),
     ],
 )
-def test_conv_output(options, expected):
-    assert PromptConfig(**options).conv_output((14, 10)) == expected
+def test_positions_after_the_convolution(options, expected):
+    prompts = Prompts(PromptConfig(static_depth=0, **options), Geometry(4, 1, (14, 10), (4, 4)))
+    assert prompts.blocks[0].token_projection.in_features == expected
 
 
 @pytest.mark.parametrize("integer", [np.int64, np.uint8, np.array, torch.tensor])
@@ -124,7 +125,9 @@ def test_weights_of_a_timm_model_are_refused_with_advice(tmp_path):
     assert torch.equal(model.backbone.cls_token, torch.load(path)["cls_token"])
 
 
-@pytest.mark.parametrize(("method", "kind"), METHOD_KINDS.items())
+@pytest.mark.parametrize(
+    ("method", "kind"), [("vapt", "adaptive"), ("vpt-deep", "deep"), ("vpt-shallow", "shallow")]
+)
 def test_the_name_of_a_method_is_answered_with_its_kind(method, kind):
     with pytest.raises(
         ValueError, match=f"kind must be one of .*, got '{method}'; that method's kind is '{kind}'"

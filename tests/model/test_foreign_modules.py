@@ -6,6 +6,9 @@ Whatever it is, the literal method respects it, and the rewritten one gives the 
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +17,7 @@ import pytest
 import timm.layers
 import torch
 from timm.models import beit, eva, vision_transformer
-from tiny import assert_alike, assert_same, randomize, run, tiny_images, tiny_model
+from tiny import Scaled, assert_alike, assert_same, randomize, run, tiny_images, tiny_model
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -23,6 +26,8 @@ from vapt_fast import AdaptiveViT, PromptConfig, use_backend
 from vapt_fast.prompts import AdaptivePrompts, Projector
 
 VIT = "vit_base_patch16_224"
+EVA = "eva02_tiny_patch14_224"
+BEIT = "beit_base_patch16_224"
 OPTIONS = {"init_values": 0.5, "qk_norm": True}
 PROMPTS = PromptConfig(num_prompts=3, projector_dim=4, projector_dropout=0.3, channel_dropout=0.3)
 OWN_PROJECTOR = PromptConfig(num_prompts=3, projector_dim=4, projector_shared=False)
@@ -32,7 +37,8 @@ BLOCK_PARTS = [
     *("attn.proj_drop", "ls1", "drop_path1", "norm2", "mlp", "mlp.fc1", "mlp.act", "mlp.drop1", "mlp.norm"),
     *("mlp.fc2", "mlp.drop2", "ls2", "drop_path2"),
 ]
-BACKBONE_PARTS = [
+PARTS = [f"blocks.{i}.{part}".rstrip(".") for i in (1, 2) for part in BLOCK_PARTS]
+PARTS += [
     "patch_embed",
     "patch_embed.proj",
     "pos_drop",
@@ -45,12 +51,14 @@ BACKBONE_PARTS = [
 PROMPT_PARTS = ["", "norm", "token_projection", "projector", "projector.down", "projector.up"]
 
 
-def mixing(out: Tensor) -> Tensor:
+def mixing(out: Any) -> Any:
     """A change of every token that depends on all of them: (B, T, C), (B, h, T, d) or (B, C, H, W)."""
+    if isinstance(out, tuple):
+        return tuple(map(mixing, out))
     return out + torch.sin(2 * out + out.mean((2, 3) if out.ndim == 4 else 1, keepdim=True))
 
 
-def mixing_hook(module: nn.Module, inputs: Any, out: Tensor) -> Tensor:
+def mixing_hook(module: nn.Module, inputs: Any, out: Any) -> Any:
     return mixing(out)
 
 
@@ -81,13 +89,6 @@ class LowRank(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-class Scaled(nn.Module):
-    """A parametrisation."""
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * 1.5
-
-
 @pytest.fixture(scope="module")
 def original() -> AdaptiveViT:
     return tiny_model(VIT, prompts=PROMPTS, **OPTIONS).train()
@@ -112,43 +113,59 @@ def assert_changed_alike(model: AdaptiveViT, change: Callable[[], Any]) -> None:
 
 # ---- hooks, another forward and another module in the backbone
 
-WITHOUT_EFFECT = ("fc_norm", "head_drop")  # what they get is pooled: (B, C)
-PARTS = [f"blocks.{i}.{part}".rstrip(".") for i in (1, 2) for part in BLOCK_PARTS]
-PARTS += [part for part in BACKBONE_PARTS if part not in WITHOUT_EFFECT]
-parts = pytest.mark.parametrize("part", PARTS)
 
-
-@parts
-def test_hook_that_mixes_tokens(model: AdaptiveViT, part: str) -> None:
-    module = model.backbone.get_submodule(part)
-    assert_changed_alike(model, lambda: module.register_forward_hook(mixing_hook))
-
-
-@parts
-def test_module_that_mixes_tokens(model: AdaptiveViT, part: str) -> None:
-    module = model.backbone.get_submodule(part)
-    assert_changed_alike(model, lambda: model.backbone.set_submodule(part, Mixing(module)))
-
-
-@parts
-def test_forward_that_mixes_tokens(model: AdaptiveViT, part: str) -> None:
+def replace_forward(model: AdaptiveViT, part: str) -> None:
     module = model.backbone.get_submodule(part)
     forward = module.forward
-    assert_changed_alike(
-        model, lambda: setattr(module, "forward", lambda *args, **kwargs: mixing(forward(*args, **kwargs)))
-    )
+    module.forward = lambda *args, **kwargs: mixing(forward(*args, **kwargs))
 
 
-@pytest.mark.parametrize("part", [f"blocks.2.{part}" for part in BLOCK_PARTS[1:]] + BACKBONE_PARTS)
-def test_subclass(model: AdaptiveViT, part: str) -> None:
-    """Another class, also one that is a kind of the first, as ``class Scaled(nn.Identity)``."""
+def replace_class(model: AdaptiveViT, part: str) -> None:
+    """With one that is a kind of the first, as ``class Scaled(nn.Identity)``."""
     module = model.backbone.get_submodule(part)
 
     class Subclass(type(module)):
         def forward(self, *args: Any, **kwargs: Any) -> Tensor:
-            return super().forward(*args, **kwargs) * 1.5 + 0.1
+            return mixing(super().forward(*args, **kwargs))
 
-    assert_changed_alike(model, lambda: setattr(module, "__class__", Subclass))
+    module.__class__ = Subclass
+
+
+def replace_module(model: AdaptiveViT, part: str) -> None:
+    model.backbone.set_submodule(part, Mixing(model.backbone.get_submodule(part)))
+
+
+def add_hook(model: AdaptiveViT, part: str) -> None:
+    model.backbone.get_submodule(part).register_forward_hook(mixing_hook)
+
+
+def add_pre_hook(model: AdaptiveViT, part: str) -> None:
+    hook = lambda module, inputs: (mixing(inputs[0]), *inputs[1:])  # noqa: E731
+    model.backbone.get_submodule(part).register_forward_pre_hook(hook)
+
+
+parts = pytest.mark.parametrize("part", PARTS)
+
+
+@parts
+@pytest.mark.parametrize("way", [add_hook, add_pre_hook, replace_module, replace_forward, replace_class])
+def test_changed_part(model: AdaptiveViT, part: str, way: Callable[[AdaptiveViT, str], None]) -> None:
+    assert_changed_alike(model, lambda: way(model, part))
+
+
+WHOLE = ["", "blocks", "blocks.1", "blocks.2", "norm"]
+PARALLEL = "vit_base_patch16_18x2_224"
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [(name, part) for name in (VIT, EVA, BEIT, PARALLEL) for part in WHOLE]
+    + [(name, part) for name in (EVA, BEIT) for part in ("blocks.1.mlp", "blocks.2.norm1", "pos_drop")],
+)
+def test_hook_in_every_family(name: str, part: str) -> None:
+    """Also on the backbone and its blocks as a whole."""
+    model = tiny_model(name).train()
+    assert_changed_alike(model, lambda: add_hook(model, part))
 
 
 @parts
@@ -165,10 +182,24 @@ def test_hooks_see_what_the_literal_method_shows(model: AdaptiveViT, part: str, 
     assert len(actual) == len(seen) == (0 if part.endswith("attn_drop") else 1)
 
 
+BACKWARD_PARTS = [
+    "blocks.1",
+    "blocks.2",
+    "blocks.1.attn",
+    "blocks.1.attn.proj",
+    "blocks.2.mlp",
+    "blocks.2.norm1",
+]
+
+
 @pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
-@pytest.mark.parametrize("part", ["blocks.1", "blocks.1.attn.proj", "blocks.2.mlp", "blocks.2.norm1", "norm"])
-def test_backward_hooks(model: AdaptiveViT, part: str, register: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [*((VIT, part) for part in [*BACKWARD_PARTS, "norm"]), (EVA, "blocks.1"), (BEIT, "blocks.1")],
+)
+def test_backward_hooks(name: str, part: str, register: str) -> None:
     """They may change gradients; here they double them."""
+    model = tiny_model(name, prompts=PROMPTS).train()
     module = model.backbone.get_submodule(part)
     images = tiny_images(model)
     before = run(model, images)
@@ -203,11 +234,11 @@ CLASSES = {
     "GELU": (nn.GELU, VIT),
     "Dropout": (nn.Dropout, VIT),
     "Identity": (nn.Identity, VIT),
-    "EvaBlock": (eva.EvaBlock, "eva02_tiny_patch14_224"),
+    "EvaBlock": (eva.EvaBlock, EVA),
     "SwiGLU": (timm.layers.SwiGLU, "eva02_base_patch14_224"),
-    "EvaAttention": (eva.EvaAttention, "eva02_tiny_patch14_224"),
-    "Beit's Block": (beit.Block, "beit_base_patch16_224"),
-    "Beit's Attention": (beit.Attention, "beit_base_patch16_224"),
+    "EvaAttention": (eva.EvaAttention, EVA),
+    "Beit's Block": (beit.Block, BEIT),
+    "Beit's Attention": (beit.Attention, BEIT),
     "AdaptivePrompts": (AdaptivePrompts, VIT),
     "Projector": (Projector, VIT),
 }
@@ -242,6 +273,21 @@ def test_patched_class_is_called(model: AdaptiveViT, cls: type) -> None:
         run(model, images, "reference")
     assert actual == calls
     assert calls
+
+
+def test_class_patched_before_the_import() -> None:
+    """The attention of Beit is replaced by a subclass, which calls what was patched."""
+    script = """
+from timm.models import beit
+original = beit.Attention.forward
+beit.Attention.forward = lambda self, x, **options: 2 * original(self, x, **options)
+from tiny import assert_same, run, tiny_images, tiny_model
+model = tiny_model("beit_base_patch16_224")
+images = tiny_images(model)
+assert_same(run(model, images), run(model, images, "reference"))
+"""
+    path = os.pathsep.join(sys.path)
+    subprocess.run([sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, check=True)
 
 
 # ---- hooks on all modules
@@ -369,7 +415,7 @@ PROMPT_CHANGES: dict[str, Callable[[AdaptiveViT], Any]] = {
         m.prompts.projector, "scale", nn.Parameter(torch.full((1,), 0.3, dtype=torch.float64))
     ),
     "frozen table": lambda m: m.prompts.blocks[0].table.requires_grad_(False).mul_(1.5),
-    "forward": lambda m: setattr(adaptive(m), "forward", lambda x, masks: x[:, :3] * 0.3),
+    "forward": lambda m: setattr(adaptive(m), "forward", lambda x, masks, **shared: x[:, :3] * 0.3),
     "forward of the projector": lambda m: setattr(m.prompts.projector, "forward", lambda x, mask: x * 0.3),
     "table hook": lambda m: m.prompts.blocks[0].register_forward_hook(mixing_hook),
     "fixed prompts": lambda m: m.prompts.eval(),
@@ -431,9 +477,6 @@ CHANGES: dict[str, Callable[[AdaptiveViT], Any]] = {
     "RMSNorm as norm2": lambda m: setattr(block(m), "norm2", timm.layers.RmsNorm(32).double()),
     "RMSNorm as final norm": lambda m: setattr(m.backbone, "norm", timm.layers.RmsNorm(32).double()),
     "no final norm": lambda m: setattr(m.backbone, "norm", nn.Identity()),
-    "low rank in qkv": lambda m: setattr(block(m).attn, "qkv", LowRank(block(m).attn.qkv)),
-    "low rank in the last qkv": lambda m: setattr(block(m, 2).attn, "qkv", LowRank(block(m, 2).attn.qkv)),
-    "low rank in fc1": lambda m: setattr(block(m).mlp, "fc1", LowRank(block(m).mlp.fc1)),
     "no block": lambda m: m.backbone.blocks.__setitem__(1, nn.Identity()),
     "fewer blocks": lambda m: setattr(m.backbone, "blocks", m.backbone.blocks[:2]),
     "blocks exchanged": lambda m: setattr(m.backbone, "blocks", nn.Sequential(*reversed(m.backbone.blocks))),
@@ -493,12 +536,7 @@ def test_backbone_that_pools_in_its_own_way(method: str) -> None:
     assert_same(run(model, images), run(model, images, "reference"))
 
 
-def test_hook_on_the_positions_of_beit() -> None:
-    model = tiny_model("beit_base_patch16_224").train()
-    assert_changed_alike(model, lambda: model.backbone.pos_drop.register_forward_hook(mixing_hook))
-
-
-@pytest.mark.parametrize("name", ["eva_giant_patch14_224", "beit_base_patch16_224"])
+@pytest.mark.parametrize("name", ["eva_giant_patch14_224", BEIT])
 @pytest.mark.parametrize("separate", [True, False])
 def test_bias_beside_the_separate_one(name: str, separate: bool) -> None:
     """timm adds it only where the biases are added to what qkv gives."""
@@ -526,10 +564,10 @@ FAMILIES = {
     "vit_small_patch14_reg4_dinov2": {},
     "vit_base_patch16_siglip_224": {},
     "deit_tiny_distilled_patch16_224": {},
-    "eva02_tiny_patch14_224": {},
+    EVA: {},
     "eva02_base_patch14_224": {},
     "vit_small_patch16_dinov3": {},
-    "beit_base_patch16_224": {},
+    BEIT: {},
     "vit_base_patch16_sapiens2": {},
     "naflexvit_base_patch16_map": {},
 }

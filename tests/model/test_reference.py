@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from vapt_fast import AdaptiveViT, PromptConfig, use_backend
-from vapt_fast.prompts import AdaptivePrompts, Masks, Prompts, StaticPrompts
+from vapt_fast.prompts import AdaptivePrompts, Geometry, Masks, Prompts, StaticPrompts
 
 ACTIVATIONS = {
     "relu": lambda v: [max(x, 0.0) for x in v],
@@ -86,11 +86,11 @@ def test_adaptive_prompts_are_the_definition(options):
     torch.manual_seed(0)
     grid, dim, batch = (3, 4), 6, 2
     config = PromptConfig(num_prompts=3, **{"projector_dim": 4, **options})
-    prompts = Prompts(config, dim=dim, depth=2, grid=grid, patch_size=(4, 4)).double()
+    prompts = Prompts(config, Geometry(dim, 2, grid, (4, 4))).double()
     for parameter in prompts.parameters():
         nn.init.normal_(parameter)
     block = prompts.blocks[1]
-    projector = prompts.projector_of(1)
+    projector = block.projector or prompts.shared.get("projector")
     patches = torch.randn(batch, 12, dim, dtype=torch.float64)
     channels = torch.randint(0, 2, (batch, 1, dim)).double() / 0.5
     features = torch.randint(0, 2, (batch, 3, 4)).double() / 0.5
@@ -112,7 +112,7 @@ def test_adaptive_prompts_are_the_definition(options):
 def test_initialisation():
     torch.manual_seed(0)
     config = PromptConfig(num_prompts=64, conv_shared=False, static_depth=2)
-    prompts = Prompts(config, dim=512, depth=3, grid=(7, 7), patch_size=(16, 16))
+    prompts = Prompts(config, Geometry(512, 3, (7, 7), (16, 16)))
     bound = math.sqrt(6 / (3 * 16 * 16 + 512))
     for static in prompts.blocks[:2]:
         assert isinstance(static, StaticPrompts)

@@ -1,4 +1,4 @@
-"""Weights that are sharded over processes (FSDP2) or wait elsewhere (accelerate's offloading).
+"""Several processes (DDP), weights sharded over them (FSDP2) or waiting elsewhere (accelerate's offloading).
 
 Hooks gather them around each module's call, whatever the units are: outputs and gradients are those of one
 process that has everything.
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import assert_same, run, tiny_images, tiny_model
+from tiny import assert_same, run, tiny_backbone, tiny_images, tiny_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
@@ -23,6 +23,7 @@ OPTIONS = {"projector_dim": 4, "projector_dropout": 0.0, "channel_dropout": 0.0}
 MODELS = {
     "vit": ("vit_base_patch16_224", PromptConfig(num_prompts=4, **OPTIONS)),
     "deep": ("vit_base_patch16_224", PromptConfig(kind="deep", num_prompts=4)),
+    "shallow": ("vit_base_patch16_224", PromptConfig(kind="shallow", num_prompts=4)),
     "own projectors": (
         "vit_base_patch16_224",
         PromptConfig(num_prompts=4, projector_shared=False, **OPTIONS),
@@ -55,12 +56,17 @@ UNITS: dict[str, Callable[[AdaptiveViT], list[nn.Module]]] = {
 CASES = [("vit", units) for units in UNITS] + [
     *(("deep", "prompts by block"), ("own projectors", "every Linear"), ("beit", "attention")),
     *(("beit", "blocks"), ("rotary", "every Linear"), ("rotary", "backbone")),
+    *((name, "DDP") for name in ("vit", "deep", "shallow", "untrained")),
 ]
 
 
 def make(name: str) -> tuple[AdaptiveViT, Tensor]:
-    architecture, prompts = MODELS[name]
-    model = tiny_model(architecture, prompts=prompts).train()
+    if name == "untrained":
+        torch.manual_seed(0)
+        model = AdaptiveViT(tiny_backbone("vit_base_patch16_224"), prompts=MODELS["vit"][1]).double().train()
+    else:
+        architecture, prompts = MODELS[name]
+        model = tiny_model(architecture, prompts=prompts).train()
     model.backbone.blocks[1].requires_grad_(True)  # some of the backbone learns too
     return model, tiny_images(model, batch=4)
 
@@ -81,18 +87,22 @@ def in_process(rank: int, folder: Path) -> None:
     results = {}
     for name, units in CASES:
         model, images = make(name)
-        for unit in UNITS[units](model):
-            fully_shard(unit, mesh=mesh)
-        fully_shard(model, mesh=mesh)
+        network: nn.Module = model
+        if units == "DDP":
+            network = nn.parallel.DistributedDataParallel(model)
+        else:
+            for unit in UNITS[units](model):
+                fully_shard(unit, mesh=mesh)
+            fully_shard(model, mesh=mesh)
         outputs = []
-        for _ in range(2):
+        for _ in range(2):  # DDP notices in the second step what had no gradient in the first
             model.zero_grad()
-            logits = model(images.chunk(2)[rank])
+            logits = network(images.chunk(2)[rank])
             outputs.append(logits.detach())
             loss(logits).backward()
         gradients = {n: whole(p.grad) for n, p in model.named_parameters() if p.requires_grad}
         with torch.no_grad(), use_backend("reference"):
-            outputs.append(model(images.chunk(2)[rank]))
+            outputs.append(network(images.chunk(2)[rank]))
         results[name, units] = outputs, gradients
     torch.save(results, folder / f"results{rank}.pt")
     dist.destroy_process_group()
@@ -106,7 +116,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[dict]]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=", ".join)
-def test_fsdp2(results: list[dict], case: tuple[str, str]) -> None:
+def test_distributed(results: list[dict], case: tuple[str, str]) -> None:
     model, images = make(case[0])
     logits = model(images)
     loss(logits).backward()

@@ -10,28 +10,22 @@ import torch
 from op_cases import assert_same_results, attention_case, pool_case, results
 
 from vapt_fast import BackendUnavailableError
-from vapt_fast.backends import _dispatch, _measurements
+from vapt_fast.ops.base import OPS
+from vapt_fast.ops.measurement import Measurement
 
 CASES = {"prompt_attention": attention_case, "prompt_pool": pool_case}
 
 
 @pytest.fixture
-def h100(monkeypatch):
-    """A machine that has everything, and on which the Triton kernels were measured to be better.
+def faster(h100, monkeypatch):
+    """The same machine, on which the Triton kernels were measured to be better, whatever they are given.
 
     Tensors are on the CPU and say that they are on its GPU.
     """
-    pytest.importorskip("triton", minversion="3.6")
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda", 0), raising=False)
-    monkeypatch.setattr(_dispatch, "_said", set())
-    dtypes = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    entries = tuple(_measurements.Measurement(op, "triton", 2.0, "one against two", dtypes) for op in CASES)
-    monkeypatch.setattr(_measurements, "MEASUREMENTS", entries)
+    for name in CASES:
+        entry = Measurement("triton", 2.0, "one against two", fits=lambda args: True)
+        monkeypatch.setattr(OPS[name], "measured", (entry,))
 
 
 def make(op, **sizes):
@@ -74,7 +68,7 @@ def new_gpu(monkeypatch):
 
 @pytest.mark.parametrize("op", CASES)
 @pytest.mark.parametrize("failure", [no_triton, old_triton, old_gpu, no_compiler, read_only_cache, new_gpu])
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("faster")
 def test_auto_gives_the_result_of_torch_and_one_warning(failure, op, monkeypatch):
     message = failure(monkeypatch)
     case = function, tensors, options = make(op)
@@ -87,7 +81,7 @@ def test_auto_gives_the_result_of_torch_and_one_warning(failure, op, monkeypatch
 
 @pytest.mark.parametrize("op", CASES)
 @pytest.mark.parametrize("failure", [no_triton, old_triton, old_gpu, no_compiler, read_only_cache])
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("faster")
 def test_a_backend_by_name_raises(failure, op, monkeypatch):
     message = failure(monkeypatch)
     function, tensors, options = make(op)
@@ -111,7 +105,7 @@ def narrow_matrix():
         (narrow_matrix, r"prompt_pool can't run on backend 'triton': .*matrix must be float32 or float64"),
     ],
 )
-@pytest.mark.usefixtures("h100")
+@pytest.mark.usefixtures("faster")
 def test_arguments_that_no_kernel_takes(case, message):
     """Nothing is amiss on this machine, so nothing is said."""
     function, tensors, options = case()

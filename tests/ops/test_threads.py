@@ -212,7 +212,7 @@ def test_use_backend_that_overlap() -> None:
     first_in, second_in, first_out = (threading.Event() for _ in range(3))
 
     def resolved() -> str:
-        return vapt_fast.backends._dispatch.resolve()
+        return vapt_fast.ops.backend.resolve()
 
     def one() -> list[str]:
         with use_backend("reference"):

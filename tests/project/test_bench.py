@@ -147,9 +147,9 @@ def test_gate_lets_equal_backends_pass():
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_gate_stops_a_wrong_backend_and_only_that(precision, monkeypatch):
-    right = fused.prompt_projector
+    right = adaptive.prompt_projector
     # A factor would not do: the block's LayerNorm takes it away.
-    monkeypatch.setattr(fused, "prompt_projector", lambda *args, **kwargs: right(*args, **kwargs).relu())
+    monkeypatch.setattr(adaptive, "prompt_projector", lambda *args, **kwargs: right(*args, **kwargs).relu())
     variants = [Variant(backend, num_prompts=2, precision=precision) for backend in ("reference", "torch")]
     reference, wrong = Comparison(TINY, variants, memory=False).measure("forward", rounds=2)
     assert reference.seconds

@@ -90,6 +90,13 @@ def randomize(module: nn.Module, seed: int) -> None:
             parameter.add_(scale * noise.to(parameter))
 
 
+class Scaled(nn.Module):
+    """A parametrisation."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * 1.5
+
+
 def tiny_images(model: AdaptiveViT, seed: int = 0, batch: int = 2) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, *model.pretrained_cfg["input_size"])

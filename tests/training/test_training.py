@@ -19,6 +19,7 @@ from torch.utils.data import Subset, TensorDataset
 import vapt_fast.training.checkpoint as checkpoint
 import vapt_fast.training.files as files
 from vapt_fast import PromptConfig
+from vapt_fast.config import KINDS
 from vapt_fast.training import (
     METHODS,
     Recipe,
@@ -38,7 +39,7 @@ from vapt_fast.training import (
 from vapt_fast.training.checkpoint import load_checkpoint, save_checkpoint
 from vapt_fast.training.evaluation import evaluate_by_class
 from vapt_fast.training.loader import in_memory, make_loader
-from vapt_fast.training.methods import KINDS, method_name, param_groups, trained_state
+from vapt_fast.training.methods import method_name, param_groups, trained_state
 from vapt_fast.training.run import RunOptions, run
 from vapt_fast.training.splits import evaluation_data, image_files, stratified_order
 from vapt_fast.training.transforms import AUGMENTATIONS, Augmentation, train_transform
@@ -358,8 +359,8 @@ def test_everything_decays_but_the_bias_of_the_head(method):
 
 
 def test_a_method_may_be_called_by_its_kind_of_prompts():
-    for kind, method in KINDS.items():
-        assert method_name(kind) == method_name(method) == method
+    for kind, cls in KINDS.items():
+        assert method_name(kind) == method_name(cls.method) == cls.method
         assert make_model(kind).config.kind == kind
     with pytest.raises(UserError, match=r"'adaptive' for 'vapt'.*got 'adaptiv'"):
         make_model("adaptiv")

@@ -7,41 +7,38 @@ kind, it is called as it is; ``fallback_reason`` says why.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, Attention, AttentionRope, DropPath, LayerNorm, LayerScale, Mlp
-from timm.models import beit, eva, vision_transformer
+from timm.layers import GELU, DropPath, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
-from ..modules import has_global_hooks, is_plain, remember_forward, token_mixing_reason
-from . import BeitAttention
+from ..modules import has_global_hooks, is_patched, is_plain, token_mixing_reason
+from .base import FAMILIES
 
-__all__ = ["StandardBlock", "fallback_reason", "standard_block"]
+__all__ = ["StandardBlock", "fallback_reason", "split_block", "standard_block"]
 
-BLOCKS = (vision_transformer.Block, eva.EvaBlock, beit.Block)
-ATTENTIONS = (Attention, AttentionRope, eva.EvaAttention, BeitAttention)
 NOT_CALLED = (nn.Identity, nn.Dropout, DropPath)  # when they are off
-remember_forward(*BLOCKS, *ATTENTIONS, beit.Attention)
-_beit_forward = beit.Attention.forward
 
 Weights = tuple[Tensor, Tensor | None]  # weight and bias of a Linear
+MlpWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # of fc1, of fc2
 
 
-def fallback_reason(block: nn.Module) -> str | None:
-    """Why ``block`` must be called as it is; None if it can be taken apart.
+def fallback_reason(block: Any) -> str | None:
+    """Return why ``block`` must be called as it is; None if it can be taken apart.
 
     Only modules that are known to act on each token by itself, as a Linear does, are called with the tokens
     that are needed. What others put in their place or hooked to them gets the whole sequence.
     """
-    if type(block) not in BLOCKS:
+    if not any(type(block) in family.blocks for family in FAMILIES):
         return f"it is a {type(block).__name__}, not one of timm's standard blocks"
     attn = block.attn
-    if type(attn) not in ATTENTIONS:
+    if not any(type(attn) in family.attentions for family in FAMILIES):
         return f"attn is a {type(attn).__name__}, not one of timm's standard attentions"
     if getattr(attn, "gate", None) is not None:
         return "attn has a gate"
-    if beit.Attention.forward is not _beit_forward and isinstance(attn, beit.Attention):
+    if is_patched(type(attn)):
         return "the forward of its attention was replaced"
     for name, module in (("", block), ("attn", attn)):
         if not is_plain(module, type(module)):
@@ -85,35 +82,35 @@ class StandardBlock:
             nothing more; None: it has to be called.
     """
 
-    block: nn.Module
+    block: Any
     norm1: nn.LayerNorm | None
     norm2: nn.LayerNorm | None
     qkv: Weights | None
     bias: Tensor | None
-    gelu_mlp: tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None
+    gelu_mlp: MlpWeights | None
 
     def called(self) -> list[str]:
         """Names of the modules that are called though a rewrite or a kernel could use their weights."""
         attn = self.block.attn
-        read = {"norm1": self.norm1, "norm2": self.norm2, "mlp": self.gelu_mlp}
+        read: dict[str, object] = {"norm1": self.norm1, "norm2": self.norm2, "mlp": self.gelu_mlp}
         if attn.qkv is not None:
             read["attn.qkv"] = self.qkv
         return [name for name, weights in read.items() if weights is None]
 
     @property
-    def attn(self) -> nn.Module:
+    def attn(self) -> Any:
         """timm's attention module of the block."""
         return self.block.attn
 
     @property
     def num_heads(self) -> int:
         """The number of heads of the queries, h."""
-        return self.attn.num_heads
+        return cast(int, self.attn.num_heads)
 
     @property
     def num_kv_heads(self) -> int:
         """The number of heads of the keys and values, g."""
-        return getattr(self.attn, "num_kv_heads", self.attn.num_heads)
+        return cast(int, getattr(self.attn, "num_kv_heads", self.attn.num_heads))
 
     @property
     def q_norm(self) -> nn.Module | None:
@@ -125,11 +122,15 @@ class StandardBlock:
         """The norm of each key; None where there is none."""
         return _unless_identity(getattr(self.attn, "k_norm", None))
 
+    @property
+    def kv_dim(self) -> int:
+        """The number of channels of the keys, and of the values: g * d."""
+        return self.attn.proj.in_features // self.num_heads * self.num_kv_heads
+
     def softmax_scale(self, head_dim: int) -> float:
         """The factor of the scores. PyTorch's attention, where timm calls that, has its own."""
-        return (
-            int(head_dim) ** -0.5 if self.attn.fused_attn else self.attn.scale
-        )  # torch.jit.trace has tensors
+        scale: float = self.attn.scale
+        return int(head_dim) ** -0.5 if self.attn.fused_attn else scale  # torch.jit.trace has tensors
 
     def sections(self, width: int) -> tuple[int, int, int]:
         """Widths of queries, keys and values in a joint projection of ``width`` rows."""
@@ -138,7 +139,7 @@ class StandardBlock:
 
     def q_and_kv(self) -> tuple[Weights, Weights]:
         """Weight and bias of the queries in ``qkv``, and of the keys and values."""
-        weight, bias = self.qkv
+        weight, bias = cast(Weights, self.qkv)
         num_queries = self.sections(weight.shape[0])[0]
         q_bias, kv_bias = (None, None) if bias is None else bias.tensor_split([num_queries])
         q_weight, kv_weight = weight.tensor_split([num_queries])
@@ -200,7 +201,7 @@ class StandardBlock:
         return layer_scale(branch), None
 
 
-def standard_block(block: nn.Module) -> StandardBlock | None:
+def standard_block(block: Any) -> StandardBlock | None:
     """``block`` in parts, or None where ``fallback_reason`` has a reason to call it as it is."""
     if fallback_reason(block) is not None:
         return None
@@ -214,12 +215,27 @@ def standard_block(block: nn.Module) -> StandardBlock | None:
         norm1=_layer_norm(block.norm1),
         norm2=_layer_norm(block.norm2),
         qkv=qkv,
-        bias=attn._get_rel_pos_bias() if getattr(attn, "window_size", None) else None,
+        bias=attn.score_bias() if hasattr(attn, "score_bias") else None,
         gelu_mlp=_gelu_mlp(block.mlp),
     )
 
 
-def _gelu_mlp(mlp: nn.Module) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None] | None:
+def split_block(block: Any) -> StandardBlock:
+    """Return ``block`` in parts, for prompts that need them.
+
+    Raises:
+        NotImplementedError: it has to be called as it is.
+    """
+    parts = standard_block(block)
+    if parts is None:
+        raise NotImplementedError(
+            f"learned keys and values need blocks whose attention can be taken apart, got one that has to be "
+            f"called as it is: {fallback_reason(block)}; use another kind of prompts"
+        )
+    return parts
+
+
+def _gelu_mlp(mlp: Any) -> MlpWeights | None:
     if not is_plain(mlp, Mlp) or not is_plain(mlp.norm, nn.Identity):
         return None
     act, fc1, fc2 = mlp.act, mlp.fc1, mlp.fc2
@@ -236,5 +252,6 @@ def _unless_identity(module: nn.Module | None) -> nn.Module | None:
 
 
 def _layer_norm(norm: nn.Module) -> nn.LayerNorm | None:
-    plain = is_plain(norm, nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None
-    return norm if plain else None
+    if not isinstance(norm, nn.LayerNorm) or not is_plain(norm, nn.LayerNorm, LayerNorm):
+        return None
+    return None if norm.weight is None or norm.bias is None else norm

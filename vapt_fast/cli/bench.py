@@ -106,12 +106,12 @@ def _variants(
     setting: Setting, kind: str, numbers: list[int], precision: str
 ) -> tuple[list[Variant], list[str]]:
     """What is compared, and a line for each backend that can't be."""
-    from ..backends import _dispatch
     from ..benchmark import LINEAR_PROBE, Variant
+    from ..ops.device import unavailable_reasons
 
     names, unavailable = [], []
     for name in ("reference", "torch", "triton", "cuda", "auto"):
-        reasons = _dispatch.unavailable_because(name)
+        reasons = unavailable_reasons(name)
         if reasons:
             unavailable.append(f"{name}: {'; '.join(reasons)}")
         elif name != "auto" or setting.on_gpu:  # without a GPU, auto is torch

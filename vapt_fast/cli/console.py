@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..adapters import AdapterError
-from ..backends import _dispatch
+from ..ops import backend as backends
 from ..training.errors import UserError, printable
 
 __all__ = ["cell", "check_backend", "count", "fail", "failures", "out", "say", "status"]
@@ -64,9 +64,9 @@ def check_backend(name: str | None) -> None:
     """
     try:
         if name is None:
-            _dispatch.resolve()
+            backends.resolve()
         else:
-            _dispatch.check_backend(name, "--backend")
+            backends.check_backend(name, "--backend")
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -80,7 +80,7 @@ def failures(advice: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, AdapterError, _dispatch.BackendUnavailableError, ModuleNotFoundError) as error:
+    except (UserError, AdapterError, backends.BackendUnavailableError, ModuleNotFoundError) as error:
         fail(str(error))
     except KeyboardInterrupt:
         fail(f"stopped. {advice}".strip(), INTERRUPTED)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import shlex
 import time
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import Field, asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -13,7 +15,7 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import PromptConfig
+from ..config import KINDS, PromptConfig
 from .console import check_backend, count, failures, out, say, status
 
 if TYPE_CHECKING:
@@ -38,17 +40,17 @@ _RECIPE = (
     "seed",
 )
 
-_DEFAULTS = PromptConfig()
+_PROMPT_OPTIONS = [option for option in fields(PromptConfig) if not option.name.startswith("kind")]
+
+_KINDS = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
+
+_METHODS = ", ".join([*(cls.method for cls in KINDS.values()), "linear", "full"])
 
 _MOMENT = 1.0  # seconds
 
 
 def _option(help: str, panel: str, *names: str) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=panel)
-
-
-def _optional_int(text: str) -> int | None:
-    return None if text == "none" else int(text)
 
 
 _DATA, _MODEL, _PROMPTS, _TRAINING = "Data", "Model", "Prompts", "Training"
@@ -137,54 +139,15 @@ def train(
         ),
     ] = None,
     method: Annotated[
-        Literal["vapt", "vpt-deep", "vpt-shallow", "linear", "full", "adaptive", "deep", "shallow"],
+        str,
         _option(
-            "What to train. The kinds of PromptConfig are other names of the first three: adaptive is vapt, "
-            "deep vpt-deep, shallow vpt-shallow.",
+            f"What to train: {_METHODS}. The kinds of PromptConfig are other names: {_KINDS}.",
             _MODEL,
         ),
     ] = "vapt",
     backend: Annotated[
         str | None, _option("auto, reference, torch, triton or cuda; see vapt-fast info.", _MODEL)
     ] = None,
-    prompts: Annotated[int, _option("Prompts a block.", _PROMPTS)] = _DEFAULTS.num_prompts,
-    static_depth: Annotated[
-        int, _option("First blocks whose prompts are a learned table.", _PROMPTS)
-    ] = _DEFAULTS.static_depth,
-    conv_kernel: Annotated[
-        str, _option("Side of the convolution over the patches; 'none' for no convolution.", _PROMPTS)
-    ] = str(_DEFAULTS.conv_kernel),
-    conv_padding: Annotated[
-        int, _option("Zero padding of the convolution, patches.", _PROMPTS)
-    ] = _DEFAULTS.conv_padding,
-    conv_shared: Annotated[
-        bool, _option("One kernel for all channels, or one a channel.", _PROMPTS)
-    ] = _DEFAULTS.conv_shared,
-    projector_dim: Annotated[
-        str, _option("Width of the feature projector; 'none' for no projector.", _PROMPTS)
-    ] = str(_DEFAULTS.projector_dim),
-    projector_shared: Annotated[
-        bool, _option("One projector for all blocks, or one a block.", _PROMPTS)
-    ] = _DEFAULTS.projector_shared,
-    projector_activation: Annotated[
-        Literal["relu", "gelu", "sigmoid", "softmax", "identity"],
-        _option("Activation of the projector.", _PROMPTS),
-    ] = _DEFAULTS.projector_activation,
-    projector_dropout: Annotated[
-        float, _option("Dropout in the projector.", _PROMPTS)
-    ] = _DEFAULTS.projector_dropout,
-    projector_scale_learnable: Annotated[
-        bool, _option("Learn the factor of the projector's branch.", _PROMPTS)
-    ] = _DEFAULTS.projector_scale_learnable,
-    prompt_dropout: Annotated[
-        float, _option("Dropout of learned tables.", _PROMPTS)
-    ] = _DEFAULTS.prompt_dropout,
-    channel_dropout: Annotated[
-        float, _option("Rate of dropped channels after the convolution.", _PROMPTS)
-    ] = _DEFAULTS.channel_dropout,
-    pool_prompts: Annotated[
-        bool, _option("Average the last block's prompts with the patches.", _PROMPTS)
-    ] = _DEFAULTS.pool_prompts,
     lr: Annotated[
         list[float] | None,
         _option(
@@ -218,6 +181,7 @@ def train(
         Literal["bfloat16", "float16"] | None, _option("Mixed precision (default: float32).", _TRAINING)
     ] = None,
     seed: Annotated[int, _option("Of the split, the initialisation and the training.", _TRAINING)] = 0,
+    **prompts: Any,
 ) -> None:
     """Adapt a backbone to labelled images; the learning rate is chosen on validation images.
 
@@ -247,6 +211,50 @@ def train(
                 progress=progress,
             )
     _report(result, output)
+
+
+def _prompt_parameter(option: Field) -> inspect.Parameter:
+    """The parameter of the command for an option of PromptConfig."""
+    kind = {"bool": bool, "float": float, "int": int}.get(str(option.type), str)
+    help, choices, flags = (option.metadata[key] for key in ("help", "choices", "flags"))
+    help = f"{help[0].upper()}{help[1:]}."
+    names = [f"--{option.name.replace('_', '-')}", *flags] if flags else []
+    return inspect.Parameter(
+        option.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=option.default if kind is not str else str(option.default),
+        annotation=Annotated[Literal[choices] if choices else kind, _option(help, _PROMPTS, *names)],
+    )
+
+
+def _prompt_value(option: Field, given: Any) -> Any:
+    """The value of an option of PromptConfig from that of the command: numbers may be text."""
+    from ..training.errors import UserError
+
+    if not isinstance(given, str) or option.metadata["choices"]:
+        return given
+    if given == "none" and "None" in str(option.type):
+        return None
+    several = "Sequence" in str(option.type)
+    try:
+        numbers = [int(number) for number in given.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1 or (several and numbers):
+        return numbers if len(numbers) > 1 else numbers[0]
+    flag = "--" + option.name.replace("_", "-")
+    other = "one for each block, as 10,10,0" if several else "'none'"
+    raise UserError(f"{flag} must be an integer or {other}, got {given!r}")
+
+
+def _with_prompt_options(command: Callable) -> inspect.Signature:
+    """The signature of ``command`` with the options of PromptConfig in the place of its ``**prompts``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    return signature.replace(parameters=[*own, *map(_prompt_parameter, _PROMPT_OPTIONS)])
+
+
+train.__signature__ = _with_prompt_options(train)  # type: ignore[attr-defined]
 
 
 def _set_threads(threads: int | None, backbone: str) -> None:
@@ -286,18 +294,10 @@ def pick_device(name: str) -> str:
 
 def _run_options(given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of RunOptions from those of the command."""
-    from ..training.errors import UserError
     from ..training.methods import method_name
     from ..training.run import RunOptions
 
-    prompts = {option.name: given[option.name] for option in fields(PromptConfig) if option.name in given}
-    prompts["num_prompts"] = given["prompts"]
-    for name in ("conv_kernel", "projector_dim"):
-        try:
-            prompts[name] = _optional_int(given[name])
-        except ValueError as error:
-            flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag} must be an integer or 'none', got {given[name]!r}") from error
+    prompts = {option.name: _prompt_value(option, given[option.name]) for option in _PROMPT_OPTIONS}
     own = {option.name for option in fields(RunOptions)} - {"prompts"}
     options = {name: value for name, value in given.items() if name in own}
     options["data"] = given["data"] if given["data"] == "digits" else str(Path(given["data"]).resolve())
@@ -323,7 +323,7 @@ def _resumed(context: typer.Context, output: Path) -> Any:
             )
         options = options.extended(context.params["epochs"], output)
     now, then = _flat(_run_options(dict(context.params))), _flat(asdict(options))
-    renamed = {"prompts": "num_prompts", "lr": "base_lrs", "weight_decay": "weight_decays"}
+    renamed = {"lr": "base_lrs", "weight_decay": "weight_decays"}
     for name in context.params:
         if name in _FREE or context.get_parameter_source(name).name != "COMMANDLINE":
             continue

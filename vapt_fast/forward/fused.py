@@ -12,30 +12,29 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import backbones
 from ..backbones import Positions
-from ..backbones.blocks import StandardBlock, fallback_reason, standard_block
+from ..backbones.blocks import StandardBlock, fallback_reason, split_block, standard_block
 from ..functional import (
     absorbed_attention,
     add_norm,
     mlp,
     prompt_attention,
     prompt_attention_packed,
-    prompt_matrices,
-    prompt_pool,
-    prompt_projector,
 )
-from ..modules import call_within, has_global_hooks, is_plain
-from ..prompts import AdaptivePrompts, Masks, Projector, Prompts
+from ..modules import call_within
+from ..prompts import KeysValues, Prompts
+from ..prompts.base import layer_norm
+from .reference import add_branch, insert, rotate, score_bias
 
-__all__ = ["can_pool", "forward_tokens"]
+__all__ = ["forward_tokens"]
 
 _log = logging.getLogger("vapt_fast")
 
@@ -44,7 +43,7 @@ def forward_tokens(
     model: nn.Module,
     prompts: Prompts,
     images: Tensor,
-    masks: list[Masks],
+    masks: list[Any],
     *,
     backend: str | None = None,
     num_rows: int | None = None,
@@ -73,9 +72,8 @@ def forward_tokens(
     tokens, positions = backbones.embed(model, images)
     num_prefix = model.num_prefix_tokens
     depth = len(model.blocks)
-    config = prompts.config
     num_blocks = depth if num_blocks is None else num_blocks
-    sources = _prompt_sources(prompts, masks[:num_blocks], tokens.dtype, backend)
+    sources = prompts.sources(masks[:num_blocks], tokens.dtype, backend)
     travelling = 0
 
     def run_blocks(blocks: nn.Module, tokens: Tensor) -> Tensor:
@@ -84,12 +82,13 @@ def forward_tokens(
         for index in range(num_blocks):
             last = index == depth - 1
             source = sources[index] if index < len(sources) else None
-            if source is not None and (config.kind == "shallow" or (last and config.pool_prompts)):
+            if source is not None and prompts.travels(index, depth):
                 # These prompts are needed after the block: from here on they are tokens like any other, a
                 # longer prefix without positions.
-                tokens = stream.total()
-                stream = _Stream(_insert(tokens, source.make(tokens, num_prefix), num_prefix))
-                travelling, source = config.num_prompts, None
+                tokens, start = stream.total(), num_prefix + travelling
+                new = source.make(tokens, start)
+                stream = _Stream(insert(tokens, new, start))
+                travelling, source = travelling + new.shape[1], None
             run = partial(
                 _run_block,
                 model,
@@ -125,7 +124,7 @@ class _Stream:
         """The sum."""
         if self.branch is None:
             return self.tokens
-        return self.tokens + (self.branch if self.layer_scale is None else self.layer_scale * self.branch)
+        return add_branch(self.tokens, self.branch, self.layer_scale)
 
     def normalised(self, norm: nn.LayerNorm | None, module: nn.Module, backend: str | None) -> tuple:
         """The sum, and it normalised by ``norm``; by a call of ``module`` where that is None."""
@@ -143,143 +142,6 @@ class _Stream:
         )
 
 
-def _insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
-    """``prompts`` (B or 1, P, C) placed before token ``at``."""
-    prompts = prompts.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
-    return torch.cat([tokens[:, :at], prompts, tokens[:, at:]], dim=1)
-
-
-# ---- where a block's prompts come from
-
-
-@dataclass(frozen=True)
-class _CalledSource:
-    """Prompts made by calls of their modules."""
-
-    prompts: Prompts
-    index: int
-    masks: Masks
-
-    def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
-        """The prompts (B, P, C), or (1, P, C) where they are the same for every image."""
-        return self.prompts.compute(self.index, tokens[:, num_prefix:], self.masks)
-
-
-@dataclass(frozen=True)
-class _PooledSource:
-    """Prompts pooled from the tokens: ``matrix`` (R, N) is the block's convolution and projection."""
-
-    parameters: AdaptivePrompts
-    projector: Projector | None
-    masks: Masks
-    matrix: Tensor
-    backend: str | None
-
-    def pool(self, stream: _Stream, num_prefix: int, norm: nn.LayerNorm) -> tuple[Tensor, Tensor, Tensor]:
-        """The tokens; they and the prompts (B, P, C) normalised by ``norm``."""
-        tokens, normed, pooled = self._pool(stream, num_prefix, norm)
-        return tokens, normed, self._project(pooled, norm, normed.dtype)
-
-    def make(self, tokens: Tensor, num_prefix: int) -> Tensor:
-        """The prompts (B, P, C) alone, as they are."""
-        _, _, pooled = self._pool(_Stream(tokens), num_prefix, None)
-        return self._project(pooled, None, tokens.dtype)
-
-    def _pool(
-        self, stream: _Stream, num_prefix: int, norm: nn.LayerNorm | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        own = self.parameters.norm
-        return prompt_pool(
-            stream.tokens,
-            self.matrix,
-            own.weight,
-            own.bias,
-            num_prefix=num_prefix,
-            branch=stream.branch,
-            layer_scale=stream.layer_scale,
-            prompt_eps=own.eps,
-            backend=self.backend,
-            **_affine(norm, otherwise=own.eps),
-        )
-
-    def _project(self, pooled: Tensor, norm: nn.LayerNorm | None, dtype: torch.dtype) -> Tensor:
-        parameters, projector = self.parameters, self.projector
-        config, kernel = parameters.config, parameters.kernel
-        if kernel is not None and not config.conv_shared:
-            by_shift = pooled.unflatten(1, (-1, config.num_prompts))
-            pooled = (by_shift * kernel.to(pooled.dtype).flatten(1).t().unsqueeze(1)).sum(dim=1)
-        return prompt_projector(
-            pooled,
-            parameters.token_projection.bias,
-            down=None if projector is None else projector.down.weight,
-            up=None if projector is None else projector.up.weight,
-            scale=1.0 if projector is None else projector.scale,
-            channel_mask=self.masks.channels,
-            feature_mask=self.masks.features,
-            activation="identity" if projector is None else projector.activation,
-            dtype=dtype,
-            backend=self.backend,
-            **_affine(norm, otherwise=None),
-        )
-
-
-def _affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict:
-    """The block's LayerNorm as keywords of the ops; ``otherwise`` is the eps without one."""
-    if norm is None:
-        return {"eps": otherwise}
-    return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
-
-
-def _prompt_sources(
-    prompts: Prompts, masks: list[Masks], dtype: torch.dtype, backend: str | None
-) -> list[_CalledSource | _PooledSource]:
-    """The source of each entry of ``prompts.blocks``; the matrices of all pooled ones in one call."""
-    sources: list = [_CalledSource(prompts, i, block_masks) for i, block_masks in enumerate(masks)]
-    pooled = [i for i in range(len(sources)) if can_pool(prompts, i)]
-    if pooled:
-        matrices = _matrices([prompts.blocks[i] for i in pooled], dtype)
-        for i, matrix in zip(pooled, matrices.unbind(), strict=True):
-            sources[i] = _PooledSource(prompts.blocks[i], prompts.projector_of(i), masks[i], matrix, backend)
-    return sources
-
-
-def can_pool(prompts: Prompts, index: int) -> bool:
-    """Whether the prompts of block ``index`` are pooled from the tokens and their weights may be read."""
-    block, projector = prompts.blocks[index], prompts.projector_of(index)
-    if has_global_hooks() or not is_plain(block, AdaptivePrompts):
-        return False
-    plain = _is_affine(block.norm, nn.LayerNorm) and _is_affine(block.token_projection, nn.Linear)
-    if plain and projector is not None:
-        plain = is_plain(projector, Projector)
-        plain = plain and all(
-            is_plain(part, nn.Linear) and part.bias is None for part in (projector.down, projector.up)
-        )
-    return plain
-
-
-def _is_affine(module: nn.Module, cls: type[nn.Module]) -> bool:
-    return is_plain(module, cls) and module.weight is not None and module.bias is not None
-
-
-def _matrices(blocks: list[AdaptivePrompts], dtype: torch.dtype) -> Tensor:
-    """The convolution and projection of each block as a matrix, (A, R, N); in float32 at least."""
-    config = blocks[0].config
-    weights = torch.stack([block.token_projection.weight for block in blocks])
-    weights = weights.to(torch.promote_types(torch.promote_types(dtype, weights.dtype), torch.float32))
-    kernels = None
-    if config.conv_kernel is not None:
-        kernels = torch.stack([block.kernel[:, 0] for block in blocks])
-        kernels = kernels[:, 0] if config.conv_shared else kernels
-    with torch.autocast(weights.device.type, enabled=False):
-        return prompt_matrices(
-            weights,
-            kernels,
-            blocks[0].grid,
-            padding=config.conv_padding,
-            depthwise=not config.conv_shared,
-        )
-
-
 # ---- one block
 
 
@@ -288,7 +150,7 @@ def _run_block(
     index: int,
     stream: _Stream,
     *,
-    source: _CalledSource | _PooledSource | None,
+    source: Any,
     positions: Positions,
     num_prefix: int,
     backend: str | None,
@@ -303,13 +165,15 @@ def _run_block(
         tokens, count = stream.total(), 0
         if source is not None:
             prompts = source.make(tokens, num_prefix)
-            tokens, count = _insert(tokens, prompts, num_prefix), prompts.shape[1]
+            if isinstance(prompts, KeysValues):
+                split_block(block)  # raises
+            tokens, count = insert(tokens, prompts, num_prefix), prompts.shape[1]
         tokens = backbones.call_block(model, index, tokens, positions.with_extra(count))
         return _Stream(backbones.remove_prompts(tokens, num_prefix, count)[:, :num_rows])
-    tokens, normed, prompts = _normalise(parts, stream, source, num_prefix, backend)
-    bias = _score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
+    tokens, normed, prompts, given = _normalise(parts, stream, source, num_prefix, backend)
+    bias = score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
     rope = positions.patch_rope(index)
-    out = _attention(parts, normed, prompts, rope, bias, num_prefix, num_rows, backend)
+    out = _attention(parts, normed, prompts, given, rope, bias, num_prefix, num_rows, backend)
     branch, layer_scale = parts.finish_attention(out)
     stream = _Stream(tokens[:, :num_rows], branch, layer_scale)
     tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
@@ -321,60 +185,52 @@ def _run_block(
 def _normalise(
     parts: StandardBlock,
     stream: _Stream,
-    source: _CalledSource | _PooledSource | None,
+    source: Any,
     num_prefix: int,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens (B, T, C) before the block; tokens and prompts (B or 1, P, C) after its norm1."""
+) -> tuple[Tensor, Tensor, Tensor, KeysValues | None]:
+    """Return the tokens (B, T, C); they and the prompts (B or 1, P, C) after norm1; keys and values."""
     norm, module = parts.norm1, parts.block.norm1
-    if norm is not None and isinstance(source, _PooledSource):
-        return source.pool(stream, num_prefix, norm)
+    if norm is not None and hasattr(source, "pool"):
+        branch = {"branch": stream.branch, "layer_scale": stream.layer_scale}
+        return *source.pool(stream.tokens, num_prefix, norm, **branch), None
     tokens, normed = stream.normalised(norm, module, backend)
-    if source is None:
-        return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1])
-    prompts = source.make(tokens, num_prefix)
-    if norm is None:
-        prompts = module(prompts.to(tokens.dtype))
-    else:
-        affine = (norm.weight.to(prompts.dtype), norm.bias.to(prompts.dtype))
-        prompts = F.layer_norm(prompts, prompts.shape[-1:], *affine, norm.eps)
-    return tokens, normed, prompts.to(normed.dtype)
-
-
-def _score_bias(
-    parts: StandardBlock, positions: Positions, num_prefix: int, num_rows: int | None
-) -> Tensor | None:
-    """(1, h, rows, T): what is added to the scores of the tokens, or None."""
-    biases = [bias for bias in (parts.bias, positions.bias) if bias is not None]
-    if not biases:
-        return None
-    bias = positions.pad_bias(sum(biases[1:], biases[0]), num_prefix)
-    bias = bias if bias.ndim == 4 else bias.unsqueeze(0)
-    return bias[:, :, :num_rows]
+    prompts = None if source is None else source.make(tokens, num_prefix)
+    if prompts is None or isinstance(prompts, KeysValues):
+        return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1]), prompts
+    prompts = module(prompts.to(tokens.dtype)) if norm is None else layer_norm(prompts, norm)
+    return tokens, normed, prompts.to(normed.dtype), None
 
 
 def _attention(
     parts: StandardBlock,
     normed: Tensor,
     prompts: Tensor,
+    given: KeysValues | None,
     rope: Tensor | None,
     bias: Tensor | None,
     num_prefix: int,
     num_rows: int | None,
     backend: str | None,
 ) -> Tensor:
-    """What the heads give for the first ``num_rows`` tokens (None: all): (B, rows, h * d)."""
+    """Return what the heads give for the first ``num_rows`` tokens (None: all), (B, rows, h * d).
+
+    The prompts are projected to keys and values; those that are given already join as they are.
+    """
     heads, kv_heads = parts.num_heads, parts.num_kv_heads
     as_projected = rope is None and parts.k_norm is None  # keys
     options = {"bias": bias, "backend": backend}
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
         qkv = F.linear(normed, *parts.qkv)
-        prompt_kv = F.linear(prompts, *parts.q_and_kv()[1])
+        if given is None:
+            prompt_kv = F.linear(prompts, *parts.q_and_kv()[1])
+        else:
+            prompt_kv = torch.cat(given, dim=-1).to(qkv.dtype)
         scale = parts.softmax_scale(qkv.shape[-1] // (heads + 2 * kv_heads))
         out = prompt_attention_packed(
             qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
         )
-    elif num_rows is not None and as_projected and heads == kv_heads and parts.qkv is not None:
+    elif num_rows is not None and as_projected and heads == kv_heads and parts.qkv and given is None:
         out = _absorbed_attention(parts, normed, prompts, num_rows, options)
     else:
         q, k, v, prompt_k, prompt_v = parts.project(normed, prompts, num_rows)
@@ -383,8 +239,9 @@ def _attention(
         if parts.k_norm is not None:
             k, prompt_k = parts.k_norm(k), parts.k_norm(prompt_k)
         if rope is not None:
-            half = getattr(parts.attn, "rotate_half", False)
-            q, k = (_rotate(x, rope, num_prefix, half).type_as(v) for x in (q, k))
+            q, k = (rotate(parts, x, rope, num_prefix).type_as(v) for x in (q, k))
+        if given is not None:
+            prompt_k, prompt_v = (x.unflatten(-1, (kv_heads, -1)).type_as(v) for x in given)
         scale = parts.softmax_scale(q.shape[-1])
         out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale, **options)
     return out.flatten(2)
@@ -407,11 +264,3 @@ def _absorbed_attention(
     scale = parts.softmax_scale(q.shape[-1])
     out = absorbed_attention(q, normed, prompts, key_weight, value_weight, scale=scale, **options)
     return out if kv_bias is None else out + kv_bias.unflatten(0, (2, heads, -1))[1]
-
-
-def _rotate(x: Tensor, rope: Tensor, num_prefix: int, half: bool) -> Tensor:
-    """Rotary embedding of the patch tokens of x (B, T, h, d); prefix tokens stay as they are."""
-    if x.shape[1] <= num_prefix:
-        return x
-    prefix, patches = x.transpose(1, 2).tensor_split([num_prefix], dim=2)
-    return torch.cat([prefix, apply_rot_embed_cat(patches, rope, half=half)], dim=2).transpose(1, 2)

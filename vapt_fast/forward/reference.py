@@ -1,28 +1,35 @@
 """The literal forward pass: the paper, word for word, in plain PyTorch. The oracle of every other backend.
 
-Before block i the P prompt tokens are placed after the prefix tokens; after it they are thrown away
-(VPT-shallow: they travel on). How prompts are computed is in vapt_fast.prompts; see vapt_fast.forward.fused for
-the same function, rewritten to be cheap.
+Before block i the P prompt tokens are placed after the prefix tokens; after it they are thrown away, unless
+they travel on (VPT-shallow). How prompts are computed is in vapt_fast.prompts; vapt_fast.forward.fused is the
+same function, rewritten to be cheap.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
+import torch.nn.functional as F
+from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import backbones
+from ..backbones import Positions
+from ..backbones.blocks import StandardBlock, split_block
 from ..modules import call_within
-from ..prompts import Masks, Prompts
+from ..prompts import KeysValues, Prompts
 
-__all__ = ["forward_tokens"]
+__all__ = ["add_branch", "forward_tokens", "insert", "rotate", "score_bias"]
 
 
 def forward_tokens(
-    model: nn.Module,
+    model: backbones.TimmViT,
     prompts: Prompts,
     images: Tensor,
-    masks: list[Masks],
+    masks: list[Any],
     *,
     num_blocks: int | None = None,
     taps: dict[int, Tensor] | None = None,
@@ -43,29 +50,93 @@ def forward_tokens(
         tokens (B, S + Q + N, C) and Q, the number of prompt tokens they hold after the S prefix tokens.
     """
     tokens, positions = backbones.embed(model, images)
-    num_prefix = model.num_prefix_tokens
-    config, depth = prompts.config, len(model.blocks)
+    num_prefix, depth = model.num_prefix_tokens, len(model.blocks)
     num_blocks = depth if num_blocks is None else num_blocks
     travelling = 0
 
     def run_blocks(blocks: nn.Module, tokens: Tensor) -> Tensor:
         nonlocal travelling
         for index in range(num_blocks):
-            prefix, new_prompts, patches = tokens.tensor_split([num_prefix, num_prefix + travelling], dim=1)
-            if index < len(prompts.blocks):
-                new_prompts = prompts.compute(index, patches, masks[index]).expand(tokens.shape[0], -1, -1)
-            tokens = torch.cat([prefix, new_prompts.to(tokens.dtype), patches], dim=1)
-            travelling = new_prompts.shape[1]
-
-            arguments = (model, index, tokens, positions.with_extra(travelling))
-            if checkpointing:
-                tokens = checkpoint(backbones.call_block, *arguments, use_reentrant=False)
+            start, count = num_prefix + travelling, 0
+            given = prompts.compute(index, tokens[:, start:], masks[index]) if index < len(masks) else None
+            call = backbones.call_block
+            if isinstance(given, KeysValues):
+                call = partial(_call_block_with, given)
+            elif given is not None:
+                tokens, count = insert(tokens, given, start), given.shape[1]
+            arguments = (model, index, tokens, positions.with_extra(travelling + count))
+            tokens = checkpoint(call, *arguments, use_reentrant=False) if checkpointing else call(*arguments)
+            if count and prompts.travels(index, depth):
+                travelling += count
             else:
-                tokens = backbones.call_block(*arguments)
+                tokens = backbones.remove_prompts(tokens, start, count)
             if taps is not None and index in taps:
                 taps[index] = backbones.remove_prompts(tokens, num_prefix, travelling)
-        if config.kind != "shallow" and not (config.pool_prompts and num_blocks == depth):
-            tokens, travelling = backbones.remove_prompts(tokens, num_prefix, travelling), 0
         return tokens
 
     return call_within(model.blocks, run_blocks, tokens), travelling
+
+
+def insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
+    """Return the tokens (B, T, C) with ``prompts`` (B or 1, P, C) placed before token ``at``."""
+    before, after = tokens.tensor_split([at], dim=1)
+    prompts = prompts.to(tokens.dtype).expand(tokens.shape[0], -1, -1)
+    return torch.cat([before, prompts, after], dim=1)
+
+
+def _call_block_with(
+    given: KeysValues, model: nn.Module, index: int, tokens: Tensor, positions: Positions
+) -> Tensor:
+    """Return block ``index`` of the tokens with more keys and values in its attention (prefix tuning).
+
+    They are appended head by head just before the softmax: no norm, projection or position is theirs, and the
+    attention's bias is zero for them.
+    """
+    parts = split_block(model.blocks[index])
+    block, num_prefix = parts.block, model.num_prefix_tokens
+    normed = block.norm1(tokens)
+    q, k, v, *_ = parts.project(normed, normed[:1, :0], None)
+    q = q if parts.q_norm is None else parts.q_norm(q)
+    k = k if parts.k_norm is None else parts.k_norm(k)
+    rope = positions.patch_rope(index)
+    if rope is not None:
+        q, k = (rotate(parts, x, rope, num_prefix + positions.num_extra).type_as(v) for x in (q, k))
+    keys, values = (x.unflatten(-1, (parts.num_kv_heads, -1)).type_as(v) for x in given)
+    k, v = (torch.cat([x, new.expand(len(x), -1, -1, -1)], dim=1) for x, new in ((k, keys), (v, values)))
+    bias = score_bias(parts, positions, num_prefix, None)
+    if bias is not None:
+        bias = F.pad(bias, (0, keys.shape[1])).type_as(v)
+    repeats = parts.num_heads // parts.num_kv_heads
+    q, k, v = (
+        x.transpose(1, 2) for x in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2))
+    )
+    scale = parts.softmax_scale(q.shape[-1])
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    tokens = add_branch(tokens, *parts.finish_attention(out.transpose(1, 2).flatten(2)))
+    return add_branch(tokens, *parts.scaled(block.mlp(block.norm2(tokens)), 2))
+
+
+def add_branch(tokens: Tensor, branch: Tensor, layer_scale: Tensor | None) -> Tensor:
+    """Return tokens + layer_scale * branch; None for 1."""
+    return tokens + (branch if layer_scale is None else layer_scale * branch)
+
+
+def score_bias(
+    parts: StandardBlock, positions: Positions, num_prefix: int, num_rows: int | None
+) -> Tensor | None:
+    """Return (1, h, rows, T), what is added to the scores of the tokens, or None."""
+    biases = [bias for bias in (parts.bias, positions.bias) if bias is not None]
+    if not biases:
+        return None
+    bias = positions.pad_bias(sum(biases[1:], biases[0]), num_prefix)
+    bias = bias if bias.ndim == 4 else bias.unsqueeze(0)
+    return bias[:, :, :num_rows]
+
+
+def rotate(parts: StandardBlock, x: Tensor, rope: Tensor, num_prefix: int) -> Tensor:
+    """Return x (B, T, h, d) with rotary embeddings of the patch tokens; prefix tokens stay as they are."""
+    if x.shape[1] <= num_prefix:
+        return x
+    prefix, patches = x.transpose(1, 2).tensor_split([num_prefix], dim=2)
+    patches = apply_rot_embed_cat(patches, rope, half=getattr(parts.attn, "rotate_half", False))
+    return torch.cat([prefix, patches], dim=2).transpose(1, 2)

@@ -9,14 +9,13 @@ from typing import Any
 import timm
 from torch import Tensor, nn
 
-from ..config import METHOD_KINDS, PromptConfig
+from ..config import KINDS, PromptConfig
 from ..model import AdaptiveViT
 from ..names import similar_names
 from ..source import load_weights
 from .errors import UserError
 
 __all__ = [
-    "KINDS",
     "METHODS",
     "Method",
     "build_model",
@@ -47,16 +46,16 @@ class Method:
 _PROMPT_LRS = {"sgd": (10.0, 2.5, 0.5, 0.1), "adamw": (0.04, 0.01, 0.0025, 0.0006)}
 _FULL_LRS = {"sgd": (0.1, 0.02, 0.004), "adamw": (0.001, 0.0002, 0.00004)}
 
+
+def _method_of(kind: str) -> Method:
+    return Method(KINDS[kind].title, {"kind": kind}, _PROMPT_LRS)
+
+
 METHODS = {
-    "vapt": Method("VAPT", {"kind": METHOD_KINDS["vapt"]}, _PROMPT_LRS),
-    "vpt-deep": Method("VPT-deep", {"kind": METHOD_KINDS["vpt-deep"]}, _PROMPT_LRS),
-    "vpt-shallow": Method("VPT-shallow", {"kind": METHOD_KINDS["vpt-shallow"]}, _PROMPT_LRS),
+    **{KINDS[kind].method: _method_of(kind) for kind in KINDS},
     "linear": Method("linear probe", {"num_prompts": 0}, _PROMPT_LRS),
     "full": Method("full fine-tuning", None, _FULL_LRS),
 }
-
-KINDS = {kind: method for method, kind in METHOD_KINDS.items()}
-"""The method of each ``PromptConfig.kind``. Where a method is asked for, its kind says the same."""
 
 
 def check_backbone(name: str) -> None:
@@ -84,9 +83,11 @@ def method_name(name: str) -> str:
     Raises:
         UserError: neither.
     """
-    method = KINDS.get(name, name) if isinstance(name, str) else name
+    for kind, cls in KINDS.items():  # those of users may be registered at any time
+        METHODS.setdefault(cls.method, _method_of(kind))
+    method = KINDS[name].method if isinstance(name, str) and name in KINDS else name
     if method not in tuple(METHODS):
-        kinds = ", ".join(f"{kind!r} for {method!r}" for kind, method in KINDS.items())
+        kinds = ", ".join(f"{kind!r} for {cls.method!r}" for kind, cls in KINDS.items())
         raise UserError(
             f"method must be one of {tuple(METHODS)}, or a kind of prompts ({kinds}), got {name!r}"
         )
@@ -107,7 +108,7 @@ def build_model(
     """The model that a method trains: an AdaptiveViT, or for "full" a plain timm model.
 
     Args:
-        method: a key of METHODS or of KINDS.
+        method: a key of METHODS, or a kind of prompts.
         backbone: timm's name of the backbone.
         num_classes: of the new head.
         prompts: options of the prompts; the method decides on their kind. None for the defaults.

@@ -15,9 +15,9 @@ from torch import nn
 
 from .._version import __version__
 from ..arguments import plain
-from ..backbones import FAMILIES, patch_size
-from ..backends import _dispatch
+from ..backbones import find_family, patch_size
 from ..config import PromptConfig
+from ..ops.backend import BackendUnavailableError, check_backend, resolve
 from .errors import UserError, check_types
 from .files import write_atomically
 from .images import check_images
@@ -317,9 +317,9 @@ def _data_config(options: RunOptions) -> dict[str, Any]:
 def _check_backend(options: RunOptions) -> None:
     try:
         if options.backend is not None:
-            _dispatch.check_backend(options.backend)
-        _dispatch.resolve(options.backend)
-    except (ValueError, _dispatch.BackendUnavailableError) as error:
+            check_backend(options.backend)
+        resolve(options.backend)
+    except (ValueError, BackendUnavailableError) as error:
         raise UserError(str(error)) from error
 
 
@@ -335,7 +335,7 @@ def _check_image_size(options: RunOptions) -> None:
         raise UserError(
             f"backbone {options.backbone!r} can't be made with image_size={size}: {error}"
         ) from error
-    if isinstance(model, FAMILIES):
+    if find_family(model) is not None:
         patch = patch_size(model)
         if any(size % side for side in patch):
             raise UserError(

@@ -127,35 +127,6 @@ def test_nothing_is_launched_for_what_needs_no_gradient(op, learns):
     assert 0 < none < few < every
 
 
-# ---- as ops of PyTorch
-
-
-class Calls(TorchDispatchMode):
-    """The calls of the library's own ops, as (op, arguments)."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vapt_fast":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("op", KERNELS)
-def test_opcheck_at_two_sizes(op):
-    """Every op that runs forward or backward: a fake with a fixed size would fail at the second."""
-    for sizes in KERNELS[op].quick[:2]:
-        torch.manual_seed(0)
-        function, _, tensors, options = KERNELS[op].make(**sizes)
-        with Calls() as recorder:
-            forward_and_backward(function, [t.requires_grad_() for t in tensors], options)
-        assert len({func for func, _ in recorder.calls}) >= 2
-        for func, args in recorder.calls:
-            torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
-
-
 @pytest.mark.parametrize("op", KERNELS)
 def test_a_backward_is_given_no_zeros(op):
     """Autograd would write some in every step, for the statistics and hidden features that an op keeps."""

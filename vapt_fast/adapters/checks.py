@@ -1,0 +1,137 @@
+"""What must agree between a model and an adapter, and how backbones are told apart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..backbones import patch_size
+from .file import AdapterFile
+
+if TYPE_CHECKING:
+    from ..model import AdaptiveViT
+
+__all__ = [
+    "backbone_fingerprint",
+    "backbone_problems",
+    "fingerprint",
+    "geometry",
+    "head_problems",
+    "prompt_problems",
+    "tensor_problems",
+]
+
+# Dropout acts in training only, so a model may take an adapter that was trained with other rates.
+TRAINING_OPTIONS = {"projector_dropout", "prompt_dropout", "channel_dropout"}
+
+
+def backbone_fingerprint(model: AdaptiveViT) -> str:
+    """Return the sha256 of everything frozen in ``model``: names, shapes, values of parameters and buffers.
+
+    The head, being trained, is left out. Values are rounded to bfloat16 first, so that a bfloat16 copy of a
+    float32 backbone has the same fingerprint (a float16 copy has not: it rounds to other values).
+    """
+    return fingerprint(model.backbone.state_dict())
+
+
+def fingerprint(state: Mapping[str, Tensor]) -> str:
+    """Return the sha256 of names, shapes and values, as ``backbone_fingerprint`` has them."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        value = value.detach().to("cpu", torch.bfloat16 if value.is_floating_point() else value.dtype)
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def geometry(model: AdaptiveViT) -> dict[str, Any]:
+    """Return what two backbones must share for an adapter of one to fit the other, in JSON's types."""
+    backbone = model.backbone
+    return {
+        "depth": len(backbone.blocks),
+        "dim": backbone.embed_dim,
+        "grid": list(model.grid),
+        "patch_size": list(patch_size(backbone)),
+        "num_prefix_tokens": backbone.num_prefix_tokens,
+        "global_pool": backbone.global_pool,
+    }
+
+
+def backbone_problems(model: AdaptiveViT, adapter: AdapterFile, check_weights: bool) -> Iterator[str]:
+    """Yield where the backbones differ: in geometry or, with ``check_weights``, in their fingerprints."""
+    saved, own = adapter.backbone, geometry(model)
+    if _only_size_differs(model, adapter):
+        yield _other_size(model, adapter)
+        return
+    differ = [key for key in own if saved.get(key) != own[key]]
+    for key in differ:
+        yield f"backbone {key}: the adapter was made for {saved.get(key)!r}, the model has {own[key]!r}"
+    if not differ and check_weights and saved.get("fingerprint") != backbone_fingerprint(model):
+        random = " (it was made with pretrained=False: if its weights were drawn at random, save the adapter "
+        random += "with include_backbone=True)"
+        yield (
+            f"backbone weights: not those of {saved.get('name') or 'the backbone'} that the adapter was "
+            f"trained on (their fingerprints differ){random if saved.get('pretrained') is False else ''}; "
+            "use a model with those weights, or pass check_backbone=False if the difference is meant, such "
+            "as a float16 or quantised copy"
+        )
+
+
+def prompt_problems(model: AdaptiveViT, adapter: AdapterFile) -> Iterator[str]:
+    """Yield the options of the prompts that differ, those of training aside."""
+    saved, own = asdict(adapter.prompts), asdict(model.config)
+    for name in own:
+        if name not in TRAINING_OPTIONS and saved[name] != own[name]:
+            yield f"prompts {name}: the adapter has {saved[name]!r}, the model {own[name]!r}"
+
+
+def head_problems(model: AdaptiveViT, adapter: AdapterFile) -> Iterator[str]:
+    """Yield whether the heads have different numbers of classes."""
+    saved = adapter.num_classes
+    if saved != model.num_classes:
+        yield (
+            f"num_classes: the adapter has {saved}, the model {model.num_classes}; call "
+            f"model.reset_classifier({saved}) first"
+        )
+
+
+def tensor_problems(model: AdaptiveViT, adapter: AdapterFile) -> Iterator[str]:
+    """Yield the tensors that the model has not, the adapter has not, or that have another shape or dtype."""
+    own = model.adapter_state()
+    yield from (f"{name}: the adapter has no such tensor" for name in own if name not in adapter.tensors)
+    other_size = _only_size_differs(model, adapter)  # is told by itself
+    for name, value in adapter.tensors.items():
+        if name not in own:
+            yield f"{name}: the model has no such tensor"
+        elif value.shape != own[name].shape:
+            if not (other_size and name.endswith("token_projection.weight")):
+                yield f"{name}: shape {tuple(value.shape)}, the model has {tuple(own[name].shape)}"
+        elif not _can_hold(own[name], value):
+            expected = "floating-point numbers" if own[name].is_floating_point() else own[name].dtype
+            yield f"{name}: dtype {value.dtype}, expected {expected}"
+        elif own[name].is_meta:
+            yield f"{name}: the model has it on the meta device; call model.to_empty(device=...)"
+
+
+def _can_hold(own: Tensor, value: Tensor) -> bool:
+    return value.is_floating_point() if own.is_floating_point() else value.dtype == own.dtype
+
+
+def _only_size_differs(model: AdaptiveViT, adapter: AdapterFile) -> bool:
+    """Whether all there is between the backbones is the size of the images."""
+    saved, own = adapter.backbone, geometry(model)
+    return [key for key in own if saved.get(key) != own[key]] == ["grid"]
+
+
+def _other_size(model: AdaptiveViT, adapter: AdapterFile) -> str:
+    size, own = adapter.config["data"]["input_size"][1:], list(model.pretrained_cfg["input_size"][1:])
+    return (
+        f"backbone grid: the adapter was made for images of {size[0]}x{size[1]} pixels, the model takes "
+        f"{own[0]}x{own[1]}; load it into a model of its size, then call "
+        f"model.set_input_size(({own[0]}, {own[1]}))"
+    )

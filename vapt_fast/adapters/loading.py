@@ -1,0 +1,229 @@
+"""Loading an adapter into a model, and making the model for one, as AdaptiveViT's methods do."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from ..ops.backend import BackendUnavailableError
+from ..source import HEADS, LOCAL_ARGS, is_local, load_weights
+from .checks import backbone_problems, head_problems, prompt_problems, tensor_problems
+from .file import AdapterError, AdapterFile, read, read_backbone, unreadable
+
+if TYPE_CHECKING:
+    from ..model import AdaptiveViT
+
+__all__ = ["build", "load", "read_config"]
+
+Made = TypeVar("Made", bound=nn.Module)
+
+
+def load(model: AdaptiveViT, folder: str | os.PathLike[str], *, check_backbone: bool = True) -> None:
+    """Copy the adapter in ``folder`` into ``model``, or change nothing at all.
+
+    The model's tensors keep their dtype and device. ``model.adapter_metadata``, ``class_names`` and
+    ``data_config`` become the adapter's.
+
+    Args:
+        model: an AdaptiveViT with the same prompt options (dropout rates aside), geometry and head size.
+        folder: what ``save`` wrote.
+        check_backbone: refuse a model whose frozen weights are not those the adapter was trained on, as told
+            by ``backbone_fingerprint``.
+
+    Raises:
+        AdapterNotFoundError: a file is missing.
+        AdapterError: damaged files, or an adapter for another model; lists every mismatch.
+    """
+    adapter = read(Path(folder))
+    problems = [
+        *backbone_problems(model, adapter, check_backbone),
+        *prompt_problems(model, adapter),
+        *head_problems(model, adapter),
+        *tensor_problems(model, adapter),
+    ]
+    _raise_misfit(adapter, problems)
+    _copy(model, adapter)
+
+
+def build(
+    cls: Callable[..., AdaptiveViT],
+    folder: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    check_backbone: bool = True,
+    backend: str | None = None,
+) -> AdaptiveViT:
+    """Make a new model for the adapter in ``folder``, with the adapter loaded, in eval mode.
+
+    No file of this machine is opened that the adapter names: what it tells may be a stranger's.
+
+    Args:
+        cls: AdaptiveViT, or a function with its arguments.
+        folder: what ``save`` wrote.
+        backbone: the timm model to adapt, which gets a head of the adapter's number of classes; or a name to
+            make it by, pretrained, as "local-dir:/folder". None for the backbone in ``folder`` if there is
+            one, else the name in the adapter's config. By a name, it gets the arguments in the config.
+        weights: a file with the backbone's weights, see vapt_fast.source.load_weights; not with a timm model.
+        check_backbone: as for ``load``.
+        backend: as for AdaptiveViT.
+
+    Raises:
+        AdapterNotFoundError: a file is missing.
+        AdapterError: damaged files, a backbone that timm can't make here, or one that does not fit; lists
+            every mismatch.
+        TypeError, ValueError, NotImplementedError: AdaptiveViT refuses ``backbone`` or ``backend``.
+    """
+    if weights is not None and isinstance(backbone, nn.Module):
+        raise TypeError(
+            "weights are for a backbone that is made by its name, but backbone is a model already"
+        )
+    adapter = read(Path(folder))
+    if backbone is None or isinstance(backbone, str):
+        model = _build_by_name(cls, adapter, backbone, weights, backend)
+    else:
+        model = cls(backbone, prompts=adapter.prompts, backend=backend)
+    # Before the head is replaced: a backbone that does not fit is handed back as it was.
+    _raise_misfit(adapter, backbone_problems(model, adapter, check_backbone))
+    if model.num_classes != adapter.num_classes:
+        model.reset_classifier(adapter.num_classes)
+    _raise_misfit(adapter, tensor_problems(model, adapter))
+    if backbone is None and adapter.backbone_path is not None:
+        for name, tensor in model.adapter_state().items():
+            tensor.data = tensor.data.to(adapter.tensors[name].dtype)
+    _copy(model, adapter)
+    return model.eval()
+
+
+def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Return the config of the adapter in ``folder``, after the same checks of both files as in ``load``.
+
+    Its keys are described in vapt_fast.adapters.file.
+
+    Raises:
+        AdapterNotFoundError, AdapterError: as for ``load``.
+    """
+    return read(Path(folder)).config
+
+
+def _raise_misfit(adapter: AdapterFile, problems: Iterable[str]) -> None:
+    if problems := list(problems):
+        raise AdapterError(f"the adapter in {adapter.folder} does not fit the model", problems)
+
+
+def _copy(model: AdaptiveViT, adapter: AdapterFile) -> None:
+    own = model.adapter_state()
+    # All conversions first: one that runs out of memory must not leave half an adapter in the model.
+    values = {name: adapter.tensors[name].to(own[name].device, own[name].dtype) for name in own}
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(values[name])
+    names, config = adapter.config.get("class_names"), adapter.config
+    model.adapter_metadata = config["metadata"]
+    model.class_names = None if names is None else tuple(names)
+    # The size is the model's own, which may change.
+    model.data_config = {key: value for key, value in config["data"].items() if key != "input_size"}
+
+
+# ---- making the backbone
+
+
+def _build_by_name(
+    cls: Callable[..., AdaptiveViT],
+    adapter: AdapterFile,
+    name: str | None,
+    weights: str | os.PathLike[str] | None,
+    backend: str | None,
+) -> AdaptiveViT:
+    args = _timm_args(adapter, name, weights)
+    kwargs = {"prompts": adapter.prompts, "backend": backend}
+    saved, path = adapter.backbone, adapter.backbone_path
+    if weights is None and (name is not None or path is None):
+        pretrained: str = saved["name"] if name is None else name
+        return _making(adapter, pretrained, True, lambda: cls(pretrained, pretrained=True, **kwargs, **args))
+    architecture: str = name or saved.get("architecture") or saved["name"].partition(".")[0]
+    made = _making(adapter, architecture, False, lambda: timm.create_model(architecture, **args))
+    if weights is not None:
+        try:
+            load_weights(made, weights)
+        except (FileNotFoundError, ValueError) as error:
+            raise _cannot_make(adapter, str(error)) from error
+    elif path is not None:
+        _assign(made, read_backbone(adapter, path), path)
+    return cls(made, **kwargs)
+
+
+def _cannot_make(adapter: AdapterFile, *problems: str) -> AdapterError:
+    return AdapterError(f"the backbone of the adapter in {adapter.folder} can't be made", problems)
+
+
+def _timm_args(
+    adapter: AdapterFile, name: str | None, weights: str | os.PathLike[str] | None
+) -> dict[str, Any]:
+    """The arguments for timm.create_model, unless the adapter does not tell enough, or tells too much."""
+    saved = adapter.backbone
+    args, left_out = saved.get("args"), saved.get("args_left_out")
+    if not isinstance(args, dict) or (name is None and not isinstance(saved.get("name"), str)):
+        raise _cannot_make(
+            adapter, "its config does not tell how timm makes it; make it yourself and pass it: backbone=..."
+        )
+    if left_out:
+        raise _cannot_make(
+            adapter,
+            f"its config has not the arguments {left_out}, which JSON can't express; make it yourself and "
+            "pass it: backbone=...",
+        )
+    if refused := sorted(LOCAL_ARGS & args.keys()):
+        raise _cannot_make(adapter, f"its config has the arguments {refused}, which no adapter may choose")
+    if name is None and weights is None and adapter.backbone_path is None:
+        if path := saved.get("weights_path"):
+            raise _cannot_make(
+                adapter,
+                f"it has the weights of the file {path!r} on the machine where it was saved, and no adapter "
+                f"may choose which files are opened; if you trust that file, pass it: weights={path!r}, or "
+                f"--weights {shlex.quote(str(path))} on the command line",
+            )
+        if is_local(saved["name"]):
+            raise _cannot_make(
+                adapter,
+                f"it was made from {saved['name']!r} on the machine where it was saved, and no adapter may "
+                "choose which files are opened; if you trust that folder, pass it: "
+                f"backbone={saved['name']!r}, or --backbone {shlex.quote(saved['name'])} on the command line",
+            )
+    return args | {"num_classes": adapter.num_classes}
+
+
+def _making(adapter: AdapterFile, name: str, pretrained: bool, make: Callable[[], Made]) -> Made:
+    try:
+        return make()
+    except BackendUnavailableError:
+        raise
+    except Exception as error:  # whatever timm, the hub's client or the network raise
+        problems = [f"timm.create_model({name!r}, {pretrained=}) failed: {type(error).__name__}: {error}"]
+        if pretrained:
+            problems.append(
+                "if its weights can't be downloaded here, make the timm model yourself and pass it: "
+                "backbone=..."
+            )
+        raise _cannot_make(adapter, *problems) from error
+
+
+def _assign(backbone: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    """Put the tensors of the backbone's file into it, dtypes included."""
+    dtypes = {value.dtype for value in state.values() if value.is_floating_point()}
+    if len(dtypes) == 1:
+        backbone.to(dtype=dtypes.pop())  # also what no state dict holds
+    try:
+        keys = backbone.load_state_dict(state, strict=False, assign=True)
+        problems = [*keys.unexpected_keys, *(k for k in keys.missing_keys if not k.startswith(HEADS))]
+    except RuntimeError as error:
+        problems = [str(error)]
+    if problems:
+        raise unreadable(path, f"its tensors are not those of {type(backbone).__name__}: {problems}")

@@ -1,0 +1,95 @@
+"""Making the frozen backbone: by its name in timm, or from a timm model that the user has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+from torch import nn
+
+from .arguments import integer, size_pair
+from .backbones import TimmViT, adopt, check_supported
+from .config import explain_unexpected
+from .names import similar_names
+from .source import PREFIX
+from .timm_api import TimmModel
+
+__all__ = ["make_backbone", "reset_head"]
+
+
+def make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str, Any]) -> TimmViT:
+    """Make the backbone as an AdaptiveViT holds it: frozen, with its head.
+
+    Args:
+        backbone: a name that timm.create_model takes, or a timm model, which stays as it is.
+        pretrained: load pre-trained weights; only with a name.
+        options: keywords for timm.create_model; with a timm model, only num_classes and global_pool.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as AdaptiveViT.
+    """
+    if isinstance(backbone, str):
+        return adopt(_create(backbone, pretrained, options), shared=False)
+    if isinstance(backbone, TimmModel):
+        raise TypeError("backbone must be a timm model without prompts, got an AdaptiveViT")
+    check_supported(backbone)
+    if pretrained:
+        raise ValueError("pretrained=True needs the name of a backbone; a timm model keeps its own weights")
+    unknown = sorted(options.keys() - {"num_classes", "global_pool"})
+    if unknown:
+        raise TypeError(
+            f"options {unknown} need the name of a backbone; a timm model is taken as it is, with "
+            "num_classes, global_pool and the options of PromptConfig only"
+        )
+    model = adopt(backbone, shared=True)
+    if options:
+        reset_head(model, options.get("num_classes", model.num_classes), options.get("global_pool"))
+    return model
+
+
+def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
+    if name.startswith(PREFIX):
+        raise ValueError(
+            f"backbone must be the name of a timm model without prompts, got {name!r}; "
+            f"use {name.removeprefix(PREFIX)!r} here, or timm.create_model({name!r})"
+        )
+    if options.get("features_only"):
+        raise ValueError("features_only=True has no prompts; use AdaptiveViT.forward_intermediates()")
+    if not timm.is_model(name.partition(".")[0]) and ":" not in name:
+        raise ValueError(f"backbone {name!r} is no timm model; similar names: {similar_names(name)}")
+    if options.get("num_classes") is not None:
+        options = options | {"num_classes": integer("num_classes", options["num_classes"], minimum=0)}
+    if options.get("img_size") is not None:
+        options = options | {"img_size": size_pair("img_size", options["img_size"])}
+    try:
+        model = timm.create_model(name, pretrained=pretrained, **options)
+    except TypeError as error:
+        explained = explain_unexpected(error, options, name)
+        if explained is None:
+            raise
+        raise explained from error
+    if isinstance(model, TimmModel):
+        raise ValueError(
+            f"backbone {name!r} is a model with prompts already; make it by "
+            f"timm.create_model({name!r}, {pretrained=})"
+        )
+    check_supported(model)
+    return model
+
+
+def reset_head(model: TimmViT, num_classes: object, global_pool: str | None) -> int:
+    """Give ``model`` another head and, if given, another pooling; return the number of classes as an int.
+
+    Raises:
+        TypeError, ValueError: not a number of classes, or a pooling that the model can't do.
+    """
+    number = integer("num_classes", num_classes, minimum=0)
+    before = model.num_classes
+    try:
+        model.reset_classifier(number, global_pool)
+    except AssertionError as error:
+        model.num_classes = before  # which timm has changed by then
+        raise ValueError(
+            f"global_pool={global_pool!r} does not suit {type(model).__name__}: {error}"
+        ) from error
+    return number

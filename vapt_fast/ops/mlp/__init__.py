@@ -1,0 +1,3 @@
+"""mlp: the MLP of a frozen block."""
+
+from .op import mlp as mlp

@@ -1,0 +1,308 @@
+"""prompt_attention: the tokens' queries attend to the prompts and the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..autocast import cast
+from ..base import Op, Signature, empty_like
+from ..checks import (
+    check_float,
+    check_integer,
+    check_number,
+    check_one_dtype,
+    check_same_device,
+    check_score_bias,
+    check_shape,
+)
+from ..measurement import Measurement, has_half_tokens
+
+__all__ = ["prompt_attention", "prompt_attention_packed"]
+
+
+def prompt_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    prompt_k: Tensor,
+    prompt_v: Tensor,
+    *,
+    scale: float,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute softmax(scale * q [prompt_k, k]^T + [0, bias]) [prompt_v, v], head by head.
+
+    Prompts that are thrown away after the block need no query of their own.
+
+    Args:
+        q: (B, Tq, h, d).
+        k, v: (B, T, g, d); g divides h, and each g serves h / g heads in a row (grouped queries).
+        prompt_k, prompt_v: (B, P, g, d), or (1, P, g, d) where they are the same for every image.
+            All these tensors are of one floating dtype, unless autocast casts them.
+        scale: factor of the scores.
+        bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
+        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
+
+    Returns:
+        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; the Triton kernels, whose backward is
+        written by hand, only once, and not in ``bias``, which must not require a gradient there.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
+        BackendUnavailableError: the backend can't run here, or not with these arguments.
+    """
+    check_shape("q", q, "(B, Tq, h, d)", None, None, None, None)
+    batch, num_queries, heads, dim = q.shape
+    check_shape("k", k, "(B, T, g, d)", batch, None, None, dim)
+    num_tokens, num_kv_heads = k.shape[1:3]
+    check_shape("v", v, "(B, T, g, d)", batch, num_tokens, num_kv_heads, dim)
+    if heads % num_kv_heads:
+        raise ValueError(f"k must have heads that divide q's {heads}, got {num_kv_heads}")
+    check_shape("prompt_k", prompt_k, "(B or 1, P, g, d)", None, None, num_kv_heads, dim)
+    check_shape("prompt_v", prompt_v, "(B or 1, P, g, d)", *prompt_k.shape)
+    if prompt_k.shape[0] not in (1, batch):
+        raise ValueError(f"prompt_k must have a batch of 1 or {batch}, got {prompt_k.shape[0]}")
+    check_score_bias(bias, batch, heads, num_queries, num_tokens)
+    scale = check_number("scale", scale)
+    tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+    check_float(**tensors, bias=bias)
+    check_same_device(**tensors, bias=bias)
+    check_one_dtype(**tensors)
+    (out,) = _ATTENTION.run(backend, Arguments._make((*map(cast, tensors.values()), bias, scale)))
+    return out
+
+
+def prompt_attention_packed(
+    qkv: Tensor,
+    prompt_kv: Tensor,
+    *,
+    num_heads: int,
+    num_kv_heads: int,
+    scale: float,
+    bias: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Compute ``prompt_attention`` of the queries, keys and values that one projection made, in one tensor.
+
+    The same as splitting ``qkv`` and ``prompt_kv``, but their gradients are written in one piece: a split's
+    backward concatenates, which reads and writes all of them once more.
+
+    Args:
+        qkv: (B, T, (h + 2g) * d), the queries of h = ``num_heads`` heads, then the keys and the values of
+            g = ``num_kv_heads``; g divides h.
+        prompt_kv: (B, P, 2g * d), keys and values of the prompts, or (1, P, 2g * d) where they are the same
+            for every image.
+        num_heads, num_kv_heads, scale, bias, backend: see prompt_attention.
+
+    Returns:
+        (B, T, h, d) in ``qkv``'s dtype. Differentiable in all tensors, as prompt_attention is.
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
+        BackendUnavailableError: the backend can't run here, or not with these arguments.
+    """
+    num_heads = check_integer("num_heads", num_heads, least=1)
+    num_kv_heads = check_integer("num_kv_heads", num_kv_heads, least=1)
+    if num_heads % num_kv_heads:
+        raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+    check_shape("qkv", qkv, "(B, T, (h + 2g) * d)", None, None, None)
+    batch, num_tokens, width = qkv.shape
+    num_parts = num_heads + 2 * num_kv_heads
+    if width % num_parts or not width:
+        raise ValueError(f"qkv must be (B, T, {num_parts} * d), got {tuple(qkv.shape)}")
+    prompt_width = 2 * num_kv_heads * (width // num_parts)
+    check_shape("prompt_kv", prompt_kv, "(B or 1, P, 2g * d)", None, None, prompt_width)
+    if prompt_kv.shape[0] not in (1, batch):
+        raise ValueError(f"prompt_kv must have a batch of 1 or {batch}, got {prompt_kv.shape[0]}")
+    check_score_bias(bias, batch, num_heads, num_tokens, num_tokens)
+    scale = check_number("scale", scale)
+    check_float(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
+    check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
+    check_one_dtype(qkv=qkv, prompt_kv=prompt_kv)
+    packed = PackedArguments(cast(qkv), cast(prompt_kv), bias, num_heads, num_kv_heads, scale)
+    (out,) = _PACKED.run(backend, packed)
+    return out
+
+
+def unpack(qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
+    """Return q, k, v, prompt_k and prompt_v, as ``prompt_attention`` takes them: views."""
+    dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
+    q, k, v = qkv.unflatten(-1, (-1, dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    prompt_k, prompt_v = prompt_kv.unflatten(-1, (-1, dim)).split(num_kv_heads, dim=2)
+    return q, k, v, prompt_k, prompt_v
+
+
+# ---- the op
+
+
+class Arguments(NamedTuple):
+    """As in ``prompt_attention``, q to prompt_v of one dtype."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prompt_k: Tensor
+    prompt_v: Tensor
+    bias: Tensor | None
+    scale: float
+
+
+class Outputs(NamedTuple):
+    """out (B, Tq, h, d), and lse (B, h, Tq): log2 of the sum of exp2 over the scores in base 2."""
+
+    out: Tensor
+    lse: Tensor
+
+
+class Saved(NamedTuple):
+    """What the backward reads."""
+
+    out: Tensor
+    lse: Tensor
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    prompt_k: Tensor
+    prompt_v: Tensor
+    bias: Tensor | None
+    scale: float
+
+
+class Gradients(NamedTuple):
+    """Those of k and v are needed both or not at all, and so are those of prompt_k and prompt_v."""
+
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    prompt_k: Tensor | None
+    prompt_v: Tensor | None
+
+
+def _empty_outputs(q: Tensor) -> Outputs:
+    batch, num_queries, heads, _ = q.shape
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return Outputs(empty_like(q), torch.empty((batch, heads, num_queries), dtype=dtype, device=q.device))
+
+
+def _few_keys(args: Arguments) -> bool:
+    """Whether there are few keys, which cost the more to concatenate; 247 were measured."""
+    return has_half_tokens(args) and args.bias is None and args.k.shape[1] + args.prompt_k.shape[1] <= 400
+
+
+class _PromptAttention(Op):
+    name = "prompt_attention"
+    implementations = ("triton",)
+    measured = (
+        Measurement(
+            "triton",
+            1.5,
+            "forward and backward, with the products before and after, 428 µs against 638",
+            fits=_few_keys,
+        ),
+    )
+    signature = Signature(Arguments, Outputs, Saved, Gradients)
+
+    def allocate(self, args: Arguments, implementation: str) -> Outputs:
+        return _empty_outputs(args.q)
+
+    def save(self, args: Arguments, out: Outputs) -> Saved:
+        return Saved._make((*out, *args))
+
+    def allocate_gradients(self, saved: Saved, needed: Collection[str]) -> Gradients:
+        def empty(*names: str) -> list[Tensor | None]:
+            wanted = any(name in needed for name in names)
+            return [empty_like(getattr(saved, name)) if wanted else None for name in names]
+
+        return Gradients(*empty("q"), *empty("k", "v"), *empty("prompt_k", "prompt_v"))
+
+
+_ATTENTION = _PromptAttention()
+
+
+# ---- the same op on joint tensors, whose implementations see views of them
+
+
+class PackedArguments(NamedTuple):
+    """As in ``prompt_attention_packed``, qkv and prompt_kv of one dtype."""
+
+    qkv: Tensor
+    prompt_kv: Tensor
+    bias: Tensor | None
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+
+
+class PackedSaved(NamedTuple):
+    """What the backward reads."""
+
+    out: Tensor
+    lse: Tensor
+    qkv: Tensor
+    prompt_kv: Tensor
+    bias: Tensor | None
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+
+
+class PackedGradients(NamedTuple):
+    """Each in one piece."""
+
+    qkv: Tensor | None
+    prompt_kv: Tensor | None
+
+
+def _unpacked(args: PackedArguments) -> Arguments:
+    qkv, prompt_kv, bias, num_heads, num_kv_heads, scale = args
+    return Arguments._make((*unpack(qkv, prompt_kv, num_heads, num_kv_heads), bias, scale))
+
+
+class _PackedAttention(Op):
+    name = "prompt_attention_packed"
+    folder = "prompt_attention"
+    implementations = _PromptAttention.implementations
+    measured = tuple(
+        replace(entry, fits=lambda args: _few_keys(_unpacked(args))) for entry in _PromptAttention.measured
+    )
+    signature = Signature(PackedArguments, Outputs, PackedSaved, PackedGradients)
+
+    def allocate(self, args: PackedArguments, implementation: str) -> Outputs:
+        return _empty_outputs(_unpacked(args).q)
+
+    def save(self, args: PackedArguments, out: Outputs) -> PackedSaved:
+        return PackedSaved._make((*out, *args))
+
+    def allocate_gradients(self, saved: PackedSaved, needed: Collection[str]) -> PackedGradients:
+        joint = {"qkv": saved.qkv, "prompt_kv": saved.prompt_kv}
+        return PackedGradients(*(empty_like(t) if name in needed else None for name, t in joint.items()))
+
+    def compute(self, args: PackedArguments) -> tuple[Tensor, ...]:
+        return _ATTENTION.compute(_unpacked(args))
+
+    def implementation_reasons(self, implementation: str, args: PackedArguments) -> list[str]:
+        return _ATTENTION.implementation_reasons(implementation, _unpacked(args))
+
+    def write(self, implementation: str, args: PackedArguments, out: Outputs) -> None:
+        _ATTENTION.write(implementation, _unpacked(args), out)
+
+    def write_gradients(
+        self, implementation: str, saved: PackedSaved, grad_results: tuple, grads: PackedGradients
+    ) -> None:
+        args = PackedArguments._make(saved[2:])
+        qkv = args.qkv if grads.qkv is None else grads.qkv
+        prompt_kv = args.prompt_kv if grads.prompt_kv is None else grads.prompt_kv
+        q, k, v, prompt_k, prompt_v = unpack(qkv, prompt_kv, args.num_heads, args.num_kv_heads)
+        of_tokens = (None, None, None) if grads.qkv is None else (q, k, v)
+        of_prompts = (None, None) if grads.prompt_kv is None else (prompt_k, prompt_v)
+        separate = Saved._make((saved.out, saved.lse, *_unpacked(args)))
+        _ATTENTION.write_gradients(implementation, separate, grad_results, Gradients(*of_tokens, *of_prompts))
+
+
+_PACKED = _PackedAttention()

@@ -1,0 +1,34 @@
+"""The launch configurations of prompt_projector's Triton kernels."""
+
+from __future__ import annotations
+
+import torch
+
+from ..triton_launch import Config, block_size
+
+__all__ = ["LARGEST_PROJECTOR", "config"]
+
+LARGEST_PROJECTOR = 64  # features
+
+# By bytes of an element and features at most: channels and warps of a program of each kernel.
+_BLOCKS = {
+    (2, 16): {"fwd": (64, 4), "bwd_rows": (64, 4), "bwd_weights": (64, 4)},
+    (2, 64): {"fwd": (32, 8), "bwd_rows": (32, 8), "bwd_weights": (32, 8)},
+    (4, 16): {"fwd": (64, 4), "bwd_rows": (32, 4), "bwd_weights": (32, 4)},
+    (4, 64): {"fwd": (32, 8), "bwd_rows": (32, 8), "bwd_weights": (32, 4)},
+    (8, 16): {"fwd": (32, 4), "bwd_rows": (16, 4), "bwd_weights": (16, 4)},
+    (8, 64): {"fwd": (16, 8), "bwd_rows": (16, 8), "bwd_weights": (16, 8)},
+}
+
+
+def config(kernel: str, dtype: torch.dtype, width: int) -> Config:
+    """For prompts of ``dtype`` and ``width`` features, at most LARGEST_PROJECTOR, 0 without a projector.
+
+    Args:
+        kernel: "fwd", "bwd_rows" or "bwd_weights".
+        dtype: of the prompts, float64 where they are computed in that.
+        width: r.
+    """
+    features = block_size(width, LARGEST_PROJECTOR)
+    channels, num_warps = _BLOCKS[dtype.itemsize, 16 if features == 16 else 64][kernel]
+    return Config({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps)

@@ -1,0 +1,119 @@
+"""How every Triton kernel is launched."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ..kernels import common
+
+__all__ = [
+    "STRIDE_LIMIT",
+    "Config",
+    "block_size",
+    "images_per_program",
+    "launch",
+    "num_blocks",
+    "product_precision",
+    "strided",
+    "sum_chunks",
+]
+
+# Of strides that a kernel multiplies by row numbers within a block in 32 bits.
+STRIDE_LIMIT = 2**24
+
+
+@dataclass(frozen=True)
+class Config:
+    """Block sizes of one kernel, by the names of its parameters, and what the compiler is told.
+
+    Each op's ``tuning.py`` has a table of them, not an autotuner: a launch is the same on every machine and
+    in every run. They were chosen by what the compiler makes of them (hardly any spills), not by times on a
+    GPU.
+    """
+
+    blocks: dict[str, int]
+    num_warps: int = 4
+    num_stages: int = 1
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords for the launch."""
+        # Contracting a * b + c into one instruction: Triton's default differs between versions.
+        return {
+            **self.blocks,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+
+# For partial sums of images, see kernels.common.
+SUM_CHUNKS = Config({"BLOCK": 256})
+
+
+def num_blocks(config: Config, **sizes: int) -> int:
+    """How many blocks cover ``sizes``, each given by the name of its block size, as BLOCK_C=channels."""
+    return math.prod(triton.cdiv(size, config.blocks[name]) for name, size in sizes.items())
+
+
+def block_size(size: int, largest: int) -> int:
+    """The power of two that covers ``size``, at least 16, as products need, and at most ``largest``."""
+    return min(largest, max(16, 1 << (size - 1).bit_length()))
+
+
+def product_precision(dtype: torch.dtype) -> str:
+    """How products of float32 values round their factors, where the backbone's products are of ``dtype``.
+
+    Where those are of 16 bits, to tf32, whose mantissa is that of float16.
+    """
+    return "tf32" if dtype.itemsize == 2 else "ieee"
+
+
+def images_per_program(batch: int) -> int:
+    """Images that one program adds up itself: few partial sums are left, also of a large batch."""
+    return max(4, -(-batch // 64))
+
+
+def strided(tensor: Tensor | None, batch: int | None = None) -> tuple[Tensor | int, ...] | None:
+    """``tensor`` as kernels take what users give: with all its strides.
+
+    Args:
+        tensor: None where there is none.
+        batch: the first dimension that the kernels see; a tensor of 1 is repeated.
+    """
+    if tensor is None:
+        return None
+    repeated = tensor if batch is None else tensor.expand(batch, *tensor.shape[1:])
+    return (tensor, *repeated.stride())
+
+
+def launch(
+    kernel: triton.runtime.KernelInterface, config: Config, programs: int, *args: Any, **constants: Any
+) -> None:
+    """Run ``kernel`` on the device of the first tensor of ``args``; ``programs`` may be 0.
+
+    The grid has one dimension, which may be as long as 2^31 - 1: the others end at 65,535.
+    """
+    if programs:
+        first = args[0][0] if isinstance(args[0], tuple) else args[0]
+        with torch.cuda.device_of(first):
+            kernel[(programs,)](*args, **constants, **config.options)
+
+
+def sum_chunks(partial: Tensor, out: Tensor | None = None) -> Tensor:
+    """The sum of ``partial`` (chunks, ...) over its chunks, in the same order every time.
+
+    Args:
+        partial: contiguous.
+        out: where to write it, contiguous; None for a new tensor.
+    """
+    total = torch.empty(partial.shape[1:], dtype=partial.dtype, device=partial.device) if out is None else out
+    programs = num_blocks(SUM_CHUNKS, BLOCK=total.numel())
+    launch(common.sum_chunks_kernel, SUM_CHUNKS, programs, partial, total, partial.shape[0], total.numel())
+    return total
