@@ -247,7 +247,8 @@ class Enclosing:
         return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the class that it is mixed with
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> tuple[Any, ...]:
-        return _restore, (class_of(self),), self.__getstate__()
+        state = super().__reduce_ex__(2)[2]  # Python 3.10 has no __getstate__
+        return _restore, (class_of(self),), state
 
 
 def enclosing(module: nn.Module) -> nn.Module:
@@ -307,6 +308,7 @@ def share_tensors(module: nn.Module, own: Iterable[nn.Module]) -> nn.Module:
 
 
 def _frozen_view(parameter: nn.Parameter) -> nn.Parameter:
-    if type(parameter) is not nn.Parameter and not is_traceable_wrapper_subclass(parameter):
-        return parameter  # the quantised weights of some libraries carry more than data
-    return nn.Parameter(parameter.detach(), requires_grad=False)
+    is_wrapper: Callable[[object], bool] = is_traceable_wrapper_subclass
+    if type(parameter) is nn.Parameter or is_wrapper(parameter):
+        return nn.Parameter(parameter.detach(), requires_grad=False)
+    return parameter  # the quantised weights of some libraries carry more than data

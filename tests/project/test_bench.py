@@ -30,7 +30,7 @@ from vapt_fast.benchmark import (
 from vapt_fast.benchmark.agreement import check, relative_errors
 from vapt_fast.benchmark.memory import peak_resident
 from vapt_fast.cli import app
-from vapt_fast.forward import fused
+from vapt_fast.prompts import adaptive
 
 BENCH = Path(__file__).parents[2] / "bench"
 TINY = Setting("test_vit", batch=1, device="cpu", threads=1, image_size=32, compiler="eager")

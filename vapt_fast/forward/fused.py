@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import backbones
-from ..backbones import Positions
+from ..backbones import Positions, TimmViT
 from ..backbones.blocks import StandardBlock, fallback_reason, split_block, standard_block
 from ..functional import (
     absorbed_attention,
@@ -40,7 +40,7 @@ _log = logging.getLogger("vapt_fast")
 
 
 def forward_tokens(
-    model: nn.Module,
+    model: TimmViT,
     prompts: Prompts,
     images: Tensor,
     masks: list[Any],
@@ -146,7 +146,7 @@ class _Stream:
 
 
 def _run_block(
-    model: nn.Module,
+    model: TimmViT,
     index: int,
     stream: _Stream,
     *,
@@ -157,7 +157,7 @@ def _run_block(
     num_rows: int | None,
 ) -> _Stream:
     """The tokens through block ``index`` with the prompts of ``source``; all rows or the first ones."""
-    block = model.blocks[index]
+    block: Any = model.blocks[index]
     parts = standard_block(block)
     if parts is None:
         if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
@@ -177,8 +177,8 @@ def _run_block(
     branch, layer_scale = parts.finish_attention(out)
     stream = _Stream(tokens[:, :num_rows], branch, layer_scale)
     tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
-    known = parts.gelu_mlp is not None
-    branch = mlp(normed, *parts.gelu_mlp, backend=backend) if known else block.mlp(normed)
+    weights = parts.gelu_mlp
+    branch = block.mlp(normed) if weights is None else mlp(normed, *weights, backend=backend)
     return _Stream(tokens, *parts.scaled(branch, 2))
 
 
@@ -219,7 +219,7 @@ def _attention(
     """
     heads, kv_heads = parts.num_heads, parts.num_kv_heads
     as_projected = rope is None and parts.k_norm is None  # keys
-    options = {"bias": bias, "backend": backend}
+    options: dict[str, Any] = {"bias": bias, "backend": backend}
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
         qkv = F.linear(normed, *parts.qkv)
         if given is None:

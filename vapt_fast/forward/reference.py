@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import backbones
-from ..backbones import Positions
+from ..backbones import Positions, TimmViT
 from ..backbones.blocks import StandardBlock, split_block
 from ..modules import call_within
 from ..prompts import KeysValues, Prompts
@@ -26,7 +26,7 @@ __all__ = ["add_branch", "forward_tokens", "insert", "rotate", "score_bias"]
 
 
 def forward_tokens(
-    model: backbones.TimmViT,
+    model: TimmViT,
     prompts: Prompts,
     images: Tensor,
     masks: list[Any],
@@ -85,7 +85,7 @@ def insert(tokens: Tensor, prompts: Tensor, at: int) -> Tensor:
 
 
 def _call_block_with(
-    given: KeysValues, model: nn.Module, index: int, tokens: Tensor, positions: Positions
+    given: KeysValues, model: TimmViT, index: int, tokens: Tensor, positions: Positions
 ) -> Tensor:
     """Return block ``index`` of the tokens with more keys and values in its attention (prefix tuning).
 

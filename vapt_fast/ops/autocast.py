@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 __all__ = ["autocast_dtype", "cast", "without_autocast"]
+
+Given = TypeVar("Given", Tensor, "Tensor | None")
 
 
 def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -20,9 +23,9 @@ def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type)
 
 
-def cast(tensor: Tensor) -> Tensor:
-    """``tensor`` as autocast, where it is on, casts what matrix products read."""
-    return tensor.to(autocast_dtype(tensor.dtype, tensor.device))
+def cast(tensor: Given) -> Given:
+    """``tensor``, if there is one, as autocast, where it is on, casts what matrix products read."""
+    return None if tensor is None else tensor.to(autocast_dtype(tensor.dtype, tensor.device))
 
 
 def without_autocast(device_type: str) -> AbstractContextManager:

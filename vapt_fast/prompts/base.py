@@ -46,7 +46,7 @@ class Geometry:
     depth: int
     grid: tuple[int, int]
     patch_size: tuple[int, int]
-    blocks: nn.ModuleList | None = None
+    blocks: nn.Sequential | None = None
 
 
 class KeysValues(NamedTuple):

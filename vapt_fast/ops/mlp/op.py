@@ -60,9 +60,9 @@ def mlp(
     check_float(**tensors)
     check_same_device(**tensors)
     check_one_dtype(**tensors)
-    cast_tensors = (None if tensor is None else cast(tensor) for tensor in tensors.values())
+    first, second = (cast(fc1_weight), cast(fc1_bias)), (cast(fc2_weight), cast(fc2_bias))
     keep = torch.is_grad_enabled() and x.requires_grad
-    (y,) = _OP.run(backend, Arguments._make((*cast_tensors, keep)))
+    (y,) = _OP.run(backend, Arguments(cast(x), *first, *second, keep))
     return y
 
 

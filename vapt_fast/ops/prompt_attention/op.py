@@ -74,7 +74,8 @@ def prompt_attention(
     check_float(**tensors, bias=bias)
     check_same_device(**tensors, bias=bias)
     check_one_dtype(**tensors)
-    (out,) = _ATTENTION.run(backend, Arguments._make((*map(cast, tensors.values()), bias, scale)))
+    keys = (cast(k), cast(v), cast(prompt_k), cast(prompt_v))
+    (out,) = _ATTENTION.run(backend, Arguments(cast(q), *keys, bias, scale))
     return out
 
 
@@ -261,7 +262,8 @@ class PackedGradients(NamedTuple):
 
 def _unpacked(args: PackedArguments) -> Arguments:
     qkv, prompt_kv, bias, num_heads, num_kv_heads, scale = args
-    return Arguments._make((*unpack(qkv, prompt_kv, num_heads, num_kv_heads), bias, scale))
+    q, k, v, prompt_k, prompt_v = unpack(qkv, prompt_kv, num_heads, num_kv_heads)
+    return Arguments(q, k, v, prompt_k, prompt_v, bias, scale)
 
 
 class _PackedAttention(Op):

@@ -35,9 +35,10 @@ def compute(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
         # With dynamic=True PyTorch 2.14 loses numbers that it meets first within _PromptPool: use them here.
         args.x.new_full((), args.eps + args.prompt_eps)
     total, dtype = add_residual(args.x, args.branch, args.layer_scale), args.matrix.dtype
-    norm = (None if t is None else t.to(dtype) for t in (args.norm_weight, args.norm_bias))
+    norm_weight, norm_bias = (None if t is None else t.to(dtype) for t in (args.norm_weight, args.norm_bias))
+    affine = (args.weight, args.bias, norm_weight, norm_bias)
     numbers = (args.num_prefix, args.eps, args.prompt_eps)
-    inputs = _Inputs._make((total.to(dtype), args.matrix, args.weight, args.bias, *norm, *numbers))
+    inputs = _Inputs(total.to(dtype), args.matrix, *affine, *numbers)
     # PyTorch 2.8 exports no autograd.Function with dynamic sizes, and torch.jit.save knows none.
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         normed, pooled = _literal(inputs)

@@ -114,13 +114,16 @@ def prompt_projector(
     check_float(**tensors)
     check_same_device(**tensors)
     own = pooled.dtype
-    learned = (None if t is None else t.to(own) for t in (bias, down, up, tensors["scale"]))
-    masks = (None if t is None else t.to(own) for t in (channel_mask, feature_mask))
+
+    def to_own(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(own)
+
+    learned = (bias.to(own), to_own(down), to_own(up), to_own(tensors["scale"]))
+    masks, affine = (to_own(channel_mask), to_own(feature_mask)), (norm_weight, norm_bias)
     factor = 1.0 if isinstance(scale, Tensor) else scale
-    options = (factor, activation, eps, own if dtype is None else dtype)
-    (prompts,) = _OP.run(
-        backend, Arguments._make((pooled, *learned, *masks, norm_weight, norm_bias, *options))
-    )
+    dtype = own if dtype is None else dtype
+    args = Arguments(pooled, *learned, *masks, *affine, factor, activation, eps, dtype)
+    (prompts,) = _OP.run(backend, args)
     return prompts
 
 
