@@ -4,11 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: help demo test test-rest test-all mutants lint lint-only bench gpu gpu-dry clean
+.PHONY: help demo test test-rest test-all test-nightly mutants lint lint-only bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help: ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 STYLED := $(wildcard $(foreach kind,h cpp cu cuh,csrc/*.$(kind) csrc/*/*.$(kind)))
 
@@ -32,8 +32,11 @@ test: $(BIN)/.installed ## the tests of what breaks in practice
 test-rest: $(BIN)/.installed ## the tests that make test leaves out
 	$(PYTEST) -m full
 
-test-all: $(BIN)/.installed ## all tests
+test-all: $(BIN)/.installed ## both: all tests but the nightly ones
 	$(PYTEST)
+
+test-nightly: mutants ## what takes longest: mutants of the kernels, and random sizes in great number
+	$(PYTEST) -m nightly
 
 mutants: $(BIN)/.installed ## mutation tests of the kernels, after they have changed
 	$(BIN)/python tests/tools/kill_mutants.py

@@ -5,22 +5,12 @@ from importlib import import_module
 
 import pytest
 import torch
-from kernel_cases import KERNELS, converted, laid_out, precision_cases, random_cases
+from kernel_cases import KERNELS, REAL, converted, laid_out, precision_cases, random_cases
 from op_cases import assert_policy, assert_same_results, results
-
-from vapt_fast import BackendUnavailableError, functional, use_backend
 from vapt_fast.backends import _dispatch
 
-# One block of a ViT-B/16 at 224 x 224 pixels with 50 prompts, two images.
-REAL = {
-    "add_norm": {"tokens": 197, "dim": 768},
-    "prompt_pool": {"prefix": 1, "patches": 196, "dim": 768, "rows": 50},
-    "prompt_projector": {"prompts": 50, "dim": 768, "width": 8, "eps": 1e-6},
-    "prompt_attention": {"queries": 197, "tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
-    "prompt_attention_packed": {"tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
-    "absorbed_attention": {"tokens": 197, "heads": 12, "dim": 64, "channels": 768, "prompts": 50},
-    "mlp": {"tokens": 197, "dim": 768, "hidden": 3072, "out": 768},
-}
+from vapt_fast import BackendUnavailableError, functional, use_backend
+
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
 

@@ -110,21 +110,18 @@ def test_every_architecture_is_registered() -> None:
     assert not any(name.startswith("vapt_") for name in vapt_fast.__all__)
 
 
-def test_import_is_light_and_leaves_timm_alone() -> None:
+def test_import_leaves_timm_alone() -> None:
     script = """
 import sys
-import time
 import timm
 sys.modules["triton"] = None
 before = set(timm.list_models()), set(timm.list_pretrained()), timm.models.get_deprecated_models()
-start = time.process_time()
 import vapt_fast
-print(time.process_time() - start)
 after = set(timm.list_models()), set(timm.list_pretrained()), timm.models.get_deprecated_models()
 assert before[0] < after[0] and before[1] < after[1] and before[2] == after[2]
 timm.create_model("vapt_test_vit")
 """
-    assert float(in_new_process(script)) < 0.3
+    in_new_process(script)
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224", "vit_base_patch16_224.augreg_in21k", "test_vit"])

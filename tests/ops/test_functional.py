@@ -33,15 +33,19 @@ for_every_op = pytest.mark.parametrize(
 )
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_equals_the_formula(name):
+def name_of(value):
+    """An id of a maker of cases or of its arguments."""
+    return value.__name__ if callable(value) else " ".join(f"{k}={v}" for k, v in value.items())
+
+
+@pytest.mark.parametrize(("make", "sizes"), CASES, ids=name_of)
+def test_equals_the_formula(make, sizes):
     torch.manual_seed(0)
-    make, sizes = CASES[name]
     op, formula, tensors, options = make(**sizes)
     assert_same_results(results(op, tensors, options), results(formula, tensors, options), 1e-10)
 
 
-@pytest.mark.parametrize(("make", "sizes"), GRADCHECK, ids=lambda v: v.__name__ if callable(v) else str(v))
+@pytest.mark.parametrize(("make", "sizes"), GRADCHECK, ids=name_of)
 def test_gradcheck(make, sizes):
     torch.manual_seed(0)
     op, _, tensors, options = make(**sizes)
@@ -189,7 +193,7 @@ def two_batches(make, **sizes):
 TRACED = [*((pool_case, sizes) for sizes in POOLS), (projector_case, {"eps": 0.1, "learned": True})]
 
 
-@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=lambda v: v.__name__ if callable(v) else str(v))
+@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=name_of)
 def test_an_exported_program_has_the_right_gradients(make, sizes):
     op, formula, tensors, options, more, of_images = two_batches(make, **sizes)
     batch = torch.export.Dim("batch")
@@ -200,7 +204,7 @@ def test_an_exported_program_has_the_right_gradients(make, sizes):
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit", "ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=lambda v: v.__name__ if callable(v) else str(v))
+@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=name_of)
 def test_a_traced_function_has_the_right_gradients(make, sizes, grad, tmp_path):
     op, formula, tensors, options, more, _ = two_batches(make, **sizes)
     with torch.set_grad_enabled(grad):
@@ -211,7 +215,7 @@ def test_a_traced_function_has_the_right_gradients(make, sizes, grad, tmp_path):
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=lambda v: v.__name__ if callable(v) else str(v))
+@pytest.mark.parametrize(("make", "sizes"), TRACED, ids=name_of)
 def test_a_compiled_function_has_the_right_gradients(make, sizes, dynamic):
     op, formula, tensors, options, more, _ = two_batches(make, **sizes)
     torch.compiler.reset()

@@ -62,11 +62,12 @@ def test_after_the_deadline_there_are_two_rounds():
     assert len(in_turns({"A": lambda: None}, rounds=9, deadline=time.monotonic())["A"]) == 2
 
 
-def test_on_a_gpu_a_round_is_many_calls():
+def test_on_a_gpu_a_round_is_many_calls(monkeypatch):
     calls = []
-    seconds = in_turns({"A": lambda: calls.append(time.sleep(0.01))}, rounds=2, synchronize=lambda: None)
-    assert len(calls) in (1 + 2 * 5, 1 + 2 * 4, 1 + 2 * 3, 1 + 2 * 2)  # sleeping takes longer at times
-    assert all(of >= 0.01 for of in seconds["A"])
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.01 * len(calls))  # a call takes 10 ms
+    seconds = in_turns({"A": lambda: calls.append(None)}, rounds=2, synchronize=lambda: None)
+    assert len(calls) == 1 + 2 * 5
+    assert seconds["A"] == pytest.approx([0.01, 0.01])
 
 
 def test_spread():
@@ -301,10 +302,9 @@ def test_a_phase_that_fails_or_overruns_is_recorded_and_the_next_one_runs(load, 
     def overruns(session, _):
         session.results["code"] = session.call(1.0, sys.executable, "-c", "import time; time.sleep(60)")[0]
 
-    started = time.monotonic()
     steps = {"a": fails, "b": overruns, "c": lambda *_: ran.append(1)}
     gpu.run(session, [gpu.Phase(name, 5, step) for name, step in steps.items()])
-    assert time.monotonic() - started < 20
+    assert session.results["code"] is None  # it was stopped
     assert ran
     written = json.loads((tmp_path / "results.json").read_text())
     assert written["phases"]["a"]["error"] == "ValueError: broken"

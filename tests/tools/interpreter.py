@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -103,14 +103,21 @@ def quick_calls() -> Iterator[None]:
         yield
 
 
+class Launch(NamedTuple):
+    """The launch of a kernel: the module that the kernel is in, and the grid."""
+
+    module: str
+    grid: tuple[int, ...]
+
+
 @contextmanager
-def recorded_launches(run: bool = True) -> Iterator[list[tuple[str, int]]]:
-    """(kernel's name, number of programs) of each launch in the ``with`` block, run or not."""
+def recorded_launches(run: bool = True) -> Iterator[list[Launch]]:
+    """Each launch in the ``with`` block, run or not."""
     launches = []
     own_run = InterpretedFunction.run
 
-    def record(self: InterpretedFunction, *args: Any, grid: tuple[int], warmup: bool, **kwargs: Any) -> None:
-        launches.append((self.fn.__name__, *grid))
+    def record(self: InterpretedFunction, *args: Any, grid: tuple, warmup: bool, **kwargs: Any) -> None:
+        launches.append(Launch(self.fn.__module__, grid))
         if run:
             own_run(self, *args, grid=grid, warmup=warmup, **kwargs)
 

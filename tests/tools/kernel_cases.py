@@ -19,7 +19,7 @@ from op_cases import (
     projector_case,
 )
 
-__all__ = ["KERNELS", "Kernels", "converted", "laid_out", "precision_cases", "random_cases"]
+__all__ = ["KERNELS", "REAL", "Kernels", "converted", "laid_out", "precision_cases", "random_cases"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,11 @@ class Kernels:
     """One op.
 
     Attributes:
-        make: makes a case of it, see ops.py.
+        make: makes a case of it, see op_cases.py.
         sizes: what to choose each argument of ``make`` from: around the sizes of blocks, and nothing at all.
         precise: sizes for comparisons in low precision.
         quick: few small sizes that between them go through all of the kernels' code, with several blocks.
+        wide: sizes of models, and what else is too large to be combined with everything.
         far: sizes, a dimension and the stride between neighbours in it, with which offsets leave 32 bits.
         huge: sizes of an image of which there are so many that offsets take more than 32 bits, positions of
             the tensors that are then float16, and of those that require a gradient (none that is summed over
@@ -45,6 +46,7 @@ class Kernels:
     sizes: dict[str, list[Any]]
     precise: dict[str, Any]
     quick: list[dict[str, Any]]
+    wide: list[dict[str, Any]]
     far: list[tuple[dict[str, Any], int, int]]
     huge: list[tuple[dict[str, Any], Sequence[int], Sequence[int]]]
     scales: tuple[float, ...] = (1.0, 5.0)
@@ -73,6 +75,13 @@ KERNELS = {
             {"batch": 1, "tokens": 3, "dim": 1025, "layer_scale": False, "affine": False},
             {"batch": 3, "tokens": 3, "dim": 5, "branch": False},
         ],
+        [
+            *(
+                {"batch": 1, "tokens": 2, "dim": dim}
+                for dim in (192, 768, 1280, 1536, 1537, 2049, 4097, 9000)
+            ),
+            {"batch": 2, "tokens": 197, "dim": 8},
+        ],
         [({"batch": 3, "tokens": 3, "dim": 3}, dim, 2**30) for dim in (0, 1, 2)],
         [({"tokens": 4, "dim": 64}, [0, 1], [0, 1])],
     ),
@@ -94,6 +103,11 @@ KERNELS = {
             {"batch": 1, "prefix": 1, "patches": 33, "dim": 65, "rows": 17, "layer_scale": False},
             {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2, "branch": False, "affine": False},
             {"batch": 1, "prefix": 1, "patches": 3, "dim": 257, "rows": 2},
+        ],
+        [
+            *({"batch": 1, "prefix": 1, "patches": 4, "dim": dim, "rows": 3} for dim in (256, 768, 1280)),
+            *({"batch": 1, "prefix": 1, "patches": n, "dim": 8, "rows": 3} for n in (49, 64, 196, 729)),
+            *({"batch": 1, "prefix": 0, "patches": 4, "dim": 8, "rows": r} for r in (50, 100, 400)),
         ],
         [
             ({"batch": 3, "prefix": 0, "patches": 3, "dim": 3, "rows": 3, "branch": branch}, dim, 2**30)
@@ -142,6 +156,11 @@ KERNELS = {
             {"batch": 1, "prompts": 2, "dim": 5, "eps": 0.1, "affine": False},
         ],
         [
+            *({"batch": 1, "dim": dim, "width": 8, "eps": 0.1} for dim in (192, 768, 1280)),
+            *({"batch": 1, "prompts": prompts, "width": 8, "masked": True} for prompts in (50, 100)),
+            {"batch": 9, "width": 64, "learned_scale": True},
+        ],
+        [
             ({"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1}, dim, 2**30)
             for dim in (0, 1, 2)
         ],
@@ -167,6 +186,10 @@ KERNELS = {
             | {"bias": True},
             {"batch": 2, "queries": 3, "tokens": 3, "heads": 3, "groups": 1, "dim": 16, "shared": True}
             | {"bias": True},
+        ],
+        [
+            *({"batch": 1, "heads": 1, "groups": 1, "dim": dim} for dim in (32, 64, 72, 80, 88, 96, 128)),
+            ONE_HEAD | {"batch": 1, "queries": 49, "tokens": 50, "dim": 32, "prompts": 50},
         ],
         # Strides of tokens are below 2^24.
         [
@@ -199,6 +222,10 @@ KERNELS = {
             {"batch": 1, "tokens": 18, "heads": 2, "groups": 2, "dim": 3, "prompts": 17, "shared": True},
         ],
         [
+            {"batch": 1, "tokens": 33, "heads": 1, "groups": 1, "dim": 8, "prompts": 17},
+            {"batch": 1, "tokens": 5, "heads": 4, "groups": 2, "dim": 64, "prompts": 1, "bias": True},
+        ],
+        [
             (ONE_HEAD | {"batch": 3, "tokens": 3, "prompts": 3}, 0, 2**30),
             (ONE_HEAD | {"batch": 1, "tokens": 162, "prompts": 1}, 1, 2**24 - 8),
         ],
@@ -225,6 +252,12 @@ KERNELS = {
             {"batch": 2, "rows": 2, "tokens": 33, "heads": 33, "dim": 1, "channels": 3, "prompts": 1},
         ],
         [
+            *({"batch": 1, "channels": channels} for channels in (192, 768, 1280)),
+            *({"batch": 1, "tokens": tokens, "prompts": 50} for tokens in (197, 257)),
+            {"batch": 9, "shared": True, "prompts": 100},
+            {"batch": 1, "rows": 11, "heads": 16},
+        ],
+        [
             ({"batch": 3, "rows": 1, "tokens": 3, "heads": 3, "channels": 3, "prompts": 3}, dim, 2**30)
             for dim in (0, 1, 2)
         ],
@@ -247,10 +280,27 @@ KERNELS = {
             {"batch": 3, "tokens": 15, "dim": 33, "hidden": 65, "out": 35, "bias": False},
             {"batch": 1, "tokens": 290, "dim": 3, "hidden": 33, "out": 3},
         ],
+        [
+            *({"batch": 1, "tokens": tokens, "hidden": 9} for tokens in (32, 64, 197)),
+            *({"batch": 1, "dim": dim, "out": dim} for dim in (48, 192)),
+            *({"batch": 1, "hidden": hidden} for hidden in (64, 256)),
+        ],
         # Strides are below 2^24.
         [({"batch": 1, "tokens": 194, "dim": 3, "hidden": 194, "out": 3}, dim, 2**24 - 8) for dim in (0, 1)],
         [],
     ),
+}
+
+
+# One block of a ViT-B/16 at 224 x 224 pixels with 50 prompts, by ops.
+REAL = {
+    "add_norm": {"tokens": 197, "dim": 768},
+    "prompt_pool": {"prefix": 1, "patches": 196, "dim": 768, "rows": 50},
+    "prompt_projector": {"prompts": 50, "dim": 768, "width": 8, "eps": 1e-6},
+    "prompt_attention": {"queries": 197, "tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
+    "prompt_attention_packed": {"tokens": 197, "heads": 12, "groups": 12, "dim": 64, "prompts": 50},
+    "absorbed_attention": {"tokens": 197, "heads": 12, "dim": 64, "channels": 768, "prompts": 50},
+    "mlp": {"tokens": 197, "dim": 768, "hidden": 3072, "out": 768},
 }
 
 
@@ -269,7 +319,7 @@ def random_cases(op: str, count: int, which: str = "sizes") -> Iterator[dict[str
 
 
 def precision_cases(op: str, scale: float, count: int = 20) -> Iterator[tuple]:
-    """Cases for ops.assert_policy: ``count`` seeds, the inputs multiplied by ``scale``."""
+    """Cases for op_cases.assert_policy: ``count`` seeds, the inputs multiplied by ``scale``."""
     for seed in range(count):
         torch.manual_seed(seed)
         function, formula, tensors, options = KERNELS[op].make(**KERNELS[op].precise)
@@ -290,7 +340,7 @@ def converted(op: str, case: tuple, dtype: torch.dtype) -> tuple:
 
 
 def laid_out(value: Any, layout: str) -> Any:
-    """``value``, where it is a tensor with something in it, in that one of ops.layouts."""
+    """``value``, where it is a tensor with something in it, in that one of op_cases.layouts."""
     if not isinstance(value, torch.Tensor) or not value.ndim or not value.numel():
         return value
     return dict(layouts(value))[layout]

@@ -1,9 +1,8 @@
 """Mutation tests of the Triton kernels: each small change of a kernel's source has to be noticed.
 
-``python tests/kill_mutants.py [FILE ...]`` makes the mutants of files of kernels/, runs a few quick checks on
-each of them, prints which check notices it, and fails where more than 5% survive; mutants.md says which may.
-It takes about a second a mutant, in a process of its own that is forked from this one: torch and the expected
-results are there already.
+``python tests/tools/kill_mutants.py [FILE ...]`` makes mutants of files of kernels/, runs a few quick checks
+on each, prints which check notices it, and fails where more than 5% survive; mutants.md says which may.
+A mutant takes a second or two, in a process of its own that is forked from this one: torch is there already.
 """
 
 from __future__ import annotations
@@ -15,23 +14,27 @@ import resource
 import signal
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton
 
 import torch
-import torch.nn.functional as F
 import vapt_fast.kernels
-from interpreter import bfloat16, only_last_program, quick_calls
-from kernel_cases import KERNELS, laid_out, precision_cases
+from interpreter import only_last_program, quick_calls
+from kernel_cases import KERNELS
+from kernel_checks import check_far_offsets, check_precision, check_values
 from mutants import PER_FILE, Mutant, chosen
-from op_cases import assert_policy
-from shadow import no_overflow, shadow
+from shadow import no_overflow
 
-from vapt_fast import functional
+sys.path.append(str(Path(__file__).parents[1] / "kernels" / "interpreted"))
+
+import test_attention
+import test_norms
+import test_projector
+
+from vapt_fast import functional, use_backend
 
 # Files of kernels/ -> the ops whose checks have to notice what is wrong with them.
 FILES = {
@@ -47,122 +50,23 @@ CPU_SECONDS = 60
 MOST_SURVIVORS = 0.05
 
 
-# ---- checks
-
 Check = Callable[[], None]
 
 
-def _run(op: Callable, tensors: list, options: dict, layout: str | None = None) -> list[torch.Tensor]:
-    """Outputs and gradients, with everything given in a memory layout."""
-
-    def given(value: Any) -> Any:
-        return value if layout is None else laid_out(value, layout)
-
-    leaves = [given(t).detach().requires_grad_() for t in tensors]
-    outputs = op(*leaves, **{name: given(value) for name, value in options.items()})
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    generator = torch.Generator().manual_seed(1)
-    incoming = [torch.randn(o.shape, dtype=torch.float64, generator=generator).to(o.dtype) for o in outputs]
-    grads = torch.autograd.grad(outputs, leaves, list(map(given, incoming)), materialize_grads=True)
-    return [o.detach() for o in outputs] + list(grads)
-
-
-def _assert_same(actual: list, expected: list, tolerance: float) -> None:
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True)
-
-
-def values(op: str, layout: str, sizes: dict[str, Any]) -> Check:
-    """In float64, under the shadow memory, against the formula."""
-    torch.manual_seed(0)
-    function, formula, tensors, options = KERNELS[op].make(**sizes)
-    expected = _run(formula, tensors, options)
-
-    def check() -> None:
-        with shadow() as findings:
-            actual = _run(function, tensors, options | {"backend": "triton"}, layout)
-        if findings:
-            raise AssertionError(str(findings[0]))
-        _assert_same(actual, expected, 1e-10)
-
-    return check
-
-
-def far_apart(op: str, sizes: dict[str, Any], dim: int, stride: int) -> Check:
-    """With ``stride`` between neighbours in a dimension of each tensor, under the shadow memory.
-
-    What leaves 32 bits on the way raises.
-    """
-    torch.manual_seed(0)
-    function, _, tensors, options = KERNELS[op].make(**sizes)
-    tensors = [t.float() for t in tensors]
-    options = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    expected = _run(function, tensors, options | {"backend": "torch"})
-
-    given = [t for t in (*tensors, *options.values()) if isinstance(t, torch.Tensor) and t.ndim > max(dim, 1)]
-    farthest = max((tensor.shape[dim] - 1) * stride for tensor in given)
-
-    def check() -> None:
-        memory = torch.empty(farthest + 2**20)  # only the pages that are written take any
-        starts = iter(range(0, 2**20, 2**14))
-
-        def apart(value: Any) -> Any:
-            if not isinstance(value, torch.Tensor) or not value.ndim:
-                return value
-            strides = list(torch.empty(value.shape).stride())
-            if value.ndim > max(dim, 1):
-                strides[dim] = stride
-            return memory[next(starts) :].as_strided(value.shape, strides).copy_(value)
-
-        distant = {name: apart(value) for name, value in options.items()}
-        with shadow() as findings, no_overflow():
-            actual = _run(function, list(map(apart, tensors)), distant | {"backend": "triton"})
-        if findings:
-            raise AssertionError(str(findings[0]))
-        _assert_same(actual, expected, 1e-4)
-
-    return check
-
-
-def precision(op: str, dtype: torch.dtype) -> Check:
-    """The policy for low precision, with fewer seeds."""
-
-    def on_triton(cases: Iterator[tuple]) -> Iterator[tuple]:
-        for function, formula, tensors, options in cases:
-            yield partial(function, backend="triton"), formula, tensors, options
-
-    def check() -> None:
-        with bfloat16():
-            assert_policy(KERNELS[op].make, on_triton(precision_cases(op, 1.0, 3)), dtype)
-
-    return check
-
-
-def zero_prompts() -> None:
-    """As they are at first: the derivative of relu at 0 is 0, as PyTorch has it."""
-    torch.manual_seed(0)
-    function, formula, (pooled, bias, *weights), options = KERNELS["prompt_projector"].make()
-    tensors = [torch.zeros_like(pooled), torch.zeros_like(bias), *weights]
-    actual = _run(function, tensors, options | {"backend": "triton"})
-    _assert_same(actual, _run(formula, tensors, options), 1e-10)
-
-
-def norm_of_the_rounded_sum() -> None:
-    """What is normalised is the sum as it is returned, so that the backward sees the same."""
-    torch.manual_seed(0)
-    x, branch = torch.randn(2, 1, 4, 64).half()
-    total, normed = functional.add_norm(x, branch, eps=1e-6, backend="triton")
-    expected = F.layer_norm(total.double(), (64,), eps=1e-6).half()
-    if (normed != expected).double().mean() > 0.02:
-        raise AssertionError("not the norm of the rounded sum")
-
-
-def bias_of_each_image() -> None:
-    torch.manual_seed(0)
-    function, formula, tensors, options = KERNELS["prompt_attention"].make(heads=2, groups=2)
-    options["bias"] = torch.randn(2, 2, 5, 7, dtype=torch.float64)
-    actual = _run(function, tensors, options | {"backend": "triton"})
-    _assert_same(actual, _run(formula, tensors, options), 1e-10)
+def checks(op: str) -> dict[str, Check]:
+    """All checks of an op, those that notice most first."""
+    kernels = KERNELS[op]
+    made: dict[str, Check] = {}
+    for i, sizes in enumerate(kernels.quick):
+        layout = ("transposed", "padded rows")[i % 2]
+        made[f"{op} {' '.join(f'{k}={v}' for k, v in sizes.items())}"] = partial(
+            check_values, op, sizes, layout
+        )
+    made |= {f"{op} alone {i}": check for i, check in enumerate(ALONE.get(op, ()))}
+    made |= {f"{op} far apart {i}": partial(check_far_offsets, op, *far) for i, far in enumerate(kernels.far)}
+    for dtype in (torch.float16, torch.bfloat16):
+        made[f"{op} {str(dtype)[6:]}"] = partial(check_precision, op, dtype, count=3)
+    return made
 
 
 def many_statistics() -> None:
@@ -170,31 +74,18 @@ def many_statistics() -> None:
     tensors = [torch.ones(1, 64, 1, 1).half().expand(2**25 + 64, -1, -1, -1) for _ in range(5)]
     with no_overflow(), only_last_program(), torch.no_grad():
         out = functional.prompt_attention(*tensors, scale=1.0, backend="triton")
-    _assert_same([out[-1]], [tensors[0][-1]], 0)
+    torch.testing.assert_close(out[-1], tensors[0][-1])
 
 
-# Checks of one op alone.
-ALONE = {
-    "prompt_attention": {"bias of each image": bias_of_each_image, "many statistics": many_statistics},
-    "add_norm": {"norm of the rounded sum": norm_of_the_rounded_sum},
-    "prompt_projector": {"zero prompts": zero_prompts},
+# Checks of one op alone: tests, and what would take too long as one.
+ALONE: dict[str, list[Check]] = {
+    "prompt_attention": [
+        partial(test_attention.test_a_bias_may_be_of_each_image_or_of_all_heads, (2, 2, 5, 7)),
+        many_statistics,
+    ],
+    "add_norm": [partial(test_norms.test_what_is_normalised_is_the_sum_as_it_is_returned, "triton")],
+    "prompt_projector": [partial(test_projector.test_prompts_of_zero, torch.float64, "relu")],
 }
-
-
-def checks(op: str) -> dict[str, Check]:
-    """All checks of an op, those that notice most first."""
-    quick = KERNELS[op].quick
-    made = {
-        f"{op} {' '.join(f'{k}={v}' for k, v in sizes.items())}": values(
-            op, ("transposed", "padded rows")[i % 2], sizes
-        )
-        for i, sizes in enumerate(quick)
-    }
-    made |= ALONE.get(op, {})
-    made |= {f"{op} far apart {i}": far_apart(op, *far) for i, far in enumerate(KERNELS[op].far)}
-    return made | {
-        f"{op} {str(dtype)[6:]}": precision(op, dtype) for dtype in (torch.float16, torch.bfloat16)
-    }
 
 
 # ---- running them
@@ -232,7 +123,7 @@ def _first_failure(source: str | None, file: str, suite: dict[str, Check]) -> No
             vapt_fast.kernels.__path__.insert(0, folder)
         for name, check in suite.items():
             try:
-                with quick_calls():
+                with quick_calls(), use_backend("triton"):
                     check()
             except Exception as error:
                 how = next((line for line in str(error).splitlines() if line.strip()), "")
@@ -255,6 +146,8 @@ def survivors(file: str, picked: list[Mutant]) -> list[str]:
     wrong = noticed_by(None, file, suite)
     if wrong:
         raise AssertionError(f"{file} fails as it is: {wrong}")
+    if not noticed_by("raise ImportError('this file is read')", file, suite):
+        raise AssertionError(f"mutants of {file} are not what runs")
     survived = []
     for mutant in picked:
         check, how = noticed_by(mutant.source, file, suite) or (None, None)

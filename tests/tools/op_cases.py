@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +50,11 @@ def attention_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
 
 
-def packed_formula(qkv, prompt_kv, *, num_heads, num_kv_heads, scale, bias=None):
+def packed_formula(qkv, prompt_kv, *, num_heads, num_kv_heads, scale, bias=None, attention=attention_formula):
     dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
     q, kv = qkv.tensor_split([num_heads * dim], dim=-1)
     parts = (q, *kv.chunk(2, dim=-1), *prompt_kv.chunk(2, dim=-1))
-    return attention_formula(*(t.unflatten(-1, (-1, dim)) for t in parts), scale=scale, bias=bias)
+    return attention(*(t.unflatten(-1, (-1, dim)) for t in parts), scale=scale, bias=bias)
 
 
 def cls_formula(q, x, prompts, key_weight, value_weight, *, scale, bias=None):
@@ -222,117 +223,83 @@ def projector_case(
     return case_by_name(functional.prompt_projector, projector_formula, tensors, frozen, options)
 
 
-# What a projector's norm can be: eps, and whether there is an affine.
-NORMS = ((None, False), (1e-6, False), (1e-6, True))
+YES_OR_NO = (False, True)
+LEARNED = {"learned": (True,)}
+RESIDUAL = {"branch": YES_OR_NO, "layer_scale": YES_OR_NO, "affine": YES_OR_NO}
+PREFIXED = {"batch": (1, 3), "prefix": (0, 5), "patches": (1, 16), "dim": (5, 64), "rows": (1, 10)}
+HEADS = {"heads": (4,), "groups": (2, 4), "shared": YES_OR_NO, "bias": YES_OR_NO}
+NORMED = {"eps": (None, 1e-6), "affine": YES_OR_NO}
+MASKED = {"masked": YES_OR_NO, "learned_scale": (True,), **LEARNED}
+FROZEN_OR_NOT = {"bias": YES_OR_NO, "learned": YES_OR_NO}
 
-CASES = {
-    **{
-        f"add_norm-B{b}-T{t}-C{c}-branch{d}-layer_scale{g}-affine{a}": (
-            add_norm_case,
-            {"batch": b, "tokens": t, "dim": c, "branch": d, "layer_scale": g, "affine": a, "learned": True},
-        )
-        for (b, t, c), (d, g), a in itertools.product(
-            (
-                *itertools.product((1, 3), (1, 5), (1, 5, 64)),
-                *((2, 197, 48), (1, 5, 768), (0, 5, 6), (2, 0, 6)),
-            ),
-            ((False, False), (True, False), (True, True)),
-            (False, True),
-        )
-    },
-    **{
-        f"pool-B{b}-S{s}-N{n}-C{c}-R{r}-branch-layer_scale{g}-affine{a}": (
-            pool_case,
-            {"batch": b, "prefix": s, "patches": n, "dim": c, "rows": r, "branch": True, "layer_scale": g}
-            | {"affine": a, "learned": True},
-        )
-        for (b, s, n, c, r), g, a in itertools.product(
-            (
-                *itertools.product((1, 3), (0, 5), (1, 16), (5, 64), (1, 10)),
-                *((0, 1, 4, 6, 3), (2, 1, 4, 6, 0)),
-            ),
-            (False, True),
-            (False, True),
-        )
-    },
-    **{
-        f"pool-B{b}-S{s}-N{n}-C{c}-R{r}-affine{a}": (
-            pool_case,
-            {"batch": b, "prefix": s, "patches": n, "dim": c, "rows": r, "branch": False, "affine": a}
-            | {"learned": a},
-        )
-        for (b, s, n, c, r), a in itertools.product(
-            (
-                *itertools.product((1, 3), (0, 1, 5), (1, 16), (5, 64), (1, 10)),
-                *((2, 1, 196, 48, 50), (0, 1, 4, 6, 3), (2, 1, 4, 6, 0)),
-            ),
-            (False, True),
-        )
-    },
-    **{
-        f"attention-B{b}-q{q}-T{t}-h{h}/{g}-d{d}-P{p}-shared{s}-bias{m}": (
-            attention_case,
-            {"batch": b, "queries": q, "tokens": t, "heads": h, "groups": g, "dim": d, "prompts": p}
-            | {"shared": s, "bias": m},
-        )
-        for b, q, t, (h, g), d, p, s, m in [
-            *itertools.product(
-                (2,), (1, 6), (6,), ((4, 4), (4, 2)), (3, 8), (0, 1, 5), (False, True), (False, True)
-            ),
-            (1, 197, 197, (2, 2), 32, 10, False, False),
-            (0, 5, 5, (2, 2), 4, 3, False, False),
-        ]
-    },
-    **{
-        f"packed-B{b}-T{t}-h{h}/{g}-d{d}-P{p}-shared{s}-bias{m}": (
-            packed_case,
-            {"batch": b, "tokens": t, "heads": h, "groups": g, "dim": d, "prompts": p}
-            | {"shared": s, "bias": m},
-        )
-        for b, t, (h, g), d, p, s, m in [
-            *itertools.product((2,), (1, 6), ((2, 2), (4, 2)), (1, 8), (0, 5), (False, True), (False, True)),
-            (0, 5, (2, 2), 4, 3, False, False),
-        ]
-    },
-    **{
-        f"mlp-B{b}-T{t}-C{c}-D{d}-E{e}-bias{m}-learned{x}": (
+
+def grid(make, **axes):
+    """A maker and its arguments, for each combination of values of the ``axes``."""
+    return [(make, dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+CASES = [
+    *grid(add_norm_case, batch=(1, 3), tokens=(1, 5), dim=(1, 5, 64), **RESIDUAL, **LEARNED),
+    *grid(add_norm_case, batch=(0, 2), tokens=(0, 197), dim=(48,), **RESIDUAL, **LEARNED),
+    *grid(add_norm_case, dim=(768,), **RESIDUAL, **LEARNED),
+    *grid(pool_case, **PREFIXED, **RESIDUAL, **LEARNED),
+    *grid(pool_case, batch=(0, 2), rows=(0, 3), **RESIDUAL, **LEARNED),
+    *grid(pool_case, patches=(196,), dim=(48,), rows=(50,), branch=YES_OR_NO),
+    *grid(attention_case, queries=(1, 6), tokens=(6,), dim=(3, 8), prompts=(0, 1, 5), **HEADS),
+    *grid(attention_case, queries=(197,), tokens=(197,), heads=(2,), groups=(2,), dim=(32,), prompts=(10,)),
+    *grid(packed_case, tokens=(1, 6), dim=(1, 8), prompts=(0, 5), **HEADS),
+    *grid(attention_case, batch=(0,)),
+    *grid(packed_case, batch=(0,)),
+    *(
+        case
+        for dim, hidden, out in ((1, 1, 1), (6, 24, 6), (5, 3, 7))
+        for case in grid(
             mlp_case,
-            {"batch": b, "tokens": t, "dim": c, "hidden": d, "out": e, "bias": m, "learned": x},
+            batch=(0, 1, 3),
+            tokens=(1, 17),
+            dim=(dim,),
+            hidden=(hidden,),
+            out=(out,),
+            **FROZEN_OR_NOT,
         )
-        for b, t, (c, d, e), m, x in itertools.product(
-            (0, 1, 3), (1, 5, 17), ((1, 1, 1), (6, 24, 6), (5, 3, 7)), (False, True), (False, True)
-        )
-    },
-    **{
-        f"cls-R{r}-T{t}-P{p}-shared{s}-bias{m}": (
-            cls_case,
-            {"rows": r, "tokens": t, "prompts": p, "shared": s, "bias": m},
-        )
-        for r, t, p, s, m in itertools.product((1, 2), (1, 17), (0, 1, 10), (False, True), (False, True))
-    },
-    **{
-        f"projector-{a}-B{b}-P{p}-C{c}-r{w}-masked{m}-eps{e}-affine{f}-scaled{s}": (
-            projector_case,
-            {"activation": a, "batch": b, "prompts": p, "dim": c, "width": w}
-            | {"masked": m, "eps": e, "affine": f, "learned_scale": s, "learned": True},
-        )
-        for a, b, p, c, w, m, (e, f), s in [
-            *itertools.product(ACTIVATIONS, (2,), (3,), (6,), (4,), (False, True), NORMS, (False, True)),
-            *itertools.product(("relu",), (1, 3), (1, 10), (5, 64), (None, 1, 8), (True,), NORMS, (False,)),
-            ("relu", 2, 0, 6, 8, True, (1e-6, True), True),
-            ("relu", 0, 3, 6, 8, True, (1e-6, True), True),
-        ]
-    },
-}
+    ),
+    *grid(cls_case, rows=(1, 2), tokens=(1, 17), prompts=(0, 1, 10), shared=YES_OR_NO, bias=YES_OR_NO),
+    *grid(
+        projector_case, activation=ACTIVATIONS, masked=YES_OR_NO, learned_scale=YES_OR_NO, **NORMED, **LEARNED
+    ),
+    *grid(
+        projector_case, batch=(1, 3), prompts=(1, 10), dim=(5, 64), width=(None, 1, 8), **NORMED, **LEARNED
+    ),
+    *grid(projector_case, batch=(0, 2), prompts=(0, 3), masked=(True,), **NORMED, **LEARNED),
+]
+
+GRADCHECK = [
+    *grid(add_norm_case, batch=(1, 2), **RESIDUAL, **LEARNED),
+    *grid(pool_case, prefix=(0, 2), patches=(4,), dim=(5,), rows=(1, 2, 3), **RESIDUAL, **LEARNED),
+    *(
+        case
+        for make in (attention_case, packed_case)
+        for case in grid(make, prompts=(0, 2), **HEADS | {"heads": (2,), "groups": (1, 2)})
+    ),
+    *grid(mlp_case, batch=(1, 2), tokens=(1, 3), **FROZEN_OR_NOT),
+    *grid(cls_case, rows=(1, 2), prompts=(0, 2), shared=YES_OR_NO, bias=YES_OR_NO),
+    *grid(
+        projector_case, activation=("gelu", "sigmoid", "softmax"), eps=(None, 0.1), affine=YES_OR_NO, **MASKED
+    ),
+]
 
 
-def results(op, tensors, options, seed=1):
-    """Outputs of ``op`` and gradients of all ``tensors`` under fixed random output gradients."""
+def results(op, tensors, options, seed=1, lay_out=lambda grad: grad):
+    """Outputs of ``op`` and gradients of all ``tensors`` under fixed random output gradients.
+
+    Args:
+        lay_out: gives an output's gradient another memory layout.
+    """
     leaves = [t.detach().requires_grad_() for t in tensors]
     outputs = op(*leaves, **options)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     random = {"dtype": torch.float64, "device": "cpu", "generator": torch.Generator().manual_seed(seed)}
-    incoming = [torch.randn(o.shape, **random).to(o) for o in outputs]
+    incoming = [lay_out(torch.randn(o.shape, **random).to(o)) for o in outputs]
     grads = torch.autograd.grad(outputs, leaves, incoming, materialize_grads=True)
     return [o.detach() for o in outputs], list(grads)
 
@@ -341,73 +308,6 @@ def assert_same_results(actual, expected, tolerance, message=None):
     """Outputs and gradients agree in shape, dtype and, up to ``tolerance`` relative or absolute, in value."""
     for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message)
-
-
-GRADCHECK = [
-    *[
-        (add_norm_case, {"batch": b, "branch": d, "layer_scale": g, "affine": a, "learned": True})
-        for b in (1, 2)
-        for d, g in ((False, False), (True, False), (True, True))
-        for a in (False, True)
-    ],
-    *[
-        (
-            pool_case,
-            {"batch": b, "prefix": s, "patches": 4, "dim": 5, "rows": r, "branch": True, "layer_scale": g}
-            | {"affine": a, "learned": True},
-        )
-        for b in (1, 2)
-        for s in (0, 2)
-        for r, g in ((1, False), (2, False), (3, True))
-        for a in (False, True)
-    ],
-    *[
-        (
-            pool_case,
-            {"batch": b, "prefix": s, "patches": 4, "dim": 5, "rows": r, "branch": False, "affine": False},
-        )
-        for b in (1, 2)
-        for s in (0, 2)
-        for r in (1, 2, 3)
-    ],
-    *[
-        (attention_case, {"heads": 2, "groups": g, "prompts": p, "shared": s, "bias": m})
-        for g in (1, 2)
-        for p in (0, 2)
-        for s in (False, True)
-        for m in (False, True)
-    ],
-    *[
-        (packed_case, {"heads": 2, "groups": g, "prompts": p, "shared": s, "bias": m})
-        for g in (1, 2)
-        for p in (0, 2)
-        for s in (False, True)
-        for m in (False, True)
-    ],
-    *[
-        (mlp_case, {"batch": b, "tokens": t, "bias": m, "learned": x})
-        for b in (1, 2)
-        for t in (1, 3)
-        for m in (False, True)
-        for x in (False, True)
-    ],
-    *[
-        (cls_case, {"rows": r, "prompts": p, "shared": s, "bias": m})
-        for r in (1, 2)
-        for p in (0, 2)
-        for s in (False, True)
-        for m in (False, True)
-    ],
-    *[
-        (
-            projector_case,
-            {"activation": a, "masked": m, "eps": e, "affine": f, "learned_scale": True, "learned": True},
-        )
-        for a in ("gelu", "sigmoid", "softmax")
-        for m in (False, True)
-        for e, f in ((None, False), (0.1, False), (0.1, True))
-    ],
-]
 
 
 def far_from_zero(seed, make, **sizes):
@@ -449,13 +349,13 @@ def assert_policy(make, cases, dtype):
     """
     # What comes from the backbone is in ``dtype``; the prompts' own arithmetic is at least float32.
     low = {pool_case: (0, *range(4, 8)), projector_case: ()}.get(make, range(9))
+    as_anyone = {attention_case: sdpa_formula, packed_case: partial(packed_formula, attention=sdpa_formula)}
     errors, dtypes = [], []
     for op, formula, tensors, options in cases:
         tensors = [t.to(dtype if i in low else torch.float32) for i, t in enumerate(tensors)]
         options = _with_frozen(options, dtype)
         ours = results(op, tensors, options)
-        eager_formula = sdpa_formula if make is attention_case else formula
-        eager = results(eager_formula, [t.to(dtype) for t in tensors], options)
+        eager = results(as_anyone.get(make, formula), [t.to(dtype) for t in tensors], options)
         exact = results(formula, [t.double() for t in tensors], _with_frozen(options, torch.float64))
         triples = list(zip(*(itertools.chain(*r) for r in (ours, eager, exact)), strict=True))
         dtypes = [mine.dtype for mine, _, _ in triples]

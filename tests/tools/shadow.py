@@ -12,6 +12,8 @@ don't use, and every lane of every load and store is checked:
 - hole: such an element of an argument that nobody has written in the whole ``with`` block. Outputs have none,
   and neither has scratch memory that is no larger than it needs to be.
 
+Atomics raise: they add up in another order every time.
+
 Lanes that are out of bounds are left out, so that the kernel goes on and the process survives.
 """
 
@@ -21,7 +23,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NoReturn
 from unittest import mock
 
 import numpy as np
@@ -174,6 +176,10 @@ class _Launch:
         real(addresses, values, inside)
 
 
+def _no_atomics(*args: Any) -> NoReturn:
+    raise RuntimeError("an atomic operation, whose results depend on the order of programs")
+
+
 def _named(program: int) -> str:
     return "several" if program == SEVERAL else str(program)
 
@@ -244,6 +250,8 @@ def shadow() -> Iterator[list[Finding]]:
             (interpreter, "_implicit_cvt", tagged),
             (memory, "load", lambda *args: launches[-1].load(load, *args)),
             (memory, "store", lambda *args: launches[-1].store(store, *args)),
+            (memory, "atomic_rmw", _no_atomics),
+            (memory, "atomic_cas", _no_atomics),
             (torch, "empty", unwritten(torch.empty)),
             (torch, "empty_like", unwritten(torch.empty_like)),
             (torch, "empty_strided", unwritten(torch.empty_strided)),

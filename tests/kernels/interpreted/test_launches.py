@@ -1,75 +1,16 @@
-"""How the kernels are launched, and what their sources must not have; the same for every op."""
+"""How the kernels of every op are launched, and what PyTorch is told of them."""
 
-import ast
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-import torch.nn.functional as F
-from interpreter import only_last_program
+from interpreter import only_last_program, recorded_launches
 from kernel_cases import KERNELS
 from op_cases import FROZEN
 from shadow import no_overflow
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction
-from vapt_fast.kernels import mlp
-
-from vapt_fast import kernels
-from vapt_fast.backends.triton import configs
-from vapt_fast.backends.triton._launch import launch, num_blocks
-
-SOURCES = sorted(Path(kernels.__file__).parent.glob("*.py"))
-
-
-# ---- sources
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_kernels_use_no_atomics_and_one_axis(path):
-    """Atomics add up in another order every time; the second and third axis end at 65,535."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute):
-            assert "atomic" not in node.attr
-            assert node.attr != "num_programs"
-        if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "program_id":
-            assert [argument.value for argument in node.args] == [0]
-
-
-def in_64_bits(node):
-    """Whether a node is a cast to 64-bit integers."""
-    return (
-        isinstance(node, ast.Call)
-        and getattr(node.func, "attr", "") in ("to", "cast")
-        and any(isinstance(argument, ast.Attribute) and argument.attr == "int64" for argument in node.args)
-    )
-
-
-def products_of_program_ids(node, inside=False):
-    """Source of the products in which a program's number takes part before it is 64 bits wide."""
-    if in_64_bits(node):
-        return
-    inside = node if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mult) else inside
-    if inside and isinstance(node, ast.Attribute) and node.attr == "program_id":
-        yield ast.unparse(inside)
-    for child in ast.iter_child_nodes(node):
-        yield from products_of_program_ids(child, inside)
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
-def test_programs_are_multiplied_in_64_bits(path):
-    assert not list(products_of_program_ids(ast.parse(path.read_text())))
-
-
-def test_a_product_in_32_bits_is_found():
-    wrong = "image = tl.program_id(0) // heads\nx += (tl.program_id(0) % heads + 1) * size"
-    assert list(products_of_program_ids(ast.parse(wrong))) == ["(tl.program_id(0) % heads + 1) * size"]
-    right = "x += tl.program_id(0).to(tl.int64) * size + tl.cast(tl.program_id(0), tl.int64) * size"
-    assert not list(products_of_program_ids(ast.parse(right)))
-
-
-# ---- launches
 
 
 def expanded(op, batch, sizes, leaves=None, narrow=None):
@@ -111,24 +52,13 @@ def forward_and_backward(function, tensors, options):
     return outputs, torch.autograd.grad(outputs, leaves, ones) if leaves else ()
 
 
-@contextmanager
-def recorded(record):
-    """Calls ``record`` with the grid and the arguments of each launch, and launches nothing."""
-
-    def run(kernel, *args, grid, warmup, **kwargs):
-        record(grid, args)
-
-    with mock.patch.object(InterpretedFunction, "run", run):
-        yield
-
-
 @pytest.mark.parametrize("op", KERNELS)
 def test_grids_have_one_dimension(op):
-    grids = []
-    with recorded(lambda grid, args: grids.append(grid)):
+    """The second and third axis end at 65,535."""
+    with recorded_launches(run=False) as launches:
         forward_and_backward(*expanded(op, 65_536, KERNELS[op].quick[0]))
-    assert len(grids) >= 2
-    assert all(len(grid) == 1 and 0 < grid[0] < 2**31 for grid in grids)
+    assert len(launches) >= 2
+    assert all(len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31 for launch in launches)
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -142,9 +72,13 @@ def test_launches_are_on_the_device_of_their_input(op):
         guards.pop()
 
     seen = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        seen.append(list(guards))
+
     with (
         mock.patch.object(torch.cuda, "device_of", device_of),
-        recorded(lambda grid, args: seen.append(list(guards))),
+        mock.patch.object(InterpretedFunction, "run", run),
     ):
         forward_and_backward(*expanded(op, 2, KERNELS[op].quick[0]))
     assert len(seen) >= 2
@@ -168,52 +102,29 @@ def test_results_of_more_than_2_31_elements(op, sizes, narrow, leaves):
         assert torch.equal(ours[-1], theirs[-1])
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(2**25 + 64, 64), (64, 2**25 + 64)])
-def test_more_than_2_31_hidden_features(rows, columns):
-    """The same for mlp, by its kernels alone: the op's other products would take all of the features."""
-    x, weight, bias, grad = torch.randn(1, 3), torch.randn(1, 3), torch.randn(1), torch.randn(1, 3)
-    activated, hidden, grad_hidden = (torch.empty(rows, columns, dtype=torch.float16) for _ in range(3))
-    config = configs.mlp(torch.float32)
-    programs = num_blocks(config, BLOCK_ROWS=rows, BLOCK_COLUMNS=columns)
-    sizes = (rows, columns, 3)
-    with no_overflow(), only_last_program():
-        # Every row of a matrix, and every element of the bias, is the same one.
-        launch(mlp.activate, config, programs, activated, hidden, (x, 0), (weight, 0, 1), (bias, 0), *sizes)
-        launch(mlp.grad_hidden, config, programs, grad_hidden, hidden, (grad, 0), (weight, 1, 0), *sizes)
-    h = (x @ weight.t() + bias).squeeze()
-    assert torch.allclose(hidden[-1, -1].float(), h, rtol=1e-3)
-    assert torch.allclose(activated[-1, -1].float(), F.gelu(h), rtol=1e-3)
-    slope = torch.func.grad(F.gelu)(h)
-    assert torch.allclose(grad_hidden[-1, -1].float(), (grad @ weight.t()).squeeze() * slope, rtol=1e-2)
+# ---- what is launched
 
 
-# ---- as ops of PyTorch
+# Of each op with several backward kernels, tensors that learn while the others do not.
+FEW = [
+    ("prompt_pool", (0,)),
+    ("prompt_pool", (1,)),
+    ("prompt_projector", (0, 1)),
+    ("prompt_attention", (3, 4)),
+    ("prompt_attention_packed", (1,)),
+    ("absorbed_attention", (2,)),
+]
 
 
-class Calls(TorchDispatchMode):
-    """The calls of the library's own ops, as (op, arguments)."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "vapt_fast":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("op", KERNELS)
-def test_opcheck_at_two_sizes(op):
-    """Every op that runs forward or backward: a fake with a fixed size would fail at the second."""
-    for sizes in KERNELS[op].quick[:2]:
-        torch.manual_seed(0)
-        function, _, tensors, options = KERNELS[op].make(**sizes)
-        with Calls() as recorder:
-            forward_and_backward(function, [t.requires_grad_() for t in tensors], options)
-        assert len({func for func, _ in recorder.calls}) >= 2
-        for func, args in recorder.calls:
-            torch.library.opcheck(func, args, test_utils=("test_schema", "test_faketensor"))
+@pytest.mark.parametrize(("op", "learns"), FEW)
+def test_nothing_is_launched_for_what_needs_no_gradient(op, learns):
+    counts = []
+    for leaves in ((), learns, None):
+        with recorded_launches(run=False) as launches:
+            forward_and_backward(*expanded(op, 2, KERNELS[op].quick[0], leaves))
+        counts.append(len(launches))
+    none, few, every = counts
+    assert 0 < none < few < every
 
 
 @pytest.mark.parametrize("op", KERNELS)
@@ -228,6 +139,6 @@ def test_a_backward_is_given_no_zeros(op):
             return function(*args, **({} if kwargs is None else kwargs))
 
     function, tensors, options = expanded(op, 2, KERNELS[op].quick[0])
-    with recorded(lambda grid, args: None), Watch():
+    with recorded_launches(run=False), Watch():
         forward_and_backward(function, tensors, options)
     assert not made
