@@ -111,6 +111,9 @@ class Arguments(NamedTuple):
     dtype: torch.dtype
 
 
+_TENSORS = Arguments._fields[:9]
+
+
 def _check(args: Arguments) -> None:
     batch, num_prompts, dim = args.pooled.shape
     down, up = args.down, args.up
@@ -134,7 +137,7 @@ def _check(args: Arguments) -> None:
             raise ValueError("feature_mask must be None without down and up, whose features it drops")
         check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
     check_choice("activation", args.activation, tuple(ACTIVATIONS))
-    tensors = {name: getattr(args, name) for name in args._fields[:9]}
+    tensors = dict(zip(_TENSORS, args[:9], strict=True))
     check_float(**tensors)
     check_same_device(**tensors)
 
@@ -145,13 +148,11 @@ def _in_one_dtype(args: Arguments) -> Arguments:
     def to_own(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(args.pooled.dtype)
 
-    return args._replace(
-        bias=args.bias.to(args.pooled.dtype),
-        down=to_own(args.down),
-        up=to_own(args.up),
-        scale=to_own(args.scale),
-        channel_mask=to_own(args.channel_mask),
-        feature_mask=to_own(args.feature_mask),
+    learned = (args.bias.to(args.pooled.dtype), to_own(args.down), to_own(args.up), to_own(args.scale))
+    masks = (to_own(args.channel_mask), to_own(args.feature_mask))
+    affine = (args.norm_weight, args.norm_bias)
+    return Arguments(
+        args.pooled, *learned, *masks, *affine, args.factor, args.activation, args.eps, args.dtype
     )
 
 
