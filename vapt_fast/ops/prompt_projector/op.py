@@ -111,9 +111,6 @@ class Arguments(NamedTuple):
     dtype: torch.dtype
 
 
-_TENSORS = Arguments._fields[:9]
-
-
 def _check(args: Arguments) -> None:
     batch, num_prompts, dim = args.pooled.shape
     down, up = args.down, args.up
@@ -137,7 +134,16 @@ def _check(args: Arguments) -> None:
             raise ValueError("feature_mask must be None without down and up, whose features it drops")
         check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
     check_choice("activation", args.activation, tuple(ACTIVATIONS))
-    tensors = dict(zip(_TENSORS, args[:9], strict=True))
+    tensors = {
+        "pooled": args.pooled,
+        "bias": args.bias,
+        "down": down,
+        "up": up,
+        "scale": args.scale,
+        "channel_mask": args.channel_mask,
+        "feature_mask": args.feature_mask,
+        **affine,
+    }
     check_float(**tensors)
     check_same_device(**tensors)
 
