@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Collection, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, get_type_hints
 
@@ -59,7 +60,6 @@ class Op:
     Attributes:
         name: of its folder, and in ``torch.ops.vapt_fast``.
         folder: where its implementations are, if not in the folder of its name.
-        implementations: the files beside ``torch.py``.
         num_results: how many of the outputs are results, which may be differentiated; the others are kept.
         measured: where an implementation was found to be faster than PyTorch; the first that fits is taken.
         signature: its tuples, called args, out, saved and grads below.
@@ -69,7 +69,6 @@ class Op:
 
     name: ClassVar[str]
     folder: ClassVar[str | None] = None
-    implementations: ClassVar[tuple[str, ...]]
     num_results: ClassVar[int] = 1
     measured: ClassVar[tuple[Measurement, ...]] = ()
     signature: ClassVar[Signature]
@@ -97,6 +96,10 @@ class Op:
 
     def __init__(self) -> None:
         OPS[self.name] = self
+        folder = Path(__file__).with_name(self.folder or self.name)
+        names = (name for name in backends.BACKENDS if name != "torch")
+        # Those that have a file.
+        self.implementations = tuple(name for name in names if (folder / f"{name}.py").exists())
         hints = get_type_hints(self.signature.arguments)
         self._tensors = tuple(name for name, hint in hints.items() if _SCHEMA[hint].startswith("Tensor"))
         saved = get_type_hints(self.signature.saved)

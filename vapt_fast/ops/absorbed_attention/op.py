@@ -117,7 +117,6 @@ class Gradients(NamedTuple):
 
 class _AbsorbedAttention(Op):
     name = "absorbed_attention"
-    implementations = ("triton",)
     measured = (
         Measurement("triton", 1.9, "forward 53 µs against 101", fits=lambda args: args.x.dtype in HALF),
     )

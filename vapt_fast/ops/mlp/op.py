@@ -102,7 +102,6 @@ class _Mlp(Op):
     # No implementation was measured to be faster: a product with GELU takes 170 + 220 microseconds, forward
     # and backward, in Triton, and 144 + 156 in PyTorch, on an H200 (ViT-B/16, bfloat16, 64 images).
     name = "mlp"
-    implementations = ("triton",)
     signature = Signature(Arguments, Outputs, Saved, Gradients)
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:

@@ -198,7 +198,6 @@ def _few_keys(args: Arguments) -> bool:
 
 class _PromptAttention(Op):
     name = "prompt_attention"
-    implementations = ("triton",)
     measured = (
         Measurement(
             "triton",
@@ -269,7 +268,6 @@ def _unpacked(args: PackedArguments) -> Arguments:
 class _PackedAttention(Op):
     name = "prompt_attention_packed"
     folder = "prompt_attention"
-    implementations = _PromptAttention.implementations
     measured = tuple(
         replace(entry, fits=lambda args: _few_keys(_unpacked(args))) for entry in _PromptAttention.measured
     )

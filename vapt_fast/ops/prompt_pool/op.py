@@ -179,7 +179,6 @@ class Gradients(NamedTuple):
 
 class _PromptPool(Op):
     name = "prompt_pool"
-    implementations = ("triton", "cuda")
     num_results = 3
     # What PyTorch's backward takes is the difference of whole steps.
     measured = (

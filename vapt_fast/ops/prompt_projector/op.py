@@ -201,7 +201,6 @@ class Gradients(NamedTuple):
 
 class _PromptProjector(Op):
     name = "prompt_projector"
-    implementations = ("triton",)
     # It computes in float32 at least; what counts is whether the prompts are rounded to 16 bits.
     measured = (
         Measurement(
