@@ -74,56 +74,19 @@ def prompt_projector(
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
     check_shape("pooled", pooled, "(B, P, C)", None, None, None)
-    batch, num_prompts, dim = pooled.shape
-    check_shape("bias", bias, "(P,)", num_prompts)
-    if (down is None) != (up is None):
-        raise ValueError(f"down and up must be given together, got {'up' if down is None else 'down'} alone")
-    if down is not None and up is not None:
-        check_shape("down", down, "(r, C)", None, dim)
-        check_shape("up", up, "(C, r)", dim, down.shape[0])
-    if isinstance(scale, Tensor):
-        check_shape("scale", scale, "(1,)", 1)
-    else:
-        scale = check_number("scale", scale, "a finite number or a tensor (1,)")
-    if eps is None and (norm_weight is not None or norm_bias is not None):
-        given = "norm_bias" if norm_weight is None else "norm_weight"
-        raise ValueError(f"{given} must be None where eps is, got a tensor: without eps there is no norm")
+    learned_scale, factor = scale if isinstance(scale, Tensor) else None, 1.0
+    if not isinstance(scale, Tensor):
+        factor = check_number("scale", scale, "a finite number or a tensor (1,)")
     if eps is not None:
         eps = check_number("eps", eps, "a finite number of at least 0 or None", least=0)
-    check_affine(dim, norm_weight=norm_weight, norm_bias=norm_bias)
-    if channel_mask is not None:
-        check_shape("channel_mask", channel_mask, "(B, 1, C)", batch, 1, dim)
-    if feature_mask is not None:
-        if down is None:
-            raise ValueError("feature_mask must be None without down and up, whose features it drops")
-        check_shape("feature_mask", feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
-    check_choice("activation", activation, tuple(ACTIVATIONS))
     if dtype is not None:
         check_dtype("dtype", dtype)
-    tensors = {
-        "pooled": pooled,
-        "bias": bias,
-        "down": down,
-        "up": up,
-        "scale": scale if isinstance(scale, Tensor) else None,
-        "channel_mask": channel_mask,
-        "feature_mask": feature_mask,
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-    }
-    check_float(**tensors)
-    check_same_device(**tensors)
-    own = pooled.dtype
-
-    def to_own(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(own)
-
-    learned = (bias.to(own), to_own(down), to_own(up), to_own(tensors["scale"]))
-    masks, affine = (to_own(channel_mask), to_own(feature_mask)), (norm_weight, norm_bias)
-    factor = 1.0 if isinstance(scale, Tensor) else scale
-    dtype = own if dtype is None else dtype
+    learned, masks = (bias, down, up, learned_scale), (channel_mask, feature_mask)
+    affine = (norm_weight, norm_bias)
+    dtype = pooled.dtype if dtype is None else dtype
     args = Arguments(pooled, *learned, *masks, *affine, factor, activation, eps, dtype)
-    (prompts,) = _OP.run(backend, args)
+    _check(args)
+    (prompts,) = _OP.run(backend, _in_one_dtype(args))
     return prompts
 
 
@@ -146,6 +109,57 @@ class Arguments(NamedTuple):
     activation: str
     eps: float | None
     dtype: torch.dtype
+
+
+def _check(args: Arguments) -> None:
+    batch, num_prompts, dim = args.pooled.shape
+    down, up = args.down, args.up
+    check_shape("bias", args.bias, "(P,)", num_prompts)
+    if (down is None) != (up is None):
+        raise ValueError(f"down and up must be given together, got {'up' if down is None else 'down'} alone")
+    if down is not None and up is not None:
+        check_shape("down", down, "(r, C)", None, dim)
+        check_shape("up", up, "(C, r)", dim, down.shape[0])
+    if args.scale is not None:
+        check_shape("scale", args.scale, "(1,)", 1)
+    affine = {"norm_weight": args.norm_weight, "norm_bias": args.norm_bias}
+    given = [name for name, tensor in affine.items() if tensor is not None]
+    if args.eps is None and given:
+        raise ValueError(f"{given[0]} must be None where eps is, got a tensor: without eps there is no norm")
+    check_affine(dim, **affine)
+    if args.channel_mask is not None:
+        check_shape("channel_mask", args.channel_mask, "(B, 1, C)", batch, 1, dim)
+    if args.feature_mask is not None:
+        if down is None:
+            raise ValueError("feature_mask must be None without down and up, whose features it drops")
+        check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
+    check_choice("activation", args.activation, tuple(ACTIVATIONS))
+    tensors = {
+        "pooled": args.pooled,
+        "bias": args.bias,
+        "down": down,
+        "up": up,
+        "scale": args.scale,
+        "channel_mask": args.channel_mask,
+        "feature_mask": args.feature_mask,
+        **affine,
+    }
+    check_float(**tensors)
+    check_same_device(**tensors)
+
+
+def _in_one_dtype(args: Arguments) -> Arguments:
+    """``args`` with all tensors but the norm's in the dtype of ``pooled``."""
+
+    def to_own(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(args.pooled.dtype)
+
+    learned = (args.bias.to(args.pooled.dtype), to_own(args.down), to_own(args.up), to_own(args.scale))
+    masks = (to_own(args.channel_mask), to_own(args.feature_mask))
+    affine = (args.norm_weight, args.norm_bias)
+    return Arguments(
+        args.pooled, *learned, *masks, *affine, args.factor, args.activation, args.eps, args.dtype
+    )
 
 
 class Outputs(NamedTuple):
