@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_cases import KERNELS, REAL, converted, laid_out, precision_cases, random_cases
 from op_cases import assert_policy, assert_same_results, results
-from vapt_fast.ops.base import OPS
 
 from vapt_fast import BackendUnavailableError, functional, use_backend
+from vapt_fast.ops.base import OPS
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
