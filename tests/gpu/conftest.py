@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from vapt_fast.backends import _dispatch
+from vapt_fast.ops import device
 
 HERE = os.path.dirname(__file__)
 
@@ -40,7 +40,7 @@ def on_the_gpu():
 @pytest.fixture(params=["triton", "cuda"])
 def backend(request):
     """Each backend that has kernels of its own."""
-    reasons = _dispatch.unavailable_because(request.param)
+    reasons = device.unavailable_reasons(request.param)
     if reasons:
         pytest.skip(f"{request.param}: {'; '.join(reasons)}")
     return request.param

@@ -14,7 +14,7 @@ from kernel_cases import KERNELS, converted
 from op_cases import results
 
 from vapt_fast import BackendUnavailableError, use_backend
-from vapt_fast.backends import _dispatch
+from vapt_fast.ops import device
 
 
 def _run(backend: str, op: str) -> int:
@@ -35,10 +35,10 @@ def main() -> None:
     count = 0
     with torch.device("cuda"):
         for backend in ("triton", "cuda"):
-            if not _dispatch.unavailable_because(backend):
+            if not device.unavailable_reasons(backend):
                 count += sum(_run(backend, op) for op in KERNELS)
-        if not _dispatch.unavailable_because("cuda"):
-            import_module("vapt_fast.backends.cuda.prompt_pool").ONE_PASS = False
+        if not device.unavailable_reasons("cuda"):
+            import_module("vapt_fast.ops.prompt_pool.cuda").ONE_PASS = False
             count += _run("cuda", "prompt_pool")
     torch.cuda.synchronize()
     print(f"{count} cases ran")

@@ -7,9 +7,9 @@ import pytest
 import torch
 from kernel_cases import KERNELS, REAL, converted, laid_out, precision_cases, random_cases
 from op_cases import assert_policy, assert_same_results, results
-from vapt_fast.backends import _dispatch
 
 from vapt_fast import BackendUnavailableError, functional, use_backend
+from vapt_fast.ops.base import OPS
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
 
@@ -23,13 +23,9 @@ def run(backend, function, tensors, options):
         pytest.skip(str(reason))
 
 
-def op_of(name):
-    return name.removesuffix("_packed")
-
-
 @pytest.fixture(params=KERNELS)
 def op(request, backend):
-    if backend not in _dispatch.IMPLEMENTATIONS[op_of(request.param)]:
+    if backend not in OPS[request.param].implementations:
         pytest.skip(f"{request.param} has no kernels on backend {backend!r}")
     return request.param
 
@@ -77,7 +73,7 @@ def test_error_is_at_most_that_of_eager_pytorch(op, backend, dtype, scale, sizes
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_pooling_in_two_passes(dtype, scale, monkeypatch):
     """As GPUs without clusters of thread blocks do it, on those that have them."""
-    monkeypatch.setattr(import_module("vapt_fast.backends.cuda.prompt_pool"), "ONE_PASS", False)
+    monkeypatch.setattr(import_module("vapt_fast.ops.prompt_pool.cuda"), "ONE_PASS", False)
     assert_policy_of_cuda_kernels(dtype, scale, 100)
 
 

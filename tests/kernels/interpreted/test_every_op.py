@@ -9,6 +9,7 @@ from interpreter import bfloat16
 from kernel_cases import KERNELS, converted, laid_out, random_cases
 from kernel_checks import check_far_offsets, check_precision, check_values, made
 from op_cases import assert_same_results, results
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -289,15 +290,19 @@ def test_a_forward_derivative_raises(op):
 
 @pytest.mark.full
 @for_every_op
-def test_compiles_into_one_graph_for_any_batch(op):
+def test_compiles_once_for_every_batch(op):
     unmasked = {"masked": False} if "masked" in KERNELS[op].sizes else {}
     _, _, _, options = everything(op, **unmasked)
     torch.compiler.reset()
     function = partial(everything(op)[0], **options, backend="triton")
-    compiled = torch.compile(lambda *a: function(*a), fullgraph=True, dynamic=True, backend="aot_eager")
-    for batch in (2, 3, 5):
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(lambda *a: function(*a), fullgraph=True, dynamic=True, backend=backend)
+    counts = []
+    for batch in (9, 10, 12):  # unlike any other size, which tracing would take for the same
         _, _, tensors, _ = everything(op, batch=batch, **unmasked)
         assert_same_results(results(compiled, tensors, {}), results(function, tensors, {}), 1e-13)
+        counts.append(backend.frame_count)
+    assert counts[1:] == counts[:1] * 2
 
 
 # ---- what they refuse

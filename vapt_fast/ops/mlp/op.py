@@ -107,7 +107,7 @@ class _Mlp(Op):
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         x = args.x
         y = x.new_empty((*x.shape[:2], args.fc2_weight.shape[0]))
-        return Outputs(y, x.new_empty((len(x) if args.keep else 0, x.shape[1], args.fc1_weight.shape[0])))
+        return Outputs(y, x.new_empty((x.shape[0] if args.keep else 0, x.shape[1], args.fc1_weight.shape[0])))
 
     def save(self, args: Arguments, out: Outputs) -> Saved:
         return Saved(out.hidden, args.fc1_weight, args.fc2_weight)
