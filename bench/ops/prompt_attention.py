@@ -12,7 +12,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from vapt_fast import BackendUnavailableError
 from vapt_fast.functional import prompt_attention_packed
 
-RIVALS = (*kernels("prompt_attention"), "cudnn", "flash", "efficient", "explicit")
+LIBRARIES = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+}
+RIVALS = (*kernels("prompt_attention"), *LIBRARIES, "explicit")
 PROMPTS = True
 
 
@@ -36,16 +41,16 @@ def implementation(name: str, sizes: Sizes) -> Op:
     if name == "explicit":
         return partial(_explicit, sizes.heads)
     heads = {"num_heads": sizes.heads, "num_kv_heads": sizes.heads, "scale": _scale(sizes.heads, sizes.dim)}
-    if name != "efficient":
+    if name not in LIBRARIES:
         return partial(prompt_attention_packed, **heads, backend=name)
     if sizes.device.type != "cuda":
-        raise BackendUnavailableError("PyTorch's memory-efficient attention needs a CUDA GPU")
+        raise BackendUnavailableError(f"PyTorch's {name} attention needs a CUDA GPU")
 
-    def efficient(qkv: Tensor, prompt_kv: Tensor) -> Tensor:
-        with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+    def by_library(qkv: Tensor, prompt_kv: Tensor) -> Tensor:
+        with sdpa_kernel(LIBRARIES[name]):
             return prompt_attention_packed(qkv, prompt_kv, **heads, backend="torch")
 
-    return efficient
+    return by_library
 
 
 def _scale(heads: int, dim: int) -> float:
