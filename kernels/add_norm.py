@@ -8,7 +8,7 @@ For a row of C channels, with statistics over them:
 
 A row stays in registers, as CHUNKS blocks of BLOCK_C channels, so each tensor passes through memory once:
 the forward kernel reads x and branch and writes total and normed; the backward kernel reads total and the
-gradients of total and normed, and writes those of x and branch. What there is none of (branch, layer_scale,
+gradients of total and normed, and writes those of x and branch. What is absent (branch, layer_scale,
 weight and bias, a gradient that nobody needs) is None and costs nothing.
 
 Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples of a

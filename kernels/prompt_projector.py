@@ -8,7 +8,7 @@ For image b, prompt p, channel c and feature j of the projector, f being its act
     raw[b, p, c]      = t[b, p, c] + sum_j up[c, j] * features[b, p, j]
     prompts[b, p, c]  = (raw[b, p, c] - mean[b, p]) * rstd[b, p] * norm_weight[c] + norm_bias[c]
 
-What there is none of is None and costs nothing: the masks, a ``scale`` beside the number SCALE, the projector
+What is absent is None and costs nothing: the masks, a ``scale`` beside the number SCALE, the projector
 (down, up and hidden), the norm (EPS, mean and rstd), its affine (norm_weight and norm_bias).
 
 A row is a prompt of an image. A program takes BLOCK_ROWS of them and goes through their channels several

@@ -25,7 +25,7 @@ def _option(default: Any, help: str, check: Check, *flags: str, choices: Sequenc
     """A field of PromptConfig, from which everything about the option derives.
 
     Args:
-        default: its default; of a factory if callable.
+        default: its default.
         help: what it means, for ``help(PromptConfig)`` and the command line.
         check: called with the name and the value; returns the value as it is kept, or raises.
         flags: its names on the command line beside ``--name``.

@@ -87,6 +87,6 @@ class BeitFamily(Family):
         return block(tokens, shared_rel_pos_bias=positions.bias)
 
     def pool(self, model: TimmViT, tokens: Tensor, pool_type: str | None) -> Any:
-        """Pool as ``forward_head`` does, which has no method for it."""
+        """Pool as ``forward_head`` does; timm's Beit has no method of its own for it."""
         kind = model.global_pool if pool_type is None else pool_type
         return global_pool_nlc(tokens, kind, num_prefix_tokens=model.num_prefix_tokens)

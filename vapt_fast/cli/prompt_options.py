@@ -18,7 +18,7 @@ PROMPT_OPTIONS = [field for field in fields(PromptConfig) if not field.name.star
 _METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "full")
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
-# As many as are registered.
+# The methods are those of the registered kinds, so no type checker can know them.
 _METHOD: Any = Annotated[
     Literal[tuple(dict.fromkeys([*_METHODS, *KINDS]))],
     option(f"What to train. The kinds of PromptConfig are other names: {_OTHER_NAMES}.", MODEL),

@@ -163,7 +163,6 @@ def _flat(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
-
     if (output / OPTIONS_NAME).exists() and not overwrite:
         raise UserError(
             f"--output {output} has a run already: give --resume to go on with it, --overwrite to replace "
@@ -172,7 +171,6 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 
 def _describe(model: Any, splits: Any, options: RunOptions) -> None:
-
     test = "none" if splits.test is None else f"{len(splits.test):,}"
     say(
         f"{count(len(splits.class_names), 'class', 'classes')}; {count(len(splits.train), 'image')} to train "

@@ -189,7 +189,12 @@ def _normalise(
     num_prefix: int,
     backend: str | None,
 ) -> tuple[Tensor, Tensor, Tensor, KeysValues | None]:
-    """Return the tokens (B, T, C); they and the prompts (B or 1, P, C) after norm1; keys and values."""
+    """Normalise the tokens, and the prompts of ``source``, by the block's norm1.
+
+    Returns:
+        the tokens (B, T, C) before the norm, the tokens and the prompts (B or 1, P, C) after it, and the keys
+        and values of a source that gives those instead; None elsewhere.
+    """
     norm, module = parts.norm1, parts.block.norm1
     if norm is not None and hasattr(source, "pool"):
         branch = {"branch": stream.branch, "layer_scale": stream.layer_scale}
@@ -218,7 +223,7 @@ def _attention(
     The prompts are projected to keys and values; those that are given already join as they are.
     """
     heads, kv_heads = parts.num_heads, parts.num_kv_heads
-    as_projected = rope is None and parts.k_norm is None  # keys
+    as_projected = rope is None and parts.k_norm is None  # whether keys are what the projection gives
     options: dict[str, Any] = {"bias": bias, "backend": backend}
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
         qkv = F.linear(normed, *parts.qkv)

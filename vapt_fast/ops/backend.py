@@ -23,7 +23,7 @@ __all__ = [
     "warn_once",
 ]
 
-# Under "triton" or "cuda" an op without such kernels runs as under "torch".
+# What each name means. An op that has no kernels of that sort runs as under "torch".
 BACKENDS = {
     "auto": "the fastest that was measured, op by op; else torch",
     "reference": "the paper, literally, in plain PyTorch: the oracle",

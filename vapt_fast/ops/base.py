@@ -1,6 +1,6 @@
 """What an op is: described once, whatever computes it.
 
-An op is a folder. Its ``__init__.py`` has the public function, which checks what it is given, and an ``Op``:
+An op is a folder. Its ``op.py`` has the public function, which checks what it is given, and an ``Op``:
 the arguments, what is computed from them, what is kept for the backward, what has a gradient, and what was
 measured. Beside it lie the implementations, one file each:
 
@@ -55,7 +55,7 @@ class Signature(NamedTuple):
 
 
 class Op:
-    """The description of an op; one instance an op.
+    """The description of an op; one instance for each op.
 
     Attributes:
         name: of its folder, and in ``torch.ops.vapt_fast``.

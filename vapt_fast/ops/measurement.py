@@ -12,7 +12,8 @@ from torch import Tensor
 __all__ = ["HALF", "INHERITING", "Measurement", "has_half_tokens"]
 
 HALF = (torch.float16, torch.bfloat16)
-# Compute capabilities on which nothing was measured, but all of the kernels run: A100, B200, consumer GPUs.
+# Compute capabilities that take over what was measured on another: A100, B200, consumer GPUs. All kernels run
+# there.
 INHERITING = ((8, 0), (8, 6), (8, 9), (10, 0), (12, 0))
 
 

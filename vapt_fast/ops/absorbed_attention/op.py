@@ -36,7 +36,7 @@ def absorbed_attention(
     """Compute softmax(scale * q K^T + [0, bias]) V by heads, with K = Wk [prompts, x], V = Wv [prompts, x].
 
     For head m: u = Wk_m^T q_m; the score of row n is x_n . u; y = sum_n p_n x_n; the result is Wv_m y. So for
-    R queries the products of Wk and Wv with all T + P rows vanish, forward and backward.
+    R queries Wk and Wv are multiplied by R rows, not by all T + P, forward and backward.
 
     Args:
         q: (B, R, h, d), queries.

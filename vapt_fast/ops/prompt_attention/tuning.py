@@ -10,8 +10,9 @@ __all__ = ["LARGEST_HEAD", "config"]
 
 LARGEST_HEAD = 128  # channels
 
-# By bytes of an element and head size at most: queries, keys and warps of a program of each kernel. 16-bit
-# products run on tensor cores; others take registers, so their blocks are smaller.
+# By bytes of an element and largest head size: how many queries and keys a program of each kernel holds, and
+# its warps. 16-bit products run on tensor cores; the operands of others are in registers, so their blocks are
+# smaller.
 _BLOCKS = {
     (2, 64): {"fwd": (64, 32, 4), "bwd_queries": (64, 32, 4), "bwd_keys": (32, 64, 4)},
     (2, 128): {"fwd": (128, 32, 8), "bwd_queries": (64, 32, 8), "bwd_keys": (32, 64, 8)},

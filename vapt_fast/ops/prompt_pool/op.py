@@ -64,8 +64,7 @@ def prompt_pool(
         total (B, S + N, C), in the dtype of x + branch (``x`` itself without branch); normed (B, S + N, C),
         in total's dtype or in that of autocast where it is on, as in add_norm; pooled (B, R, C) in
         ``matrix``'s dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast; the kernels
-        round the factors of products to tf32 where normed is of 16 bits, and those of "cuda" are for nothing
-        else.
+        round the factors of products to tf32 where normed has 16 bits, and those of "cuda" need it to have.
         Differentiable in all tensors, once: the backward is written by hand. The kernels have no gradient of
         norm_weight, norm_bias and layer_scale: where gradients are on, these must not require one there.
 

@@ -13,7 +13,7 @@ __all__ = ["Configs", "configs"]
 
 @dataclass(frozen=True)
 class Configs:
-    """One a kernel."""
+    """One for each kernel."""
 
     fwd: Config
     bwd_tokens: Config
