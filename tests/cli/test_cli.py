@@ -11,6 +11,7 @@ import sys
 import time
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 
 import numpy as np
 import pytest
@@ -230,7 +231,9 @@ def test_ctrl_c_leaves_the_earlier_adapter_and_a_run_to_resume(copied):
     adapter = (folder / "adapter_model.safetensors").read_bytes()
     command = [sys.executable, "-m", "vapt_fast", "train", "--output", str(folder), "--overwrite"]
     options = ["--train-images", "50", "--epochs", "3000", "--lr", "1", "--prompts", "2"]
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True)
+    # Not ignored, as it is by what a shell starts in the background.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
     try:
         deadline = time.monotonic() + 120
         while not (folder / "checkpoint.pt").exists():
