@@ -5,6 +5,7 @@ from . import registry as registry  # its import gives timm the names vapt_*
 from ._version import __version__
 from .adapters import AdapterError
 from .config import PromptConfig
+from .cuda_graphs import CudaGraphError, use_cuda_graphs
 from .model import AdaptiveViT
 from .official import from_official, to_official
 from .ops.backend import BackendUnavailableError, use_backend
@@ -13,10 +14,12 @@ __all__ = [
     "AdapterError",
     "AdaptiveViT",
     "BackendUnavailableError",
+    "CudaGraphError",
     "PromptConfig",
     "__version__",
     "from_official",
     "functional",
     "to_official",
     "use_backend",
+    "use_cuda_graphs",
 ]

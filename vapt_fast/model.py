@@ -27,11 +27,12 @@ from .backbones import (
 )
 from .config import PromptConfig, split_options
 from .creation import make_backbone, reset_head
+from .cuda_graphs import Graphs, check_choice
 from .data import eval_transform, full_data_config
 from .forward import fused, reference
 from .initialisation import init_from_data
 from .modules import call_within, weights_of
-from .ops.backend import check_backend, resolve
+from .ops.backend import BACKENDS, check_backend, resolve
 from .prompts import Geometry, Prompts
 from .source import backbone_source, check_state_names
 from .timm_api import TimmModel, normed_tokens
@@ -63,6 +64,9 @@ class AdaptiveViT(TimmModel):
             defaults for all others.
         backend: "auto", "reference", "torch", "triton" or "cuda"; see vapt_fast.use_backend. None
             leaves the choice to the environment variable VAPT_FAST_BACKEND, then "auto".
+        cuda_graphs: whether calls on a GPU that come again and again are captured as CUDA graphs, with their
+            backward pass; see vapt_fast.use_cuda_graphs. None leaves the choice to the environment variable
+            VAPT_FAST_CUDA_GRAPHS, then does it wherever it is safe.
         pretrained: load the backbone's pre-trained weights; only with a name.
         options: those of PromptConfig; with a name, anything ``timm.create_model`` takes (``num_classes``,
             ``img_size``, ``in_chans``, ``global_pool``, ``drop_rate``, ...); with a timm model, only
@@ -79,7 +83,7 @@ class AdaptiveViT(TimmModel):
         adapters: what is learned, by name; today there is one, "default".
         prompts, head: those of the active adapter; both may be replaced.
         config: the PromptConfig.
-        backend: what was asked for.
+        backend, cuda_graphs: what was asked for.
         backbone_name: timm's name of the backbone with its tag; None if it has none.
         backbone_source: where it comes from; see vapt_fast.source.backbone_source.
         adapter_metadata: what the user stored with the adapter that was loaded last.
@@ -93,6 +97,7 @@ class AdaptiveViT(TimmModel):
         *,
         prompts: PromptConfig | None = None,
         backend: str | None = None,
+        cuda_graphs: bool | None = None,
         pretrained: bool = False,
         **options: Any,
     ) -> None:
@@ -107,6 +112,8 @@ class AdaptiveViT(TimmModel):
 
         self.config = config
         self.backend = backend
+        self.cuda_graphs = check_choice(cuda_graphs)
+        self._cuda_graphs = Graphs()
         known = pretrained if isinstance(backbone, str) else None
         self.backbone_source = backbone_source(model, timm_options, known)
         self.backbone_name = self.backbone_source["name"]
@@ -211,10 +218,19 @@ class AdaptiveViT(TimmModel):
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, number of channels, size or device.
         """
-        return self._adapter(self._run(images, self._head_inputs, num_rows=num_pooled_rows(self.backbone)))
+        backend = resolve(self.backend)
+        self.check_images(images)
+        if torch.compiler.is_compiling():
+            return self._logits(images, backend)
+        return self._cuda_graphs(_LOGITS[backend], self, images, preferred=self.cuda_graphs)
+
+    def _logits(self, images: Tensor, backend: str) -> Tensor:
+        num_rows = num_pooled_rows(self.backbone)
+        return self._adapter(self._run(images, self._head_inputs, backend, num_rows=num_rows))
 
     def forward_features(self, images: Tensor) -> Tensor:
         """All tokens after the final norm, without prompts: (B, T, C)."""
+        self.check_images(images)
         return self._run(images, normed_tokens)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -236,6 +252,7 @@ class AdaptiveViT(TimmModel):
         self,
         images: Tensor,
         finish: Callable[[TimmViT, Tensor, int], Any],
+        backend: str | None = None,
         *,
         num_rows: int | None = None,
         **options: Any,
@@ -245,9 +262,8 @@ class AdaptiveViT(TimmModel):
         All of it runs within calls of the prompts and of the backbone, so that hooks on them that gather or
         move parameters surround every use.
         """
-        self.check_images(images)
         options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
-        backend = resolve(self.backend)
+        backend = backend or resolve(self.backend)
         forward_tokens: Callable[..., tuple[Tensor, int]]
         if backend == "reference":
             forward_tokens = partial(reference.forward_tokens, **options)
@@ -346,6 +362,15 @@ class AdaptiveViT(TimmModel):
         check_state_names(state_dict, self.backbone)
         return super().load_state_dict(state_dict, *args, **kwargs)
 
+    def _apply(self, *args: Any, **kwargs: Any) -> AdaptiveViT:
+        self._cuda_graphs.clear()  # moved tensors would be kept where they were
+        super()._apply(*args, **kwargs)
+        return self
+
+    def cuda_graph_report(self) -> str:
+        """The kinds of calls that were made, a line for each: its graphs and their memory, or why none."""
+        return self._cuda_graphs.report()
+
     # ---- adapters
 
     def save_adapter(
@@ -390,6 +415,10 @@ class AdaptiveViT(TimmModel):
             check_backbone=check_backbone,
             backend=backend,
         )
+
+
+# By backend: the function that a CUDA graph is made of.
+_LOGITS = {name: partial(AdaptiveViT._logits, backend=name) for name in BACKENDS}
 
 
 def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:

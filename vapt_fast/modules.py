@@ -32,12 +32,14 @@ from torch.nn.modules import module as torch_module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
+    "HOOKS",
     "Enclosing",
     "call_within",
     "class_of",
     "enclosing",
     "has_global_hooks",
     "has_user_hooks",
+    "has_weight_hooks",
     "is_active_dropout",
     "is_patched",
     "is_plain",
@@ -65,8 +67,9 @@ BY_TOKEN: list[type[nn.Module]] = [
 BY_TOKEN_PACKAGES = ("peft.tuners.",)
 CONTAINERS = (nn.ModuleDict, nn.ModuleList, nn.ParameterDict, nn.ParameterList)  # are never called
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
+# The attributes of a module that hold its hooks.
+HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in HOOKS)
 
 _FORWARDS: dict[type, Callable[..., Any] | None] = {}
 _ANCESTORS: dict[type, tuple[type[nn.Module], ...]] = {}  # a class and those of its bases that are remembered
@@ -188,7 +191,7 @@ def has_user_hooks(module: nn.Module) -> bool:
     """
     if "forward" in module.__dict__ and not _is_of(getattr(module, "_hf_hook", None), WEIGHT_HOOKS):
         return True
-    return any(not _is_of(hook, WEIGHT_HOOKS) for name in _HOOKS for hook in getattr(module, name).values())
+    return any(not _is_of(hook, WEIGHT_HOOKS) for name in HOOKS for hook in getattr(module, name).values())
 
 
 def has_global_hooks() -> bool:
@@ -196,6 +199,11 @@ def has_global_hooks() -> bool:
     return any(
         not _is_of(hook, WATCHERS) for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name).values()
     )
+
+
+def has_weight_hooks(module: nn.Module) -> bool:
+    """Return whether hooks bring the weights of ``module`` to where they are needed, or compute them."""
+    return any(_is_of(hook, WEIGHT_HOOKS) for name in HOOKS for hook in getattr(module, name).values())
 
 
 def _is_of(hook: Any, packages: tuple[str, ...]) -> bool:

@@ -30,6 +30,7 @@ class TimmModel(nn.Module):
     grad_checkpointing: bool
     _image_size: tuple[int, int]
     _run: Callable[..., Any]
+    check_images: Callable[[Tensor], None]
 
     def pool(self, x: Tensor, pool_type: str | None = None) -> Tensor:
         """Tokens (B, T, C) to pooled features (B, C), as the backbone pools."""
@@ -66,6 +67,7 @@ class TimmModel(nn.Module):
         choice("output_fmt", output_fmt, ("NCHW", "NLC"))
         take, last = feature_take_indices(len(self.backbone.blocks), indices)
         taps: dict[int, Any] = dict.fromkeys(take)
+        self.check_images(x)
 
         def finish(backbone: TimmViT, tokens: Tensor, extra: int) -> Any:
             num_prefix = backbone.num_prefix_tokens

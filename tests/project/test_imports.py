@@ -18,7 +18,7 @@ LAYERS = [
     {"_version", "activations", "arguments", "config", "modules", "data", "source"},
     {"backbones", "names"},
     {"ops", "functional"},
-    {"prompts"},
+    {"prompts", "cuda_graphs"},
     {"forward"},
     {"adapters", "creation", "initialisation", "timm_api", "model", "official", "registry"},
     {"info"},

@@ -28,7 +28,17 @@ from . import device as devices
 from .autocast import without_autocast
 from .measurement import Measurement
 
-__all__ = ["OPS", "Op", "Signature", "differentiable_once", "empty_like", "or_zeros", "placeholder"]
+__all__ = [
+    "OPS",
+    "Op",
+    "Signature",
+    "differentiable_once",
+    "empty_like",
+    "is_recorded",
+    "is_transformed",
+    "or_zeros",
+    "placeholder",
+]
 
 
 OPS: dict[str, Op] = {}
@@ -125,7 +135,7 @@ class Op:
                 return self.compute(args)
             if forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
-            if _recorded(args[0]):
+            if is_recorded(args[0]):
                 outputs = _as_tuple(self.library_op(*args, implementation))
             elif torch.is_grad_enabled():
                 outputs = _Kernels.apply(self, implementation, *args)
@@ -211,7 +221,7 @@ class Op:
     def _fastest(self, args: Any) -> str:
         """The first implementation that was measured to be faster here and can run, else "torch"."""
         device = args[0].device
-        if device.type != "cuda" or not self.measured or _transformed():
+        if device.type != "cuda" or not self.measured or is_transformed():
             return "torch"
         capability = devices.capability(device)
         if all(capability not in entry.capabilities for entry in self.measured):
@@ -242,14 +252,14 @@ def _import(name: str, implementation: str) -> None:
         setattr(op, f"_{implementation}", module)
 
 
-def _transformed() -> bool:
+def is_transformed() -> bool:
     """Whether forward-mode derivatives or a transform of torch.func are under way, which no kernel serves."""
     if forward_ad._current_level >= 0:
         return True
     return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
-def _recorded(tensor: Tensor) -> bool:
+def is_recorded(tensor: Tensor) -> bool:
     """Whether someone records the calls of ops: then they must be those in torch.library.
 
     Else it need not, which saves the host's time: each such op costs it up to 350 microseconds.
