@@ -294,7 +294,9 @@ class OwnFamily(Family):
     blocks = (OwnBlock,)
     layers = (OwnMlp,)
 
-    def embed(self, model: OwnViT, images: Tensor) -> tuple[Tensor, Positions]:
+    def embed(
+        self, model: OwnViT, images: Tensor, embed_patches: Callable[[nn.Module, Tensor], Tensor]
+    ) -> tuple[Tensor, Positions]:
         return model.tokens(images), Positions()
 
 

@@ -102,9 +102,17 @@ class Family:
         """Make the model take images of ``size`` with patches of ``patch`` pixels, which suit each other."""
         resize_backbone(model, size, patch, old_size=old_size, old_patch=old_patch)
 
-    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Positions]:
-        """Return the tokens (B, T, C) before block 0 and their positions."""
-        tokens = model.patch_drop(model._pos_embed(model.patch_embed(images)))
+    def embed(
+        self, model: Any, images: Tensor, embed_patches: Callable[[nn.Module, Tensor], Tensor]
+    ) -> tuple[Tensor, Positions]:
+        """Return the tokens (B, T, C) before block 0 and their positions.
+
+        Args:
+            model: the model.
+            images: (B, in_chans, height, width).
+            embed_patches: how the module that cuts images into patches is called with them.
+        """
+        tokens = model.patch_drop(model._pos_embed(embed_patches(model.patch_embed, images)))
         return model.norm_pre(tokens), Positions()
 
     def call_block(self, block: nn.Module, index: int, tokens: Tensor, positions: Positions) -> Any:
@@ -285,9 +293,13 @@ def set_image_size(
 # ---- tokens and blocks
 
 
-def embed(model: TimmViT, images: Tensor) -> tuple[Tensor, Positions]:
+def embed(
+    model: TimmViT,
+    images: Tensor,
+    embed_patches: Callable[[nn.Module, Tensor], Tensor] = nn.Module.__call__,
+) -> tuple[Tensor, Positions]:
     """Return images (B, in_chans, height, width) as tokens (B, T, C) before block 0, and their positions."""
-    return family_of(model).embed(model, images)
+    return family_of(model).embed(model, images, embed_patches)
 
 
 def call_block(model: TimmViT, index: int, tokens: Tensor, positions: Positions) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -73,9 +74,11 @@ class BeitFamily(Family):
             if type(module) is Attention:
                 module.__class__ = BeitAttention
 
-    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Positions]:
+    def embed(
+        self, model: Any, images: Tensor, embed_patches: Callable[[nn.Module, Tensor], Tensor]
+    ) -> tuple[Tensor, Positions]:
         """Return tokens, and the bias that all blocks share if there is one."""
-        patches = model.patch_embed(images)
+        patches = embed_patches(model.patch_embed, images)
         tokens = torch.cat([model.cls_token.expand(patches.shape[0], -1, -1), patches], dim=1)
         if model.pos_embed is not None:
             tokens = tokens + model.pos_embed

@@ -1,10 +1,11 @@
 """timm's Eva: rotary position embeddings, which prompts are not given."""
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers import AttentionRope
 from timm.models.eva import Eva, EvaAttention, EvaBlock
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Family, register
 from .positions import Positions
@@ -20,7 +21,9 @@ class EvaFamily(Family):
     blocks = (EvaBlock,)
     attentions = (AttentionRope, EvaAttention)
 
-    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Positions]:
+    def embed(
+        self, model: Any, images: Tensor, embed_patches: Callable[[nn.Module, Tensor], Tensor]
+    ) -> tuple[Tensor, Positions]:
         """Return tokens and rotary positions; "mixed" ones differ by block."""
-        tokens, rope = model._pos_embed(model.patch_embed(images))
+        tokens, rope = model._pos_embed(embed_patches(model.patch_embed, images))
         return model.norm_pre(tokens), Positions(rope, model.rope_mixed)

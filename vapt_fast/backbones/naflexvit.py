@@ -1,10 +1,11 @@
 """timm's NaFlexVit at a fixed grid; its blocks are those of VisionTransformer or Eva."""
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.models import get_model_traits
 from timm.models.naflexvit import NaFlexVit
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import Family, Size, TimmViT, patch_size, register
 from .positions import Positions
@@ -42,7 +43,9 @@ class NaFlexVitFamily(Family):
         if patch != old_patch:
             raise ValueError("patch_size can't be changed on a NaFlexVit backbone; make a new one")
 
-    def embed(self, model: Any, images: Tensor) -> tuple[Tensor, Positions]:
+    def embed(
+        self, model: Any, images: Tensor, embed_patches: Callable[[nn.Module, Tensor], Tensor]
+    ) -> tuple[Tensor, Positions]:
         """Return tokens and positions, rotary ones if the model has them."""
         embedded = model._forward_embeds(images, patch_coord=None, patch_valid=None, attn_mask=None)
         return embedded["patches"], Positions(embedded["rope_embeds"], model.rope_is_mixed)

@@ -29,7 +29,9 @@ _Spec = tuple[Any, ...]
 class ModelState:
     """All attributes of a model's modules, as they are now, and where its tensors are.
 
-    Tensors are not kept alive, nor is the model itself.
+    Neither the model nor its parameters and buffers are kept alive, and there are no weak references to these
+    either: they forbid ``torch.utils.swap_tensors``. What is known of them is enough: another tensor at the
+    same address, of the same shape, is read by a graph as well as the old one.
 
     Args:
         model: whose state it is.
@@ -53,19 +55,16 @@ class ModelState:
         self._tensor_dicts = [
             tensors for module in (model, *parts) for tensors in (module._parameters, module._buffers)
         ]
-        loose = [t for t in chain(self._values, self._own_values) if isinstance(t, Tensor)]
-        self._loose = [weakref.ref(t) for t in loose]
-        tensors = self.tensors()
-        self._references = [None if t is None else weakref.ref(t) for t in self._members()]
-        self._specs = _specs(tensors)
+        self._loose = [t for t in chain(self._values, self._own_values) if isinstance(t, Tensor)]
+        self._ids = [id(t) for t in self._members()]
+        self._specs = _specs(self.tensors())
 
     def _members(self) -> list[Tensor | None]:
         return _values(self._tensor_dicts)
 
     def tensors(self) -> list[Tensor]:
         """Return the parameters, the buffers, and the tensors that are attributes of modules."""
-        loose = (reference() for reference in self._loose)
-        return [t for t in chain(self._members(), loose) if t is not None]
+        return [t for t in chain(self._members(), self._loose) if t is not None]
 
     def matches(self, model: nn.Module) -> bool:
         """Return whether ``model`` is as it was: all that a graph can't see."""
@@ -87,8 +86,7 @@ class ModelState:
 
     def has_same_tensors(self) -> bool:
         """Return whether the tensors are the same and where they were."""
-        references = [None if reference is None else reference() for reference in self._references]
-        return _same(self._members(), references) and _specs(self.tensors()) == self._specs
+        return [id(t) for t in self._members()] == self._ids and _specs(self.tensors()) == self._specs
 
 
 def _values(dicts: list[dict[str, Any]]) -> list[Any]:

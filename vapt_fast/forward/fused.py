@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import backbones
 from ..backbones import Positions, TimmViT
 from ..backbones.blocks import StandardBlock, fallback_reason, split_block, standard_block
+from ..backbones.patches import embed_patches
 from ..functional import (
     absorbed_attention,
     add_norm,
@@ -69,7 +70,7 @@ def forward_tokens(
         tokens (B, S + Q + N, C) and Q, the number of prompt tokens they hold after the S prefix tokens; or
         (B, num_rows, C) and 0.
     """
-    tokens, positions = backbones.embed(model, images)
+    tokens, positions = backbones.embed(model, images, embed_patches)
     num_prefix = model.num_prefix_tokens
     depth = len(model.blocks)
     num_blocks = depth if num_blocks is None else num_blocks
