@@ -70,7 +70,9 @@ def forward_tokens(
         tokens (B, S + Q + N, C) and Q, the number of prompt tokens they hold after the S prefix tokens; or
         (B, num_rows, C) and 0.
     """
-    tokens, positions = backbones.embed(model, images, embed_patches)
+    # On a CPU the convolution is the faster of the two.
+    call = nn.Module.__call__ if images.device.type == "cpu" else embed_patches
+    tokens, positions = backbones.embed(model, images, call)
     num_prefix = model.num_prefix_tokens
     depth = len(model.blocks)
     num_blocks = depth if num_blocks is None else num_blocks
