@@ -11,8 +11,8 @@ __all__ = ["LARGEST_HEAD", "config"]
 LARGEST_HEAD = 128  # channels
 
 # By bytes of an element and largest head size: queries, keys, warps and stages of a program of each kernel.
-# The first line was the fastest on an H200, the others hardly spill. Products of 16 bits run on tensor cores, the
-# operands of others are in registers: their blocks are smaller.
+# The first line was the fastest on an H200, the others hardly spill. Products of 16 bits run on tensor cores;
+# the operands of others are in registers, so their blocks are smaller.
 _BLOCKS = {
     (2, 64): {"fwd": (64, 32, 4, 3), "bwd_queries": (64, 32, 4, 2), "bwd_keys": (32, 64, 4, 3)},
     (2, 128): {"fwd": (128, 32, 8, 2), "bwd_queries": (64, 32, 8, 2), "bwd_keys": (32, 64, 8, 2)},
