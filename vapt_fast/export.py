@@ -252,11 +252,13 @@ def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
 
 def _write_aoti(program: ExportedProgram, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package
-    from torch._inductor.exc import InvalidCxxCompiler
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     try:
         aoti_compile_and_package(program, package_path=str(path))
-    except InvalidCxxCompiler as error:
+    except (InductorError, InvalidCxxCompiler) as error:  # PyTorch 2.14 puts the second into the first
+        if not isinstance(getattr(error, "inner_exception", error), InvalidCxxCompiler):
+            raise
         raise ExportError(
             "format 'aoti' needs a C++ compiler, which was not found; install g++, or set CXX"
         ) from error
