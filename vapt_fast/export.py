@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import json
 import os
@@ -85,8 +86,8 @@ def export_model(
         batch_size = integer("batch_size", batch_size, minimum=1)
     weight = _check_model(model, formats)
     data = _data_config(model, data_config)
-    folder = Path(folder)
-    _check_free(folder, boolean("overwrite", overwrite))
+    folder = Path(folder).absolute()
+    existing = _check_free(folder, boolean("overwrite", overwrite))
 
     generator = torch.Generator().manual_seed(0)
 
@@ -113,8 +114,6 @@ def export_model(
         "class_names": None if names is None else list(names),
         "files": {},
     }
-    # Beside the folder or in it, so that the finished files are moved within one file system.
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     with tempfile.TemporaryDirectory(dir=existing, prefix=".export-") as unfinished:
         for name in formats:
             path = Path(unfinished) / FORMATS[name].file
@@ -147,7 +146,7 @@ def _check_formats(formats: object) -> tuple[str, ...]:
 
 def _check_model(model: object, formats: tuple[str, ...]) -> Tensor:
     """Return a weight of the frozen part, whose dtype and device images have to have."""
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module) or not hasattr(model, "pretrained_cfg"):
         raise TypeError(f"model must be an AdaptiveViT or a timm model, got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in eval mode, got one in training mode; call model.eval()")
@@ -177,13 +176,18 @@ def _data_config(model: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
     return full_data_config(known, given)
 
 
-def _check_free(folder: Path, overwrite: bool) -> None:
+def _check_free(folder: Path, overwrite: bool) -> Path:
+    """Return the folder, or the next one above it that exists: a place in the same file system."""
     found = [name for name in _OWN_FILES if (folder / name).exists()]
     if found and not overwrite:
         raise FileExistsError(
             f"{folder} has an export already ({', '.join(found)}): give another folder, or overwrite=True "
             "(--overwrite) to replace it"
         )
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    return existing
 
 
 # ---- what is written

@@ -55,5 +55,9 @@ def test_export(trained, tmp_path):
 @pytest.mark.parametrize("trained", ["whole model"], indirect=True)
 def test_errors_write_nothing(trained, tmp_path, arguments, message):
     assert message in error_of("export", trained, "--output", tmp_path / "out", *arguments)
-    assert "no" in error_of("export", tmp_path / "none", "--output", tmp_path / "out")
+    assert "none" in error_of("export", tmp_path / "none", "--output", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    below_a_file = trained / "model.safetensors" / "out"
+    assert "model.safetensors: Not a directory" in error_of(
+        "export", trained, "--output", below_a_file, code=1
+    )

@@ -173,6 +173,7 @@ def test_a_file_that_computes_something_else_is_not_kept(form, change, message, 
         (lambda: make_model().train(), {}, ValueError, "call model.eval()"),
         (lambda: make_model().bfloat16(), {}, ExportError, r"got \['torch.bfloat16'\]; call model.float\(\)"),
         (lambda: "vit", {}, TypeError, "model must be an AdaptiveViT or a timm model, got str"),
+        (lambda: nn.Linear(2, 2), {}, TypeError, "or a timm model, got Linear"),
     ],
 )
 def test_wrong_arguments_write_nothing(model, options, error, message, tmp_path):
