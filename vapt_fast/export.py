@@ -89,21 +89,12 @@ def export_model(
     folder = Path(folder).absolute()
     existing = _check_free(folder, boolean("overwrite", overwrite))
 
-    generator = torch.Generator().manual_seed(0)
-
-    def random_images(number: int) -> Tensor:
-        shape = (number, *data["input_size"])
-        return torch.randn(shape, generator=generator, device="cpu").to(weight)
-
-    batches = [random_images(number) for number in ((1, 3) if batch_size is None else (batch_size,))]
+    batches = _random_images((1, 3) if batch_size is None else (batch_size,), data["input_size"], weight)
     with use_backend("reference"), torch.no_grad():
         expected = [model(images) for images in batches]
-    names = getattr(model, "class_names", None) if class_names is None else class_names
-    problems = list(class_name_problems(names, expected[0].shape[-1]))
-    if problems:
-        raise ValueError(listing("the model can't be exported", problems))
+    names = _class_names(model, class_names, expected[0].shape[-1])
 
-    program = _program(model, random_images(2 if batch_size is None else batch_size), batch_size is None)
+    program = _program(model, batches[-1], batch_size is None)
     description: dict[str, Any] = {
         "vapt_fast": __version__,
         "torch": torch.__version__,
@@ -111,7 +102,7 @@ def export_model(
         "input": _tensor_entry(_INPUT, batches[0], batch_size),
         "output": _tensor_entry(_OUTPUT, expected[0], batch_size),
         "data": data,
-        "class_names": None if names is None else list(names),
+        "class_names": names,
         "files": {},
     }
     with tempfile.TemporaryDirectory(dir=existing, prefix=".export-") as unfinished:
@@ -176,6 +167,14 @@ def _data_config(model: Any, given: Mapping[str, Any] | None) -> dict[str, Any]:
     return full_data_config(known, given)
 
 
+def _class_names(model: nn.Module, given: Any, num_classes: int) -> list[str] | None:
+    names = getattr(model, "class_names", None) if given is None else given
+    problems = list(class_name_problems(names, num_classes))
+    if problems:
+        raise ValueError(listing("the model can't be exported", problems))
+    return None if names is None else list(names)
+
+
 def _check_free(folder: Path, overwrite: bool) -> Path:
     """Return the folder, or the next one above it that exists: a place in the same file system."""
     found = [name for name in _OWN_FILES if (folder / name).exists()]
@@ -198,6 +197,11 @@ def _program(model: nn.Module, images: Tensor, any_batch: bool) -> ExportedProgr
     shapes = ({0: Dim(_BATCH, min=1)},) if any_batch else None
     with use_backend("torch"), torch.no_grad():
         return torch.export.export(model, (images,), dynamic_shapes=shapes)
+
+
+def _random_images(numbers: Sequence[int], size: Sequence[int], like: Tensor) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn((number, *size), generator=generator, device="cpu").to(like) for number in numbers]
 
 
 def _tensor_entry(name: str, tensor: Tensor, batch_size: int | None) -> dict[str, Any]:
