@@ -752,59 +752,6 @@ def test_mixed_precision_needs_autocast(architecture: str) -> None:
         model.bfloat16()(images)
 
 
-# ---- compilers
-
-
-@pytest.mark.parametrize("kind", ["adaptive", "deep"])
-def test_compile(kind: str) -> None:
-    """Forward and backward as one graph each; what a code generator does with them is not ours to test."""
-    torch.compiler.reset()
-    config = PromptConfig(kind=kind, num_prompts=3, projector_dim=4, prompt_dropout=0.1)
-    model = tiny_model(VIT, prompts=config, depth=2).float().train()
-    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    images = tiny_images(model)
-    expected, actual = run(model, images), run(compiled, images)
-    prefix = "_orig_mod."
-    actual = {name.removeprefix(prefix): tensor for name, tensor in actual.items()}
-    assert_same(actual, expected, 1e-5)
-
-
-def test_compile_does_not_start_again_and_again() -> None:
-    torch.compiler.reset()
-    model = tiny_model(VIT, depth=2).float()
-    compiled = torch.compile(model, fullgraph=True, backend="eager")
-    counters = torch._dynamo.utils.counters["stats"]
-    before = counters["unique_graphs"]
-    with torch.no_grad():
-        for batch in (2, 3, 4, 5, 7, 8, 16):
-            images = tiny_images(model, batch=batch)
-            assert_same({"": compiled(images)}, {"": model(images)}, 1e-5)
-    assert counters["unique_graphs"] - before <= 2  # the first size, then any size
-
-
-@pytest.mark.parametrize("kind", ["adaptive", "deep"])
-def test_export(kind: str, tmp_path: Path) -> None:
-    model = tiny_model(VIT, prompts=KINDS[kind]).float()
-    batch = torch.export.Dim("batch", min=1, max=64)
-    program = torch.export.export(model, (tiny_images(model),), dynamic_shapes=({0: batch},))
-    images = tiny_images(model, batch=5)
-    with torch.no_grad():
-        expected = program.module()(images)
-        assert_same({"": expected}, {"": model(images)}, 1e-5)
-    torch.export.save(program, tmp_path / "model.pt2")
-    torch.save((images, expected), tmp_path / "data.pt")
-    script = """
-import sys
-import torch
-torch.set_num_threads(1)
-images, expected = torch.load(sys.argv[2])
-with torch.no_grad():
-    assert torch.equal(torch.export.load(sys.argv[1]).module()(images), expected)
-assert "vapt_fast" not in sys.modules and "timm" not in sys.modules
-"""
-    in_new_process(script, tmp_path / "model.pt2", tmp_path / "data.pt")
-
-
 # ---- a whole training run out of timm's parts
 
 

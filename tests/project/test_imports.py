@@ -21,7 +21,7 @@ LAYERS = [
     {"prompts", "cuda_graphs"},
     {"forward"},
     {"adapters", "creation", "initialisation", "timm_api", "model", "official", "registry"},
-    {"info"},
+    {"export", "info"},
     {"training", "benchmark", "demo"},
     {"cli", "__main__"},
 ]
