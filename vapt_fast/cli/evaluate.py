@@ -13,9 +13,9 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..files import write_atomically
 from ..training import RunOptions, UserError, load_model
 from ..training.evaluation import Evaluation, evaluate_by_class
-from ..training.files import write_atomically
 from ..training.options import OPTIONS_NAME
 from ..training.run import check_backend
 from ..training.splits import evaluation_data

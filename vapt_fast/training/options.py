@@ -10,9 +10,9 @@ from typing import Any
 
 from .._version import __version__
 from ..arguments import plain
+from ..files import write_atomically
 from ..names import DEMO_BACKBONE
 from .errors import UserError, check_types
-from .files import write_atomically
 from .methods import METHODS, method_name
 from .recipe import Recipe
 from .search import METRICS_NAME

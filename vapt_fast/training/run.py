@@ -16,10 +16,10 @@ from torch import nn
 
 from ..backbones import find_family, patch_size
 from ..config import PromptConfig
+from ..files import write_atomically
 from ..names import create_backbone
 from ..ops import backend as backends
 from .errors import UserError
-from .files import write_atomically
 from .images import check_images
 from .inputs import check_inputs, describe_inputs, write_inputs
 from .loader import in_memory
