@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from .activations import ACTIVATIONS
-from .arguments import boolean, integer, real
+from .arguments import boolean, choice, integer, real
 
 __all__ = ["KINDS", "PromptConfig", "explain_unexpected", "split_options"]
 
@@ -42,32 +42,17 @@ def _optional(check: Check) -> Check:
     return check_unless_none
 
 
-def _choice(choices: Sequence[str], name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, one of {choices}, got {value!r}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return value
-
-
-def _share(name: str, value: object) -> float:
-    share = real(name, value)
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {share}")
-    return share
-
-
-def _rate(name: str, value: object) -> float:
-    rate = real(name, value)
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {rate}")
-    return rate
+def _between(name: str, value: object, *, with_1: bool) -> float:
+    number = real(name, value)
+    if not 0.0 <= number <= 1.0 or (number == 1.0 and not with_1):
+        raise ValueError(f"{name} must be in [0, 1{']' if with_1 else ')'}, got {number}")
+    return number
 
 
 def _kind(name: str, value: object) -> str:
     kinds = tuple(KINDS)
     if not isinstance(value, str) or value in kinds:
-        return _choice(kinds, name, value)
+        return choice(name, value, kinds)
     of_method = [kind for kind, cls in KINDS.items() if cls.method == value]
     hint = f"that method's kind is {of_method[0]!r}" if of_method else "register a kind of your own first"
     raise ValueError(f"{name} must be one of {kinds}, got {value!r}; {hint}")
@@ -89,11 +74,13 @@ def _mapping(name: str, value: object) -> dict[str, Any]:
 
 
 def _choice_option(default: str, help: str, choices: Sequence[str]) -> Any:
-    return _option(default, help, partial(_choice, tuple(choices)), choices=tuple(choices))
+    return _option(default, help, partial(choice, choices=tuple(choices)), choices=tuple(choices))
 
 
 _at_least_0 = partial(integer, minimum=0)
 _size = _optional(partial(integer, minimum=1))
+_share = partial(_between, with_1=True)
+_rate = partial(_between, with_1=False)
 
 
 @dataclass(frozen=True)
