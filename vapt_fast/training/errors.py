@@ -8,6 +8,8 @@ from dataclasses import fields
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
+from ..arguments import plain
+
 __all__ = ["UserError", "check_types", "printable"]
 
 # Control characters, undecodable bytes of file names (surrogates), and what else would end a line.
@@ -29,14 +31,15 @@ def printable(text: str | os.PathLike[str]) -> str:
 
 
 def check_types(options: Any) -> None:
-    """Check that every field of a dataclass has the type that it is annotated with.
+    """Check that every field of a dataclass has the type that it is annotated with, or the like of numpy.
 
     Raises:
         UserError: one has not; the message names it.
     """
     hints = get_type_hints(type(options))
     for option in fields(options):
-        value = getattr(options, option.name)
+        value = plain(getattr(options, option.name))
+        object.__setattr__(options, option.name, value)  # the dataclass is frozen
         if not _is_a(value, hints[option.name]):
             raise UserError(f"{option.name} must be {option.type}, got {value!r}")
 
