@@ -28,6 +28,7 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..arguments import listing
 from .errors import UserError, printable
 
 __all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image"]
@@ -93,7 +94,7 @@ def check_images(
     if errors:
         more = len(errors) - _SHOWN
         lines = [*errors[:_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
-        raise UserError("\n  - ".join([f"{len(errors):,} of {len(paths):,} images can't be read:", *lines]))
+        raise UserError(listing(f"{len(errors):,} of {len(paths):,} images can't be read", lines))
 
 
 class _Errors(Dataset):
