@@ -16,6 +16,7 @@ from torch import nn
 
 from ..backbones import find_family, patch_size
 from ..config import PromptConfig
+from ..data import full_data_config
 from ..files import write_atomically
 from ..names import create_backbone
 from ..ops import backend as backends
@@ -29,7 +30,6 @@ from .saved import load_model, save_model
 from .search import CHECKPOINT_NAME, Found, Progress, Start, search
 from .splits import Splits, digit_splits, folder_splits, image_files
 from .trainer import autocast, seed_everything
-from .transforms import data_config
 
 __all__ = ["run"]
 
@@ -167,10 +167,9 @@ def _data_config(options: RunOptions) -> dict[str, Any]:
     check_backbone(options.backbone)
     cfg = timm.get_pretrained_cfg(options.backbone)
     pretrained_cfg = {} if cfg is None else cfg.to_dict()
-    size = None if options.image_size is None else (3, options.image_size, options.image_size)
-    return data_config(
-        pretrained_cfg, input_size=size, crop_mode=options.crop_mode, crop_pct=options.crop_pct
-    )
+    if options.image_size is not None:
+        pretrained_cfg["input_size"] = (3, options.image_size, options.image_size)
+    return full_data_config(pretrained_cfg, {"crop_mode": options.crop_mode, "crop_pct": options.crop_pct})
 
 
 def _check_image_size(options: RunOptions) -> None:

@@ -106,7 +106,7 @@ def digit_splits(
     beginning of a larger one.
 
     Args:
-        config: of ``data_config``.
+        config: of ``full_data_config``.
         seed: of the split.
         num_train: training images; None for all 300.
         augmentation: of the training images.
@@ -157,7 +157,7 @@ def folder_splits(
 
     Args:
         root: the folder.
-        config: of ``data_config``.
+        config: of ``full_data_config``.
         seed: of the split.
         num_train: training images to use, stratified; None for all.
         validation_share, test_share: of the images that are split.
@@ -214,7 +214,7 @@ def evaluation_data(
     Args:
         root: a folder that is split already, as for ``folder_splits``, or one with one folder a class, all of
             whose images are taken; or "digits", of which there are test images only.
-        config: of ``data_config``.
+        config: of ``full_data_config``.
         class_names: the model's, by index. Folders are matched by name; the model may know more classes.
         split: "train", "validation" or "test", of a folder that is split already; None for "test".
 
