@@ -109,8 +109,7 @@ def classify(
     Args:
         model: gives logits, and is on ``device``; it is left in eval mode.
         dataset: of (image, index of its class).
-        batch_size: images a step.
-        device: where to compute.
+        batch_size, device: images a step, and where to compute.
         amp: compute in "bfloat16" or "float16" where that is safe (autocast); None for float32.
         workers: processes that read images.
 

@@ -55,8 +55,7 @@ def run(
         folder: where to write; a model that is there stays until the new one is whole.
         resume: go on from the checkpoint; a run that was stopped before the first one starts anew. With
             options of ``RunOptions.extended``, start from the finished run's model.
-        device: where to compute.
-        workers: processes that read images.
+        device, workers: as for Trainer.
         on_check: told how many images were read, of how many: all are, once, before training starts.
         on_start: told the untrained model and the images before training starts.
         progress: told about every epoch.
