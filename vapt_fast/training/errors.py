@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import unicodedata
 from dataclasses import fields
-from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
 from ..arguments import plain
@@ -45,16 +44,12 @@ def check_types(options: Any) -> None:
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    """Whether ``value`` has a type: None, a plain one, a list or dict of such, or a union."""
+    """Whether ``value`` has a type: a plain one, a list or dict of such, or a union."""
     container, inner = get_origin(hint), get_args(hint)
-    if hint in (None, NoneType):
-        return value is None
     if hint is Any:
         return True
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if container is list:
         return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
     if container is dict:
