@@ -13,7 +13,7 @@ from torchvision import transforms
 from ..data import eval_transform
 from .errors import UserError, check_types
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "eval_transform", "train_transform"]
+__all__ = ["AUGMENTATIONS", "NO_AUGMENTATION", "Augmentation", "eval_transform", "train_transform"]
 
 AUGMENTATIONS = ("none", "flip", "crop-flip", "random-resized-crop", "rand-augment", "auto-augment")
 
@@ -67,13 +67,11 @@ class Augmentation:
         return self.kind != "none" or self.color_jitter > 0 or self.random_erasing > 0
 
 
-def train_transform(config: dict[str, Any], augmentation: Augmentation | str) -> Any:
-    """Return ``eval_transform`` with an augmentation, which may be given by its kind.
+NO_AUGMENTATION = Augmentation()
 
-    Raises:
-        UserError: an unknown kind.
-    """
-    chosen = Augmentation(augmentation) if isinstance(augmentation, str) else augmentation
+
+def train_transform(config: dict[str, Any], chosen: Augmentation) -> Any:
+    """Return ``eval_transform`` with an augmentation."""
     if chosen.kind in _RESIZED_CROPS:
         jitter: Any = chosen.color_jitter or None  # timm takes None, which its annotation lacks
         crop, flip, *rest = create_transform(
