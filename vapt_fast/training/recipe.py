@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import partial
 
 from ..config import described, option
@@ -27,11 +27,11 @@ class Recipe:
         UserError: a value of the wrong type or out of range.
     """
 
-    base_lr: float = field(
-        metadata={
-            "help": "the learning rate at a batch size of 256. The one used is base_lr * batch_size / 256, "
-            "with either optimizer"
-        }
+    base_lr: float = option(
+        MISSING,
+        "the learning rate at a batch size of 256. The one used is base_lr * batch_size / 256, with either "
+        "optimizer",
+        panel=None,
     )
     weight_decay: float = option(
         1e-4,
