@@ -97,7 +97,7 @@ def _run_options(given: dict[str, Any]) -> dict[str, Any]:
         options["weights"] = str(options["weights"].resolve())
     options["method"] = method_name(options["method"])
     for candidates in ("base_lrs", "weight_decays"):
-        options[candidates] = list(options[candidates] or ()) or None
+        options[candidates] = list(options[candidates]) if options[candidates] else None
     return {**options, "recipe": by_owner[Recipe], "prompts": by_owner[PromptConfig]}
 
 
