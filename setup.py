@@ -4,12 +4,7 @@ The build needs nvcc, a C++ compiler, CMake, Ninja and pybind11, and nothing of 
 install succeeds without ``_C``, says so, and leaves the reason in vapt_fast/_C_missing.txt, which
 ``vapt-fast info`` shows.
 
-Environment:
-    VAPT_FAST_CUDA: 1 makes it an error if the kernels can't be built, 0 doesn't build them.
-    VAPT_FAST_CUDA_ARCHS: what to compile for, as in CMAKE_CUDA_ARCHITECTURES, for instance "90a;100";
-        default: all of ARCHITECTURES that nvcc knows, and PTX of the newest for GPUs to come.
-    CUDA_HOME, CUDA_PATH: where bin/nvcc is; else the one on PATH, else that of /usr/local/cuda.
-    MAX_JOBS: how many compilers to run at once; default: the number of CPUs.
+README.md has the environment variables that change this.
 """
 
 from __future__ import annotations

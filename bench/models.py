@@ -30,7 +30,7 @@ from vapt_fast.benchmark import (
     describe,
     gpu_state,
 )
-from vapt_fast.training.files import write_atomically
+from vapt_fast.files import write_atomically
 
 OURS = ("triton", "cuda", "auto")
 

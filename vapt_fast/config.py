@@ -6,14 +6,14 @@ import difflib
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from .activations import ACTIVATIONS
-from .arguments import boolean, integer, real
+from .arguments import boolean, choice, integer, real
 
-__all__ = ["KINDS", "PromptConfig", "explain_unexpected", "split_options"]
+__all__ = ["KINDS", "PromptConfig", "described", "explain_unexpected", "option", "split_options"]
 
 KINDS: dict[str, Any] = {}
 """The kinds of prompts by name, each a class; ``vapt_fast.prompts.register_kind`` adds to them."""
@@ -21,18 +21,31 @@ KINDS: dict[str, Any] = {}
 Check = Callable[[str, Any], Any]
 
 
-def _option(default: Any, help: str, check: Check, *flags: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of PromptConfig, from which everything about the option derives.
+def option(
+    default: Any,
+    help: str,
+    check: Check | None = None,
+    *,
+    choices: Sequence[str] | None = None,
+    panel: str | None = "Prompts",
+    flags: Sequence[str] = (),
+    name: str | None = None,
+    type: Any = None,
+) -> Any:
+    """Return a field of a dataclass of options, from which everything about the option derives.
 
     Args:
         default: its default.
-        help: what it means, for ``help(PromptConfig)`` and the command line.
+        help: what it means, for ``help()`` of the dataclass and the command line.
         check: called with the name and the value; returns the value as it is kept, or raises.
-        flags: its names on the command line beside ``--name``.
         choices: all values that are allowed, if they are few.
+        panel: where the command line's help lists it; None if it is not on the command line.
+        flags: its names on the command line; none for ``--name``.
+        name: that of the command's argument, if another than the field's.
+        type: that on the command line, if another than the field's.
     """
-    metadata = {"help": help, "check": check, "flags": flags, "choices": choices}
-    return field(default=default, metadata=metadata)
+    metadata = {"help": help, "check": check, "choices": choices, "panel": panel, "flags": flags}
+    return field(default=default, metadata=metadata | {"name": name, "type": type})
 
 
 def _optional(check: Check) -> Check:
@@ -42,32 +55,17 @@ def _optional(check: Check) -> Check:
     return check_unless_none
 
 
-def _choice(choices: Sequence[str], name: str, value: object) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, one of {choices}, got {value!r}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
-    return value
-
-
-def _share(name: str, value: object) -> float:
-    share = real(name, value)
-    if not 0.0 <= share <= 1.0:
-        raise ValueError(f"{name} must be in [0, 1], got {share}")
-    return share
-
-
-def _rate(name: str, value: object) -> float:
-    rate = real(name, value)
-    if not 0.0 <= rate < 1.0:
-        raise ValueError(f"{name} must be in [0, 1), got {rate}")
-    return rate
+def _between(name: str, value: object, *, with_1: bool) -> float:
+    number = real(name, value)
+    if not 0.0 <= number <= 1.0 or (number == 1.0 and not with_1):
+        raise ValueError(f"{name} must be in [0, 1{']' if with_1 else ')'}, got {number}")
+    return number
 
 
 def _kind(name: str, value: object) -> str:
     kinds = tuple(KINDS)
     if not isinstance(value, str) or value in kinds:
-        return _choice(kinds, name, value)
+        return choice(name, value, kinds)
     of_method = [kind for kind, cls in KINDS.items() if cls.method == value]
     hint = f"that method's kind is {of_method[0]!r}" if of_method else "register a kind of your own first"
     raise ValueError(f"{name} must be one of {kinds}, got {value!r}; {hint}")
@@ -89,13 +87,27 @@ def _mapping(name: str, value: object) -> dict[str, Any]:
 
 
 def _choice_option(default: str, help: str, choices: Sequence[str]) -> Any:
-    return _option(default, help, partial(_choice, tuple(choices)), choices=tuple(choices))
+    return option(default, help, partial(choice, choices=tuple(choices)), choices=tuple(choices))
 
 
 _at_least_0 = partial(integer, minimum=0)
 _size = _optional(partial(integer, minimum=1))
+_share = partial(_between, with_1=True)
+_rate = partial(_between, with_1=False)
 
 
+Options = TypeVar("Options", bound=type)
+
+
+def described(cls: Options) -> Options:
+    """Return a dataclass whose docstring ends with the help of its options."""
+    lines = (f"{option.name}: {option.metadata['help']}." for option in fields(cls))
+    filled = (textwrap.fill(line, 110, initial_indent=" " * 8, subsequent_indent=" " * 12) for line in lines)
+    cls.__doc__ = "\n".join([f"{cls.__doc__}", "    Attributes:", *filled])
+    return cls
+
+
+@described
 @dataclass(frozen=True)
 class PromptConfig:
     """How prompts are made and where they go.
@@ -105,7 +117,7 @@ class PromptConfig:
         ValueError: a value out of range; the message names the option, what was given and what is expected.
     """
 
-    kind: str = _option(
+    kind: str = option(
         "adaptive",
         'how prompts are made: "adaptive" computes those of each block from the image\'s own patch tokens '
         '(VAPT, arXiv 2501.18936, section 4); "deep" learns a table for every block (VPT-deep, Jia et al. '
@@ -113,52 +125,53 @@ class PromptConfig:
         'blocks (VPT-shallow); "fourier" transforms the tables of "deep" (VFPT); "kv" learns keys and values '
         "for each block's attention (prefix tuning); or a kind of your own, see vapt_fast.prompts",
         _kind,
+        panel=None,
     )
-    num_prompts: int | Sequence[int] = _option(
+    num_prompts: int | Sequence[int] = option(
         10,
         "number P of prompts: one for all blocks, or one for each block; 0 for all makes a linear probe",
         _num_prompts,
-        "--prompts",
+        flags=("--num-prompts", "--prompts"),
     )
-    static_depth: int = _option(
+    static_depth: int = option(
         1, "number of first blocks whose prompts are a learned table (adaptive prompts only)", _at_least_0
     )
-    conv_kernel: int | None = _option(
+    conv_kernel: int | None = option(
         2, "side K of the K x K convolution over the patch grid; none for no convolution", _size
     )
-    conv_padding: int = _option(
+    conv_padding: int = option(
         0, "zero padding of that convolution on each side, in patches, smaller than K", _at_least_0
     )
-    conv_shared: bool = _option(
+    conv_shared: bool = option(
         True, "one kernel shared by all channels; otherwise one a channel (depthwise)", boolean
     )
-    projector_dim: int | None = _option(
+    projector_dim: int | None = option(
         8, "width r of the feature projector's bottleneck; none for no projector", _size
     )
-    projector_shared: bool = _option(True, "one projector for all blocks; otherwise one a block", boolean)
+    projector_shared: bool = option(True, "one projector for all blocks; otherwise one a block", boolean)
     projector_activation: str = _choice_option(
         "relu",
         "activation of the projector; gelu is exact, softmax is over the r features",
         tuple(ACTIVATIONS),
     )
-    projector_dropout: float = _option(0.1, "dropout rate on the r features", _rate)
-    projector_scale_learnable: bool = _option(
+    projector_dropout: float = option(0.1, "dropout rate on the r features", _rate)
+    projector_scale_learnable: bool = option(
         False, "learn the factor of the projector's branch, which starts at 1", boolean
     )
-    prompt_dropout: float = _option(0.0, "dropout rate on learned tables", _rate)
-    channel_dropout: float = _option(
+    prompt_dropout: float = option(0.0, "dropout rate on learned tables", _rate)
+    channel_dropout: float = option(
         0.1, "rate at which whole (image, channel) planes are dropped after the convolution", _rate
     )
-    pool_prompts: bool = _option(
+    pool_prompts: bool = option(
         False,
         "average the prompts of the last block together with the patch tokens, as the public MAE variant "
         "does; needs a backbone with average pooling",
         boolean,
     )
-    add_table: bool = _option(
+    add_table: bool = option(
         False, "add a learned table to the computed prompts (adaptive prompts only)", boolean
     )
-    fourier_share: float = _option(
+    fourier_share: float = option(
         1.0,
         "share of the prompts that are the Fourier transform of their table (fourier prompts only)",
         _share,
@@ -207,16 +220,6 @@ class PromptConfig:
                 f"{len(self.num_prompts)}: {self.num_prompts}"
             )
         return tuple(self.num_prompts)
-
-
-def _described(option: Field) -> str:
-    text = f"{option.name}: {option.metadata['help']}."
-    return textwrap.fill(text, 110, initial_indent=" " * 8, subsequent_indent=" " * 12)
-
-
-PromptConfig.__doc__ = "\n".join(
-    [f"{PromptConfig.__doc__}", "    Attributes:", *map(_described, fields(PromptConfig))]
-)
 
 
 def split_options(

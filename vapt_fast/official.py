@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -39,10 +38,7 @@ POSITIONS = "transformer.embeddings.position_embeddings"
 LAYER = "transformer.encoder.layer"
 
 # timm's names of modules with weight and bias, and the public ones
-MODULES = {
-    "patch_embed.proj": PATCHES,
-    "norm": "transformer.encoder.encoder_norm",
-}
+MODULES = {"patch_embed.proj": PATCHES, "norm": "transformer.encoder.encoder_norm"}
 BLOCK_MODULES = {
     "norm1": "attention_norm",
     "attn.proj": "attn.out",
@@ -79,10 +75,8 @@ def from_official(
     wrong = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if wrong:
         raise TypeError(f"state_dict must hold tensors only, got something else under {wrong}")
-    geometry = _read_geometry(state_dict, img_size)
-    model = AdaptiveViT(_build_backbone(geometry, num_heads), prompts=prompts)
-    contradictions = list(_contradictions(state_dict, model))
-    _raise_any(contradictions + list(_misfits(state_dict, model)))
+    model = AdaptiveViT(_build_backbone(state_dict, num_heads, img_size), prompts=prompts)
+    _raise_any([*_contradictions(state_dict, model), *_misfits(state_dict, model)])
     # With assign, a parameter becomes the tensor given for it and so takes over its dtype.
     model.load_state_dict(_from_official_names(state_dict, model), assign=True)
     return model
@@ -159,20 +153,30 @@ def _stacked(model: AdaptiveViT) -> dict[str, list[str]]:
 # ---- reading shapes
 
 
-@dataclass(frozen=True)
-class _Geometry:
-    """The dimensions of a backbone."""
-
-    dim: int
-    depth: int
-    mlp_dim: int
-    num_classes: int
-    in_chans: int
-    patch_size: tuple[int, int]
-    grid: tuple[int, int]
+def _count(state: Mapping[str, Tensor], prefix: str) -> int:
+    """How many members of the module list ``prefix`` the names speak of."""
+    matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
+    return len({match[1] for match in matches if match})
 
 
-def _read_geometry(state: Mapping[str, Tensor], img_size: int | tuple[int, int] | None) -> _Geometry:
+def _find_grid(
+    num_patches: int, patch_size: tuple[int, int], img_size: int | tuple[int, int] | None
+) -> tuple[int, int]:
+    if img_size is None:
+        grid = (math.isqrt(max(num_patches, 0)),) * 2
+        origin = "a square grid of patches; for other images pass img_size=(height, width)"
+    else:
+        height, width = size_pair("img_size", img_size)
+        grid = (height // patch_size[0], width // patch_size[1])
+        origin = f"{grid[0]}x{grid[1]} patches, from img_size={img_size} and patches of {patch_size}"
+    _raise_any([f"{POSITIONS}: {num_patches} patches, expected {origin}"] * (math.prod(grid) != num_patches))
+    return grid
+
+
+def _build_backbone(
+    state: Mapping[str, Tensor], num_heads: int, img_size: int | tuple[int, int] | None
+) -> VisionTransformer:
+    """A backbone of the dimensions that the tensors have."""
     sources = {
         f"{PATCHES}.weight": "(C, channels, height, width)",
         POSITIONS: "(1, 1 + N, C)",
@@ -189,57 +193,20 @@ def _read_geometry(state: Mapping[str, Tensor], img_size: int | tuple[int, int] 
         shapes.__getitem__, sources
     )
     patch_size = patch[0], patch[1]
-    return _Geometry(
-        dim=dim,
-        depth=_count(state, LAYER),
-        mlp_dim=mlp_dim,
-        num_classes=num_classes,
-        in_chans=in_chans,
-        patch_size=patch_size,
-        grid=_find_grid(num_tokens - 1, patch_size, img_size),
-    )
-
-
-def _count(state: Mapping[str, Tensor], prefix: str) -> int:
-    """How many members of the module list ``prefix`` the names speak of."""
-    matches = (re.match(rf"{re.escape(prefix)}\.(\d+)\.", name) for name in state)
-    return len({match[1] for match in matches if match})
-
-
-def _find_grid(
-    num_patches: int, patch_size: tuple[int, int], img_size: int | tuple[int, int] | None
-) -> tuple[int, int]:
-    if img_size is None:
-        side = math.isqrt(max(num_patches, 0))
-        grid, origin = (
-            (side, side),
-            "a square grid of patches; for other images pass img_size=(height, width)",
-        )
-    else:
-        height, width = size_pair("img_size", img_size)
-        grid = (height // patch_size[0], width // patch_size[1])
-        origin = f"{grid[0]}x{grid[1]} patches, from img_size={img_size} and patches of {patch_size}"
-    _raise_any([f"{POSITIONS}: {num_patches} patches, expected {origin}"] * (math.prod(grid) != num_patches))
-    return grid
-
-
-def _build_backbone(geometry: _Geometry, num_heads: int) -> VisionTransformer:
+    grid = _find_grid(num_tokens - 1, patch_size, img_size)
     num_heads = integer("num_heads", num_heads)
-    if num_heads < 1 or geometry.dim % num_heads:
-        raise ValueError(f"num_heads must divide the {geometry.dim} channels of the tensors, got {num_heads}")
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"num_heads must divide the {dim} channels of the tensors, got {num_heads}")
     return VisionTransformer(
-        img_size=(
-            geometry.grid[0] * geometry.patch_size[0],
-            geometry.grid[1] * geometry.patch_size[1],
-        ),
-        patch_size=geometry.patch_size,
-        in_chans=geometry.in_chans,
-        num_classes=geometry.num_classes,
+        img_size=(grid[0] * patch_size[0], grid[1] * patch_size[1]),
+        patch_size=patch_size,
+        in_chans=in_chans,
+        num_classes=num_classes,
         global_pool="token",
-        embed_dim=geometry.dim,
-        depth=geometry.depth,
+        embed_dim=dim,
+        depth=_count(state, LAYER),
         num_heads=num_heads,
-        mlp_ratio=(geometry.mlp_dim + 0.5) / geometry.dim,  # timm rounds mlp_ratio * dim down
+        mlp_ratio=(mlp_dim + 0.5) / dim,  # timm rounds mlp_ratio * dim down
         qkv_bias=True,
         class_token=True,
         norm_layer=partial(nn.LayerNorm, eps=NORM_EPS),

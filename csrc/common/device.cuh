@@ -215,6 +215,7 @@ __device__ __forceinline__ void mma_tf32(float (&c)[4], const std::uint32_t (&a)
 inline Status cuda_status(cudaError_t error) {
   Status status;
   if (error != cudaSuccess) {
+    cudaGetLastError();  // else the next launch, anyone's, reports it
     status.code = Code::cuda_error;
     std::snprintf(status.message, sizeof status.message, "%s: %s", cudaGetErrorName(error), cudaGetErrorString(error));
   }
@@ -228,9 +229,6 @@ Status supported(void (*kernel)(Parameters...), int device) {
   cudaError_t error = cudaSetDevice(device);
   if (error == cudaSuccess) {
     error = cudaFuncGetAttributes(&attributes, kernel);
-  }
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // else the next launch, anyone's, reports it
   }
   return cuda_status(error);
 }
@@ -335,9 +333,6 @@ Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, P
   cudaError_t error = config.raise_limit(kernel, static_cast<int>(device.shared_memory));
   if (error == cudaSuccess) {
     error = cudaLaunchKernelEx(config.get(), kernel, arguments...);
-  }
-  if (error != cudaSuccess) {
-    cudaGetLastError();  // else the next launch, anyone's, reports it
   }
   return cuda_status(error);
 }

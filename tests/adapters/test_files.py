@@ -21,7 +21,7 @@ from small_adapters import CONFIG, SMALL, WEIGHTS, edit_config, forge, learned, 
 from torch import nn
 
 import vapt_fast
-from vapt_fast import AdapterError, AdaptiveViT, adapters
+from vapt_fast import AdapterError, AdaptiveViT, adapters, files
 
 METADATA = {"note": "first", "accuracy": 0.5}
 
@@ -321,7 +321,7 @@ def interrupt(patch: pytest.MonkeyPatch, step: str, turn: int, error: type[BaseE
             return HalfWritten(*args)
         raise error()
 
-    patch.setattr(adapters.file if function is open else os, function.__name__, failing, raising=False)
+    patch.setattr(files if function is open else os, function.__name__, failing, raising=False)
 
 
 STEPS = ["open", "write", "fsync", "replace"]

@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_the_earlier_adapter_and_a_run_to_resume(copied, monk
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(vapt_fast.adapters.file, "_write_files", full)
+        patch.setattr(vapt_fast.adapters.file, "write_files", full)
         message = error_of("train", "--output", copied, *QUICK, "--overwrite", "--seed", "1", code=1)
     assert "the disk is full" in message
     assert f"vapt-fast train --resume --output {copied}" in message

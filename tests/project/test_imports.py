@@ -15,7 +15,7 @@ PACKAGE = Path(vapt_fast.__file__).parent
 # Layers from the bottom up; a module may import from its own layer's siblings only where listed as free.
 LAYERS = [
     {"kernels"},
-    {"_version", "activations", "arguments", "config", "modules", "data", "source"},
+    {"_version", "activations", "arguments", "config", "modules", "data", "files", "source"},
     {"backbones", "names"},
     {"ops", "functional"},
     {"prompts", "cuda_graphs"},

@@ -83,6 +83,7 @@ ALONE: dict[str, list[Check]] = {
         partial(test_attention.test_a_bias_may_be_of_each_image_or_of_all_heads, (2, 2, 5, 7)),
         many_statistics,
     ],
+    "absorbed_attention": [test_attention.test_more_than_2_31_elements_of_absorbed_attention],
     "add_norm": [partial(test_norms.test_what_is_normalised_is_the_sum_as_it_is_returned, "triton")],
     "prompt_projector": [partial(test_projector.test_prompts_of_zero, torch.float64, "relu")],
 }

@@ -20,14 +20,19 @@ Lanes that are out of bounds are left out, so that the kernel goes on and the pr
 from __future__ import annotations
 
 import inspect
+import operator
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
+from pkgutil import iter_modules
 from typing import Any, NoReturn
 from unittest import mock
 
 import numpy as np
 import torch
+import triton.language as tl
+import vapt_fast.kernels
 from torch import Tensor
 from triton.runtime import interpreter
 
@@ -276,7 +281,20 @@ def _bits(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def no_overflow() -> Iterator[None]:
-    """Integer arithmetic of kernels that leaves its type's range, 32 bits for example, raises."""
+    """Integer arithmetic of kernels that leaves its type's range, 32 bits for example, raises.
+
+    The variables of their loops have the type of the bounds, as on a GPU; the interpreter's own are Python's.
+    """
     builder = interpreter.interpreter_builder
-    with mock.patch.object(builder, "options", replace(builder.options, debug=True)):
+    with ExitStack() as patches:
+        patches.enter_context(mock.patch.object(builder, "options", replace(builder.options, debug=True)))
+        for found in iter_modules(vapt_fast.kernels.__path__):
+            module = import_module(f"vapt_fast.kernels.{found.name}")
+            patches.enter_context(mock.patch.object(module, "range", _typed_range, create=True))
         yield
+
+
+def _typed_range(*bounds: Any) -> Iterator[Any]:
+    tensors = [bound for bound in bounds if isinstance(bound, tl.tensor)]
+    for number in range(*map(operator.index, bounds)):
+        yield sum((0 * tensor for tensor in tensors), number)

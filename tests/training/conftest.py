@@ -7,12 +7,13 @@ from torch.utils.data import TensorDataset
 from training_cases import BACKBONE, CLASSES, noise
 
 import vapt_fast.demo  # noqa: F401, gives timm the digits' backbone
-from vapt_fast.training import Splits, data_config
+from vapt_fast.data import full_data_config
+from vapt_fast.training import Splits
 
 
 @pytest.fixture(scope="session")
 def config():
-    return data_config(timm.get_pretrained_cfg(BACKBONE).to_dict())
+    return full_data_config(timm.get_pretrained_cfg(BACKBONE).to_dict())
 
 
 @pytest.fixture(scope="session")

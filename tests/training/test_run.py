@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from training_cases import BACKBONE, Stop, assert_same_training, make_model, recipes, stop
 
 from vapt_fast import PromptConfig
+from vapt_fast.data import full_data_config
 from vapt_fast.training import (
     METHODS,
     Recipe,
@@ -19,7 +20,6 @@ from vapt_fast.training import (
     Trainer,
     UserError,
     build_model,
-    data_config,
     digit_splits,
     evaluate,
     load_model,
@@ -251,7 +251,7 @@ def test_a_finished_run_is_trained_on(tmp_path, method):
     assert [line["lr"] for line in new] == [recipe.learning_rate(epoch - 1, 1) for epoch in (3, 4, 5)]
 
     model = build_model(method, BACKBONE, 5, prompts=PromptConfig(num_prompts=2))
-    trainer = Trainer(model, recipe, digit_splits(data_config(model.pretrained_cfg), 0, 5).train)
+    trainer = Trainer(model, recipe, digit_splits(full_data_config(model.pretrained_cfg), 0, 5).train)
     trainer.start_from(trained, 2)
     while not trainer.finished:
         trainer.run_epoch()

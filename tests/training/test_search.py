@@ -12,8 +12,8 @@ import torch
 from torch.utils.data import TensorDataset
 from training_cases import CLASSES, Stop, assert_same_training, make_model, recipes, rows, stop
 
+import vapt_fast.files as files
 import vapt_fast.training.checkpoint as checkpoint
-import vapt_fast.training.files as files
 from vapt_fast.training import Splits, Trainer, UserError, evaluate, search
 from vapt_fast.training.checkpoint import load_checkpoint, save_checkpoint
 

@@ -140,10 +140,11 @@ def variety(outputs):
 @pytest.mark.parametrize("kind", AUGMENTATIONS)
 def test_augmentations_are_random_and_nothing_else_is(kind, crop_mode, config):
     torch.manual_seed(0)
-    different = variety(outputs_of(kind, config | {"crop_pct": 0.8, "crop_mode": crop_mode}, noise(), 10))
+    augmentation, config = Augmentation(kind), config | {"crop_pct": 0.8, "crop_mode": crop_mode}
+    different = variety(outputs_of(augmentation, config, noise(), 10))
     assert different == {"none": 1, "flip": 2}.get(kind, different)
     assert (different > 2) == (kind not in ("none", "flip"))
-    assert Augmentation(kind).random == (kind != "none")
+    assert augmentation.random == (kind != "none")
 
 
 @pytest.mark.parametrize("options", [{"color_jitter": 0.5}, {"random_erasing": 0.9}])
@@ -186,7 +187,7 @@ def test_bad_augmentations(options, message):
 
 
 def test_digits_can_be_augmented(config, digits):
-    augmented = digit_splits(config, seed=0, num_train=20, augmentation="random-resized-crop")
+    augmented = digit_splits(config, seed=0, num_train=20, augmentation=Augmentation("random-resized-crop"))
     assert len(augmented.train) == 20
     assert not torch.equal(augmented.train[0][0], augmented.train[0][0])
     assert [label for _, label in augmented.train] == digits.train.tensors[1].tolist()

@@ -164,9 +164,10 @@ def test_evaluation():
         Named(), dataset, names, batch_size=3, progress=lambda *done: seen.append(done)
     )
     assert result.confusion.tolist() == [[2, 1, 0, 0], [0, 2, 0, 1], [0, 0, 0, 0], [0, 0, 0, 1]]
-    assert (result.num_images, result.class_counts) == (7, [3, 3, 0, 1])
+    assert result.num_images == 7
     assert result.accuracy == pytest.approx(5 / 7)
-    assert result.class_accuracy == [pytest.approx(2 / 3), pytest.approx(2 / 3), None, 1.0]
+    two_thirds = pytest.approx(2 / 3)
+    assert result.by_class == [("a", 3, two_thirds), ("b", 3, two_thirds), ("c", 0, None), ("d", 1, 1.0)]
     assert result.mean_class_accuracy == pytest.approx((2 / 3 + 2 / 3 + 1) / 3)
     assert result.largest_confusions(5) == [("a", "b", 1), ("b", "d", 1)]
     assert result.largest_confusions(1) == [("a", "b", 1)]

@@ -64,11 +64,10 @@ def geometry(model: AdaptiveViT) -> dict[str, Any]:
 
 def backbone_problems(model: AdaptiveViT, adapter: AdapterFile, check_weights: bool) -> Iterator[str]:
     """Yield where the backbones differ: in geometry or, with ``check_weights``, in their fingerprints."""
-    saved, own = adapter.backbone, geometry(model)
-    if _only_size_differs(model, adapter):
+    saved, own, differ = adapter.backbone, geometry(model), _differing(model, adapter)
+    if differ == ["grid"]:
         yield _other_size(model, adapter)
         return
-    differ = [key for key in own if saved.get(key) != own[key]]
     for key in differ:
         yield f"backbone {key}: the adapter was made for {saved.get(key)!r}, the model has {own[key]!r}"
     if not differ and check_weights and saved.get("fingerprint") != backbone_fingerprint(model):
@@ -104,7 +103,7 @@ def tensor_problems(model: AdaptiveViT, adapter: AdapterFile) -> Iterator[str]:
     """Yield the tensors that the model has not, the adapter has not, or that have another shape or dtype."""
     own = model.adapter_state()
     yield from (f"{name}: the adapter has no such tensor" for name in own if name not in adapter.tensors)
-    other_size = _only_size_differs(model, adapter)  # is told by itself
+    other_size = _differing(model, adapter) == ["grid"]  # is told by itself
     for name, value in adapter.tensors.items():
         if name not in own:
             yield f"{name}: the model has no such tensor"
@@ -122,10 +121,9 @@ def _can_hold(own: Tensor, value: Tensor) -> bool:
     return value.is_floating_point() if own.is_floating_point() else value.dtype == own.dtype
 
 
-def _only_size_differs(model: AdaptiveViT, adapter: AdapterFile) -> bool:
-    """Whether all there is between the backbones is the size of the images."""
-    saved, own = adapter.backbone, geometry(model)
-    return [key for key in own if saved.get(key) != own[key]] == ["grid"]
+def _differing(model: AdaptiveViT, adapter: AdapterFile) -> list[str]:
+    """The keys of ``geometry`` in which the backbones differ; of two sizes of images, only the grid."""
+    return [key for key, value in geometry(model).items() if adapter.backbone.get(key) != value]
 
 
 def _other_size(model: AdaptiveViT, adapter: AdapterFile) -> str:

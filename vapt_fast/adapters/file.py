@@ -46,9 +46,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,6 +61,7 @@ from .._version import __version__
 from ..arguments import listing
 from ..config import PromptConfig
 from ..data import check_data_config
+from ..files import write_files
 
 __all__ = [
     "CONFIG_NAME",
@@ -166,30 +165,13 @@ def write(
     whole["config_sha256"] = config_sha256(whole)
     contents[CONFIG_NAME] = json.dumps(whole, indent=2).encode()
     contents[WEIGHTS_NAME] = safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(whole)})
-    _write_files(folder, contents)
+    write_files(folder, contents)  # the one that counts comes last
     _remove_other_backbones(folder, keep=contents)
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies on the CPU, because safetensors refuses tensors that share memory."""
     return {name: value.detach().cpu().clone() for name, value in tensors.items()}
-
-
-def _write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
-    """Write files beside their places, then move them there in the given order, the one that counts last."""
-    folder.mkdir(parents=True, exist_ok=True)
-    suffix = f".{uuid.uuid4().hex}.tmp"
-    try:
-        for name, content in contents.items():
-            with open(folder / (name + suffix), "xb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in contents:
-            os.replace(folder / (name + suffix), folder / name)
-    finally:
-        for name in contents:
-            (folder / (name + suffix)).unlink(missing_ok=True)
 
 
 def _backbone_name(digest: str) -> str:

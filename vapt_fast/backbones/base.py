@@ -158,10 +158,7 @@ def register(family: type[Family]) -> type[Family]:
 
 def find_family(model: object) -> Family | None:
     """Return the family of ``model``; None if there is none."""
-    for family in FAMILIES:
-        if isinstance(model, family.timm_class):
-            return family
-    return None
+    return next((family for family in FAMILIES if isinstance(model, family.timm_class)), None)
 
 
 def family_of(model: object) -> Family:
@@ -306,8 +303,7 @@ def call_block(model: TimmViT, index: int, tokens: Tensor, positions: Positions)
     """Call block ``index`` as timm defines it, on tokens with ``positions.num_extra`` prompts among them."""
     block = model.blocks[index]
     _check_offloading(block)
-    tokens = family_of(model).call_block(block, index, tokens, positions)
-    return tokens
+    return family_of(model).call_block(block, index, tokens, positions)
 
 
 def _check_offloading(block: nn.Module) -> None:
@@ -331,8 +327,7 @@ def _check_offloading(block: nn.Module) -> None:
 
 def pool(model: TimmViT, tokens: Tensor, pool_type: str | None) -> Tensor:
     """Return the tokens (B, T, C) after the final norm pooled to (B, C), in the backbone's way for None."""
-    pooled: Tensor = family_of(model).pool(model, tokens, pool_type)
-    return pooled
+    return family_of(model).pool(model, tokens, pool_type)
 
 
 def head_names(model: nn.Module) -> tuple[str, ...]:

@@ -12,9 +12,9 @@ import typer
 from rich.table import Table
 
 from ..benchmark import LINEAR_PROBE, MODES, Comparison, Row, Setting, Variant, as_table, describe
+from ..files import write_atomically
 from ..ops.device import unavailable_reasons
 from ..training import METHODS, UserError
-from ..training.files import write_atomically
 from ..training.methods import check_backbone, method_name
 from . import options
 from .console import cell, failures, out, pick_device, say, status

@@ -14,8 +14,8 @@ from rich.table import Table
 
 from ..demo.experiment import Experiment, Outcome, run_experiment
 from ..demo.picture import draw
+from ..files import write_atomically
 from ..training import METHODS, UserError
-from ..training.files import write_atomically
 from ..training.run import check_backend
 from .console import count, failures, out, progress_bars, say
 

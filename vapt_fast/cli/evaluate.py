@@ -6,16 +6,16 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
 
+from ..files import write_atomically
 from ..training import RunOptions, UserError, load_model
 from ..training.evaluation import Evaluation, evaluate_by_class
-from ..training.files import write_atomically
 from ..training.options import OPTIONS_NAME
 from ..training.run import check_backend
 from ..training.splits import evaluation_data
@@ -107,9 +107,7 @@ def _was_trained_on(adapter: Path, data: str) -> bool:
 
 
 def _note_absent(result: Evaluation) -> None:
-    absent = [
-        name for name, images in zip(result.class_names, result.class_counts, strict=True) if not images
-    ]
+    absent = [name for name, images, _ in result.by_class if not images]
     if absent:
         say(f"without images here: {count(len(absent), 'class', 'classes')}: {', '.join(absent)}", status)
 
@@ -119,9 +117,7 @@ def _show(result: Evaluation) -> None:
     say(f"mean accuracy of the classes: {result.mean_class_accuracy:.1%}")
     table = Table("class", "images", "accuracy")
     table.columns[0].overflow = "fold"
-    for name, images, accuracy in zip(
-        result.class_names, result.class_counts, result.class_accuracy, strict=True
-    ):
+    for name, images, accuracy in result.by_class:
         table.add_row(cell(name), f"{images:,}", "" if accuracy is None else f"{accuracy:.1%}")
     out.print(table)
     _print_whole(_matrix(result) if len(result.class_names) <= _LARGEST_MATRIX else _confusions(result))
@@ -156,13 +152,6 @@ def _csv(result: Evaluation) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["class", "images", "accuracy", *result.class_names])
-    rows: Any = zip(
-        result.class_names,
-        result.class_counts,
-        result.class_accuracy,
-        result.confusion.tolist(),
-        strict=True,
-    )
-    for name, images, accuracy, said in rows:
+    for (name, images, accuracy), said in zip(result.by_class, result.confusion.tolist(), strict=True):
         writer.writerow([name, images, "" if accuracy is None else accuracy, *said])
     return text.getvalue()

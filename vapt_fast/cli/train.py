@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import shlex
 import time
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Table
 
 from ..adapters import trainable_summary
+from ..config import PromptConfig
 from ..names import DEMO_BACKBONE
 from ..training import Recipe, RunOptions, Score, UserError, run
 from ..training.methods import method_name
@@ -22,65 +23,35 @@ from ..training.run import check_backend
 from ..training.trainer import Epoch
 from . import options
 from .console import count, failures, out, pick_device, progress_bars, say, status
-from .prompt_options import PROMPT_OPTIONS, prompt_value, with_prompt_options
+from .train_options import ARGUMENTS, flag_of, value_of, with_run_options
 
 __all__ = ["train"]
-
-# What a resumed run may change: it decides where and how fast a run computes, not what.
-_FREE = {"output", "resume", "overwrite", "device", "threads", "workers"}
-
-_RECIPE = (
-    "epochs",
-    "warmup_epochs",
-    "batch_size",
-    "optimizer",
-    "momentum",
-    "label_smoothing",
-    "clip_grad",
-    "amp",
-    "seed",
-)
 
 _MOMENT = 1.0  # seconds
 
 
 def train(
     context: typer.Context,
-    output: options.Output,
-    resume: options.Resume = False,
-    overwrite: options.Overwrite = False,
+    output: Annotated[Path, typer.Option(help="Folder for the trained model, metrics and checkpoint.")],
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Resume the stopped run in --output, with its options. With a larger --epochs, train the "
+            "model of a finished run on: the learning rate follows the cosine of the new length, so it rises "
+            "again.",
+        ),
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a run that is in --output.")
+    ] = False,
     device: options.Device = "auto",
-    threads: options.Threads = None,
+    threads: Annotated[
+        int | None,
+        typer.Option(min=1, help="Threads on the CPU (default: 1 for the digits backbone, else all cores)."),
+    ] = None,
     workers: options.Workers = 0,
-    data: options.Data = "digits",
-    train_images: options.TrainImages = None,
-    validation_share: options.ValidationShare = 0.2,
-    test_share: options.TestShare = 0.2,
-    augment: options.Augment = "none",
-    crop_scale: options.CropScale = None,
-    color_jitter: options.ColorJitter = 0.0,
-    random_erasing: options.RandomErasing = 0.0,
-    image_size: options.ImageSize = None,
-    crop_mode: options.CropMode = None,
-    crop_pct: options.CropPct = None,
-    cache: options.Cache = False,
-    backbone: options.Backbone = DEMO_BACKBONE,
-    pretrained: options.Pretrained = True,
-    weights: options.Weights = None,
-    method: str = "vapt",
-    backend: options.ModelBackend = None,
-    lr: options.LearningRates = None,
-    weight_decay: options.WeightDecays = None,
-    optimizer: options.Optimizer = "sgd",
-    epochs: options.Epochs = 100,
-    warmup_epochs: options.WarmupEpochs = 10,
-    batch_size: options.TrainBatchSize = 64,
-    momentum: options.Momentum = 0.9,
-    label_smoothing: options.LabelSmoothing = 0.0,
-    clip_grad: options.ClipGrad = None,
-    amp: options.Amp = None,
-    seed: options.Seed = 0,
-    **prompts: Any,
+    **given: Any,
 ) -> None:
     """Adapt a backbone to labelled images; the learning rate is chosen on validation images.
 
@@ -88,8 +59,8 @@ def train(
     with this package and has only seen 0 to 4.
     """
     with failures(f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"):
-        check_backend(backend, "--backend")
-        chosen = _resumed(context, output) if resume else RunOptions(**_run_options(context.params))
+        check_backend(given["backend"], "--backend")
+        chosen = _resumed(context, given, output) if resume else RunOptions(**_run_options(given))
         if not resume:
             _check_free(output, overwrite)
         if threads is None and chosen.backbone == DEMO_BACKBONE:
@@ -111,25 +82,26 @@ def train(
     _report(result, output)
 
 
-train.__signature__ = with_prompt_options(train)  # type: ignore[attr-defined]  # typer reads it
+train.__signature__ = with_run_options(train)  # type: ignore[attr-defined]  # typer reads it
 
 
 def _run_options(given: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of RunOptions from those of the command."""
-    prompts = {option.name: prompt_value(option, given[option.name]) for option in PROMPT_OPTIONS}
-    own = {option.name for option in fields(RunOptions)} - {"prompts"}
-    options = {name: value for name, value in given.items() if name in own}
-    options["data"] = given["data"] if given["data"] == "digits" else str(Path(given["data"]).resolve())
-    options["weights"] = None if given["weights"] is None else str(given["weights"].resolve())
-    options["prompts"] = prompts
-    options["method"] = method_name(given["method"])
-    options["base_lrs"] = list(given["lr"]) if given["lr"] else None
-    options["weight_decays"] = list(given["weight_decay"]) if given["weight_decay"] else None
-    options["recipe"] = {name: given[name] for name in _RECIPE}
-    return options
+    by_owner: dict[type, dict[str, Any]] = {RunOptions: {}, Recipe: {}, PromptConfig: {}}
+    for name, (owner, option) in ARGUMENTS.items():
+        by_owner[owner][option.name] = value_of(name, given[name])
+    options = by_owner[RunOptions]
+    if options["data"] != "digits":
+        options["data"] = str(Path(options["data"]).resolve())
+    if options["weights"] is not None:
+        options["weights"] = str(options["weights"].resolve())
+    options["method"] = method_name(options["method"])
+    for candidates in ("base_lrs", "weight_decays"):
+        options[candidates] = list(options[candidates]) if options[candidates] else None
+    return {**options, "recipe": by_owner[Recipe], "prompts": by_owner[PromptConfig]}
 
 
-def _resumed(context: typer.Context, output: Path) -> RunOptions:
+def _resumed(context: typer.Context, given: dict[str, Any], output: Path) -> RunOptions:
     """Return the options of the run in ``output``; those on the command line must agree with them."""
     options = RunOptions.read(output)
     if (output / RESULT_NAME).exists():
@@ -137,17 +109,13 @@ def _resumed(context: typer.Context, output: Path) -> RunOptions:
             raise UserError(
                 f"the run in {output} is finished: there is nothing to resume. To train on, give --epochs too"
             )
-        options = options.extended(context.params["epochs"], output)
-    now, then = _flat(_run_options(dict(context.params))), _flat(asdict(options))
-    renamed = {"lr": "base_lrs", "weight_decay": "weight_decays"}
-    for name in context.params:
-        if name in _FREE or not _is_given(context, name):
-            continue
-        key = renamed.get(name, name)
-        if now[key] != then[key]:
-            flag = "--" + name.replace("_", "-")
+        options = options.extended(given["epochs"], output)
+    now, then = _flat(_run_options(given)), _flat(asdict(options))
+    for name, (_, option) in ARGUMENTS.items():
+        if _is_given(context, name) and now[option.name] != then[option.name]:
             raise UserError(
-                f"{flag} was {then[key]} when the run in {output} started, got {now[key]}; leave it out"
+                f"{flag_of(name)} was {then[option.name]} when the run in {output} started, got "
+                f"{now[option.name]}; leave it out"
             )
     return options
 

@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
+from ..data import full_data_config
 from ..names import DEMO_BACKBONE
-from ..training import Found, Recipe, build_model, data_config, digit_splits, save_model, search
+from ..training import Found, Recipe, build_model, digit_splits, save_model, search
 from .backbone import default_cfgs
 from .digits import NEW_DIGITS
 
@@ -144,5 +145,5 @@ def _metadata() -> dict[str, Any]:
     """Return what prediction needs to know."""
     return {
         "class_names": [str(digit) for digit in NEW_DIGITS],
-        "data_config": data_config(default_cfgs[DEMO_BACKBONE].default.to_dict()),
+        "data_config": full_data_config(default_cfgs[DEMO_BACKBONE].default.to_dict()),
     }

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from .. import functional
+from ..files import write_atomically
 from ..model import AdaptiveViT
 from ..prompts import AdaptivePrompts
 from ..training import METHODS, eval_transform, load_model
-from ..training.files import write_atomically
 from .digits import NEW_DIGITS, digit_images
 from .experiment import Outcome
 

@@ -11,7 +11,7 @@ from .saved import load_model, save_model
 from .search import Found, search
 from .splits import Splits, digit_splits, folder_splits
 from .trainer import Trainer
-from .transforms import data_config, eval_transform
+from .transforms import eval_transform
 
 __all__ = [
     "METHODS",
@@ -23,7 +23,6 @@ __all__ = [
     "Trainer",
     "UserError",
     "build_model",
-    "data_config",
     "digit_splits",
     "eval_transform",
     "evaluate",

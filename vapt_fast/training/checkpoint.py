@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from .._version import __version__
+from ..files import write_atomically
 from .errors import UserError
-from .files import write_atomically
 
 __all__ = ["load_checkpoint", "save_checkpoint"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import unicodedata
 from dataclasses import fields
-from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
+
+from ..arguments import plain
 
 __all__ = ["UserError", "check_types", "printable"]
 
@@ -29,29 +30,26 @@ def printable(text: str | os.PathLike[str]) -> str:
 
 
 def check_types(options: Any) -> None:
-    """Check that every field of a dataclass has the type that it is annotated with.
+    """Check that every field of a dataclass has the type that it is annotated with, or the like of numpy.
 
     Raises:
         UserError: one has not; the message names it.
     """
     hints = get_type_hints(type(options))
     for option in fields(options):
-        value = getattr(options, option.name)
+        value = plain(getattr(options, option.name))
+        object.__setattr__(options, option.name, value)  # the dataclass is frozen
         if not _is_a(value, hints[option.name]):
             raise UserError(f"{option.name} must be {option.type}, got {value!r}")
 
 
 def _is_a(value: object, hint: Any) -> bool:
-    """Whether ``value`` has a type: None, a plain one, a list or dict of such, or a union."""
+    """Whether ``value`` has a type: a plain one, a list or dict of such, or a union."""
     container, inner = get_origin(hint), get_args(hint)
-    if hint in (None, NoneType):
-        return value is None
     if hint is Any:
         return True
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float):
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if container is list:
         return isinstance(value, list) and all(_is_a(item, inner[0]) for item in value)
     if container is dict:

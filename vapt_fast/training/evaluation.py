@@ -51,25 +51,21 @@ class Evaluation:
         return int(self.confusion.sum())
 
     @property
-    def class_counts(self) -> list[int]:
-        """The number of images of each class."""
-        return self.confusion.sum(1).tolist()
-
-    @property
     def accuracy(self) -> float:
         """The share of the images that were classified right, 0 to 1."""
         return int(self.confusion.trace()) / self.num_images
 
     @property
-    def class_accuracy(self) -> list[float | None]:
-        """The accuracy on the images of each class, None for a class without images."""
-        right = self.confusion.diagonal().tolist()
-        return [hit / total if total else None for hit, total in zip(right, self.class_counts, strict=True)]
+    def by_class(self) -> list[tuple[str, int, float | None]]:
+        """Each class with its number of images and the accuracy on them, None without images."""
+        totals, right = self.confusion.sum(1).tolist(), self.confusion.diagonal().tolist()
+        accuracies = (hit / total if total else None for hit, total in zip(right, totals, strict=True))
+        return list(zip(self.class_names, totals, accuracies, strict=True))
 
     @property
     def mean_class_accuracy(self) -> float:
-        """The mean of ``class_accuracy`` over the classes that have images."""
-        known = [accuracy for accuracy in self.class_accuracy if accuracy is not None]
+        """The mean accuracy of the classes that have images."""
+        known = [accuracy for _, _, accuracy in self.by_class if accuracy is not None]
         return sum(known) / len(known)
 
     def largest_confusions(self, count: int) -> list[tuple[str, str, int]]:
@@ -85,14 +81,14 @@ class Evaluation:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON takes it."""
-        by_class = zip(self.class_names, self.class_counts, self.class_accuracy, strict=True)
         return {
             "images": self.num_images,
             "accuracy": self.accuracy,
             "mean_class_accuracy": self.mean_class_accuracy,
             "loss": self.loss if math.isfinite(self.loss) else None,
             "classes": [
-                {"class": name, "images": count, "accuracy": accuracy} for name, count, accuracy in by_class
+                {"class": name, "images": count, "accuracy": accuracy}
+                for name, count, accuracy in self.by_class
             ],
             "confusion": self.confusion.tolist(),
         }
@@ -113,8 +109,7 @@ def classify(
     Args:
         model: gives logits, and is on ``device``; it is left in eval mode.
         dataset: of (image, index of its class).
-        batch_size: images a step.
-        device: where to compute.
+        batch_size, device: images a step, and where to compute.
         amp: compute in "bfloat16" or "float16" where that is safe (autocast); None for float32.
         workers: processes that read images.
 

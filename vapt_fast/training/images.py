@@ -21,13 +21,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from ..arguments import listing
 from .errors import UserError, printable
 
 __all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image"]
@@ -82,8 +83,9 @@ def check_images(
     Raises:
         UserError: some can't be read; the message names the first 20, each in a line, and how many more.
     """
-    errors = []
-    for index, error in enumerate(DataLoader(_Errors(paths), batch_size=None, num_workers=workers)):
+    errors, files = [], cast(Any, paths)  # a data set, of which collate_fn is given one at a time
+    loader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_error_of)
+    for index, error in enumerate(loader):
         if error:
             errors.append(error)
         if progress is not None:
@@ -93,24 +95,16 @@ def check_images(
     if errors:
         more = len(errors) - _SHOWN
         lines = [*errors[:_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
-        raise UserError("\n  - ".join([f"{len(errors):,} of {len(paths):,} images can't be read:", *lines]))
+        raise UserError(listing(f"{len(errors):,} of {len(paths):,} images can't be read", lines))
 
 
-class _Errors(Dataset):
-    """The error of each file: a message, empty for an image that can be read."""
-
-    def __init__(self, paths: Sequence[str | Path]) -> None:
-        self._paths = paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> str:
-        try:
-            open_image(self._paths[index])
-        except UserError as error:
-            return str(error)
-        return ""
+def _error_of(path: Any) -> str:
+    """Return why an image can't be read; empty if it can."""
+    try:
+        open_image(path)
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def _upright(image: Image.Image) -> Image.Image:

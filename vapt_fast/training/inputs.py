@@ -11,9 +11,9 @@ from torch import nn
 
 from .._version import __version__
 from ..adapters import backbone_fingerprint, fingerprint
+from ..files import write_atomically
 from ..model import AdaptiveViT
 from .errors import UserError
-from .files import write_atomically
 from .splits import Splits
 
 __all__ = ["INPUTS_NAME", "check_inputs", "describe_inputs", "write_inputs"]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
-    Dataset,
     RandomSampler,
     Sampler,
     SequentialSampler,
@@ -56,23 +56,12 @@ class Batches:
             yield batch
 
 
-class _ErrorsAsValues(Dataset):
-    def __init__(self, dataset: LabelledImages) -> None:
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        try:
-            return self._dataset[index]
-        except UserError as error:
-            return error
-
-
-def _collate(samples: list[Any]) -> Any:
-    error = next((sample for sample in samples if isinstance(sample, UserError)), None)
-    return default_collate(samples) if error is None else error
+def _read(dataset: LabelledImages, indices: list[int]) -> Any:
+    """Return a batch, or the error of the first image in it that can't be read."""
+    try:
+        return default_collate([dataset[index] for index in indices])
+    except UserError as error:
+        return error
 
 
 def make_loader(
@@ -99,12 +88,12 @@ def make_loader(
         batches = BatchSampler(sampler, batch_size, drop_last=False)
         return Batches(DataLoader(dataset, batch_size=None, sampler=batches, generator=generator))
     loader = DataLoader(
-        _ErrorsAsValues(dataset),
+        cast(Any, range(len(dataset))),
         batch_size=batch_size,
         sampler=sampler,
         generator=generator,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_read, dataset),
         pin_memory=torch.cuda.is_available(),
     )
     return Batches(loader)

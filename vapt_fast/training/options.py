@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from .._version import __version__
-from ..arguments import plain
+from ..config import described, option
+from ..files import write_atomically
 from ..names import DEMO_BACKBONE
 from .errors import UserError, check_types
-from .files import write_atomically
 from .methods import METHODS, method_name
 from .recipe import Recipe
 from .search import METRICS_NAME
-from .transforms import Augmentation
+from .transforms import AUGMENTATIONS, Augmentation
 
 __all__ = ["OPTIONS_NAME", "RESULT_NAME", "RunOptions"]
 
@@ -24,56 +25,86 @@ OPTIONS_NAME = "run.json"
 RESULT_NAME = "result.json"
 
 
+_data, _model = (partial(option, panel=panel) for panel in ("Data", "Model"))
+
+
+@described
 @dataclass(frozen=True)
 class RunOptions:
-    """The options that decide what a run computes, kept in its folder so that a stopped run can go on.
+    """The options that decide what a run computes, kept in its folder so that a stopped run can go on."""
 
-    Attributes:
-        data: "digits" or a folder of images; see ``folder_splits``.
-        backbone: timm's name.
-        method: key of METHODS, or a kind of prompts.
-        prompts: options of PromptConfig; the method decides on the kind.
-        base_lrs: candidates, at a batch size of 256; None for the method's own.
-        weight_decays: candidates; tried with every learning rate. None for 1e-4, or 0.01 with AdamW.
-        recipe: the other numbers of Recipe, by name.
-        train_images: how many images to train on; None for all.
-        validation_share, test_share: of a folder that is not split already.
-        augment, crop_scale, color_jitter, random_erasing: of the training images; see Augmentation.
-        image_size: side of the images, in pixels, a multiple of the patch size; None for the backbone's.
-        crop_mode, crop_pct: of timm's preparation of images; None for the backbone's.
-        cache: keep all images of a folder in memory; not with augmentation.
-        pretrained: start from pre-trained weights.
-        weights: a file with the backbone's weights, in the place of pre-trained ones.
-        backend: as for AdaptiveViT.
-        extends: of a run that goes on with the model of a finished one: its ``epochs`` and ``metrics_size``.
-    """
-
-    data: str = "digits"
-    backbone: str = DEMO_BACKBONE
-    method: str = "vapt"
-    prompts: dict[str, Any] = field(default_factory=dict)
-    base_lrs: list[float] | None = None
-    weight_decays: list[float] | None = None
-    recipe: dict[str, Any] = field(default_factory=dict)
-    train_images: int | None = None
-    validation_share: float = 0.2
-    test_share: float = 0.2
-    augment: str = "none"
-    crop_scale: float | None = None
-    color_jitter: float = 0.0
-    random_erasing: float = 0.0
-    image_size: int | None = None
-    crop_mode: str | None = None
-    crop_pct: float | None = None
-    cache: bool = False
-    pretrained: bool = True
-    weights: str | None = None
-    backend: str | None = None
-    extends: dict[str, int] | None = None
+    data: str = _data(
+        "digits", "'digits', or a folder with train/, val/ and test/ or with one folder of images a class"
+    )
+    train_images: int | None = _data(
+        None, "how many images to train on, spread over the classes (default: all)"
+    )
+    validation_share: float = _data(
+        0.2, "share split off to choose the learning rate with, if there is no val/"
+    )
+    test_share: float = _data(0.2, "share split off for the test, if there is no train/")
+    augment: str = _data(
+        "none",
+        "random changes of training images: a horizontal flip; a crop at a random place; a crop of random "
+        "size and shape; the last, then torchvision's RandAugment or AutoAugment. All but none flip half of "
+        "them",
+        choices=AUGMENTATIONS,
+    )
+    crop_scale: float | None = _data(
+        None, "smallest share of the area that a crop of random size has (default: 0.08)"
+    )
+    color_jitter: float = _data(0.0, "largest relative change of brightness, contrast and saturation, 0 to 1")
+    random_erasing: float = _data(0.0, "probability that a rectangle of a training image becomes noise")
+    image_size: int | None = _data(
+        None, "side of the images, pixels, a multiple of the patch size (default: the backbone's own)"
+    )
+    crop_mode: str | None = _data(
+        None,
+        "crop the image to a square or squash it (default: as the backbone was trained)",
+        choices=("center", "squash"),
+    )
+    crop_pct: float | None = _data(
+        None, "side of the crop, as a share (default: as the backbone was trained)"
+    )
+    cache: bool = _data(False, "keep all images decoded in memory; not with augmentation", flags=("--cache",))
+    backbone: str = _model(DEMO_BACKBONE, "name of the backbone in timm")
+    pretrained: bool = _model(True, "start from pre-trained weights")
+    weights: str | None = _model(
+        None,
+        "file with the backbone's weights (safetensors or a PyTorch checkpoint), instead of pre-trained "
+        "ones. The backbone is then kept with what is learned",
+        type=Path | None,
+    )
+    method: str = _model("vapt", "what to train")
+    backend: str | None = _model(None, "one of auto, reference, torch, triton and cuda; see vapt-fast info")
+    base_lrs: list[float] | None = option(
+        None,
+        "a learning rate to try, at a batch size of 256: lr * batch size / 256 is used, with either "
+        "optimizer. Give it several times; validation chooses (default: a few that suit the method and the "
+        "optimizer)",
+        panel="Training",
+        name="lr",
+    )
+    weight_decays: list[float] | None = option(
+        None,
+        "a weight decay to try; may be given several times (default: 1e-4, or 0.01 with adamw)",
+        panel="Training",
+        name="weight_decay",
+    )
+    recipe: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "the other numbers of Recipe, by name"}
+    )
+    prompts: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "options of PromptConfig; the method decides on the kind"},
+    )
+    extends: dict[str, int] | None = option(
+        None,
+        "of a run that goes on with the model of a finished one, its epochs and metrics_size",
+        panel=None,
+    )
 
     def __post_init__(self) -> None:
-        for option in fields(self):  # the dataclass is frozen
-            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
         check_types(self)
         object.__setattr__(self, "method", method_name(self.method))
         if self.augmentation.random and self.cache:

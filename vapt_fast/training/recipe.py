@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass
+from functools import partial
 
-from ..arguments import plain
+from ..config import described, option
 from .errors import UserError, check_types
 
 __all__ = ["AMP_DTYPES", "OPTIMIZERS", "Recipe"]
@@ -14,44 +15,41 @@ AMP_DTYPES = ("bfloat16", "float16")
 OPTIMIZERS = ("sgd", "adamw")
 
 
+_option = partial(option, panel="Training")
+
+
+@described
 @dataclass(frozen=True)
 class Recipe:
     """The hyper-parameters of a training: linear warm-up of the learning rate, then a cosine to zero.
-
-    Attributes:
-        base_lr: the learning rate at a batch size of 256. The one used is ``base_lr * batch_size / 256``,
-            with either optimizer.
-        weight_decay: for all that is trained but the head's bias. SGD adds this share of the weights to their
-            gradient, AdamW takes the learning rate times this share off them at each step.
-        epochs: passes over the training images.
-        warmup_epochs: of these, how many the learning rate takes to rise; at most half of them all.
-        batch_size: images a step.
-        momentum: of SGD; with AdamW, the decay of the mean of the gradients (beta 1; beta 2 is 0.999).
-        label_smoothing: share of the target that is spread over all classes.
-        clip_grad: largest norm of the gradient of all parameters together; None for no limit.
-        amp: compute in "bfloat16" or "float16" where that is safe (autocast); None for float32 throughout.
-        seed: of the initialisation, the order of the images, augmentation and dropout.
-        optimizer: "sgd" (with momentum, not Nesterov's) or "adamw".
 
     Raises:
         UserError: a value of the wrong type or out of range.
     """
 
-    base_lr: float
-    weight_decay: float = 1e-4
-    epochs: int = 100
-    warmup_epochs: int = 10
-    batch_size: int = 64
-    momentum: float = 0.9
-    label_smoothing: float = 0.0
-    clip_grad: float | None = None
-    amp: str | None = None
-    seed: int = 0
-    optimizer: str = "sgd"
+    base_lr: float = option(
+        MISSING,
+        "the learning rate at a batch size of 256. The one used is base_lr * batch_size / 256, with either "
+        "optimizer",
+        panel=None,
+    )
+    weight_decay: float = option(
+        1e-4,
+        "for all that is trained but the head's bias. SGD adds this share of the weights to their gradient, "
+        "AdamW takes the learning rate times this share off them at each step",
+        panel=None,
+    )
+    optimizer: str = _option("sgd", "SGD with momentum, as in the papers, or AdamW", choices=OPTIMIZERS)
+    epochs: int = _option(100, "passes over the training images")
+    warmup_epochs: int = _option(10, "epochs in which the learning rate rises, at most half of all")
+    batch_size: int = _option(64, "images a step")
+    momentum: float = _option(0.9, "momentum of SGD; beta 1 of AdamW, whose beta 2 is 0.999")
+    label_smoothing: float = _option(0.0, "share of the target spread over all classes")
+    clip_grad: float | None = _option(None, "largest norm of the whole gradient (default: no limit)")
+    amp: str | None = _option(None, "mixed precision (default: float32)", choices=AMP_DTYPES)
+    seed: int = _option(0, "seed of the split, the initialisation and the training")
 
     def __post_init__(self) -> None:
-        for option in fields(self):  # the dataclass is frozen
-            object.__setattr__(self, option.name, plain(getattr(self, option.name)))
         check_types(self)
         for name, positive in (("base_lr", self.base_lr), ("clip_grad", self.clip_grad)):
             if positive is not None and not 0 < positive < math.inf:

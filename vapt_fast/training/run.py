@@ -16,10 +16,11 @@ from torch import nn
 
 from ..backbones import find_family, patch_size
 from ..config import PromptConfig
+from ..data import full_data_config
+from ..files import write_atomically
 from ..names import create_backbone
 from ..ops import backend as backends
 from .errors import UserError
-from .files import write_atomically
 from .images import check_images
 from .inputs import check_inputs, describe_inputs, write_inputs
 from .loader import in_memory
@@ -29,7 +30,6 @@ from .saved import load_model, save_model
 from .search import CHECKPOINT_NAME, Found, Progress, Start, search
 from .splits import Splits, digit_splits, folder_splits, image_files
 from .trainer import autocast, seed_everything
-from .transforms import data_config
 
 __all__ = ["run"]
 
@@ -55,8 +55,7 @@ def run(
         folder: where to write; a model that is there stays until the new one is whole.
         resume: go on from the checkpoint; a run that was stopped before the first one starts anew. With
             options of ``RunOptions.extended``, start from the finished run's model.
-        device: where to compute.
-        workers: processes that read images.
+        device, workers: as for Trainer.
         on_check: told how many images were read, of how many: all are, once, before training starts.
         on_start: told the untrained model and the images before training starts.
         progress: told about every epoch.
@@ -167,10 +166,9 @@ def _data_config(options: RunOptions) -> dict[str, Any]:
     check_backbone(options.backbone)
     cfg = timm.get_pretrained_cfg(options.backbone)
     pretrained_cfg = {} if cfg is None else cfg.to_dict()
-    size = None if options.image_size is None else (3, options.image_size, options.image_size)
-    return data_config(
-        pretrained_cfg, input_size=size, crop_mode=options.crop_mode, crop_pct=options.crop_pct
-    )
+    if options.image_size is not None:
+        pretrained_cfg["input_size"] = (3, options.image_size, options.image_size)
+    return full_data_config(pretrained_cfg, {"crop_mode": options.crop_mode, "crop_pct": options.crop_pct})
 
 
 def _check_image_size(options: RunOptions) -> None:

@@ -12,11 +12,11 @@ from torch import nn
 
 from ..adapters import AdapterError
 from ..data import full_data_config
+from ..files import write_atomically
 from ..model import AdaptiveViT
 from ..names import create_backbone
 from ..source import rebuild_args
 from .errors import UserError
-from .files import write_atomically
 
 __all__ = ["FULL_MODEL_NAME", "load_model", "save_model"]
 

@@ -83,15 +83,13 @@ def search(
 
     Args:
         make_model: makes an untrained model; called with all random generators seeded by the recipe's seed.
-        splits: the images.
-        recipes: the candidates, at least one.
-        device: where to compute.
-        workers: processes that read images.
+        splits, recipes: the images, and the candidates, at least one.
+        device, workers: as for Trainer.
         validate_every: epochs between scores in validation. The last is always taken and alone decides.
         folder: where the checkpoint and the metrics go, every epoch; None to keep nothing.
         resume: go on from the checkpoint in ``folder``, to the same bits as without the stop.
         start: where the recipe, which then must be the only one, starts from; None for the beginning.
-        progress: told about every epoch.
+        progress: see Progress.
 
     Raises:
         UserError: nothing to resume, a checkpoint of another search, or no recipe that didn't diverge.

@@ -17,7 +17,7 @@ from ..demo import NEW_DIGITS, digit_images
 from .errors import UserError, printable
 from .images import IMAGE_EXTENSIONS, open_image
 from .loader import LabelledImages, in_memory
-from .transforms import Augmentation, eval_transform, train_transform
+from .transforms import NO_AUGMENTATION, Augmentation, eval_transform, train_transform
 
 __all__ = [
     "Splits",
@@ -98,7 +98,7 @@ def digit_splits(
     config: dict[str, Any],
     seed: int,
     num_train: int | None = None,
-    augmentation: Augmentation | str = "none",
+    augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Splits:
     """Split the real digit images 5 to 9: 400 for test, 196 for validation, at most 300 for training.
 
@@ -106,7 +106,7 @@ def digit_splits(
     beginning of a larger one.
 
     Args:
-        config: of ``data_config``.
+        config: of ``full_data_config``.
         seed: of the split.
         num_train: training images; None for all 300.
         augmentation: of the training images.
@@ -126,8 +126,6 @@ def digit_splits(
     validation, train = rest[:_DIGITS_VALIDATION], rest[_DIGITS_VALIDATION:]
     train = train[: _check_num_train(num_train, len(train), len(NEW_DIGITS))]
     learning: LabelledImages = TensorDataset(pixels[train], labels[train])
-    if isinstance(augmentation, str):
-        augmentation = Augmentation(augmentation)
     if augmentation.random:
         shown = [images[index] for index in train.tolist()]
         learning = _Transformed(shown, labels[train].tolist(), train_transform(config, augmentation))
@@ -147,7 +145,7 @@ def folder_splits(
     num_train: int | None = None,
     validation_share: float = 0.2,
     test_share: float = 0.2,
-    augmentation: Augmentation | str = "none",
+    augmentation: Augmentation = NO_AUGMENTATION,
 ) -> Splits:
     """Split images in folders named after their classes.
 
@@ -157,11 +155,11 @@ def folder_splits(
 
     Args:
         root: the folder.
-        config: of ``data_config``.
+        config: of ``full_data_config``.
         seed: of the split.
         num_train: training images to use, stratified; None for all.
         validation_share, test_share: of the images that are split.
-        augmentation: of the training images; a kind of AUGMENTATIONS says the same as Augmentation(kind).
+        augmentation: of the training images.
 
     Raises:
         UserError: a folder that is missing, empty or has other classes than the training folder.
@@ -214,7 +212,7 @@ def evaluation_data(
     Args:
         root: a folder that is split already, as for ``folder_splits``, or one with one folder a class, all of
             whose images are taken; or "digits", of which there are test images only.
-        config: of ``data_config``.
+        config: of ``full_data_config``.
         class_names: the model's, by index. Folders are matched by name; the model may know more classes.
         split: "train", "validation" or "test", of a folder that is split already; None for "test".
 

@@ -48,10 +48,8 @@ class Trainer:
 
     Args:
         model: as ``build_model`` makes it; moved to ``device``.
-        recipe: the numbers.
-        train_data: of (image, label).
-        device: where to compute.
-        workers: processes that read images.
+        recipe, train_data: what to train it on, and how.
+        device, workers: where to compute, and how many processes read images.
 
     Attributes:
         epoch: epochs done.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from timm.data import create_transform, resolve_data_config
+from timm.data import create_transform
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms import CenterCropOrPad, RandomCropOrPad
 from torchvision import transforms
@@ -13,7 +13,7 @@ from torchvision import transforms
 from ..data import eval_transform
 from .errors import UserError, check_types
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "data_config", "eval_transform", "train_transform"]
+__all__ = ["AUGMENTATIONS", "NO_AUGMENTATION", "Augmentation", "eval_transform", "train_transform"]
 
 AUGMENTATIONS = ("none", "flip", "crop-flip", "random-resized-crop", "rand-augment", "auto-augment")
 
@@ -67,24 +67,11 @@ class Augmentation:
         return self.kind != "none" or self.color_jitter > 0 or self.random_erasing > 0
 
 
-def data_config(pretrained_cfg: dict[str, Any], **changes: Any) -> dict[str, Any]:
-    """Return how a model's images are prepared: input_size, mean, std, interpolation, crop_pct, crop_mode.
-
-    Args:
-        pretrained_cfg: of the model.
-        **changes: any of the names above, to differ from the model's; None leaves the model's.
-    """
-    config = resolve_data_config(pretrained_cfg=pretrained_cfg)
-    return config | {name: value for name, value in changes.items() if value is not None}
+NO_AUGMENTATION = Augmentation()
 
 
-def train_transform(config: dict[str, Any], augmentation: Augmentation | str) -> Any:
-    """Return ``eval_transform`` with an augmentation, which may be given by its kind.
-
-    Raises:
-        UserError: an unknown kind.
-    """
-    chosen = Augmentation(augmentation) if isinstance(augmentation, str) else augmentation
+def train_transform(config: dict[str, Any], chosen: Augmentation) -> Any:
+    """Return ``eval_transform`` with an augmentation."""
     if chosen.kind in _RESIZED_CROPS:
         jitter: Any = chosen.color_jitter or None  # timm takes None, which its annotation lacks
         crop, flip, *rest = create_transform(

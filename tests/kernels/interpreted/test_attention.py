@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from interpreter import only_last_program
 from op_cases import (
     assert_same_results,
     attention_case,
@@ -13,8 +14,10 @@ from op_cases import (
     rand,
     results,
 )
+from shadow import no_overflow
 
 from vapt_fast import functional
+from vapt_fast.ops.absorbed_attention.op import Arguments, Gradients, Outputs, Saved
 
 SMALL = {"batch": 2, "heads": 1, "groups": 1, "dim": 8}
 
@@ -111,3 +114,32 @@ def test_a_stride_too_long_for_the_kernels():
     memory = torch.empty(7 * 2**24 + 8, dtype=torch.float64)  # only the pages that are written take any
     tensors[1] = memory.as_strided(tensors[1].shape, (8, 2**24, 8, 1)).copy_(tensors[1])
     assert_same_results(results(op, tensors, options), expected, 0)
+
+
+@pytest.mark.full
+def test_more_than_2_31_elements_of_absorbed_attention():
+    """Of the kernels alone: the op multiplies all queries by the weights."""
+    from vapt_fast.ops.absorbed_attention import triton as absorbed  # kill_mutants replaces what it imports
+
+    torch.manual_seed(0)
+    batch, dim = 2**25 + 64, 64
+    u, grad_y = torch.randn(2, 1, dim)
+    prompts, x = torch.randn(2, 1, dim).half()
+    leaves = [tensor.float().requires_grad_() for tensor in (u, x, prompts)]
+    rows = torch.cat([leaves[2], leaves[1]])
+    p = (leaves[0] @ rows.T).softmax(dim=-1)
+    expected = torch.autograd.grad(p @ rows, leaves, grad_y)
+
+    def many(last):
+        images = torch.empty(batch, *last.shape, dtype=last.dtype)  # only the pages that are written take any
+        images[-1] = last
+        return images
+
+    saved = tuple(map(many, (u, x, prompts)))
+    out = Outputs(torch.empty(batch, 1, dim), torch.empty(batch, 1, 2))
+    grads = Gradients(*map(torch.empty_like, saved), None)
+    with no_overflow(), only_last_program():
+        absorbed.forward(Arguments(*saved, None), out)
+        absorbed.backward(Saved(*saved, out.p), (many(grad_y),), grads)
+    assert_same_results([[out.p[-1], out.y[-1]]], [[p, p @ rows]], 1e-5)
+    assert_same_results([[grad[-1].float() for grad in grads[:3]]], [expected], 1e-3)

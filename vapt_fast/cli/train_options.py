@@ -1,0 +1,79 @@
+"""The options of ``vapt-fast train``, derived from those of a run, its recipe and its prompts."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import Field, fields
+from typing import Annotated, Any, Literal, get_type_hints
+
+import typer
+
+from ..config import KINDS, PromptConfig
+from ..training import Recipe, RunOptions, UserError
+
+__all__ = ["ARGUMENTS", "flag_of", "value_of", "with_run_options"]
+
+_OWNERS = (RunOptions, Recipe, PromptConfig)
+
+ARGUMENTS: dict[str, tuple[type, Field]] = {
+    option.metadata["name"] or option.name: (owner, option)
+    for owner in _OWNERS
+    for option in fields(owner)
+    if option.metadata.get("panel")
+}
+"""By the command's argument, the dataclass and the field that it sets."""
+
+_METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "full")
+_OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
+
+
+def with_run_options(command: Callable) -> inspect.Signature:
+    """Return the signature of ``command``, with ARGUMENTS in place of its ``**given``."""
+    signature = inspect.signature(command, eval_str=True)
+    own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+    return signature.replace(parameters=[*own, *(_parameter(name, *of) for name, of in ARGUMENTS.items())])
+
+
+def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
+    choices, default, help = option.metadata["choices"], option.default, option.metadata["help"]
+    kind: Any = option.metadata["type"] or get_type_hints(owner)[option.name]
+    if owner is PromptConfig and kind not in (bool, float, int):
+        kind, default = str, str(default)  # numbers, which ``value_of`` reads
+    if name == "method":
+        # Those of the registered kinds, so no type checker can know them.
+        choices = tuple(dict.fromkeys([*_METHODS, *KINDS]))
+        help += f". The kinds of PromptConfig are other names: {_OTHER_NAMES}"
+    if choices:
+        literal: Any = Literal[choices]
+        kind = literal | None if default is None else literal
+    described = typer.Option(
+        *option.metadata["flags"],
+        help=f"{help[0].upper()}{help[1:]}.",
+        rich_help_panel=option.metadata["panel"],
+    )
+    annotation = Annotated[kind, described]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def value_of(name: str, given: Any) -> Any:
+    """Return the value of a field from that of the command's argument, where numbers of prompts are text."""
+    owner, option = ARGUMENTS[name]
+    if owner is not PromptConfig or not isinstance(given, str) or option.metadata["choices"]:
+        return given
+    if given == "none" and "None" in str(option.type):
+        return None
+    several = "Sequence" in str(option.type)
+    try:
+        numbers = [int(number) for number in given.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) == 1 or (several and numbers):
+        return numbers if len(numbers) > 1 else numbers[0]
+    other = "one for each block, as 10,10,0" if several else "'none'"
+    raise UserError(f"{flag_of(name)} must be an integer or {other}, got {given!r}")
+
+
+def flag_of(name: str) -> str:
+    """Return how an argument is given on the command line."""
+    return "--" + name.replace("_", "-")
