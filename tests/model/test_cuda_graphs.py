@@ -381,6 +381,26 @@ def two_models_on_one_backbone(model: AdaptiveViT) -> Iterator[Tensor]:
         yield from gradients(other)
 
 
+@situation
+def two_adapters(model: AdaptiveViT) -> Iterator[Tensor]:
+    """Switching changes no more than an attribute of the model itself."""
+    other = copy.deepcopy(model.adapters["default"])
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+    model.adapters["other"] = other
+    for name in ("default", "other", "default"):
+        model.active_adapter = name
+        yield from warm(model)
+
+
+@situation
+def with_attributes_of_the_user(model: AdaptiveViT) -> Iterator[Tensor]:
+    """Objects that can't be copied, and the model itself."""
+    model.lock, model.owner = threading.Lock(), {"model": [lambda: model]}
+    yield from warm(model)
+
+
 def after_a_change(change: Callable[[AdaptiveViT], Any]) -> Situation:
     """Steps, a change of the model, steps until the changed model is captured, too."""
 

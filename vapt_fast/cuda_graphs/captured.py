@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -226,15 +224,18 @@ class _Replay(torch.autograd.Function):
 def _twin(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:
     """A copy of ``model`` that shares the memory of all its tensors, and its parameters by the model's.
 
-    It has no past in autograd, and nobody else uses or changes it.
+    They have no past in autograd. Other attributes are the model's own: nothing else is copied.
     """
     parameters = {p: nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in model.parameters()}
-    memo: dict[int, Any] = {id(parameter): alias for parameter, alias in parameters.items()}
+    twins: dict[nn.Module, nn.Module] = {}
     for module in model.modules():
-        for value in chain(module._buffers.values(), module.__dict__.values()):
-            if isinstance(value, Tensor):
-                memo.setdefault(id(value), value)
-    return copy.deepcopy(model, memo), parameters
+        twin = twins[module] = type(module).__new__(type(module))
+        aliases = {name: None if p is None else parameters[p] for name, p in module._parameters.items()}
+        vars(twin).update(vars(module) | {"_parameters": aliases, "_buffers": dict(module._buffers)})
+    for module, twin in twins.items():
+        children = {name: None if m is None else twins[m] for name, m in module._modules.items()}
+        vars(twin)["_modules"] = children
+    return twins[model], parameters
 
 
 def _flatten(grads: Sequence[Tensor | None]) -> dict[torch.dtype, Tensor]:
