@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 1
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """Keywords for the launch."""
         # Contracting a * b + c into one instruction: Triton's default differs between versions.
@@ -59,7 +59,10 @@ SUM_CHUNKS = Config({"BLOCK": 256})
 
 def num_blocks(config: Config, **sizes: int) -> int:
     """How many blocks cover ``sizes``, each given by the name of its block size, as BLOCK_C=channels."""
-    return math.prod(triton.cdiv(size, config.blocks[name]) for name, size in sizes.items())
+    blocks = 1
+    for name, size in sizes.items():
+        blocks *= -(-size // config.blocks[name])
+    return blocks
 
 
 def block_size(size: int, largest: int) -> int:
@@ -85,12 +88,14 @@ def strided(tensor: Tensor | None, batch: int | None = None) -> tuple[Tensor | i
 
     Args:
         tensor: None where there is none.
-        batch: the first dimension that the kernels see; a tensor of 1 is repeated.
+        batch: how often a tensor of (1, ...) is repeated.
     """
     if tensor is None:
         return None
-    repeated = tensor if batch is None else tensor.expand(batch, *tensor.shape[1:])
-    return (tensor, *repeated.stride())
+    strides = tensor.stride()
+    if batch is not None and len(tensor) != batch:
+        strides = (0, *strides[1:])
+    return tensor, *strides
 
 
 def launch(
@@ -103,7 +108,7 @@ def launch(
     if programs:
         first = args[0][0] if isinstance(args[0], tuple) else args[0]
         with torch.cuda.device_of(first):
-            kernel[(programs,)](*args, **constants, **config.options)
+            kernel.run(*args, grid=(programs,), warmup=False, **constants, **config.options)
 
 
 def sum_chunks(partial: Tensor, out: Tensor | None = None) -> Tensor:

@@ -58,9 +58,11 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
 
 def _strided(tensor: Tensor, batch: int) -> tuple[Tensor | int, ...]:
     """(B or 1, T, h, d) as the kernels take it: with the strides of B = ``batch``, T and h."""
-    if tensor.stride(-1) != 1 or tensor.stride(1) >= STRIDE_LIMIT:
+    of_images, of_rows, of_heads, of_channels = tensor.stride()
+    if of_channels != 1 or of_rows >= STRIDE_LIMIT:
         tensor = tensor.contiguous()
-    return (tensor, *tensor.expand(batch, -1, -1, -1).stride()[:3])
+        of_images, of_rows, of_heads, _ = tensor.stride()
+    return tensor, of_images if len(tensor) == batch else 0, of_rows, of_heads
 
 
 def _strided_bias(bias: Tensor | None, batch: int, heads: int) -> tuple[Tensor | int, ...] | None:

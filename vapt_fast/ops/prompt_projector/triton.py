@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...kernels import prompt_projector as kernels
@@ -82,7 +81,7 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     config = tuning.config("bwd_weights", arithmetic, width)
     batch = pooled.shape[0]
     images = images_per_program(batch)
-    partial = pooled.new_empty((triton.cdiv(batch, images), *grads.weights.shape))
+    partial = pooled.new_empty((-(-batch // images), *grads.weights.shape))
     launch(
         kernels.prompt_projector_bwd_weights_kernel,
         config,
