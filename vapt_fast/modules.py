@@ -8,7 +8,9 @@ offloaded weights, another forward. Reading its weights is right only where none
 from __future__ import annotations
 
 import copy
+import operator
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from itertools import chain
 from typing import Any, SupportsIndex
@@ -33,6 +35,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "Enclosing",
+    "Unchanged",
     "call_within",
     "class_of",
     "enclosing",
@@ -193,9 +196,8 @@ def has_user_hooks(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Return whether there are hooks on all modules that may change what they compute."""
-    return any(
-        not _is_of(hook, WATCHERS) for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name).values()
-    )
+    by_sort = [getattr(torch_module, name) for name in _GLOBAL_HOOKS]
+    return any(by_sort) and any(not _is_of(hook, WATCHERS) for hooks in by_sort for hook in hooks.values())
 
 
 def _is_of(hook: Any, packages: tuple[str, ...]) -> bool:
@@ -228,6 +230,72 @@ def weights_of(module: nn.Module, most: int | None = None) -> list[Tensor]:
         if most is not None and len(found) >= most:
             return found[:most]
     return found
+
+
+class Unchanged:
+    """A module and all within it as they were, by what ``is_plain`` and ``token_mixing_reason`` read.
+
+    Modules are held weakly, parameters not at all: nothing that is replaced is kept alive.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        self._modules = [weakref.ref(part) for part in modules]
+        noted = _noted(modules)
+        self._noted = None if noted is None else noted[:-1]
+        parts = [] if noted is None else noted[-1]
+        self._parts: list[Callable[[], Any]] = [
+            _none if part is None else weakref.ref(part) for part in parts
+        ]
+        classes = {base for cls in set(map(type, modules)) for base in (cls, *_ANCESTORS.get(cls, ()))}
+        self._forwards = [(cls, cls.forward) for cls in classes]
+
+    def holds(self) -> bool:
+        """Return whether all is as it was; False also where a part has hooks or a forward of its own."""
+        if self._noted is None:
+            return False
+        modules = [ref() for ref in self._modules]
+        noted = None if None in modules else _noted(modules)
+        return (
+            noted is not None
+            and noted[:-1] == self._noted
+            and all(map(operator.is_, noted[-1], [ref() for ref in self._parts]))
+            and all(cls.forward is forward for cls, forward in self._forwards)
+        )
+
+
+def _none() -> None:
+    """Stand in for a weak reference to None."""
+
+
+def _noted(modules: list[Any]) -> tuple[list[Any], ...] | None:
+    """Return classes, dropouts that may be on, names, classes of parameters, and submodules.
+
+    None for a module with hooks or a forward of its own.
+    """
+    names: list[str] = []
+    dropouts: list[Any] = []
+    classes: list[type] = []
+    parts: list[nn.Module | None] = []
+    for module in modules:
+        own = module.__dict__
+        if (
+            "forward" in own
+            or own["_forward_hooks"]
+            or own["_forward_pre_hooks"]
+            or own["_backward_hooks"]
+            or own["_backward_pre_hooks"]
+        ):
+            return None
+        if own["training"]:
+            dropouts += id(module), own.get("p"), own.get("drop_prob")
+        if own["_modules"]:
+            names += own["_modules"]
+            parts += own["_modules"].values()
+        if own["_parameters"]:
+            names += own["_parameters"]
+            classes += map(type, own["_parameters"].values())
+    return list(map(type, modules)), dropouts, names, classes, parts
 
 
 remember_forward(*BY_TOKEN)

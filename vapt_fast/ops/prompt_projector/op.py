@@ -6,7 +6,7 @@ That is the bias of the projection over positions, the feature projector and the
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -185,7 +185,8 @@ class _PromptProjector(Op):
 
     def check(self, args: Arguments) -> Arguments:
         check_shape("pooled", args.pooled, "(B, P, C)", None, None, None)
-        factor, eps, dtype = args.factor, args.eps, args.dtype
+        factor, eps = args.factor, args.eps
+        dtype: torch.dtype | None = args.dtype
         if args.scale is None:
             factor = check_number("scale", factor, "a finite number or a tensor (1,)")
         if eps is not None:
@@ -195,11 +196,9 @@ class _PromptProjector(Op):
         check_dtype("dtype", dtype)
         _check_tensors(args)
         check_choice("activation", args.activation, tuple(ACTIVATIONS))
-        own = {
-            name: None if tensor is None else tensor.to(args.pooled.dtype)
-            for name, tensor in zip(_OWN, args, strict=False)
-        }
-        return args._replace(**own, factor=factor, eps=eps, dtype=dtype)
+        tensors: tuple[Any, ...] = args[: len(_TENSORS)]
+        own = [None if t is None else t.to(args.pooled.dtype) for t in tensors[: len(_OWN)]]
+        return Arguments._make((*own, *tensors[len(_OWN) :], factor, args.activation, eps, dtype))
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         pooled = args.pooled
