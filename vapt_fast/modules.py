@@ -11,10 +11,12 @@ import copy
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, SupportsIndex
+from typing import Any, Generic, SupportsIndex, TypeVar
+from weakref import WeakKeyDictionary
 
+import torch
 from timm.layers import (
     GELU,
     DropPath,
@@ -35,7 +37,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 __all__ = [
     "Enclosing",
-    "Unchanged",
+    "Once",
     "call_within",
     "class_of",
     "enclosing",
@@ -50,6 +52,8 @@ __all__ = [
     "token_mixing_reason",
     "weights_of",
 ]
+
+Answer = TypeVar("Answer")
 
 # The packages whose hooks bring a module's weights to where they are needed, or compute them (FSDP, pruning,
 # weight norm, offloading), and leave what the module computes as it is.
@@ -232,22 +236,59 @@ def weights_of(module: nn.Module, most: int | None = None) -> list[Tensor]:
     return found
 
 
-class Unchanged:
-    """A module and all within it as they were, by what ``is_plain`` and ``token_mixing_reason`` read.
+class Once(Generic[Answer]):
+    """A question about a module, asked again when the module, or anything within it, has changed.
 
-    Modules are held weakly, parameters not at all: nothing that is replaced is kept alive.
+    Noticed is what ``is_plain`` and ``token_mixing_reason`` read: classes and their forwards, submodules,
+    kinds of parameters, hooks, dropouts; global hooks are not. Nothing is kept while something is compiled.
+
+    Args:
+        ask: the question.
+        read: further attributes that the answer depends on.
+    """
+
+    def __init__(
+        self, ask: Callable[[Any], Answer], read: Callable[[Any], Sequence[Any]] | None = None
+    ) -> None:
+        self._ask = ask
+        self._read = read
+        self._known: WeakKeyDictionary[nn.Module, tuple[Answer, Sequence[Any], _Unchanged]] = (
+            WeakKeyDictionary()
+        )
+
+    def __call__(self, module: Any) -> Answer:
+        """Return the answer for ``module``."""
+        if torch.compiler.is_compiling():
+            return self._ask(module)
+        read = () if self._read is None else self._read(module)
+        known = self._known.get(module)
+        if known is not None:
+            answer, then, unchanged = known
+            if all(map(operator.is_, read, then)) and unchanged.holds():
+                return answer
+        answer = self._ask(module)
+        self._known[module] = answer, read, _Unchanged(module)
+        return answer
+
+
+class _Unchanged:
+    """A module and all within it as they were.
+
+    Modules are held weakly, parameters not at all: nothing that is replaced is kept alive, and a parameter
+    with a weak reference could not be swapped (torch.utils.swap_tensors).
     """
 
     def __init__(self, module: nn.Module) -> None:
         modules = list(module.modules())
-        self._modules = [weakref.ref(part) for part in modules]
         noted = _noted(modules)
         self._noted = None if noted is None else noted[:-1]
-        parts = [] if noted is None else noted[-1]
-        self._parts: list[Callable[[], Any]] = [
-            _none if part is None else weakref.ref(part) for part in parts
-        ]
-        classes = {base for cls in set(map(type, modules)) for base in (cls, *_ANCESTORS.get(cls, ()))}
+        if noted is None:
+            return
+        self._modules = [weakref.ref(part) for part in modules]
+        self._parts = [_none if part is None else weakref.ref(part) for part in noted[-1]]
+        classes: set[Any] = {
+            base for cls in {type(part) for part in modules} for base in (cls, *_ANCESTORS.get(cls, ()))
+        }
         self._forwards = [(cls, cls.forward) for cls in classes]
 
     def holds(self) -> bool:

@@ -6,16 +6,14 @@ kind, it is called as it is; ``fallback_reason`` says why.
 
 from __future__ import annotations
 
-import operator
 from typing import Any, NamedTuple, cast
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU, DropPath, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
-from ..modules import Unchanged, has_global_hooks, is_patched, is_plain, token_mixing_reason
+from ..modules import Once, has_global_hooks, is_patched, is_plain, token_mixing_reason
 from .base import FAMILIES
 
 __all__ = ["StandardBlock", "fallback_reason", "split_block", "standard_block"]
@@ -214,6 +212,8 @@ class _Readable(NamedTuple):
     proj: bool
     gelu_mlp: bool
     layer_scales: tuple[str, str]
+    separate_bias: bool
+    score_bias: bool
 
 
 def _readable(block: Any) -> _Readable:
@@ -225,47 +225,29 @@ def _readable(block: Any) -> _Readable:
         proj=is_plain(attn.proj, nn.Linear) and is_plain(attn.proj_drop, nn.Dropout, nn.Identity),
         gelu_mlp=_is_gelu_mlp(block.mlp),
         layer_scales=(_layer_scale(block, 1), _layer_scale(block, 2)),
+        separate_bias=getattr(attn, "q_bias", None) is not None,
+        score_bias=hasattr(attn, "score_bias"),
     )
-
-
-class _Found(NamedTuple):
-    """What was found of a block, and the block as it was then."""
-
-    readable: _Readable
-    unchanged: Unchanged
-    numbers: list[Any]
-
-    def holds(self, block: Any) -> bool:
-        """Return whether it would be found again."""
-        return (
-            all(map(operator.is_, self.numbers, _numbers(block)))
-            and self.unchanged.holds()
-            and not has_global_hooks()
-        )
-
-
-_FOUND: WeakKeyDictionary[nn.Module, _Found] = WeakKeyDictionary()
 
 
 def _numbers(block: Any) -> list[Any]:
     """Return the attributes of modules that ``fallback_reason`` and ``_readable`` read."""
-    attn, act = block._modules["attn"], block._modules["mlp"]._modules.get("act")
-    numbers = [attn.__dict__.get(name) for name in ("gate", "q_bias", "attn_dim", "num_heads", "head_dim")]
-    return numbers if act is None else [*numbers, act.__dict__.get("approximate")]
+    attn, mlp = block._modules.get("attn"), block._modules.get("mlp")
+    own: dict[str, Any] = {} if attn is None else attn.__dict__
+    act = None if mlp is None else mlp._modules.get("act")
+    approximate = None if act is None else act.__dict__.get("approximate")
+    return [*map(own.get, ("gate", "q_bias", "attn_dim", "num_heads", "head_dim")), approximate]
+
+
+_ask = Once(lambda block: _readable(block) if fallback_reason(block) is None else None, _numbers)
 
 
 def standard_block(block: Any) -> StandardBlock | None:
     """``block`` in parts, or None where ``fallback_reason`` has a reason to call it as it is."""
-    compiling = torch.compiler.is_compiling()
-    found = None if compiling else _FOUND.get(block)
-    if found is not None and found.holds(block):
-        return _take_apart(block, found.readable)
-    if fallback_reason(block) is not None:
-        return None
-    readable = _readable(block)
-    if not compiling:
-        _FOUND[block] = _Found(readable, Unchanged(block), _numbers(block))
-    return _take_apart(block, readable)
+    if has_global_hooks():
+        return None if fallback_reason(block) is not None else _take_apart(block, _readable(block))
+    readable = _ask(block)
+    return None if readable is None else _take_apart(block, readable)
 
 
 def _take_apart(block: Any, readable: _Readable) -> StandardBlock:
@@ -273,7 +255,7 @@ def _take_apart(block: Any, readable: _Readable) -> StandardBlock:
     attn, mlp, qkv, gelu_mlp = parts["attn"], parts["mlp"], None, None
     if readable.qkv:
         weight, bias = _weights(attn.qkv)
-        if getattr(attn, "q_bias", None) is not None:
+        if readable.separate_bias:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         qkv = weight, bias
     if readable.gelu_mlp:
@@ -285,7 +267,7 @@ def _take_apart(block: Any, readable: _Readable) -> StandardBlock:
         norm2=parts["norm2"] if readable.norm2 else None,
         qkv=qkv,
         proj=_weights(attn.proj) if readable.proj else None,
-        bias=attn.score_bias() if hasattr(attn, "score_bias") else None,
+        bias=attn.score_bias() if readable.score_bias else None,
         gelu_mlp=gelu_mlp,
         layer_scales=readable.layer_scales,
     )

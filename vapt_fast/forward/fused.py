@@ -10,9 +10,8 @@ that can't be taken apart (see vapt_fast.backbones.blocks) are called as they ar
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -89,17 +88,18 @@ def forward_tokens(
                 new = source.make(tokens, start)
                 stream = _Stream(insert(tokens, new, start))
                 travelling, source = travelling + new.shape[1], None
-            run = partial(
-                _run_block,
-                model,
-                index,
-                source=source,
-                positions=positions.with_extra(travelling),
-                num_prefix=num_prefix + travelling,
-                backend=backend,
-                num_rows=num_rows if last else None,
-            )
-            stream = checkpoint(run, stream, use_reentrant=False) if checkpointing else run(stream)
+            options: dict[str, Any] = {
+                "source": source,
+                "positions": positions.with_extra(travelling),
+                "num_prefix": num_prefix + travelling,
+                "backend": backend,
+                "num_rows": num_rows if last else None,
+            }
+            if checkpointing:
+                run = partial(_run_block, model, index, **options)
+                stream = checkpoint(run, stream, use_reentrant=False)
+            else:
+                stream = _run_block(model, index, stream, **options)
             if taps is not None and index in taps:
                 stream = _Stream(stream.total())
                 taps[index] = backbones.remove_prompts(stream.tokens, num_prefix, travelling)
@@ -109,8 +109,7 @@ def forward_tokens(
     return tokens, 0 if num_rows is not None else travelling
 
 
-@dataclass(frozen=True)
-class _Stream:
+class _Stream(NamedTuple):
     """The tokens (B, T, C) between two blocks: ``tokens`` + ``layer_scale`` * ``branch``, not added up yet.
 
     The norm that comes next adds them in its own pass over the tokens.
@@ -175,7 +174,7 @@ def _run_block(
     rope = positions.patch_rope(index)
     out = _attention(parts, normed, prompts, given, rope, bias, num_prefix, num_rows, backend)
     branch, layer_scale = parts.finish_attention(out)
-    stream = _Stream(tokens[:, :num_rows], branch, layer_scale)
+    stream = _Stream(tokens if num_rows is None else tokens[:, :num_rows], branch, layer_scale)
     tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
     weights = parts.gelu_mlp
     branch = block.mlp(normed) if weights is None else mlp(normed, *weights, backend=backend)

@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 __all__ = ["Kernels", "as_tuple", "define", "differentiable_once", "num_tensors", "placeholder"]
 
 
-def _setup_context(op: Op, ctx: Any, implementation: str, args: tuple, output: tuple) -> None:
+def _setup_context(op: Op, ctx: Any, implementation: str, args: Any, output: Any) -> None:
     # No zeros for outputs that nobody used: autograd would write them in each backward.
     ctx.mark_non_differentiable(*output[op.num_results :])
     ctx.set_materialize_grads(False)
-    saved = op.save(op.signature.arguments._make(args), op.signature.outputs._make(output))
+    saved = op.save(args, output)
     ctx.save_for_backward(*saved[: op.num_saved_tensors])
     ctx.numbers = saved[op.num_saved_tensors :]
     ctx.implementation = implementation
@@ -41,7 +41,7 @@ def _grad_inputs(
     grad = next((grad for grad in results if grad is not None), None)
     if grad is None:
         return [None] * len(fields)
-    saved = op.signature.saved._make((*ctx.saved_tensors, *ctx.numbers))
+    saved = op.signature.saved(*ctx.saved_tensors, *ctx.numbers)
     names = _needed(fields, needed)
 
     def compute() -> list[Tensor | None]:
@@ -78,10 +78,11 @@ class Kernels(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, op: Op, implementation: str, *args: Any) -> tuple[Tensor, ...]:
         """Return the outputs."""
-        output = tuple(op.forward(implementation, op.signature.arguments._make(args)))
+        arguments = op.signature.arguments(*args)
+        output = op.forward(implementation, arguments)
         ctx.op = op
-        _setup_context(op, ctx, implementation, args, output)
-        return output
+        _setup_context(op, ctx, implementation, arguments, output)
+        return tuple(output)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
@@ -143,9 +144,7 @@ def define(op: Op, arguments: dict[str, Any], saved: dict[str, Any]) -> Any:
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         *args, implementation = inputs
-        _setup_context(
-            op, ctx, implementation, tuple(args), output if isinstance(output, tuple) else (output,)
-        )
+        _setup_context(op, ctx, implementation, types.arguments(*args), types.outputs(*as_tuple(output)))
 
     def differentiate(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
         def call(implementation: str, kept: Any, grad_results: tuple, names: set[str]) -> Any:

@@ -146,7 +146,7 @@ class Op:
             tensors = list(tensors)
             for index, dtype in plan.casts:
                 tensors[index] = tensors[index].to(dtype)
-        args = self.signature.arguments._make((*tensors, *plan.options))
+        args = self.signature.arguments(*tensors, *plan.options)
         if torch.is_autocast_enabled(args[0].device.type):
             with without_autocast(args[0].device.type):
                 return self._run(plan.implementation, args, plan.differentiable)
@@ -175,6 +175,10 @@ class Op:
         _import(self.name, implementation)
         return getattr(self, f"_{implementation}")
 
+    def _loaded(self, implementation: str) -> Any:
+        """The same where nothing is compiled."""
+        return self.__dict__.get(f"_{implementation}") or self.load(implementation)
+
     def forward(self, implementation: str, args: Any) -> Any:
         """Run the kernels of ``implementation`` and return the outputs."""
         out = self.allocate(args, implementation)
@@ -195,11 +199,11 @@ class Op:
 
     def write(self, implementation: str, args: Any, out: Any) -> None:
         """Run the kernels of the forward pass."""
-        self.load(implementation).forward(args, out)
+        self._loaded(implementation).forward(args, out)
 
     def write_gradients(self, implementation: str, saved: Any, grad_results: tuple, grads: Any) -> None:
         """Run the kernels of the backward pass."""
-        self.load(implementation).backward(saved, grad_results, grads)
+        self._loaded(implementation).backward(saved, grad_results, grads)
 
     def implementation_reasons(self, implementation: str, args: Any) -> list[str]:
         """Every reason why the implementation can't take ``args``, in its own words."""

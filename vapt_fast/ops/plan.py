@@ -44,7 +44,7 @@ def is_watched() -> bool:
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.maybe_current_level() is not None
-        or torch.jit.is_tracing()
+        or torch._C._is_tracing()
     )
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import triton
@@ -15,6 +16,7 @@ from ..kernels import common
 __all__ = [
     "STRIDE_LIMIT",
     "Config",
+    "Strided",
     "block_size",
     "images_per_program",
     "launch",
@@ -23,6 +25,8 @@ __all__ = [
     "strided",
     "sum_chunks",
 ]
+
+Strided: TypeAlias = tuple[Tensor | int, ...]  # a tensor and its strides
 
 # Of strides that a kernel multiplies by row numbers within a block in 32 bits.
 STRIDE_LIMIT = 2**24
@@ -83,7 +87,7 @@ def images_per_program(batch: int) -> int:
     return max(4, -(-batch // 64))
 
 
-def strided(tensor: Tensor | None, batch: int | None = None) -> tuple[Tensor | int, ...] | None:
+def strided(tensor: Tensor | None, batch: int | None = None) -> Strided | None:
     """``tensor`` as kernels take what users give: with all its strides.
 
     Args:
@@ -93,7 +97,7 @@ def strided(tensor: Tensor | None, batch: int | None = None) -> tuple[Tensor | i
     if tensor is None:
         return None
     strides = tensor.stride()
-    if batch is not None and len(tensor) != batch:
+    if batch is not None and tensor.shape[0] != batch:
         strides = (0, *strides[1:])
     return tensor, *strides
 
@@ -107,8 +111,17 @@ def launch(
     """
     if programs:
         first = args[0][0] if isinstance(args[0], tuple) else args[0]
-        with torch.cuda.device_of(first):
+        with _on_device_of(first):
             kernel.run(*args, grid=(programs,), warmup=False, **constants, **config.options)
+
+
+_HERE: AbstractContextManager = nullcontext()
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """A context in which the device of ``tensor`` is the current one; costs nothing where it is already."""
+    index = tensor.get_device()  # -1 on a CPU
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def sum_chunks(partial: Tensor, out: Tensor | None = None) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import PromptConfig
 from ..functional import prompt_matrices, prompt_pool, prompt_projector
-from ..modules import has_global_hooks, is_plain, remember_forward, weights_of
+from ..modules import Once, has_global_hooks, is_plain, remember_forward, weights_of
 from .base import (
     BlockPrompts,
     Geometry,
@@ -202,14 +202,8 @@ class AdaptivePrompts(BlockPrompts):
 
     def can_pool(self, projector: Any) -> bool:
         """Whether the prompts can be pooled from the tokens, because all weights may be read."""
-        projector = projector if self.projector is None else self.projector
-        if has_global_hooks() or not is_plain(self, AdaptivePrompts):
-            return False
-        return (
-            _is_affine(self.norm, nn.LayerNorm)
-            and _is_affine(self.token_projection, nn.Linear)
-            and (projector is None or (is_plain(projector, Projector) and projector.is_plain()))
-        )
+        shared = projector if self.projector is None else None
+        return not has_global_hooks() and _can_read(self) and (shared is None or _can_read(shared))
 
     def report(self, projector: nn.Module | None = None, **shared: Any) -> str:
         """Return whether the prompts are pooled or called."""
@@ -350,6 +344,19 @@ def _affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict[str, Any
     if norm is None:
         return {"eps": otherwise}
     return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
+
+
+@Once
+def _can_read(module: Any) -> bool:
+    """Return whether all weights may be read, of a block's AdaptivePrompts or of a Projector."""
+    if isinstance(module, Projector):
+        return is_plain(module, Projector) and module.is_plain()
+    return (
+        is_plain(module, AdaptivePrompts)
+        and _is_affine(module.norm, nn.LayerNorm)
+        and _is_affine(module.token_projection, nn.Linear)
+        and (module.projector is None or _can_read(module.projector))
+    )
 
 
 def _is_affine(module: nn.Module, cls: type[nn.Module]) -> bool:

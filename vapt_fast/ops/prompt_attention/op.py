@@ -96,9 +96,10 @@ def prompt_attention_packed(
 
 def unpack(qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
     """Return q, k, v, prompt_k and prompt_v, as ``prompt_attention`` takes them: views."""
-    dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
-    heads = qkv.view(*qkv.shape[:2], -1, dim)
-    prompt_heads = prompt_kv.view(*prompt_kv.shape[:2], -1, dim)
+    num_parts = num_heads + 2 * num_kv_heads
+    dim = qkv.shape[2] // num_parts
+    heads = qkv.view(*qkv.shape[:2], num_parts, dim)
+    prompt_heads = prompt_kv.view(*prompt_kv.shape[:2], 2 * num_kv_heads, dim)
     of_tokens = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 2)
     return *of_tokens, *prompt_heads.split_with_sizes((num_kv_heads, num_kv_heads), 2)
 

@@ -141,7 +141,7 @@ def incoming_gradients(
     grad_total, grad_normed, grad_pooled = grad_results
     if grad_pooled is None:
         batch, _, dim = saved.total.shape
-        grad_pooled = saved.matrix.new_zeros((batch, len(saved.matrix), dim))
+        grad_pooled = saved.matrix.new_zeros((batch, saved.matrix.shape[0], dim))
     grad_total = None if saved.branch_dtype is None else grad_total
     return grad_total, or_zeros(grad_normed, saved.total, saved.dtype), grad_pooled
 

@@ -59,7 +59,7 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     }
     statistics = _mean_and_rstd(saved.statistics)
     grad_hidden = empty_like(saved.hidden)
-    means = empty_like(saved.statistics) if len(saved.statistics) else None
+    means = empty_like(saved.statistics) if saved.statistics.shape[0] else None
     sums = pooled.new_empty(pooled.shape[:2])
     products = None if saved.scale is None else empty_like(sums)
     config = tuning.config("bwd_rows", arithmetic, width)
@@ -85,7 +85,7 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     launch(
         kernels.prompt_projector_bwd_weights_kernel,
         config,
-        len(partial) * num_blocks(config, BLOCK_C=dim),
+        partial.shape[0] * num_blocks(config, BLOCK_C=dim),
         *(partial, *map(strided, (grad_prompts, pooled, saved.bias, saved.up)), saved.scale),
         *(*_masks(saved), strided(saved.norm_weight)),
         *(saved.hidden, grad_hidden, *statistics, means),
@@ -117,4 +117,7 @@ def _sizes(args: Arguments | Saved) -> tuple[int, int, int, int]:
 
 
 def _mean_and_rstd(statistics: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return (statistics[0], statistics[1]) if len(statistics) else (None, None)
+    if not statistics.shape[0]:
+        return None, None
+    mean, rstd = statistics.unbind()
+    return mean, rstd
