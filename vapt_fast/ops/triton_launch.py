@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any, TypeAlias
+from functools import cache, cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel, make_backend
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction, native_specialize_impl
 
 from ..kernels import common
 
@@ -56,6 +59,9 @@ class Config:
             "enable_fp_fusion": True,
         }
 
+
+# Whether a launch skips what Triton finds out anew in each. Untested on a GPU, so it is off.
+PREPARED = False
 
 # For partial sums of images, see kernels.common.
 SUM_CHUNKS = Config({"BLOCK": 256})
@@ -112,7 +118,67 @@ def launch(
     if programs:
         first = args[0][0] if isinstance(args[0], tuple) else args[0]
         with _on_device_of(first):
-            kernel.run(*args, grid=(programs,), warmup=False, **constants, **config.options)
+            compiled = _prepared(kernel, config, args, constants) if PREPARED else None
+            if compiled is None:
+                kernel.run(*args, grid=(programs,), warmup=False, **constants, **config.options)
+            else:
+                compiled.kernel[programs, 1, 1](*args, *compiled.constants)
+
+
+class _Compiled(NamedTuple):
+    """A kernel compiled for some sort of arguments, and the values of its last parameters, all constants.
+
+    ``made_for`` keeps alive what the key of this one has only the address of.
+    """
+
+    kernel: Any
+    constants: tuple
+    made_for: tuple[Any, Config]
+
+
+_COMPILED: dict[tuple, _Compiled] = {}
+
+
+def _prepared(kernel: Any, config: Config, args: tuple, constants: dict[str, Any]) -> _Compiled | None:
+    """The kernel compiled for arguments like these; None where Triton is to find out itself what to launch.
+
+    The key has all that Triton's own has, found out by the same function: dtypes, which addresses and sizes
+    are multiples of 16, which sizes are 1. Hooks of launches are run as ever.
+    """
+    runtime = triton.knobs.runtime
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks:
+        return None
+    if getattr(runtime, "add_stages_inspection_hook", None) is not None:
+        return None
+    device = driver.active.get_current_device()
+    backend = _backend(device)
+    if backend is None:
+        return None
+    key = (
+        *(id(kernel), id(config), device, runtime.debug, triton.knobs.compilation.instrumentation_mode),
+        native_specialize_impl(backend, args, False, True, True),
+        *constants.items(),
+        *map(type, constants.values()),
+    )
+    known = _COMPILED.get(key)
+    if known is None:
+        parameters = kernel.params
+        if [p.is_constexpr for p in parameters] != [i >= len(args) for i in range(len(parameters))]:
+            return None
+        named = constants | config.blocks
+        values = tuple(named[parameter.name] for parameter in parameters[len(args) :])
+        compiled = kernel.warmup(*args, grid=(1,), **constants, **config.options)
+        if not isinstance(compiled, CompiledKernel):  # a hook of Triton's, or one that is still compiling
+            return None
+        known = _COMPILED[key] = _Compiled(compiled, values, (kernel, config))
+    return known
+
+
+@cache
+def _backend(device: int) -> Any:
+    """Triton's compiler for the current ``device``; None for one that is not of CUDA."""
+    target = driver.active.get_current_target()
+    return make_backend(target) if target.backend == "cuda" else None
 
 
 _HERE: AbstractContextManager = nullcontext()
