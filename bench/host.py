@@ -38,7 +38,7 @@ DIM, TOKENS, PROMPTS = 16, 5, 3
 
 def stub_launches() -> None:
     """From now on, in this process, launching a Triton kernel does nothing."""
-    InterpretedFunction.run = lambda *args, **kwargs: None
+    InterpretedFunction.run = lambda *args, **kwargs: None  # type: ignore[method-assign]
 
 
 def learned(*shape: int) -> Tensor:
@@ -53,12 +53,13 @@ def ops() -> dict[str, Callable[[], Tensor]]:
         (1, PROMPTS),
         torch.ones(DIM),
     )
-    affine = {"norm_weight": weight, "norm_bias": weight}
+    affine: dict[str, Any] = {"norm_weight": weight, "norm_bias": weight}
     matrix, bias = learned(PROMPTS, TOKENS - 1), learned(PROMPTS)
     pooled, down, up = learned(*prompts, DIM), learned(8, DIM), learned(DIM, 8)
     qkv, prompt_kv = learned(1, TOKENS, 3 * DIM), learned(*prompts, 2 * DIM)
     q, heads = learned(1, 1, 2, DIM // 2), torch.zeros(2, DIM // 2, DIM)
-    own, one_head = (learned(DIM), learned(DIM)), {"num_heads": 1, "num_kv_heads": 1, "scale": 1.0}
+    own = (learned(DIM), learned(DIM))
+    one_head: dict[str, Any] = {"num_heads": 1, "num_kv_heads": 1, "scale": 1.0}
     f = functional
     return {
         "add_norm": lambda: f.add_norm(x, branch, weight, weight)[1],

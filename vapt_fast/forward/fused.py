@@ -75,10 +75,10 @@ def forward_tokens(
     sources = prompts.sources(masks[:num_blocks], tokens.dtype, backend)
     travelling = 0
 
-    def run_blocks(blocks: nn.Module, tokens: Tensor) -> Tensor:
+    def run_blocks(blocks: Any, tokens: Tensor) -> Tensor:
         nonlocal travelling
         stream = _Stream(tokens)
-        for index in range(num_blocks):
+        for index, block in enumerate(list(blocks)[:num_blocks]):
             last = index == depth - 1
             source = sources[index] if index < len(sources) else None
             if source is not None and prompts.travels(index, depth):
@@ -89,6 +89,7 @@ def forward_tokens(
                 stream = _Stream(insert(tokens, new, start))
                 travelling, source = travelling + new.shape[1], None
             options: dict[str, Any] = {
+                "block": block,
                 "source": source,
                 "positions": positions.with_extra(travelling),
                 "num_prefix": num_prefix + travelling,
@@ -149,6 +150,7 @@ def _run_block(
     index: int,
     stream: _Stream,
     *,
+    block: Any,
     source: Any,
     positions: Positions,
     num_prefix: int,
@@ -156,7 +158,6 @@ def _run_block(
     num_rows: int | None,
 ) -> _Stream:
     """The tokens through block ``index`` with the prompts of ``source``; all rows or the first ones."""
-    block: Any = model.blocks[index]
     parts = standard_block(block)
     if parts is None:
         if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):

@@ -49,7 +49,7 @@ def is_watched() -> bool:
 
 
 def describe(args: tuple, num_tensors: int) -> list[Any] | None:
-    """Return what checks read of ``args``, hashable, and the modes; None where that is not known.
+    """Return autocast's dtype, or None, and what else checks read of ``args``; None where that is not known.
 
     Args:
         args: as the user gave them.
@@ -59,6 +59,8 @@ def describe(args: tuple, num_tensors: int) -> list[Any] | None:
     if type(first) not in TENSORS:
         return None
     device = first.device.type
+    if device not in ("cuda", "cpu") and not torch.amp.is_autocast_available(device):
+        return None
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     found: list[Any] = [autocast, torch.is_grad_enabled()]
     for value in args[:num_tensors]:

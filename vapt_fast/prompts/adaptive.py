@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -216,14 +215,15 @@ class AdaptivePrompts(BlockPrompts):
         """Return sources that pool where that can be; one call makes the matrices of equally many prompts."""
         sources = super().sources(prompts, masks, dtype, backend)
         shared = prompts.shared.get("projector")
+        blocks = list(prompts.blocks)
         by_number: dict[int, list[int]] = {}
-        for i, block in enumerate(prompts.blocks[: len(sources)]):
+        for i, block in enumerate(blocks[: len(sources)]):
             if isinstance(block, AdaptivePrompts) and block.can_pool(shared):
                 by_number.setdefault(block.num_prompts, []).append(i)
         for indices in by_number.values():
-            matrices = _matrices([prompts.blocks[i] for i in indices], dtype)
+            matrices = _matrices([blocks[i] for i in indices], dtype)
             for i, matrix in zip(indices, matrices.unbind(), strict=True):
-                block = prompts.blocks[i]
+                block = blocks[i]
                 projector = shared if block.projector is None else block.projector
                 sources[i] = _PooledSource(block, projector, masks[i], matrix, backend)
         return sources
@@ -270,12 +270,11 @@ def _convolution_told(state: Mapping[str, Tensor], grid: tuple[int, int]) -> Ite
             yield "conv_padding", padding
 
 
-@dataclass(frozen=True)
-class _PooledSource:
+class _PooledSource(NamedTuple):
     """Prompts pooled from the tokens: ``matrix`` (R, N) is the block's convolution and projection."""
 
     block: AdaptivePrompts
-    projector: Projector | None
+    projector: Any  # a Projector or None
     masks: Masks
     matrix: Tensor
     backend: str | None

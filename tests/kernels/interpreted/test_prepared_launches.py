@@ -1,4 +1,4 @@
-"""A launch that skips what Triton finds out in each picks the kernel that Triton would pick, and gives it the same.
+"""A prepared launch picks the kernel that Triton would pick, and gives it the same.
 
 There is no GPU: kernels are neither compiled nor run, but Triton goes all the way from arguments to a kernel.
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,7 +51,8 @@ def add_norm(
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    total, normed = _OP(backend, Arguments._make((x, branch, weight, bias, layer_scale, eps, None)))
+    args: tuple[Any, ...] = (x, branch, weight, bias, layer_scale, eps, None)
+    total, normed = _OP(backend, Arguments(*args))
     return x if branch is None else total, normed
 
 
@@ -109,7 +110,8 @@ class _AddNorm(Op):
         eps = check_number("eps", eps, "a finite number of at least 0", least=0)
         check_float(x=x, branch=branch, weight=weight, bias=bias, layer_scale=layer_scale)
         check_same_device(x=x, branch=branch, weight=weight, bias=bias, layer_scale=layer_scale)
-        return args._replace(eps=eps, dtype=autocast_dtype(total_dtype(x, branch), x.device))
+        dtype = autocast_dtype(total_dtype(x, branch), x.device)
+        return Arguments(x, branch, weight, bias, layer_scale, eps, dtype)
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         x = args.x

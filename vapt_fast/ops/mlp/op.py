@@ -42,7 +42,7 @@ def mlp(
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    (y,) = _OP(backend, Arguments._make((x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, None)))
+    (y,) = _OP(backend, Arguments(x, fc1_weight, fc1_bias, fc2_weight, fc2_bias, keep=False))
     return y
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ def prompt_pool(
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
     affine = (weight, bias, norm_weight, norm_bias)
-    args = (x, branch, layer_scale, matrix, *affine, num_prefix, eps, prompt_eps, None)
-    total, normed, pooled = _OP(backend, Arguments._make(args))
+    args: tuple[Any, ...] = (x, branch, layer_scale, matrix, *affine, num_prefix, eps, prompt_eps, None)
+    total, normed, pooled = _OP(backend, Arguments(*args))
     return x if branch is None else total, normed, pooled
 
 
@@ -185,14 +185,9 @@ class _PromptPool(Op):
         tensors = {name: getattr(args, name) for name in _TENSORS}
         check_float(**tensors)
         check_same_device(**tensors)
-        return args._replace(
-            weight=weight.to(matrix.dtype),
-            bias=bias.to(matrix.dtype),
-            num_prefix=num_prefix,
-            eps=eps,
-            prompt_eps=prompt_eps,
-            dtype=autocast_dtype(total_dtype(x, branch), x.device),
-        )
+        affine = (weight.to(matrix.dtype), bias.to(matrix.dtype), norm_weight, norm_bias)
+        dtype = autocast_dtype(total_dtype(x, branch), x.device)
+        return Arguments(x, branch, layer_scale, matrix, *affine, num_prefix, eps, prompt_eps, dtype)
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         x, matrix = args.x, args.matrix

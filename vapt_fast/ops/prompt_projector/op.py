@@ -75,7 +75,8 @@ def prompt_projector(
     """
     learned_scale, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
     tensors = (pooled, bias, down, up, learned_scale, channel_mask, feature_mask, norm_weight, norm_bias)
-    (prompts,) = _OP(backend, Arguments._make((*tensors, factor, activation, eps, dtype)))
+    options: tuple[Any, ...] = (factor, activation, eps, dtype)
+    (prompts,) = _OP(backend, Arguments(*tensors, *options))
     return prompts
 
 
@@ -122,8 +123,7 @@ def _check_tensors(args: Arguments) -> None:
         if down is None:
             raise ValueError("feature_mask must be None without down and up, whose features it drops")
         check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
-    tensors = args._asdict()
-    tensors = {name: tensors[name] for name in _TENSORS}
+    tensors: dict[str, Any] = dict(zip(_TENSORS, args, strict=False))
     check_float(**tensors)
     check_same_device(**tensors)
 
@@ -197,8 +197,9 @@ class _PromptProjector(Op):
         _check_tensors(args)
         check_choice("activation", args.activation, tuple(ACTIVATIONS))
         tensors: tuple[Any, ...] = args[: len(_TENSORS)]
-        own = [None if t is None else t.to(args.pooled.dtype) for t in tensors[: len(_OWN)]]
-        return Arguments._make((*own, *tensors[len(_OWN) :], factor, args.activation, eps, dtype))
+        own: list[Any] = [None if t is None else t.to(args.pooled.dtype) for t in tensors[: len(_OWN)]]
+        options: tuple[Any, ...] = (factor, args.activation, eps, dtype)
+        return Arguments(*own, *tensors[len(_OWN) :], *options)
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         pooled = args.pooled
