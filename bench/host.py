@@ -5,8 +5,9 @@ all runs on a CPU, with sizes so small that arithmetic is negligible, and the la
 a stub that does nothing: what Triton itself takes for a launch, what the driver takes, and the numbers are
 missing. PyTorch's own operations are executed, and cost about what their launch costs the host on a GPU.
 
-A block's time is the difference of a model of many blocks and one of few, by the number of blocks that they
-differ in: neither the embedding nor the head is in it. Example:
+Times are those of the thread on its CPU, so that other programs disturb them less. A block's is the
+difference of a model of many blocks and one of few, by the number of blocks that they differ in: neither the
+embedding nor the head is in it. Example:
 
     python bench/host.py --out host.json
 """
@@ -38,7 +39,7 @@ DIM, TOKENS, PROMPTS = 16, 5, 3
 
 def stub_launches() -> None:
     """From now on, in this process, launching a Triton kernel does nothing."""
-    InterpretedFunction.run = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    InterpretedFunction.run = lambda *args, **kwargs: None
 
 
 def learned(*shape: int) -> Tensor:
@@ -47,16 +48,11 @@ def learned(*shape: int) -> Tensor:
 
 def ops() -> dict[str, Callable[[], Tensor]]:
     """A call of each op as a block makes it; the result that is differentiated."""
-    x, branch, prompts, weight = (
-        learned(1, TOKENS, DIM),
-        learned(1, TOKENS, DIM),
-        (1, PROMPTS),
-        torch.ones(DIM),
-    )
+    x, branch, weight = learned(1, TOKENS, DIM), learned(1, TOKENS, DIM), torch.ones(DIM)
     affine: dict[str, Any] = {"norm_weight": weight, "norm_bias": weight}
     matrix, bias = learned(PROMPTS, TOKENS - 1), learned(PROMPTS)
-    pooled, down, up = learned(*prompts, DIM), learned(8, DIM), learned(DIM, 8)
-    qkv, prompt_kv = learned(1, TOKENS, 3 * DIM), learned(*prompts, 2 * DIM)
+    pooled, down, up = learned(1, PROMPTS, DIM), learned(8, DIM), learned(DIM, 8)
+    qkv, prompt_kv = learned(1, TOKENS, 3 * DIM), learned(1, PROMPTS, 2 * DIM)
     q, heads = learned(1, 1, 2, DIM // 2), torch.zeros(2, DIM // 2, DIM)
     own = (learned(DIM), learned(DIM))
     one_head: dict[str, Any] = {"num_heads": 1, "num_kv_heads": 1, "scale": 1.0}

@@ -6,6 +6,7 @@ kind, it is called as it is; ``fallback_reason`` says why.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -65,7 +66,8 @@ def fallback_reason(block: Any) -> str | None:
     return None
 
 
-class StandardBlock(NamedTuple):
+@dataclass  # a frozen one takes longer to make
+class StandardBlock:
     """The parts of one block, as they are during one call.
 
     C channels; h heads of d channels; g heads of keys and values.
