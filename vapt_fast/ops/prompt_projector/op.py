@@ -123,7 +123,7 @@ def _check_tensors(args: Arguments) -> None:
         if down is None:
             raise ValueError("feature_mask must be None without down and up, whose features it drops")
         check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
-    tensors: dict[str, Any] = dict(zip(_TENSORS, args, strict=False))
+    tensors: dict[str, Any] = dict(zip(_TENSORS, args[: len(_TENSORS)], strict=True))
     check_float(**tensors)
     check_same_device(**tensors)
 
