@@ -312,30 +312,33 @@ def _none() -> None:
 def _noted(modules: list[Any]) -> tuple[list[Any], ...] | None:
     """Return classes, dropouts that may be on, names, classes of parameters, and submodules.
 
-    None for a module with hooks or a forward of its own.
+    None where a module has hooks or a forward of its own.
     """
     names: list[str] = []
     dropouts: list[Any] = []
     classes: list[type] = []
     parts: list[nn.Module | None] = []
-    for module in modules:
-        own = module.__dict__
-        if (
-            "forward" in own
-            or own["_forward_hooks"]
-            or own["_forward_pre_hooks"]
-            or own["_backward_hooks"]
-            or own["_backward_pre_hooks"]
-        ):
-            return None
-        if own["training"]:
-            dropouts += id(module), own.get("p"), own.get("drop_prob")
-        if own["_modules"]:
-            names += own["_modules"]
-            parts += own["_modules"].values()
-        if own["_parameters"]:
-            names += own["_parameters"]
-            classes += map(type, own["_parameters"].values())
+    try:
+        for module in modules:
+            own = module.__dict__
+            if (
+                "forward" in own
+                or own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+            ):
+                return None
+            if own["training"]:
+                dropouts += id(module), own.get("p"), own.get("drop_prob")
+            if own["_modules"]:
+                names += own["_modules"]
+                parts += own["_modules"].values()
+            if own["_parameters"]:
+                names += own["_parameters"]
+                classes += map(type, own["_parameters"].values())
+    except KeyError:  # a module of torch.jit, which keeps these things elsewhere
+        return None
     return list(map(type, modules)), dropouts, names, classes, parts
 
 

@@ -79,6 +79,19 @@ def test_it_is_asked_again_after(change, asked):
             undo()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("change", ["hooks", "scripted"])
+def test_it_is_always_asked_of_modules_with(change, asked):
+    ask, calls = asked
+    block = make()
+    if change == "hooks":
+        block.mlp.fc1.register_forward_hook(lambda *_: None)
+    else:
+        block.mlp.fc1 = torch.jit.script(nn.Linear(8, 32))
+    ask(block), ask(block)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize(("part", "rate"), [("mlp.drop1", "p"), ("drop_path1", "drop_prob")])
 def test_rates_of_dropouts_that_are_on(part, rate, asked):
     ask, calls = asked
@@ -124,6 +137,15 @@ def test_attributes_that_decide_how_a_block_runs(part, attribute, value):
     setattr(block.get_submodule(part), attribute, value)
     after = standard_block(block)
     assert after is None or after.gelu_mlp is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")
+@pytest.mark.parametrize("part", ["attn", "mlp", "mlp.act", "attn.proj"])
+def test_a_scripted_part_is_called(part):
+    block = make()
+    assert standard_block(block) is not None
+    block.set_submodule(part, torch.jit.script(nn.Linear(8, 8)))
+    assert standard_block(block) is standard_block(block) is None
 
 
 def test_what_is_replaced_is_freed(asked):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from timm.layers import GELU, DropPath, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
-from ..modules import Once, has_global_hooks, is_patched, is_plain, token_mixing_reason
+from ..modules import BY_TOKEN, Once, has_global_hooks, is_patched, is_plain, token_mixing_reason
 from .base import FAMILIES
 
 __all__ = ["StandardBlock", "fallback_reason", "split_block", "standard_block"]
@@ -233,12 +233,12 @@ def _readable(block: Any) -> _Readable:
 
 
 def _numbers(block: Any) -> list[Any]:
-    """Return the attributes of modules that ``fallback_reason`` and ``_readable`` read."""
-    attn, mlp = block._modules.get("attn"), block._modules.get("mlp")
+    """Return what else ``fallback_reason`` and ``_readable`` read, how many classes are known among it."""
+    attn, act = getattr(block, "attn", None), getattr(getattr(block, "mlp", None), "act", None)
     own: dict[str, Any] = {} if attn is None else attn.__dict__
-    act = None if mlp is None else mlp._modules.get("act")
     approximate = None if act is None else act.__dict__.get("approximate")
-    return [*map(own.get, ("gate", "q_bias", "attn_dim", "num_heads", "head_dim")), approximate]
+    numbers = map(own.get, ("gate", "q_bias", "attn_dim", "num_heads", "head_dim"))
+    return [*numbers, approximate, len(BY_TOKEN), len(FAMILIES)]
 
 
 _ask = Once(lambda block: _readable(block) if fallback_reason(block) is None else None, _numbers)
@@ -256,19 +256,19 @@ def _take_apart(block: Any, readable: _Readable) -> StandardBlock:
     parts = block._modules  # which is faster than asking the module
     attn, mlp, qkv, gelu_mlp = parts["attn"], parts["mlp"], None, None
     if readable.qkv:
-        weight, bias = _weights(attn.qkv)
+        weight, bias = _weights(attn._modules["qkv"])
         if readable.separate_bias:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
         qkv = weight, bias
     if readable.gelu_mlp:
-        gelu_mlp = *_weights(mlp.fc1), *_weights(mlp.fc2)
+        gelu_mlp = *_weights(mlp._modules["fc1"]), *_weights(mlp._modules["fc2"])
     return StandardBlock(
         block=block,
         attn=attn,
         norm1=parts["norm1"] if readable.norm1 else None,
         norm2=parts["norm2"] if readable.norm2 else None,
         qkv=qkv,
-        proj=_weights(attn.proj) if readable.proj else None,
+        proj=_weights(attn._modules["proj"]) if readable.proj else None,
         bias=attn.score_bias() if readable.score_bias else None,
         gelu_mlp=gelu_mlp,
         layer_scales=readable.layer_scales,

@@ -201,8 +201,7 @@ class AdaptivePrompts(BlockPrompts):
 
     def can_pool(self, projector: Any) -> bool:
         """Whether the prompts can be pooled from the tokens, because all weights may be read."""
-        shared = projector if self.projector is None else None
-        return not has_global_hooks() and _can_read(self) and (shared is None or _can_read(shared))
+        return _can_read_shared(projector) and _can_read(self)
 
     def report(self, projector: nn.Module | None = None, **shared: Any) -> str:
         """Return whether the prompts are pooled or called."""
@@ -215,10 +214,10 @@ class AdaptivePrompts(BlockPrompts):
         """Return sources that pool where that can be; one call makes the matrices of equally many prompts."""
         sources = super().sources(prompts, masks, dtype, backend)
         shared = prompts.shared.get("projector")
-        blocks = list(prompts.blocks)
+        blocks, can_read = list(prompts.blocks), _can_read_shared(shared)
         by_number: dict[int, list[int]] = {}
         for i, block in enumerate(blocks[: len(sources)]):
-            if isinstance(block, AdaptivePrompts) and block.can_pool(shared):
+            if can_read and isinstance(block, AdaptivePrompts) and _can_read(block):
                 by_number.setdefault(block.num_prompts, []).append(i)
         for indices in by_number.values():
             matrices = _matrices([blocks[i] for i in indices], dtype)
@@ -343,6 +342,11 @@ def _affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict[str, Any
     if norm is None:
         return {"eps": otherwise}
     return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
+
+
+def _can_read_shared(projector: Any) -> bool:
+    """Return whether nothing but a block's own modules keeps its weights from being read."""
+    return not has_global_hooks() and (projector is None or _can_read(projector))
 
 
 @Once

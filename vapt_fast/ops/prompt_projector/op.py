@@ -123,7 +123,7 @@ def _check_tensors(args: Arguments) -> None:
         if down is None:
             raise ValueError("feature_mask must be None without down and up, whose features it drops")
         check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
-    tensors: dict[str, Any] = dict(zip(_TENSORS, args[: len(_TENSORS)], strict=True))
+    tensors: dict[str, Any] = {name: getattr(args, name) for name in _TENSORS}
     check_float(**tensors)
     check_same_device(**tensors)
 
@@ -196,10 +196,10 @@ class _PromptProjector(Op):
         check_dtype("dtype", dtype)
         _check_tensors(args)
         check_choice("activation", args.activation, tuple(ACTIVATIONS))
-        tensors: tuple[Any, ...] = args[: len(_TENSORS)]
-        own: list[Any] = [None if t is None else t.to(args.pooled.dtype) for t in tensors[: len(_OWN)]]
-        options: tuple[Any, ...] = (factor, args.activation, eps, dtype)
-        return Arguments(*own, *tensors[len(_OWN) :], *options)
+        tensors: list[Any] = [getattr(args, name) for name in _OWN]
+        own = [None if tensor is None else tensor.to(args.pooled.dtype) for tensor in tensors]
+        options: tuple[Any, ...] = (args.norm_weight, args.norm_bias, factor, args.activation, eps, dtype)
+        return Arguments(*own, *options)
 
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         pooled = args.pooled
