@@ -197,7 +197,7 @@ class _PromptProjector(Op):
         _check_tensors(args)
         check_choice("activation", args.activation, tuple(ACTIVATIONS))
         tensors: list[Any] = [getattr(args, name) for name in _OWN]
-        own = [None if tensor is None else tensor.to(args.pooled.dtype) for tensor in tensors]
+        own: list[Any] = [None if tensor is None else tensor.to(args.pooled.dtype) for tensor in tensors]
         options: tuple[Any, ...] = (args.norm_weight, args.norm_bias, factor, args.activation, eps, dtype)
         return Arguments(*own, *options)
 
