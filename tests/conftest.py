@@ -6,6 +6,7 @@ import os
 import pkgutil
 from unittest import mock
 
+import pytest
 import torch
 
 # The models are tiny: threads would only wait for each other.
@@ -19,6 +20,14 @@ if importlib.util.find_spec("triton") and not torch.cuda.is_available():
 
         for module in pkgutil.iter_modules(kernels.__path__):
             importlib.import_module(f"vapt_fast.kernels.{module.name}")
+
+
+@pytest.fixture(autouse=True)
+def planned_anew():
+    """Have the ops ask anew what can run: tests change the machine."""
+    from vapt_fast.ops.plan import PLANS
+
+    PLANS.clear()
 
 
 def pytest_collection_modifyitems(config, items):

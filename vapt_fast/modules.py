@@ -8,11 +8,15 @@ offloaded weights, another forward. Reading its weights is right only where none
 from __future__ import annotations
 
 import copy
+import operator
 import sys
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
-from typing import Any, SupportsIndex
+from typing import Any, Generic, SupportsIndex, TypeVar
+from weakref import WeakKeyDictionary
 
+import torch
 from timm.layers import (
     GELU,
     DropPath,
@@ -34,6 +38,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 __all__ = [
     "HOOKS",
     "Enclosing",
+    "Once",
     "call_within",
     "class_of",
     "enclosing",
@@ -49,6 +54,8 @@ __all__ = [
     "token_mixing_reason",
     "weights_of",
 ]
+
+Answer = TypeVar("Answer")
 
 # The packages whose hooks bring a module's weights to where they are needed, or compute them (FSDP, pruning,
 # weight norm, offloading), and leave what the module computes as it is.
@@ -196,9 +203,8 @@ def has_user_hooks(module: nn.Module) -> bool:
 
 def has_global_hooks() -> bool:
     """Return whether there are hooks on all modules that may change what they compute."""
-    return any(
-        not _is_of(hook, WATCHERS) for name in _GLOBAL_HOOKS for hook in getattr(torch_module, name).values()
-    )
+    by_sort = [getattr(torch_module, name) for name in _GLOBAL_HOOKS]
+    return any(by_sort) and any(not _is_of(hook, WATCHERS) for hooks in by_sort for hook in hooks.values())
 
 
 def has_weight_hooks(module: nn.Module) -> bool:
@@ -236,6 +242,112 @@ def weights_of(module: nn.Module, most: int | None = None) -> list[Tensor]:
         if most is not None and len(found) >= most:
             return found[:most]
     return found
+
+
+class Once(Generic[Answer]):
+    """A question about a module, asked again when the module, or anything within it, has changed.
+
+    Noticed is what ``is_plain`` and ``token_mixing_reason`` read: classes and their forwards, submodules,
+    kinds of parameters, hooks, dropouts; global hooks are not. Nothing is kept while something is compiled.
+
+    Args:
+        ask: the question.
+        read: further attributes that the answer depends on.
+    """
+
+    def __init__(
+        self, ask: Callable[[Any], Answer], read: Callable[[Any], Sequence[Any]] | None = None
+    ) -> None:
+        self._ask = ask
+        self._read = read
+        self._known: WeakKeyDictionary[nn.Module, tuple[Answer, Sequence[Any], _Unchanged]] = (
+            WeakKeyDictionary()
+        )
+
+    def __call__(self, module: Any) -> Answer:
+        """Return the answer for ``module``."""
+        if torch.compiler.is_compiling():
+            return self._ask(module)
+        read = () if self._read is None else self._read(module)
+        known = self._known.get(module)
+        if known is not None:
+            answer, then, unchanged = known
+            if all(map(operator.is_, read, then)) and unchanged.holds():
+                return answer
+        answer = self._ask(module)
+        self._known[module] = answer, read, _Unchanged(module)
+        return answer
+
+
+class _Unchanged:
+    """A module and all within it as they were.
+
+    Modules are held weakly, parameters not at all: nothing that is replaced is kept alive, and a parameter
+    with a weak reference could not be swapped (torch.utils.swap_tensors).
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        modules = list(module.modules())
+        noted = _noted(modules)
+        self._noted = None if noted is None else noted[:-1]
+        if noted is None:
+            return
+        self._modules = [weakref.ref(part) for part in modules]
+        self._parts = [_none if part is None else weakref.ref(part) for part in noted[-1]]
+        classes: set[Any] = {
+            base for cls in {type(part) for part in modules} for base in (cls, *_ANCESTORS.get(cls, ()))
+        }
+        self._forwards = [(cls, cls.forward) for cls in classes]
+
+    def holds(self) -> bool:
+        """Return whether all is as it was; False also where a part has hooks or a forward of its own."""
+        if self._noted is None:
+            return False
+        modules = [ref() for ref in self._modules]
+        noted = None if None in modules else _noted(modules)
+        return (
+            noted is not None
+            and noted[:-1] == self._noted
+            and all(map(operator.is_, noted[-1], [ref() for ref in self._parts]))
+            and all(cls.forward is forward for cls, forward in self._forwards)
+        )
+
+
+def _none() -> None:
+    """Stand in for a weak reference to None."""
+
+
+def _noted(modules: list[Any]) -> tuple[list[Any], ...] | None:
+    """Return classes, dropouts that may be on, names, classes of parameters, and submodules.
+
+    None where a module has hooks or a forward of its own.
+    """
+    names: list[str] = []
+    dropouts: list[Any] = []
+    classes: list[type] = []
+    parts: list[nn.Module | None] = []
+    try:
+        for module in modules:
+            own = module.__dict__
+            if (
+                "forward" in own
+                or own["_forward_hooks"]
+                or own["_forward_pre_hooks"]
+                or own["_backward_hooks"]
+                or own["_backward_pre_hooks"]
+            ):
+                return None
+            if own["training"]:
+                dropouts += id(module), own.get("p"), own.get("drop_prob")
+            if own["_modules"]:
+                names += own["_modules"]
+                parts += own["_modules"].values()
+            if own["_parameters"]:
+                names += own["_parameters"]
+                classes += map(type, own["_parameters"].values())
+    except KeyError:  # a module of torch.jit, which keeps these things elsewhere
+        return None
+    return list(map(type, modules)), dropouts, names, classes, parts
 
 
 remember_forward(*BY_TOKEN)

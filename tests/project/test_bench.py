@@ -331,6 +331,22 @@ def test_operations_are_those_of_the_method(load):
     assert 0.5 * literal < rewritten < literal
 
 
+def test_what_the_host_takes_is_measured(tmp_path):
+    """In a process of its own: nothing is launched in it any more."""
+    command = [
+        sys.executable,
+        str(BENCH / "host.py"),
+        "--calls=2",
+        "--rounds=1",
+        f"--out={tmp_path / 'host.json'}",
+    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    measured = json.loads((tmp_path / "host.json").read_text())
+    assert set(measured) - {"block"} == set(ALL_OPS) - {"prompt_attention"}  # which a block calls packed
+    assert all(name in printed for name in measured)
+    assert all(mode > 0 for op in set(measured) - {"block"} for mode in measured[op].values())
+
+
 # ---- the README
 
 

@@ -7,14 +7,14 @@ kind, it is called as it is; ``fallback_reason`` says why.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from timm.layers import GELU, DropPath, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
-from ..modules import has_global_hooks, is_patched, is_plain, token_mixing_reason
+from ..modules import BY_TOKEN, Once, has_global_hooks, is_patched, is_plain, token_mixing_reason
 from .base import FAMILIES
 
 __all__ = ["StandardBlock", "fallback_reason", "split_block", "standard_block"]
@@ -66,7 +66,7 @@ def fallback_reason(block: Any) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
+@dataclass  # a frozen one takes longer to make
 class StandardBlock:
     """The parts of one block, as they are during one call.
 
@@ -74,33 +74,34 @@ class StandardBlock:
 
     Attributes:
         block: timm's block.
+        attn: its attention.
         norm1, norm2: the LayerNorms, None where they have to be called.
         qkv: weight ((h + 2g) * d, C) and bias of the joint projection; None where it has to be called, or
             where there are three.
+        proj: weight and bias of the attention's last projection; None where it has to be called.
         bias: (1, h, T, T), added to the scores by this block itself, or None.
         gelu_mlp: weight and bias of fc1 and fc2 if the MLP is fc2(gelu(fc1(x))) with the exact GELU and
             nothing more; None: it has to be called.
+        layer_scales: where each of the two LayerScales is, see ``_layer_scale``.
     """
 
     block: Any
+    attn: Any
     norm1: nn.LayerNorm | None
     norm2: nn.LayerNorm | None
     qkv: Weights | None
+    proj: Weights | None
     bias: Tensor | None
     gelu_mlp: MlpWeights | None
+    layer_scales: tuple[str, str]
 
     def called(self) -> list[str]:
         """Names of the modules that are called though a rewrite or a kernel could use their weights."""
-        attn = self.block.attn
+        attn = self.attn
         read: dict[str, object] = {"norm1": self.norm1, "norm2": self.norm2, "mlp": self.gelu_mlp}
         if attn.qkv is not None:
             read["attn.qkv"] = self.qkv
         return [name for name, weights in read.items() if weights is None]
-
-    @property
-    def attn(self) -> Any:
-        """timm's attention module of the block."""
-        return self.block.attn
 
     @property
     def num_heads(self) -> int:
@@ -115,12 +116,12 @@ class StandardBlock:
     @property
     def q_norm(self) -> nn.Module | None:
         """The norm of each query; None where there is none."""
-        return _unless_identity(getattr(self.attn, "q_norm", None))
+        return _unless_identity(self.attn, "q_norm")
 
     @property
     def k_norm(self) -> nn.Module | None:
         """The norm of each key; None where there is none."""
-        return _unless_identity(getattr(self.attn, "k_norm", None))
+        return _unless_identity(self.attn, "k_norm")
 
     @property
     def kv_dim(self) -> int:
@@ -187,36 +188,90 @@ class StandardBlock:
 
     def finish_attention(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """The attention branch of what the heads give (B, rows, h * d), as ``scaled`` returns it."""
-        norm = _unless_identity(getattr(self.attn, "norm", None))
+        norm = _unless_identity(self.attn, "norm")
         out = out if norm is None else norm(out)
-        return self.scaled(self.attn.proj_drop(self.attn.proj(out)), 1)
+        if self.proj is None:
+            return self.scaled(self.attn.proj_drop(self.attn.proj(out)), 1)
+        return self.scaled(F.linear(out, *self.proj), 1)
 
     def scaled(self, branch: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
         """The branch (B, rows, C) after LayerScale 1 or 2: a tensor and a factor (C,) of it, None for 1."""
-        if not hasattr(self.block, "ls1"):
+        how = self.layer_scales[number - 1]
+        if how == "none":
+            return branch, None
+        if how == "gamma":
             return branch, getattr(self.block, f"gamma_{number}")
         layer_scale = getattr(self.block, f"ls{number}")
-        if is_plain(layer_scale, LayerScale):
-            return branch, layer_scale.gamma
-        return layer_scale(branch), None
+        return (branch, layer_scale.gamma) if how == "plain" else (layer_scale(branch), None)
+
+
+class _Readable(NamedTuple):
+    """Which weights of a standard block may be read instead of calling their modules."""
+
+    norm1: bool
+    norm2: bool
+    qkv: bool
+    proj: bool
+    gelu_mlp: bool
+    layer_scales: tuple[str, str]
+    separate_bias: bool
+    score_bias: bool
+
+
+def _readable(block: Any) -> _Readable:
+    attn = block.attn
+    return _Readable(
+        norm1=_is_affine(block.norm1),
+        norm2=_is_affine(block.norm2),
+        qkv=attn.qkv is not None and is_plain(attn.qkv, nn.Linear),
+        proj=is_plain(attn.proj, nn.Linear) and is_plain(attn.proj_drop, nn.Dropout, nn.Identity),
+        gelu_mlp=_is_gelu_mlp(block.mlp),
+        layer_scales=(_layer_scale(block, 1), _layer_scale(block, 2)),
+        separate_bias=getattr(attn, "q_bias", None) is not None,
+        score_bias=hasattr(attn, "score_bias"),
+    )
+
+
+def _numbers(block: Any) -> list[Any]:
+    """Return what else ``fallback_reason`` and ``_readable`` read, how many classes are known among it."""
+    attn, act = getattr(block, "attn", None), getattr(getattr(block, "mlp", None), "act", None)
+    own: dict[str, Any] = {} if attn is None else attn.__dict__
+    approximate = None if act is None else act.__dict__.get("approximate")
+    numbers = map(own.get, ("gate", "q_bias", "attn_dim", "num_heads", "head_dim"))
+    return [*numbers, approximate, len(BY_TOKEN), len(FAMILIES)]
+
+
+_ask = Once(lambda block: _readable(block) if fallback_reason(block) is None else None, _numbers)
 
 
 def standard_block(block: Any) -> StandardBlock | None:
     """``block`` in parts, or None where ``fallback_reason`` has a reason to call it as it is."""
-    if fallback_reason(block) is not None:
-        return None
-    attn, qkv = block.attn, None
-    if attn.qkv is not None and is_plain(attn.qkv, nn.Linear):
-        separate = getattr(attn, "q_bias", None) is not None
-        bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias]) if separate else attn.qkv.bias
-        qkv = attn.qkv.weight, bias
+    if has_global_hooks():
+        return None if fallback_reason(block) is not None else _take_apart(block, _readable(block))
+    readable = _ask(block)
+    return None if readable is None else _take_apart(block, readable)
+
+
+def _take_apart(block: Any, readable: _Readable) -> StandardBlock:
+    parts = block._modules  # which is faster than asking the module
+    attn, mlp, qkv, gelu_mlp = parts["attn"], parts["mlp"], None, None
+    if readable.qkv:
+        weight, bias = _weights(attn._modules["qkv"])
+        if readable.separate_bias:
+            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
+        qkv = weight, bias
+    if readable.gelu_mlp:
+        gelu_mlp = *_weights(mlp._modules["fc1"]), *_weights(mlp._modules["fc2"])
     return StandardBlock(
         block=block,
-        norm1=_layer_norm(block.norm1),
-        norm2=_layer_norm(block.norm2),
+        attn=attn,
+        norm1=parts["norm1"] if readable.norm1 else None,
+        norm2=parts["norm2"] if readable.norm2 else None,
         qkv=qkv,
-        bias=attn.score_bias() if hasattr(attn, "score_bias") else None,
-        gelu_mlp=_gelu_mlp(block.mlp),
+        proj=_weights(attn._modules["proj"]) if readable.proj else None,
+        bias=attn.score_bias() if readable.score_bias else None,
+        gelu_mlp=gelu_mlp,
+        layer_scales=readable.layer_scales,
     )
 
 
@@ -235,23 +290,36 @@ def split_block(block: Any) -> StandardBlock:
     return parts
 
 
-def _gelu_mlp(mlp: Any) -> MlpWeights | None:
+def _weights(linear: Any) -> Weights:
+    own = linear._parameters
+    return (own["weight"], own["bias"]) if own else (linear.weight, linear.bias)  # a replica has none
+
+
+def _layer_scale(block: Any, number: int) -> str:
+    """Return where the LayerScale of branch 1 or 2 is: "gamma", "plain" (a module), "none" or "called"."""
+    if not hasattr(block, "ls1"):
+        return "gamma"
+    module = getattr(block, f"ls{number}")
+    if is_plain(module, LayerScale):
+        return "plain"
+    return "none" if is_plain(module, nn.Identity) else "called"
+
+
+def _is_gelu_mlp(mlp: Any) -> bool:
     if not is_plain(mlp, Mlp) or not is_plain(mlp.norm, nn.Identity):
-        return None
-    act, fc1, fc2 = mlp.act, mlp.fc1, mlp.fc2
-    exact = is_plain(act, GELU, nn.GELU) and getattr(act, "approximate", "none") == "none"
-    if not exact or not all(is_plain(linear, nn.Linear) for linear in (fc1, fc2)):
-        return None
-    if not all(is_plain(drop, nn.Dropout) for drop in (mlp.drop1, mlp.drop2)):
-        return None
-    return fc1.weight, fc1.bias, fc2.weight, fc2.bias
+        return False
+    exact = is_plain(mlp.act, GELU, nn.GELU) and getattr(mlp.act, "approximate", "none") == "none"
+    return (
+        exact
+        and all(is_plain(linear, nn.Linear) for linear in (mlp.fc1, mlp.fc2))
+        and all(is_plain(drop, nn.Dropout) for drop in (mlp.drop1, mlp.drop2))
+    )
 
 
-def _unless_identity(module: nn.Module | None) -> nn.Module | None:
+def _unless_identity(attn: nn.Module, name: str) -> nn.Module | None:
+    module = attn._modules.get(name)
     return None if isinstance(module, nn.Identity) else module
 
 
-def _layer_norm(norm: nn.Module) -> nn.LayerNorm | None:
-    if not isinstance(norm, nn.LayerNorm) or not is_plain(norm, nn.LayerNorm, LayerNorm):
-        return None
-    return None if norm.weight is None or norm.bias is None else norm
+def _is_affine(norm: Any) -> bool:
+    return is_plain(norm, nn.LayerNorm, LayerNorm) and norm.weight is not None and norm.bias is not None

@@ -29,7 +29,7 @@ class Positions:
 
     def with_extra(self, count: int) -> Positions:
         """The same positions with ``count`` more prompt tokens in the sequence."""
-        return replace(self, num_extra=self.num_extra + count)
+        return self if count == 0 else replace(self, num_extra=self.num_extra + count)
 
     def patch_rope(self, block: int) -> Tensor | None:
         """The rotary embedding of the patch tokens alone for block ``block``."""

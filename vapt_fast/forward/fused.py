@@ -10,9 +10,8 @@ that can't be taken apart (see vapt_fast.backbones.blocks) are called as they ar
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +78,10 @@ def forward_tokens(
     sources = prompts.sources(masks[:num_blocks], tokens.dtype, backend)
     travelling = 0
 
-    def run_blocks(blocks: nn.Module, tokens: Tensor) -> Tensor:
+    def run_blocks(blocks: Any, tokens: Tensor) -> Tensor:
         nonlocal travelling
         stream = _Stream(tokens)
-        for index in range(num_blocks):
+        for index, block in enumerate(list(blocks)[:num_blocks]):
             last = index == depth - 1
             source = sources[index] if index < len(sources) else None
             if source is not None and prompts.travels(index, depth):
@@ -92,17 +91,19 @@ def forward_tokens(
                 new = source.make(tokens, start)
                 stream = _Stream(insert(tokens, new, start))
                 travelling, source = travelling + new.shape[1], None
-            run = partial(
-                _run_block,
-                model,
-                index,
-                source=source,
-                positions=positions.with_extra(travelling),
-                num_prefix=num_prefix + travelling,
-                backend=backend,
-                num_rows=num_rows if last else None,
-            )
-            stream = checkpoint(run, stream, use_reentrant=False) if checkpointing else run(stream)
+            options: dict[str, Any] = {
+                "block": block,
+                "source": source,
+                "positions": positions.with_extra(travelling),
+                "num_prefix": num_prefix + travelling,
+                "backend": backend,
+                "num_rows": num_rows if last else None,
+            }
+            if checkpointing:
+                run = partial(_run_block, model, index, **options)
+                stream = checkpoint(run, stream, use_reentrant=False)
+            else:
+                stream = _run_block(model, index, stream, **options)
             if taps is not None and index in taps:
                 stream = _Stream(stream.total())
                 taps[index] = backbones.remove_prompts(stream.tokens, num_prefix, travelling)
@@ -112,8 +113,7 @@ def forward_tokens(
     return tokens, 0 if num_rows is not None else travelling
 
 
-@dataclass(frozen=True)
-class _Stream:
+class _Stream(NamedTuple):
     """The tokens (B, T, C) between two blocks: ``tokens`` + ``layer_scale`` * ``branch``, not added up yet.
 
     The norm that comes next adds them in its own pass over the tokens.
@@ -153,6 +153,7 @@ def _run_block(
     index: int,
     stream: _Stream,
     *,
+    block: Any,
     source: Any,
     positions: Positions,
     num_prefix: int,
@@ -160,7 +161,6 @@ def _run_block(
     num_rows: int | None,
 ) -> _Stream:
     """The tokens through block ``index`` with the prompts of ``source``; all rows or the first ones."""
-    block: Any = model.blocks[index]
     parts = standard_block(block)
     if parts is None:
         if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
@@ -178,7 +178,7 @@ def _run_block(
     rope = positions.patch_rope(index)
     out = _attention(parts, normed, prompts, given, rope, bias, num_prefix, num_rows, backend)
     branch, layer_scale = parts.finish_attention(out)
-    stream = _Stream(tokens[:, :num_rows], branch, layer_scale)
+    stream = _Stream(tokens if num_rows is None else tokens[:, :num_rows], branch, layer_scale)
     tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
     weights = parts.gelu_mlp
     branch = block.mlp(normed) if weights is None else mlp(normed, *weights, backend=backend)

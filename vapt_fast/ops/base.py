@@ -14,7 +14,7 @@ All of them run without autocast: the public functions have cast what it would c
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar, NamedTuple, get_type_hints
@@ -26,19 +26,11 @@ from torch.autograd import forward_ad
 from . import backend as backends
 from . import device as devices
 from .autocast import without_autocast
+from .autograd import Kernels, as_tuple, define, num_tensors
 from .measurement import Measurement
+from .plan import PLANS, TENSORS, describe, is_watched, make_plan
 
-__all__ = [
-    "OPS",
-    "Op",
-    "Signature",
-    "differentiable_once",
-    "empty_like",
-    "is_recorded",
-    "is_transformed",
-    "or_zeros",
-    "placeholder",
-]
+__all__ = ["OPS", "Op", "Signature", "empty_like", "is_recorded", "is_transformed", "or_zeros"]
 
 
 OPS: dict[str, Op] = {}
@@ -48,8 +40,8 @@ OPS: dict[str, Op] = {}
 class Signature(NamedTuple):
     """The tuples of an op, each a NamedTuple.
 
-    Their fields are tensors, tensors or None, or numbers, names and dtypes; the schema in ``torch.library``
-    is read off their annotations.
+    Their fields are tensors, or None, and after them numbers, names and dtypes; the schema in
+    ``torch.library`` is read off their annotations.
 
     Attributes:
         arguments: what an implementation is given. The first field is a tensor on the op's device.
@@ -84,6 +76,14 @@ class Op:
     signature: ClassVar[Signature]
     differentiable: ClassVar[tuple[str, ...]] = ()
 
+    def check(self, args: Any) -> Any:
+        """``args`` as implementations take them, of other dtypes and other numbers at most.
+
+        Raises:
+            TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
+        """
+        raise NotImplementedError
+
     def allocate(self, args: Any, implementation: str) -> Any:
         """The outputs, not yet computed: shapes, dtypes and strides."""
         raise NotImplementedError
@@ -111,42 +111,73 @@ class Op:
         # Those that have a file.
         self.implementations = tuple(name for name in names if (folder / f"{name}.py").exists())
         hints = get_type_hints(self.signature.arguments)
-        self._tensors = tuple(name for name, hint in hints.items() if _SCHEMA[hint].startswith("Tensor"))
+        self._num_tensors = num_tensors(hints)
         saved = get_type_hints(self.signature.saved)
-        self._saved_tensors = tuple(_SCHEMA[hint].startswith("Tensor") for hint in saved.values())
+        self.num_saved_tensors = num_tensors(saved)
         differentiable = self.differentiable or self.signature.gradients._fields
-        self._frozen = tuple(name for name in self._tensors if name not in differentiable)
-        self.library_op = _define(self, hints, saved)
+        self._frozen = tuple(name for name in tuple(hints)[: self._num_tensors] if name not in differentiable)
+        self.library_op = define(self, hints, saved)
 
-    def run(self, backend: str | None, args: Any) -> tuple[Tensor, ...]:
-        """The results.
+    def __call__(self, backend: str | None, args: Any) -> tuple[Tensor, ...]:
+        """The results of ``args`` as a user gave them.
 
         Args:
             backend: the name of a backend or of an implementation; None for the current one.
-            args: the arguments, validated.
+            args: the arguments, not checked.
 
         Raises:
-            TypeError, ValueError: ``backend`` is no such name, or is "reference", the whole model's.
+            TypeError, ValueError: see ``check``; ``backend`` is no such name, or is "reference", the whole
+                model's.
             BackendUnavailableError: it was named and can't run here, or not with these arguments.
         """
+        if is_watched() or forward_ad._current_level >= 0:
+            return self._run_recorded(backend, self.check(args))
+        name = backends.resolve() if backend is None else backend
+        described = describe(args, self._num_tensors) if isinstance(name, str) else None
+        if described is None:
+            return self._run_recorded(name, self.check(args))
+        key = (self.name, name, *described)
+        plan = PLANS.get(key)
+        if plan is None:
+            checked = self.check(args)
+            plan = make_plan(key, args, checked, self._num_tensors, self.choose(name, checked))
+        tensors = args[: self._num_tensors]
+        if plan.casts:
+            tensors = list(tensors)
+            for index, dtype in plan.casts:
+                tensors[index] = tensors[index].to(dtype)
+        args = self.signature.arguments(*tensors, *plan.options)
+        if described[0] is not None:  # autocast is on
+            with without_autocast(args[0].device.type):
+                return self._run(plan.implementation, args, plan.differentiable)
+        return self._run(plan.implementation, args, plan.differentiable)
+
+    def _run(self, implementation: str, args: Any, differentiable: bool) -> tuple[Tensor, ...]:
+        """The results in an ordinary call, without autocast."""
+        if implementation == "torch":
+            return self.compute(args)
+        if differentiable:
+            return Kernels.apply(self, implementation, *args)[: self.num_results]
+        return self.forward(implementation, args)[: self.num_results]
+
+    def _run_recorded(self, backend: str | None, args: Any) -> tuple[Tensor, ...]:
+        """The results where someone may record or transform the call; ``args`` are checked."""
         implementation = self.choose(backend, args)
         with without_autocast(args[0].device.type):
-            if implementation == "torch":
-                return self.compute(args)
-            if forward_ad._current_level >= 0:
+            if implementation != "torch" and forward_ad._current_level >= 0:
                 self._refuse_tangents(args)
-            if is_recorded(args[0]):
-                outputs = _as_tuple(self.library_op(*args, implementation))
-            elif torch.is_grad_enabled():
-                outputs = _Kernels.apply(self, implementation, *args)
-            else:
-                outputs = self.forward(implementation, args)
-            return outputs[: self.num_results]
+            if implementation == "torch" or not is_recorded(args[0]):
+                return self._run(implementation, args, torch.is_grad_enabled())
+            return as_tuple(self.library_op(*args, implementation))[: self.num_results]
 
     def load(self, implementation: str) -> ModuleType:
         """The module of an implementation; imported only now, because its library may be missing."""
         _import(self.name, implementation)
         return getattr(self, f"_{implementation}")
+
+    def _loaded(self, implementation: str) -> Any:
+        """The same where nothing is compiled."""
+        return self.__dict__.get(f"_{implementation}") or self.load(implementation)
 
     def forward(self, implementation: str, args: Any) -> Any:
         """Run the kernels of ``implementation`` and return the outputs."""
@@ -168,11 +199,11 @@ class Op:
 
     def write(self, implementation: str, args: Any, out: Any) -> None:
         """Run the kernels of the forward pass."""
-        self.load(implementation).forward(args, out)
+        self._loaded(implementation).forward(args, out)
 
     def write_gradients(self, implementation: str, saved: Any, grad_results: tuple, grads: Any) -> None:
         """Run the kernels of the backward pass."""
-        self.load(implementation).backward(saved, grad_results, grads)
+        self._loaded(implementation).backward(saved, grad_results, grads)
 
     def implementation_reasons(self, implementation: str, args: Any) -> list[str]:
         """Every reason why the implementation can't take ``args``, in its own words."""
@@ -189,7 +220,7 @@ class Op:
     # ---- choosing
 
     def choose(self, backend: str | None, args: Any) -> str:
-        """The implementation that runs, see ``run``."""
+        """The implementation that runs, see ``__call__``."""
         known = ("torch", *self.implementations)
         name = backends.resolve() if backend is None else backends.check_backend(backend, also=known)
         if name == "reference":
@@ -264,213 +295,19 @@ def is_recorded(tensor: Tensor) -> bool:
 
     Else it need not, which saves the host's time: each such op costs it up to 350 microseconds.
     """
-    return (
-        torch.compiler.is_compiling()
-        or type(tensor) not in (Tensor, torch.nn.Parameter)
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.maybe_current_level() is not None
-        or torch.jit.is_tracing()
-    )
-
-
-def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    """What an op of torch.library returned: a tensor, where there is one, or a tuple or list."""
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    return type(tensor) not in TENSORS or is_watched()
 
 
 # ---- what implementations share
 
 
-def placeholder(like: Tensor) -> Tensor:
-    """A tensor of (0,), in place of what there is none of: an op of torch.library has to return tensors.
-
-    It also must not return an input, or the same tensor twice.
-    """
-    return torch.empty(0, dtype=like.dtype, device=like.device)
-
-
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous tensor of the same shape, not initialised."""
-    return torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device=tensor.device)
+    return tensor.new_empty(tensor.shape, dtype=dtype)
 
 
 def or_zeros(grad: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``grad``, or zeros in the shape of ``like`` where there is none."""
     if grad is not None:
         return grad
-    return torch.zeros(like.shape, dtype=dtype or like.dtype, device=like.device)
-
-
-# ---- autograd, in eager mode and in torch.library
-
-
-def _setup_context(op: Op, ctx: Any, implementation: str, args: tuple, output: tuple) -> None:
-    # No zeros for outputs that nobody used: autograd would write them in each backward.
-    ctx.mark_non_differentiable(*output[op.num_results :])
-    ctx.set_materialize_grads(False)
-    saved = op.save(op.signature.arguments(*args), op.signature.outputs(*output))
-    ctx.save_for_backward(
-        *(value for value, is_tensor in zip(saved, op._saved_tensors, strict=True) if is_tensor)
-    )
-    ctx.numbers = [value for value, is_tensor in zip(saved, op._saved_tensors, strict=True) if not is_tensor]
-    ctx.implementation = implementation
-
-
-def _saved(op: Op, ctx: Any) -> Any:
-    tensors, numbers = iter(ctx.saved_tensors), iter(ctx.numbers)
-    return op.signature.saved(*(next(tensors if is_tensor else numbers) for is_tensor in op._saved_tensors))
-
-
-def _grad_inputs(
-    op: Op, ctx: Any, grad_outputs: tuple, needed: tuple[bool, ...], backward: Callable[..., Any]
-) -> list[Tensor | None]:
-    """The gradients of all arguments; ``backward`` as Op.backward."""
-    fields, results = op.signature.arguments._fields, grad_outputs[: op.num_results]
-    if all(grad is None for grad in results):
-        return [None] * len(fields)
-    saved = _saved(op, ctx)
-    names = {name for name, need in zip(fields, needed, strict=True) if need}
-    device = next(grad.device.type for grad in results if grad is not None)
-    with torch.no_grad(), without_autocast(device):
-        grads = backward(ctx.implementation, saved, results, names)
-        by_name = op.gradients_of_arguments(saved, grads, names)
-    ordered = [by_name.get(name) if name in names else None for name in fields]
-    return differentiable_once(op.name, ordered, [t for t in (*saved, *results) if isinstance(t, Tensor)])
-
-
-def differentiable_once(
-    op: str, grads: Sequence[Tensor | None], constants: Sequence[Tensor] = ()
-) -> list[Tensor | None]:
-    """``grads`` as a backward returns them, such that differentiating them again raises and names ``op``.
-
-    Args:
-        op: its name.
-        grads: what was computed.
-        constants: what it was computed from without a graph. A hand-written backward takes these for
-            constants; without this a second derivative would be silently wrong.
-    """
-    if not torch.is_grad_enabled():  # nobody asked for a graph of the backward
-        return list(grads)
-    return [None if grad is None else _Once.apply(op, grad, *constants) for grad in grads]
-
-
-class _Kernels(torch.autograd.Function):
-    """An op's kernels as autograd sees them in eager mode."""
-
-    # Without setup_context, for which autograd would inspect the signature in each call.
-    @staticmethod
-    def forward(ctx: Any, op: Op, implementation: str, *args: Any) -> tuple[Tensor, ...]:
-        output = tuple(op.forward(implementation, op.signature.arguments(*args)))
-        ctx.op = op
-        _setup_context(op, ctx, implementation, args, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-        grads = _grad_inputs(ctx.op, ctx, grad_outputs, ctx.needs_input_grad[2:], ctx.op.backward)
-        return None, None, *grads
-
-
-_SCHEMA: dict[Any, str] = {
-    Tensor: "Tensor",
-    Tensor | None: "Tensor?",
-    int: "SymInt",
-    float: "float",
-    float | None: "float?",
-    bool: "bool",
-    str: "str",
-    torch.dtype: "ScalarType",
-    torch.dtype | None: "ScalarType?",
-}
-
-
-def _define(op: Op, arguments: dict[str, Any], saved: dict[str, Any]) -> Any:
-    """``torch.ops.vapt_fast.<name>`` and ``<name>_backward``, for what records ops; returns the first."""
-    name, backward_name = f"vapt_fast::{op.name}", f"vapt_fast::{op.name}_backward"
-    types = op.signature
-    results = types.outputs._fields[: op.num_results]
-
-    def schema(inputs: list[str], num_outputs: int) -> str:
-        outputs = ", ".join(["Tensor"] * num_outputs)
-        return (
-            f"({', '.join(inputs)}, str implementation) -> {outputs if num_outputs == 1 else f'({outputs})'}"
-        )
-
-    def as_tensors(values: tuple) -> Any:
-        some = next(value for value in values if value is not None)
-        tensors = tuple(placeholder(some) if value is None else value for value in values)
-        return tensors if len(tensors) > 1 else tensors[0]
-
-    def forward(*args: Any) -> Any:
-        *values, implementation = args
-        return as_tensors(op.forward(implementation, types.arguments(*values)))
-
-    def fake(*args: Any) -> Any:
-        *values, implementation = args
-        return as_tensors(op.allocate(types.arguments(*values), implementation))
-
-    def split(args: tuple) -> tuple[str, Any, tuple, set[str]]:
-        *values, needed, implementation = args
-        kept = types.saved(*values[len(results) :])
-        names = {name for name, need in zip(types.arguments._fields, needed, strict=True) if need}
-        return implementation, kept, tuple(values[: len(results)]), names
-
-    def backward(*args: Any) -> Any:
-        return as_tensors(op.backward(*split(args)))
-
-    def fake_backward(*args: Any) -> Any:
-        _, kept, _, names = split(args)
-        return as_tensors(op.allocate_gradients(kept, names))
-
-    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
-        *args, implementation = inputs
-        _setup_context(
-            op, ctx, implementation, tuple(args), output if isinstance(output, tuple) else (output,)
-        )
-
-    def differentiate(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
-        def call(implementation: str, kept: Any, grad_results: tuple, names: set[str]) -> Any:
-            needed = [name in names for name in types.arguments._fields]
-            result = _as_tuple(backward_op(*grad_results, *kept, needed, implementation))
-            wanted = op.allocate_gradients(kept, names)
-            return types.gradients(
-                *(r if w is not None else None for r, w in zip(result, wanted, strict=True))
-            )
-
-        return *_grad_inputs(op, ctx, grad_outputs, tuple(ctx.needs_input_grad[:-1]), call), None
-
-    forward_inputs = [f"{_SCHEMA[hint]} {field}" for field, hint in arguments.items()]
-    torch.library.define(name, schema(forward_inputs, len(types.outputs._fields)))
-    backward_inputs = [f"Tensor? grad_of_{field}" for field in results]
-    backward_inputs += [f"{_SCHEMA[hint]} {field}" for field, hint in saved.items()]
-    torch.library.define(
-        backward_name, schema([*backward_inputs, "bool[] needed"], len(types.gradients._fields))
-    )
-    torch.library.impl(name, "default", forward)
-    torch.library.impl(backward_name, "default", backward)
-    torch.library.register_fake(name, fake)
-    torch.library.register_fake(backward_name, fake_backward)
-    torch.library.register_autograd(name, differentiate, setup_context=setup_context)
-    backward_op = getattr(torch.ops.vapt_fast, f"{op.name}_backward").default
-    return getattr(torch.ops.vapt_fast, op.name).default
-
-
-class _Once(torch.autograd.Function):
-    """A gradient that raises where it is differentiated again."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(op: str, grad: Tensor, *constants: Tensor) -> Tensor:
-        return grad.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.op = inputs[0]
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        raise NotImplementedError(
-            f"{ctx.op} can't be differentiated twice: its backward is written by hand. "
-            'Use vapt_fast.use_backend("reference") for second derivatives'
-        )
+    return like.new_zeros(like.shape, dtype=dtype)

@@ -7,7 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from .base import empty_like, placeholder
+from .autograd import placeholder
+from .base import empty_like
 
 __all__ = ["add_residual", "empty_residual_gradients", "empty_total", "residual_gradients", "total_dtype"]
 

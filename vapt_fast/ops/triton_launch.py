@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import triton
 from torch import Tensor
+from triton.compiler import CompiledKernel, make_backend
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction, native_specialize_impl
 
 from ..kernels import common
 
 __all__ = [
     "STRIDE_LIMIT",
     "Config",
+    "Strided",
     "block_size",
     "images_per_program",
     "launch",
@@ -23,6 +28,8 @@ __all__ = [
     "strided",
     "sum_chunks",
 ]
+
+Strided: TypeAlias = tuple[Tensor | int, ...]  # a tensor and its strides
 
 # Of strides that a kernel multiplies by row numbers within a block in 32 bits.
 STRIDE_LIMIT = 2**24
@@ -41,7 +48,7 @@ class Config:
     num_warps: int = 4
     num_stages: int = 1
 
-    @property
+    @cached_property
     def options(self) -> dict[str, Any]:
         """Keywords for the launch."""
         # Contracting a * b + c into one instruction: Triton's default differs between versions.
@@ -53,13 +60,19 @@ class Config:
         }
 
 
+# Whether a launch skips what Triton finds out anew in each. Untested on a GPU, so it is off.
+PREPARED = False
+
 # For partial sums of images, see kernels.common.
 SUM_CHUNKS = Config({"BLOCK": 256})
 
 
 def num_blocks(config: Config, **sizes: int) -> int:
     """How many blocks cover ``sizes``, each given by the name of its block size, as BLOCK_C=channels."""
-    return math.prod(triton.cdiv(size, config.blocks[name]) for name, size in sizes.items())
+    blocks = 1
+    for name, size in sizes.items():
+        blocks *= -(-size // config.blocks[name])
+    return blocks
 
 
 def block_size(size: int, largest: int) -> int:
@@ -80,17 +93,19 @@ def images_per_program(batch: int) -> int:
     return max(4, -(-batch // 64))
 
 
-def strided(tensor: Tensor | None, batch: int | None = None) -> tuple[Tensor | int, ...] | None:
+def strided(tensor: Tensor | None, batch: int | None = None) -> Strided | None:
     """``tensor`` as kernels take what users give: with all its strides.
 
     Args:
         tensor: None where there is none.
-        batch: the first dimension that the kernels see; a tensor of 1 is repeated.
+        batch: how often a tensor of (1, ...) is repeated.
     """
     if tensor is None:
         return None
-    repeated = tensor if batch is None else tensor.expand(batch, *tensor.shape[1:])
-    return (tensor, *repeated.stride())
+    strides = tensor.stride()
+    if batch is not None and tensor.shape[0] != batch:
+        strides = (0, *strides[1:])
+    return tensor, *strides
 
 
 def launch(
@@ -102,8 +117,77 @@ def launch(
     """
     if programs:
         first = args[0][0] if isinstance(args[0], tuple) else args[0]
-        with torch.cuda.device_of(first):
-            kernel[(programs,)](*args, **constants, **config.options)
+        with _on_device_of(first):
+            compiled = _prepared(kernel, config, args, constants) if PREPARED else None
+            if compiled is None:
+                kernel.run(*args, grid=(programs,), warmup=False, **constants, **config.options)
+            else:
+                compiled.kernel[programs, 1, 1](*args, *compiled.constants)
+
+
+class _Compiled(NamedTuple):
+    """A kernel compiled for some sort of arguments, and the values of its last parameters, all constants.
+
+    ``made_for`` keeps alive what the key of this one has only the address of.
+    """
+
+    kernel: Any
+    constants: tuple
+    made_for: tuple[Any, Config]
+
+
+_COMPILED: dict[tuple, _Compiled] = {}
+
+
+def _prepared(kernel: Any, config: Config, args: tuple, constants: dict[str, Any]) -> _Compiled | None:
+    """The kernel compiled for arguments like these; None where Triton is to find out itself what to launch.
+
+    The key has all that Triton's own has, found out by the same function: dtypes, which addresses and sizes
+    are multiples of 16, which sizes are 1. Hooks of launches are run as ever.
+    """
+    runtime = triton.knobs.runtime
+    if type(kernel) is not JITFunction or kernel.pre_run_hooks:
+        return None
+    if getattr(runtime, "add_stages_inspection_hook", None) is not None:
+        return None
+    device = driver.active.get_current_device()
+    backend = _backend(device)
+    if backend is None:
+        return None
+    key = (
+        *(id(kernel), id(config), device, runtime.debug, triton.knobs.compilation.instrumentation_mode),
+        native_specialize_impl(backend, args, False, True, True),
+        *constants.items(),
+        *map(type, constants.values()),
+    )
+    known = _COMPILED.get(key)
+    if known is None:
+        parameters = kernel.params
+        if [p.is_constexpr for p in parameters] != [i >= len(args) for i in range(len(parameters))]:
+            return None
+        named = constants | config.blocks
+        values = tuple(named[parameter.name] for parameter in parameters[len(args) :])
+        compiled = kernel.warmup(*args, grid=(1,), **constants, **config.options)
+        if not isinstance(compiled, CompiledKernel):  # a hook of Triton's, or one that is still compiling
+            return None
+        known = _COMPILED[key] = _Compiled(compiled, values, (kernel, config))
+    return known
+
+
+@cache
+def _backend(device: int) -> Any:
+    """Triton's compiler for the current ``device``; None for one that is not of CUDA."""
+    target = driver.active.get_current_target()
+    return make_backend(target) if target.backend == "cuda" else None
+
+
+_HERE: AbstractContextManager = nullcontext()
+
+
+def _on_device_of(tensor: Tensor) -> AbstractContextManager:
+    """A context in which the device of ``tensor`` is the current one; costs nothing where it is already."""
+    index = tensor.get_device()  # -1 on a CPU
+    return _HERE if index < 0 or index == torch.cuda.current_device() else torch.cuda.device(index)
 
 
 def sum_chunks(partial: Tensor, out: Tensor | None = None) -> Tensor:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from ..config import PromptConfig
 from ..functional import prompt_matrices, prompt_pool, prompt_projector
-from ..modules import has_global_hooks, is_plain, remember_forward, weights_of
+from ..modules import Once, has_global_hooks, is_plain, remember_forward, weights_of
 from .base import (
     BlockPrompts,
     Geometry,
@@ -202,14 +201,7 @@ class AdaptivePrompts(BlockPrompts):
 
     def can_pool(self, projector: Any) -> bool:
         """Whether the prompts can be pooled from the tokens, because all weights may be read."""
-        projector = projector if self.projector is None else self.projector
-        if has_global_hooks() or not is_plain(self, AdaptivePrompts):
-            return False
-        return (
-            _is_affine(self.norm, nn.LayerNorm)
-            and _is_affine(self.token_projection, nn.Linear)
-            and (projector is None or (is_plain(projector, Projector) and projector.is_plain()))
-        )
+        return _can_read_shared(projector) and _can_read(self)
 
     def report(self, projector: nn.Module | None = None, **shared: Any) -> str:
         """Return whether the prompts are pooled or called."""
@@ -222,14 +214,15 @@ class AdaptivePrompts(BlockPrompts):
         """Return sources that pool where that can be; one call makes the matrices of equally many prompts."""
         sources = super().sources(prompts, masks, dtype, backend)
         shared = prompts.shared.get("projector")
+        blocks, can_read = list(prompts.blocks), _can_read_shared(shared)
         by_number: dict[int, list[int]] = {}
-        for i, block in enumerate(prompts.blocks[: len(sources)]):
-            if isinstance(block, AdaptivePrompts) and block.can_pool(shared):
+        for i, block in enumerate(blocks[: len(sources)]):
+            if can_read and isinstance(block, AdaptivePrompts) and _can_read(block):
                 by_number.setdefault(block.num_prompts, []).append(i)
         for indices in by_number.values():
-            matrices = _matrices([prompts.blocks[i] for i in indices], dtype)
+            matrices = _matrices([blocks[i] for i in indices], dtype)
             for i, matrix in zip(indices, matrices.unbind(), strict=True):
-                block = prompts.blocks[i]
+                block = blocks[i]
                 projector = shared if block.projector is None else block.projector
                 sources[i] = _PooledSource(block, projector, masks[i], matrix, backend)
         return sources
@@ -276,12 +269,11 @@ def _convolution_told(state: Mapping[str, Tensor], grid: tuple[int, int]) -> Ite
             yield "conv_padding", padding
 
 
-@dataclass(frozen=True)
-class _PooledSource:
+class _PooledSource(NamedTuple):
     """Prompts pooled from the tokens: ``matrix`` (R, N) is the block's convolution and projection."""
 
     block: AdaptivePrompts
-    projector: Projector | None
+    projector: Any  # a Projector or None
     masks: Masks
     matrix: Tensor
     backend: str | None
@@ -350,6 +342,24 @@ def _affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict[str, Any
     if norm is None:
         return {"eps": otherwise}
     return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
+
+
+def _can_read_shared(projector: Any) -> bool:
+    """Return whether nothing but a block's own modules keeps its weights from being read."""
+    return not has_global_hooks() and (projector is None or _can_read(projector))
+
+
+@Once
+def _can_read(module: Any) -> bool:
+    """Return whether all weights may be read, of a block's AdaptivePrompts or of a Projector."""
+    if isinstance(module, Projector):
+        return is_plain(module, Projector) and module.is_plain()
+    return (
+        is_plain(module, AdaptivePrompts)
+        and _is_affine(module.norm, nn.LayerNorm)
+        and _is_affine(module.token_projection, nn.Linear)
+        and (module.projector is None or _can_read(module.projector))
+    )
 
 
 def _is_affine(module: nn.Module, cls: type[nn.Module]) -> bool:

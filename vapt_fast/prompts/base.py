@@ -366,7 +366,9 @@ class CalledSource:
 
 def draw_mask(module: nn.Module, rate: float, *shape: int, **options: Any) -> Tensor | None:
     """Return factors 0 or 1 / (1 - rate) of this shape; None in eval mode or at rate 0."""
-    return F.dropout(torch.ones(shape, **options), rate) if module.training and rate > 0 else None
+    if rate == 0 or not module.training:
+        return None
+    return torch.dropout(torch.ones(shape, **options), rate, train=True)
 
 
 def call(module: Any, x: Tensor) -> Tensor:

@@ -61,13 +61,15 @@ def test_grids_have_one_dimension(op):
     assert all(len(launch.grid) == 1 and 0 < launch.grid[0] < 2**31 for launch in launches)
 
 
+@pytest.mark.parametrize(("current", "guarded"), [(0, [1]), (1, [])])
 @pytest.mark.parametrize("op", KERNELS)
-def test_launches_are_on_the_device_of_their_input(op):
+def test_launches_are_on_the_device_of_their_input(op, current, guarded):
+    """Tensors say that they are on GPU 1."""
     guards = []
 
     @contextmanager
-    def device_of(tensor):
-        guards.append(tensor.device)
+    def device(index):
+        guards.append(index)
         yield
         guards.pop()
 
@@ -77,12 +79,14 @@ def test_launches_are_on_the_device_of_their_input(op):
         seen.append(list(guards))
 
     with (
-        mock.patch.object(torch.cuda, "device_of", device_of),
+        mock.patch.object(torch.Tensor, "get_device", return_value=1),
+        mock.patch.object(torch.cuda, "current_device", return_value=current),
+        mock.patch.object(torch.cuda, "device", device),
         mock.patch.object(InterpretedFunction, "run", run),
     ):
         forward_and_backward(*expanded(op, 2, KERNELS[op].quick[0]))
     assert len(seen) >= 2
-    assert all(guarded == [torch.device("cpu")] for guarded in seen)
+    assert all(found == guarded for found in seen)
 
 
 @pytest.mark.parametrize(

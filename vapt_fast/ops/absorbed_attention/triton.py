@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...kernels import absorbed_attention as kernels
@@ -92,7 +91,7 @@ def _write_grad_rows(
     # The gradient of rows that all images share is summed over the images, in p's dtype.
     shared = grad.shape[0] != batch
     images = images_per_program(batch) if shared else 1
-    chunks = triton.cdiv(batch, images)
+    chunks = -(-batch // images)
     partial = torch.empty((chunks, num_rows, dim), dtype=p.dtype, device=p.device) if shared else grad
     arithmetic = _arithmetic(u, grad)
     config = tuning.config(arithmetic, num_queries)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..triton_launch import Config, block_size
@@ -9,6 +11,7 @@ from ..triton_launch import Config, block_size
 __all__ = ["config"]
 
 
+@lru_cache
 def config(dtype: torch.dtype, num_queries: int) -> Config:
     """For tokens of ``dtype`` and ``num_queries`` queries, those of all heads."""
     size = {2: 64, 4: 32, 8: 32}[dtype.itemsize]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,19 +51,13 @@ def add_norm(
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    check_shape("x", x, "(B, T, C)", None, None, None)
-    check_residual(x, branch, layer_scale)
-    check_affine(x.shape[-1], weight=weight, bias=bias)
-    eps = check_number("eps", eps, "a finite number of at least 0", least=0)
-    check_float(x=x, branch=branch, weight=weight, bias=bias, layer_scale=layer_scale)
-    check_same_device(x=x, branch=branch, weight=weight, bias=bias, layer_scale=layer_scale)
-    dtype = autocast_dtype(total_dtype(x, branch), x.device)
-    total, normed = _OP.run(backend, Arguments(x, branch, weight, bias, layer_scale, eps, dtype))
+    args: tuple[Any, ...] = (x, branch, weight, bias, layer_scale, eps, None)
+    total, normed = _OP(backend, Arguments(*args))
     return x if branch is None else total, normed
 
 
 class Arguments(NamedTuple):
-    """As in ``add_norm``; ``dtype`` is normed's."""
+    """As in ``add_norm``; ``dtype`` is normed's, which the check finds out."""
 
     x: Tensor
     branch: Tensor | None
@@ -108,10 +102,22 @@ class _AddNorm(Op):
     measured = (Measurement("triton", 1.9, "0.49 ms of a training step against 0.92"),)
     signature = Signature(Arguments, Outputs, Saved, Gradients)
 
+    def check(self, args: Arguments) -> Arguments:
+        x, branch, weight, bias, layer_scale, eps, _ = args
+        check_shape("x", x, "(B, T, C)", None, None, None)
+        check_residual(x, branch, layer_scale)
+        check_affine(x.shape[-1], weight=weight, bias=bias)
+        eps = check_number("eps", eps, "a finite number of at least 0", least=0)
+        check_float(x=x, branch=branch, weight=weight, bias=bias, layer_scale=layer_scale)
+        check_same_device(x=x, branch=branch, weight=weight, bias=bias, layer_scale=layer_scale)
+        dtype = autocast_dtype(total_dtype(x, branch), x.device)
+        return Arguments(x, branch, weight, bias, layer_scale, eps, dtype)
+
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         x = args.x
         statistic = torch.promote_types(total_dtype(x, args.branch), torch.float32)
-        mean, rstd = (torch.empty(x.shape[:2], dtype=statistic, device=x.device) for _ in range(2))
+        shape = x.shape[:2]
+        mean, rstd = x.new_empty(shape, dtype=statistic), x.new_empty(shape, dtype=statistic)
         return Outputs(empty_total(x, args.branch), empty_like(x, args.dtype), mean, rstd)
 
     def save(self, args: Arguments, out: Outputs) -> Saved:

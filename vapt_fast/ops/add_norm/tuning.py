@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..triton_launch import Config
@@ -9,6 +11,7 @@ from ..triton_launch import Config
 __all__ = ["config"]
 
 
+@lru_cache
 def config(dtype: torch.dtype, dim: int) -> Config:
     """For rows of ``dim`` channels, computed in ``dtype``, which a program keeps in its registers."""
     if dim <= 1536:

@@ -57,25 +57,7 @@ def prompt_attention(
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    check_shape("q", q, "(B, Tq, h, d)", None, None, None, None)
-    batch, num_queries, heads, dim = q.shape
-    check_shape("k", k, "(B, T, g, d)", batch, None, None, dim)
-    num_tokens, num_kv_heads = k.shape[1:3]
-    check_shape("v", v, "(B, T, g, d)", batch, num_tokens, num_kv_heads, dim)
-    if heads % num_kv_heads:
-        raise ValueError(f"k must have heads that divide q's {heads}, got {num_kv_heads}")
-    check_shape("prompt_k", prompt_k, "(B or 1, P, g, d)", None, None, num_kv_heads, dim)
-    check_shape("prompt_v", prompt_v, "(B or 1, P, g, d)", *prompt_k.shape)
-    if prompt_k.shape[0] not in (1, batch):
-        raise ValueError(f"prompt_k must have a batch of 1 or {batch}, got {prompt_k.shape[0]}")
-    check_score_bias(bias, batch, heads, num_queries, num_tokens)
-    scale = check_number("scale", scale)
-    tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
-    check_float(**tensors, bias=bias)
-    check_same_device(**tensors, bias=bias)
-    check_one_dtype(**tensors)
-    keys = (cast(k), cast(v), cast(prompt_k), cast(prompt_v))
-    (out,) = _ATTENTION.run(backend, Arguments(cast(q), *keys, bias, scale))
+    (out,) = _ATTENTION(backend, Arguments(q, k, v, prompt_k, prompt_v, bias, scale))
     return out
 
 
@@ -108,35 +90,18 @@ def prompt_attention_packed(
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    num_heads = check_integer("num_heads", num_heads, least=1)
-    num_kv_heads = check_integer("num_kv_heads", num_kv_heads, least=1)
-    if num_heads % num_kv_heads:
-        raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
-    check_shape("qkv", qkv, "(B, T, (h + 2g) * d)", None, None, None)
-    batch, num_tokens, width = qkv.shape
-    num_parts = num_heads + 2 * num_kv_heads
-    if width % num_parts or not width:
-        raise ValueError(f"qkv must be (B, T, {num_parts} * d), got {tuple(qkv.shape)}")
-    prompt_width = 2 * num_kv_heads * (width // num_parts)
-    check_shape("prompt_kv", prompt_kv, "(B or 1, P, 2g * d)", None, None, prompt_width)
-    if prompt_kv.shape[0] not in (1, batch):
-        raise ValueError(f"prompt_kv must have a batch of 1 or {batch}, got {prompt_kv.shape[0]}")
-    check_score_bias(bias, batch, num_heads, num_tokens, num_tokens)
-    scale = check_number("scale", scale)
-    check_float(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
-    check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
-    check_one_dtype(qkv=qkv, prompt_kv=prompt_kv)
-    packed = PackedArguments(cast(qkv), cast(prompt_kv), bias, num_heads, num_kv_heads, scale)
-    (out,) = _PACKED.run(backend, packed)
+    (out,) = _PACKED(backend, PackedArguments(qkv, prompt_kv, bias, num_heads, num_kv_heads, scale))
     return out
 
 
 def unpack(qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
     """Return q, k, v, prompt_k and prompt_v, as ``prompt_attention`` takes them: views."""
-    dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
-    q, k, v = qkv.unflatten(-1, (-1, dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=2)
-    prompt_k, prompt_v = prompt_kv.unflatten(-1, (-1, dim)).split(num_kv_heads, dim=2)
-    return q, k, v, prompt_k, prompt_v
+    num_parts = num_heads + 2 * num_kv_heads
+    dim = qkv.shape[2] // num_parts
+    heads = qkv.view(*qkv.shape[:2], num_parts, dim)
+    prompt_heads = prompt_kv.view(*prompt_kv.shape[:2], 2 * num_kv_heads, dim)
+    of_tokens = heads.split_with_sizes((num_heads, num_kv_heads, num_kv_heads), 2)
+    return *of_tokens, *prompt_heads.split_with_sizes((num_kv_heads, num_kv_heads), 2)
 
 
 # ---- the op
@@ -185,10 +150,10 @@ class Gradients(NamedTuple):
     prompt_v: Tensor | None
 
 
-def _empty_outputs(q: Tensor) -> Outputs:
-    batch, num_queries, heads, _ = q.shape
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    return Outputs(empty_like(q), torch.empty((batch, heads, num_queries), dtype=dtype, device=q.device))
+def _empty_outputs(like: Tensor, batch: int, num_queries: int, heads: int, dim: int) -> Outputs:
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    lse = like.new_empty((batch, heads, num_queries), dtype=dtype)
+    return Outputs(like.new_empty((batch, num_queries, heads, dim)), lse)
 
 
 def _few_keys(args: Arguments) -> bool:
@@ -208,8 +173,29 @@ class _PromptAttention(Op):
     )
     signature = Signature(Arguments, Outputs, Saved, Gradients)
 
+    def check(self, args: Arguments) -> Arguments:
+        q, k, v, prompt_k, prompt_v, bias, scale = args
+        check_shape("q", q, "(B, Tq, h, d)", None, None, None, None)
+        batch, num_queries, heads, dim = q.shape
+        check_shape("k", k, "(B, T, g, d)", batch, None, None, dim)
+        num_tokens, num_kv_heads = k.shape[1:3]
+        check_shape("v", v, "(B, T, g, d)", batch, num_tokens, num_kv_heads, dim)
+        if heads % num_kv_heads:
+            raise ValueError(f"k must have heads that divide q's {heads}, got {num_kv_heads}")
+        check_shape("prompt_k", prompt_k, "(B or 1, P, g, d)", None, None, num_kv_heads, dim)
+        check_shape("prompt_v", prompt_v, "(B or 1, P, g, d)", *prompt_k.shape)
+        if prompt_k.shape[0] not in (1, batch):
+            raise ValueError(f"prompt_k must have a batch of 1 or {batch}, got {prompt_k.shape[0]}")
+        check_score_bias(bias, batch, heads, num_queries, num_tokens)
+        scale = check_number("scale", scale)
+        tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
+        check_float(**tensors, bias=bias)
+        check_same_device(**tensors, bias=bias)
+        check_one_dtype(**tensors)
+        return Arguments(cast(q), cast(k), cast(v), cast(prompt_k), cast(prompt_v), bias, scale)
+
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
-        return _empty_outputs(args.q)
+        return _empty_outputs(args.q, *args.q.shape)
 
     def save(self, args: Arguments, out: Outputs) -> Saved:
         return Saved._make((*out, *args))
@@ -273,8 +259,32 @@ class _PackedAttention(Op):
     )
     signature = Signature(PackedArguments, Outputs, PackedSaved, PackedGradients)
 
+    def check(self, args: PackedArguments) -> PackedArguments:
+        qkv, prompt_kv, bias, num_heads, num_kv_heads, scale = args
+        num_heads = check_integer("num_heads", num_heads, least=1)
+        num_kv_heads = check_integer("num_kv_heads", num_kv_heads, least=1)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_kv_heads must divide num_heads = {num_heads}, got {num_kv_heads}")
+        check_shape("qkv", qkv, "(B, T, (h + 2g) * d)", None, None, None)
+        batch, num_tokens, width = qkv.shape
+        num_parts = num_heads + 2 * num_kv_heads
+        if width % num_parts or not width:
+            raise ValueError(f"qkv must be (B, T, {num_parts} * d), got {tuple(qkv.shape)}")
+        prompt_width = 2 * num_kv_heads * (width // num_parts)
+        check_shape("prompt_kv", prompt_kv, "(B or 1, P, 2g * d)", None, None, prompt_width)
+        if prompt_kv.shape[0] not in (1, batch):
+            raise ValueError(f"prompt_kv must have a batch of 1 or {batch}, got {prompt_kv.shape[0]}")
+        check_score_bias(bias, batch, num_heads, num_tokens, num_tokens)
+        scale = check_number("scale", scale)
+        check_float(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
+        check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
+        check_one_dtype(qkv=qkv, prompt_kv=prompt_kv)
+        return PackedArguments(cast(qkv), cast(prompt_kv), bias, num_heads, num_kv_heads, scale)
+
     def allocate(self, args: PackedArguments, implementation: str) -> Outputs:
-        return _empty_outputs(_unpacked(args).q)
+        batch, num_tokens, width = args.qkv.shape
+        dim = width // (args.num_heads + 2 * args.num_kv_heads)
+        return _empty_outputs(args.qkv, batch, num_tokens, args.num_heads, dim)
 
     def save(self, args: PackedArguments, out: Outputs) -> PackedSaved:
         return PackedSaved._make((*out, *args))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ...kernels import prompt_attention as kernels
+from ..base import empty_like
 from ..checks import unsupported_mixture
-from ..triton_launch import STRIDE_LIMIT, launch, num_blocks
+from ..triton_launch import STRIDE_LIMIT, Strided, launch, num_blocks
 from . import tuning
 from .op import Arguments, Gradients, Outputs, Saved
 
@@ -26,29 +26,30 @@ def unsupported_reasons(args: Arguments) -> list[str]:
 
 def forward(args: Arguments, out: Outputs) -> None:
     """Write out and lse."""
-    _launch_by_queries(kernels.prompt_attention_fwd_kernel, "fwd", (out.lse,), out.out, args)
+    given = _given(args)
+    _launch_by_queries(kernels.prompt_attention_fwd_kernel, "fwd", (out.lse,), out.out, args, given)
 
 
 def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
     """Write the gradients of queries, keys and values, of tokens and prompts, that are needed."""
-    args, (grad_out,) = Arguments._make(saved[2:]), grad_results
-    row_dot = _row_dot(saved.out, saved.lse, grad_out)
-    statistics = (saved.lse, row_dot)
+    args, given, batch = Arguments(*saved[2:]), _given(saved), saved.q.shape[0]
+    grad_out = _strided(grad_results[0], batch)
+    statistics = (saved.lse, _row_dot(saved.out, saved.lse, grad_out))
     if grads.q is not None:
         kernel = kernels.prompt_attention_bwd_queries_kernel
-        _launch_by_queries(kernel, "bwd_queries", statistics, grads.q, args, grad_out)
+        _launch_by_queries(kernel, "bwd_queries", statistics, grads.q, args, given, grad_out)
     if grads.k is not None and grads.v is not None:
-        own = (args.k, args.v, args.bias)
-        _launch_by_keys((grads.k, grads.v), grad_out, statistics, args, *own)
+        incoming = (*statistics, grad_out)
+        _launch_by_keys((grads.k, grads.v), incoming, args, given.q, given.k, given.v, given.bias)
     if grads.prompt_k is not None and grads.prompt_v is not None:
-        prompts = (args.prompt_k, args.prompt_v, None)
-        if len(args.prompt_k) == len(args.q):
-            _launch_by_keys((grads.prompt_k, grads.prompt_v), grad_out, statistics, args, *prompts)
+        keys = (given.q, given.prompt_k, given.prompt_v, None)
+        incoming = (*statistics, grad_out)
+        if saved.prompt_k.shape[0] == batch:
+            _launch_by_keys((grads.prompt_k, grads.prompt_v), incoming, args, *keys)
         else:
             # Those of keys that all images share are summed over the images, in the dtype of lse.
-            shape = (2, len(args.q), *args.prompt_k.shape[1:])
-            by_image = torch.empty(shape, dtype=row_dot.dtype, device=row_dot.device)
-            _launch_by_keys(by_image.unbind(), grad_out, statistics, args, *prompts)
+            by_image = saved.lse.new_empty((2, batch, *saved.prompt_k.shape[1:]))
+            _launch_by_keys(by_image.unbind(), incoming, args, *keys)
             for grad, total in zip((grads.prompt_k, grads.prompt_v), by_image.sum(dim=1), strict=True):
                 grad.copy_(total)
 
@@ -56,14 +57,16 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
 # ---- what the kernels take
 
 
-def _strided(tensor: Tensor, batch: int) -> tuple[Tensor | int, ...]:
+def _strided(tensor: Tensor, batch: int) -> Strided:
     """(B or 1, T, h, d) as the kernels take it: with the strides of B = ``batch``, T and h."""
-    if tensor.stride(-1) != 1 or tensor.stride(1) >= STRIDE_LIMIT:
+    of_images, of_rows, of_heads, of_channels = tensor.stride()
+    if of_channels != 1 or of_rows >= STRIDE_LIMIT:
         tensor = tensor.contiguous()
-    return (tensor, *tensor.expand(batch, -1, -1, -1).stride()[:3])
+        of_images, of_rows, of_heads, _ = tensor.stride()
+    return tensor, of_images if tensor.shape[0] == batch else 0, of_rows, of_heads
 
 
-def _strided_bias(bias: Tensor | None, batch: int, heads: int) -> tuple[Tensor | int, ...] | None:
+def _strided_bias(bias: Tensor | None, batch: int, heads: int) -> Strided | None:
     """The bias as the kernels take it: with the strides of (B, h, Tq, T)."""
     if bias is None:
         return None
@@ -72,11 +75,40 @@ def _strided_bias(bias: Tensor | None, batch: int, heads: int) -> tuple[Tensor |
     return (bias, *bias.expand(batch, heads, -1, -1).stride())
 
 
+class _Given(NamedTuple):
+    """The arguments with their strides."""
+
+    q: Strided
+    k: Strided
+    v: Strided
+    prompt_k: Strided
+    prompt_v: Strided
+    bias: Strided | None
+
+
+def _given(args: Arguments | Saved) -> _Given:
+    batch, _, heads, _ = args.q.shape
+    return _Given(
+        _strided(args.q, batch),
+        _strided(args.k, batch),
+        _strided(args.v, batch),
+        _strided(args.prompt_k, batch),
+        _strided(args.prompt_v, batch),
+        _strided_bias(args.bias, batch, heads),
+    )
+
+
 # ---- launches
 
 
 def _launch_by_queries(
-    kernel: Any, name: str, statistics: tuple[Tensor, ...], result: Tensor, args: Arguments, *incoming: Tensor
+    kernel: Any,
+    name: str,
+    statistics: tuple[Tensor, ...],
+    result: Tensor,
+    args: Arguments,
+    given: _Given,
+    *incoming: Strided,
 ) -> None:
     """Run a kernel that goes over the queries and writes a ``result`` like q."""
     batch, num_queries, heads, dim = args.q.shape
@@ -95,25 +127,23 @@ def _launch_by_queries(
         config,
         batch * heads * num_blocks(config, BLOCK_QUERIES=num_queries),
         *statistics,
-        *(_strided(t, batch) for t in (result, *args[:5])),
-        _strided_bias(args.bias, batch, heads),
-        *(_strided(t, batch) for t in incoming),
+        *(_strided(result, batch), *given, *incoming),
         *(num_queries, num_tokens, num_prompts, heads, heads // num_kv_heads),
         SCALE=args.scale,
         HEAD_DIM=dim,
     )
 
 
-def _row_dot(out: Tensor, lse: Tensor, grad_out: Tensor) -> Tensor:
+def _row_dot(out: Tensor, lse: Tensor, grad_out: Strided) -> Tensor:
     """row_dot (B, h, Tq): the products of the rows of out and of its gradient."""
     batch, num_queries, heads, dim = out.shape
     config = tuning.config("fwd", out.dtype, dim, BLOCK_QUERIES=num_queries)
-    row_dot = torch.empty_like(lse)
+    row_dot = empty_like(lse)
     launch(
         kernels.prompt_attention_row_dot_kernel,
         config,
         batch * heads * num_blocks(config, BLOCK_QUERIES=num_queries),
-        *(row_dot, _strided(out, batch), _strided(grad_out, batch), num_queries, heads),
+        *(row_dot, _strided(out, batch), grad_out, num_queries, heads),
         HEAD_DIM=dim,
     )
     return row_dot
@@ -121,16 +151,17 @@ def _row_dot(out: Tensor, lse: Tensor, grad_out: Tensor) -> Tensor:
 
 def _launch_by_keys(
     results: tuple[Tensor, ...],
-    grad_out: Tensor,
-    statistics: tuple[Tensor, Tensor],
+    incoming: tuple[Tensor, Tensor, Strided],
     args: Arguments,
-    k: Tensor,
-    v: Tensor,
-    bias: Tensor | None,
+    q: Strided,
+    k: Strided,
+    v: Strided,
+    bias: Strided | None,
 ) -> None:
     """Write the gradients of k and v, the tokens' or the prompts', for each image on its own."""
     batch, num_queries, heads, dim = args.q.shape
-    num_keys, num_kv_heads = k.shape[1:3]
+    _, num_keys, num_kv_heads, _ = results[0].shape
+    lse, row_dot, grad_out = incoming
     config = tuning.config(
         "bwd_keys", args.q.dtype, dim, biased=bias is not None, BLOCK_QUERIES=num_queries, BLOCK_KEYS=num_keys
     )
@@ -138,10 +169,7 @@ def _launch_by_keys(
         kernels.prompt_attention_bwd_keys_kernel,
         config,
         batch * num_kv_heads * num_blocks(config, BLOCK_KEYS=num_keys),
-        *statistics,
-        *(_strided(t, batch) for t in (*results, args.q, k, v)),
-        _strided_bias(bias, batch, heads),
-        _strided(grad_out, batch),
+        *(lse, row_dot, *[_strided(t, batch) for t in results], q, k, v, bias, grad_out),
         *(num_queries, num_keys, heads, heads // num_kv_heads),
         SCALE=args.scale,
         HEAD_DIM=dim,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..triton_launch import Config, block_size
@@ -29,6 +31,7 @@ _BIASED_BLOCKS = {
 }
 
 
+@lru_cache
 def config(kernel: str, dtype: torch.dtype, head_dim: int, biased: bool = False, **sizes: int) -> Config:
     """For tensors of ``dtype`` with heads of size ``head_dim``, at most LARGEST_HEAD.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..autocast import autocast_dtype
-from ..base import Op, Signature, empty_like, or_zeros, placeholder
+from ..autograd import placeholder
+from ..base import Op, Signature, empty_like, or_zeros
 from ..checks import (
     check_affine,
     check_float,
@@ -72,39 +73,14 @@ def prompt_pool(
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device; no patch token.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    check_shape("x", x, "(B, T, C)", None, None, None)
-    _, num_tokens, dim = x.shape
-    num_prefix = check_integer("num_prefix", num_prefix, least=0)
-    if num_prefix >= num_tokens:
-        raise ValueError(f"num_prefix must leave at least one of {num_tokens} tokens, got {num_prefix}")
-    check_shape("matrix", matrix, "(R, N)", None, num_tokens - num_prefix)
-    check_shape("weight", weight, "(C,)", dim)
-    check_shape("bias", bias, "(C,)", dim)
-    check_affine(dim, norm_weight=norm_weight, norm_bias=norm_bias)
-    check_residual(x, branch, layer_scale)
-    eps = check_number("eps", eps, "a finite number of at least 0", least=0)
-    prompt_eps = check_number("prompt_eps", prompt_eps, "a finite number of at least 0", least=0)
-    tensors = {
-        "x": x,
-        "matrix": matrix,
-        "weight": weight,
-        "bias": bias,
-        "norm_weight": norm_weight,
-        "norm_bias": norm_bias,
-        "branch": branch,
-        "layer_scale": layer_scale,
-    }
-    check_float(**tensors)
-    check_same_device(**tensors)
-    affine = (weight.to(matrix.dtype), bias.to(matrix.dtype), norm_weight, norm_bias)
-    dtype = autocast_dtype(total_dtype(x, branch), x.device)
-    options = (num_prefix, eps, prompt_eps, dtype)
-    total, normed, pooled = _OP.run(backend, Arguments(x, branch, layer_scale, matrix, *affine, *options))
+    affine = (weight, bias, norm_weight, norm_bias)
+    args: tuple[Any, ...] = (x, branch, layer_scale, matrix, *affine, num_prefix, eps, prompt_eps, None)
+    total, normed, pooled = _OP(backend, Arguments(*args))
     return x if branch is None else total, normed, pooled
 
 
 class Arguments(NamedTuple):
-    """As in ``prompt_pool``, weight and bias in ``matrix``'s dtype; ``dtype`` is normed's."""
+    """As in ``prompt_pool``; checked, weight and bias have ``matrix``'s dtype, and ``dtype`` is normed's."""
 
     x: Tensor
     branch: Tensor | None
@@ -118,6 +94,10 @@ class Arguments(NamedTuple):
     eps: float
     prompt_eps: float
     dtype: torch.dtype
+
+
+# In the order in which they are checked.
+_TENSORS = ("x", "matrix", "weight", "bias", "norm_weight", "norm_bias", "branch", "layer_scale")
 
 
 class Outputs(NamedTuple):
@@ -159,12 +139,11 @@ def incoming_gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of total, None where it is x itself, of normed and of pooled, zeros for none."""
     grad_total, grad_normed, grad_pooled = grad_results
-    each_row = saved.total[:, :1].expand(-1, len(saved.matrix), -1)
-    return (
-        None if saved.branch_dtype is None else grad_total,
-        or_zeros(grad_normed, saved.total, saved.dtype),
-        or_zeros(grad_pooled, each_row, saved.matrix.dtype),
-    )
+    if grad_pooled is None:
+        batch, _, dim = saved.total.shape
+        grad_pooled = saved.matrix.new_zeros((batch, saved.matrix.shape[0], dim))
+    grad_total = None if saved.branch_dtype is None else grad_total
+    return grad_total, or_zeros(grad_normed, saved.total, saved.dtype), grad_pooled
 
 
 class Gradients(NamedTuple):
@@ -187,10 +166,33 @@ class _PromptPool(Op):
     signature = Signature(Arguments, Outputs, Saved, Gradients)
     differentiable = ("x", "branch", "matrix", "weight", "bias")
 
+    def check(self, args: Arguments) -> Arguments:
+        x, branch, layer_scale, matrix, weight, bias, norm_weight, norm_bias, *_ = args
+        check_shape("x", x, "(B, T, C)", None, None, None)
+        _, num_tokens, dim = x.shape
+        num_prefix = check_integer("num_prefix", args.num_prefix, least=0)
+        if num_prefix >= num_tokens:
+            raise ValueError(f"num_prefix must leave at least one of {num_tokens} tokens, got {num_prefix}")
+        check_shape("matrix", matrix, "(R, N)", None, num_tokens - num_prefix)
+        check_shape("weight", weight, "(C,)", dim)
+        check_shape("bias", bias, "(C,)", dim)
+        check_affine(dim, norm_weight=norm_weight, norm_bias=norm_bias)
+        check_residual(x, branch, layer_scale)
+        eps, prompt_eps = (
+            check_number(name, getattr(args, name), "a finite number of at least 0", least=0)
+            for name in ("eps", "prompt_eps")
+        )
+        tensors = {name: getattr(args, name) for name in _TENSORS}
+        check_float(**tensors)
+        check_same_device(**tensors)
+        affine = (weight.to(matrix.dtype), bias.to(matrix.dtype), norm_weight, norm_bias)
+        dtype = autocast_dtype(total_dtype(x, branch), x.device)
+        return Arguments(x, branch, layer_scale, matrix, *affine, num_prefix, eps, prompt_eps, dtype)
+
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         x, matrix = args.x, args.matrix
         pooled = matrix.new_empty((x.shape[0], matrix.shape[0], x.shape[2]))
-        mean, rstd = (matrix.new_empty(x.shape[:2]) for _ in range(2))
+        mean, rstd = matrix.new_empty(x.shape[:2]), matrix.new_empty(x.shape[:2])
         raw = placeholder(pooled) if implementation == "cuda" else empty_like(pooled)
         return Outputs(empty_total(x, args.branch), empty_like(x, args.dtype), pooled, mean, rstd, raw)
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..base import differentiable_once
+from ..autograd import differentiable_once
 from ..residual import add_residual
 from .op import Arguments
 

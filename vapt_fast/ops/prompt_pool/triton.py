@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...kernels import prompt_pool as kernels
@@ -76,7 +75,7 @@ def _write_grad_learned(saved: Saved, grad_pooled: Tensor, grads: Gradients) -> 
     (batch, num_tokens, dim), (num_rows, num_patches) = total.shape, matrix.shape
     configs = tuning.configs(matrix.dtype, num_rows)
     images = images_per_program(batch)
-    chunks = triton.cdiv(batch, images)
+    chunks = -(-batch // images)
     partial_matrix = matrix.new_empty((chunks, num_rows, num_patches))
     partial_affine = matrix.new_empty((chunks, 2, dim))
     launch(

@@ -6,7 +6,7 @@ That is the bias of the projection over positions, the feature projector and the
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,25 +73,15 @@ def prompt_projector(
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    check_shape("pooled", pooled, "(B, P, C)", None, None, None)
-    learned_scale, factor = scale if isinstance(scale, Tensor) else None, 1.0
-    if not isinstance(scale, Tensor):
-        factor = check_number("scale", scale, "a finite number or a tensor (1,)")
-    if eps is not None:
-        eps = check_number("eps", eps, "a finite number of at least 0 or None", least=0)
-    if dtype is not None:
-        check_dtype("dtype", dtype)
-    learned, masks = (bias, down, up, learned_scale), (channel_mask, feature_mask)
-    affine = (norm_weight, norm_bias)
-    dtype = pooled.dtype if dtype is None else dtype
-    args = Arguments(pooled, *learned, *masks, *affine, factor, activation, eps, dtype)
-    _check(args)
-    (prompts,) = _OP.run(backend, _in_one_dtype(args))
+    learned_scale, factor = (scale, 1.0) if isinstance(scale, Tensor) else (None, scale)
+    tensors = (pooled, bias, down, up, learned_scale, channel_mask, feature_mask, norm_weight, norm_bias)
+    options: tuple[Any, ...] = (factor, activation, eps, dtype)
+    (prompts,) = _OP(backend, Arguments(*tensors, *options))
     return prompts
 
 
 class Arguments(NamedTuple):
-    """As in ``prompt_projector``; what is not of the norm is in ``pooled``'s dtype.
+    """As in ``prompt_projector``; checked, what is not of the norm is in ``pooled``'s dtype.
 
     ``scale`` is a tensor or None, ``factor`` the number otherwise.
     """
@@ -111,7 +101,7 @@ class Arguments(NamedTuple):
     dtype: torch.dtype
 
 
-def _check(args: Arguments) -> None:
+def _check_tensors(args: Arguments) -> None:
     batch, num_prompts, dim = args.pooled.shape
     down, up = args.down, args.up
     check_shape("bias", args.bias, "(P,)", num_prompts)
@@ -133,33 +123,14 @@ def _check(args: Arguments) -> None:
         if down is None:
             raise ValueError("feature_mask must be None without down and up, whose features it drops")
         check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
-    check_choice("activation", args.activation, tuple(ACTIVATIONS))
-    tensors = {
-        "pooled": args.pooled,
-        "bias": args.bias,
-        "down": down,
-        "up": up,
-        "scale": args.scale,
-        "channel_mask": args.channel_mask,
-        "feature_mask": args.feature_mask,
-        **affine,
-    }
+    tensors: dict[str, Any] = {name: getattr(args, name) for name in _TENSORS}
     check_float(**tensors)
     check_same_device(**tensors)
 
 
-def _in_one_dtype(args: Arguments) -> Arguments:
-    """``args`` with all tensors but the norm's in the dtype of ``pooled``."""
-
-    def to_own(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(args.pooled.dtype)
-
-    learned = (args.bias.to(args.pooled.dtype), to_own(args.down), to_own(args.up), to_own(args.scale))
-    masks = (to_own(args.channel_mask), to_own(args.feature_mask))
-    affine = (args.norm_weight, args.norm_bias)
-    return Arguments(
-        args.pooled, *learned, *masks, *affine, args.factor, args.activation, args.eps, args.dtype
-    )
+# All but the norm's are computed with in the dtype of the first one.
+_OWN = ("pooled", "bias", "down", "up", "scale", "channel_mask", "feature_mask")
+_TENSORS = (*_OWN, "norm_weight", "norm_bias")
 
 
 class Outputs(NamedTuple):
@@ -184,10 +155,10 @@ class Saved(NamedTuple):
     channel_mask: Tensor | None
     feature_mask: Tensor | None
     norm_weight: Tensor | None
-    factor: float
-    activation: str
     hidden: Tensor
     statistics: Tensor
+    factor: float
+    activation: str
 
 
 class Gradients(NamedTuple):
@@ -212,6 +183,24 @@ class _PromptProjector(Op):
     signature = Signature(Arguments, Outputs, Saved, Gradients)
     differentiable = ("pooled", "bias", "down", "up", "scale")
 
+    def check(self, args: Arguments) -> Arguments:
+        check_shape("pooled", args.pooled, "(B, P, C)", None, None, None)
+        factor, eps = args.factor, args.eps
+        dtype: torch.dtype | None = args.dtype
+        if args.scale is None:
+            factor = check_number("scale", factor, "a finite number or a tensor (1,)")
+        if eps is not None:
+            eps = check_number("eps", eps, "a finite number of at least 0 or None", least=0)
+        if dtype is None:
+            dtype = args.pooled.dtype
+        check_dtype("dtype", dtype)
+        _check_tensors(args)
+        check_choice("activation", args.activation, tuple(ACTIVATIONS))
+        tensors: list[Any] = [getattr(args, name) for name in _OWN]
+        own: list[Any] = [None if tensor is None else tensor.to(args.pooled.dtype) for tensor in tensors]
+        options: tuple[Any, ...] = (args.norm_weight, args.norm_bias, factor, args.activation, eps, dtype)
+        return Arguments(*own, *options)
+
     def allocate(self, args: Arguments, implementation: str) -> Outputs:
         pooled = args.pooled
         batch, num_prompts, _ = pooled.shape
@@ -222,7 +211,7 @@ class _PromptProjector(Op):
         )
 
     def save(self, args: Arguments, out: Outputs) -> Saved:
-        return Saved(*args[:8], args.factor, args.activation, out.hidden, out.statistics)
+        return Saved(*args[:8], out.hidden, out.statistics, args.factor, args.activation)
 
     def allocate_gradients(self, saved: Saved, needed: Collection[str]) -> Gradients:
         pooled, width = saved.pooled, saved.hidden.shape[-1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ...kernels import prompt_projector as kernels
@@ -60,7 +59,7 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     }
     statistics = _mean_and_rstd(saved.statistics)
     grad_hidden = empty_like(saved.hidden)
-    means = empty_like(saved.statistics) if len(saved.statistics) else None
+    means = empty_like(saved.statistics) if saved.statistics.shape[0] else None
     sums = pooled.new_empty(pooled.shape[:2])
     products = None if saved.scale is None else empty_like(sums)
     config = tuning.config("bwd_rows", arithmetic, width)
@@ -82,11 +81,11 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     config = tuning.config("bwd_weights", arithmetic, width)
     batch = pooled.shape[0]
     images = images_per_program(batch)
-    partial = pooled.new_empty((triton.cdiv(batch, images), *grads.weights.shape))
+    partial = pooled.new_empty((-(-batch // images), *grads.weights.shape))
     launch(
         kernels.prompt_projector_bwd_weights_kernel,
         config,
-        len(partial) * num_blocks(config, BLOCK_C=dim),
+        partial.shape[0] * num_blocks(config, BLOCK_C=dim),
         *(partial, *map(strided, (grad_prompts, pooled, saved.bias, saved.up)), saved.scale),
         *(*_masks(saved), strided(saved.norm_weight)),
         *(saved.hidden, grad_hidden, *statistics, means),
@@ -118,4 +117,7 @@ def _sizes(args: Arguments | Saved) -> tuple[int, int, int, int]:
 
 
 def _mean_and_rstd(statistics: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    return (statistics[0], statistics[1]) if len(statistics) else (None, None)
+    if not statistics.shape[0]:
+        return None, None
+    mean, rstd = statistics.unbind()
+    return mean, rstd

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..triton_launch import Config, block_size
@@ -23,6 +25,7 @@ _BLOCKS = {
 }
 
 
+@lru_cache
 def config(kernel: str, dtype: torch.dtype, width: int) -> Config:
     """For prompts of ``dtype`` and ``width`` features, at most LARGEST_PROJECTOR, 0 without a projector.
 
