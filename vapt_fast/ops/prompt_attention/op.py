@@ -134,8 +134,8 @@ def prompt_attention_packed(
 def unpack(qkv: Tensor, prompt_kv: Tensor, num_heads: int, num_kv_heads: int) -> tuple[Tensor, ...]:
     """Return q, k, v, prompt_k and prompt_v, as ``prompt_attention`` takes them: views."""
     dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
-    q, k, v = qkv.unflatten(-1, (-1, dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=2)
-    prompt_k, prompt_v = prompt_kv.unflatten(-1, (-1, dim)).split(num_kv_heads, dim=2)
+    q, k, v = torch.unflatten(qkv, -1, (-1, dim)).split((num_heads, num_kv_heads, num_kv_heads), dim=2)
+    prompt_k, prompt_v = torch.unflatten(prompt_kv, -1, (-1, dim)).split(num_kv_heads, dim=2)
     return q, k, v, prompt_k, prompt_v
 
 
