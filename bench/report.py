@@ -26,6 +26,7 @@ END = "<!-- end of what bench/report.py writes -->\n"
 WIDTH = 118  # of the README's lines
 
 OURS = ("triton", "cuda", "auto")
+LONGEST = 20  # kernels and operations that are shown of a profile
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -51,17 +52,25 @@ def to_markdown(results: dict[str, Any]) -> str:
         for name, record in results["phases"].items()
         if "seconds" in record or "error" in record
     ]
+    if results.get("missing"):
+        parts += ["## Missing here", "\n".join(f"- {sentence}" for sentence in results["missing"])]
     parts += ["## Phases", table(["", "seconds", "limit", "not finished because"], phases)]
-    if "tests" in results:
-        parts += ["## Tests", *(f"{line}" for line in results["tests"]["summary"])]
-    if "sanitizer" in results:
-        parts += ["## compute-sanitizer", table(["tool", "result"], results["sanitizer"].items())]
+    if results.get("gate"):
+        parts += ["## Every op against its definition in float64", _gate(results["gate"])]
     for comparison in results["comparisons"]:
         parts += _models(comparison, environment.get("gpu"))
     if results["comparisons"]:
         parts.append(NOTES)
+    if "loop" in results:
+        parts += _loop(results["loop"])
+    for profile in results.get("profile", []):
+        parts += _profile(profile)
     if results.get("ops"):
         parts += ["## Ops", _ops(results["ops"])]
+    if "tests" in results:
+        parts += ["## Tests", *(f"{line}" for line in results["tests"]["summary"])]
+    if results.get("sanitizer"):
+        parts += ["## compute-sanitizer", table(["tool", "result"], results["sanitizer"].items())]
     facts = environment | {"installation": results.get("installation")}
     parts += ["## Environment", "\n".join(f"- {name}: {value}" for name, value in facts.items())]
     parts.append(f"```\n{results.get('info', '').strip()}\n```")
@@ -72,7 +81,9 @@ NOTES = (
     "Training step: forward, cross-entropy, backward and fused SGD step, all dropouts on, what depends on "
     "learned weights made anew. Forward: inference mode. Loading of data is excluded. Random data; prompts "
     "that are not zero. Everything is timed in turns; medians and quartiles over rounds; speed within a "
-    "round, over the table's first row. A CUDA graph is on all sides or on none. `operations/s` counts what "
+    "round, over the table's first row. In the first columns a plain loop calls the model, which uses CUDA "
+    "graphs of its own unless the row says otherwise; then the whole step is one CUDA graph, captured by "
+    "hand, on all sides. `operations/s` counts what "
     "is executed and `literal` what the literal method would have executed for the same images; only the "
     "first is compared with what the device can do. Error: the largest of logits and gradients, relative to "
     "norm, against the literal method in float32. The linear probe, without prompts and without a backward "
@@ -91,7 +102,7 @@ def _models(comparison: dict[str, Any], gpu: str | None) -> list[str]:
             f"## {mode.capitalize()}, {setting['model']}, P = {num_prompts}, batch {setting['batch']}"
             + ("" if comparison["set"] == "all" else f" ({comparison['set']})")
         )
-        header = ["", "images/s", "speed", "quartiles", "as a CUDA graph: images/s", "speed", "quartiles"]
+        header = ["", "images/s", "speed", "quartiles", "as one CUDA graph: images/s", "speed", "quartiles"]
         header += ["peak MB", "operations/s", "of what is possible", "literal", "error"]
         cells = []
         for one, other in zip(plain, graph, strict=True):
@@ -148,6 +159,40 @@ def _verdict(rows: list[Row]) -> list[str]:
     ratio = Spread.of_ratio(rival.seconds, best.seconds)
     graph = "as CUDA graphs" if best.graph else "without CUDA graphs"
     return [f"Kernels over the best of the rest, {graph}: {best.variant} / {rival.variant}: {ratio}x."]
+
+
+def _gate(gate: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [name, f"{op['agree']}", "; ".join([*op["wrong"], *op["not_run"], *([op["error"]] if "error" in op else [])])]
+        for name, op in gate.items()
+    ]
+    return table(["", "agree", "wrong, or not run"], rows)
+
+
+def _loop(loop: dict[str, Any]) -> list[str]:
+    """Report bench/loop.py."""
+    rows = [
+        [name, f"{1e3 * spread.median:.1f}", f"{1e3 * spread.low:.1f} to {1e3 * spread.high:.1f}"]
+        + [f"{loop['batch'] / spread.median:.4g}", f"{1e3 * row['seconds_of_first_round']:.1f}"]
+        for name, row in loop["rows"].items()
+        if len(row["seconds"]) >= 2
+        for spread in [Spread.of(row["seconds"])]
+    ]
+    title = f"## A plain training loop, {loop['model']}, P = {loop['prompts']}, batch {loop['batch']}"
+    return [title, table(["", "ms a step", "quartiles", "images/s", "ms in the first round"], rows)]
+
+
+def _profile(profile: dict[str, Any]) -> list[str]:
+    """Report the longest of bench/kernel_times.py."""
+    title = f"## Where a training step goes: {profile['name']}"
+    if "error" in profile:
+        return [title, profile["error"]]
+    parts = [title]
+    for what, rows in (("GPU", profile["kernels"]), ("host, while profiled", profile["host"])):
+        total = profile["gpu_us" if what == "GPU" else "host_us"]
+        cells = [[f"{r['us']:,.0f}", f"{r['calls']:g}", f"`{r['name'][:90]}`"] for r in rows[:LONGEST]]
+        parts.append(table([f"{what}: {total:,.0f} µs", "calls", ""], cells))
+    return parts
 
 
 def _ops(ops: list[dict[str, Any]]) -> str:
