@@ -152,15 +152,19 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[int, dict[str, Any]]]
                 rows[row.variant, mode, graph] = row
             for variant, reason in left_out.items():
                 rows[variant, mode, graph] = Row(variant, mode, graph, error=reason)
-            yield index, table | {
-                "gpu_state": gpu_state(),  # clocks and temperature under load
-                "rows": [
-                    (rows.get((variant, *part)) or Row(variant, *part, error=NOT_YET)).as_dict()
-                    | {"name": str(variant)}
-                    for part in parts
-                    for variant in variants
-                ],
-            }
+            yield (
+                index,
+                table
+                | {
+                    "gpu_state": gpu_state(),  # clocks and temperature under load
+                    "rows": [
+                        (rows.get((variant, *part)) or Row(variant, *part, error=NOT_YET)).as_dict()
+                        | {"name": str(variant)}
+                        for part in parts
+                        for variant in variants
+                    ],
+                },
+            )
         del comparison  # its models and graphs, before the next ones are made
         gc.collect()
         if setting.on_gpu:

@@ -163,7 +163,11 @@ def _verdict(rows: list[Row]) -> list[str]:
 
 def _gate(gate: dict[str, dict[str, Any]]) -> str:
     rows = [
-        [name, f"{op['agree']}", "; ".join([*op["wrong"], *op["not_run"], *([op["error"]] if "error" in op else [])])]
+        [
+            name,
+            f"{op['agree']}",
+            "; ".join([*op["wrong"], *op["not_run"], *([op["error"]] if "error" in op else [])]),
+        ]
         for name, op in gate.items()
     ]
     return table(["", "agree", "wrong, or not run"], rows)

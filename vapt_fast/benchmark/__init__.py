@@ -8,7 +8,7 @@ from .agreement import DisagreementError
 from .comparison import Comparison, Row, as_table
 from .environment import describe, gpu_state
 from .timing import Spread, in_turns
-from .workload import LINEAR_PROBE, MODES, PRECISIONS, Setting, Variant, Workload, without_cuda_graphs
+from .workload import LINEAR_PROBE, MODES, PRECISIONS, Setting, Variant, Workload
 
 __all__ = [
     "LINEAR_PROBE",
@@ -25,5 +25,4 @@ __all__ = [
     "describe",
     "gpu_state",
     "in_turns",
-    "without_cuda_graphs",
 ]
