@@ -68,8 +68,8 @@ def check_packages(session: Session, seconds: float) -> None:
     if lacking:
         names = shlex.join(str(requirement) for requirement in lacking)
         session.missing(
-            f"Wheels to carry: python -m pip download --no-deps --dest WHEELS {names}, on a machine with this "
-            f"Python ({sys.version_info.major}.{sys.version_info.minor}); then give --wheels WHEELS here."
+            f"Wheels to carry: python -m pip download --no-deps --dest WHEELS {names}, by Python "
+            f"{sys.version_info.major}.{sys.version_info.minor} elsewhere; then give --wheels WHEELS here."
         )
 
 
@@ -144,7 +144,8 @@ def _carried(session: Session) -> Path | None:
     fitting = [path for path in found if path.name.partition(".")[2] in _suffixes()]
     if found and not fitting:
         session.missing(
-            f"{found[0].name} of {session.wheels} is not for this Python ({EXTENSION_SUFFIXES[0]}): it is left out."
+            f"{found[0].name} of {session.wheels} is not for this Python ({EXTENSION_SUFFIXES[0]}): "
+            "it is left out."
         )
     return fitting[0] if fitting else None
 

@@ -1,7 +1,6 @@
 """Where the time of a training step goes: every kernel of the GPU, and the busiest operations of the host.
 
 Example:
-
     python bench/kernel_times.py --out profile.json
 """
 

@@ -1,9 +1,10 @@
 """A training loop as anyone writes it, timed from outside: what a user gets who does nothing for speed.
 
-The model trains in bfloat16 with learned prompts in float32, on images that are on the device already. The same
-loop runs with the library's defaults, without CUDA graphs of its own, and with the literal method, in turns.
-Example:
+The model trains in bfloat16 with learned prompts in float32, on images that are on the device already. The
+same loop runs with the library's defaults, without CUDA graphs of its own, and with the literal method, in
+turns.
 
+Example:
     python bench/loop.py --out loop.json
 """
 

@@ -176,8 +176,13 @@ def _gate(gate: dict[str, dict[str, Any]]) -> str:
 def _loop(loop: dict[str, Any]) -> list[str]:
     """Report bench/loop.py."""
     rows = [
-        [name, f"{1e3 * spread.median:.1f}", f"{1e3 * spread.low:.1f} to {1e3 * spread.high:.1f}"]
-        + [f"{loop['batch'] / spread.median:.4g}", f"{1e3 * row['seconds_of_first_round']:.1f}"]
+        [
+            name,
+            f"{1e3 * spread.median:.1f}",
+            f"{1e3 * spread.low:.1f} to {1e3 * spread.high:.1f}",
+            f"{loop['batch'] / spread.median:.4g}",
+            f"{1e3 * row['seconds_of_first_round']:.1f}",
+        ]
         for name, row in loop["rows"].items()
         if len(row["seconds"]) >= 2
         for spread in [Spread.of(row["seconds"])]

@@ -112,7 +112,7 @@ class Session:
         Args:
             commands: by names of their own.
             seconds: for all of them together.
-            ended: gets each one's name, exit code and output; the code is None if it was stopped or never ran.
+            ended: gets each one's name, exit code (None: it was stopped, or never ran) and output.
             at_once: how many; as many as there are CPUs.
         """
         until = time.monotonic() + seconds
