@@ -231,7 +231,10 @@ def section() -> str:
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     cpu = [report for name, report in reports.items() if name.startswith("cpu")]
     gpu = [report for name, report in reports.items() if name.startswith("gpu")]
-    parts = [*_cpu(cpu), *(part for report in gpu for part in _gpu(report)), *_unmeasured(gpu)]
+    parts = _cpu(cpu)
+    for report in gpu:
+        parts += _gpu(report) if "comparisons" in report else _steps(report)
+    parts.append(WHERE)
     return "\n\n".join(parts) + "\n"
 
 
@@ -322,21 +325,71 @@ def _pytorch(environment: dict[str, Any]) -> str:
     return f"PyTorch {environment['torch'].partition('+')[0]}"
 
 
-def _unmeasured(gpu: list[dict[str, Any]]) -> list[str]:
-    where = paragraph(
-        "[`bench/results`](bench/results) has every timing, [`bench/README.md`](bench/README.md) says what "
-        "is in them and what is not. `vapt-fast bench` measures your own model on your own machine."
-    )
-    if gpu:
-        return [where]
-    return [
-        where,
-        paragraph(
-            "**A GPU's results are not among them yet**, only single figures of an H200 "
-            "([`docs/roofline.md`](docs/roofline.md)). `make gpu OUT=folder` measures all, against every "
-            "rival, and runs the tests that need one."
-        ),
+def _steps(report: dict[str, Any]) -> list[str]:
+    """Report medians of whole steps in which AdaptiveViT used no CUDA graphs of its own."""
+    steps = {(row["name"], row["prompts"], row["batch"]): row for row in report["steps"]}
+
+    def ms(name: str, how: str, prompts: int = 50, batch: int = 64, mode: str = MODES[0]) -> str:
+        row = steps.get((name, prompts, batch))
+        return "-" if row is None else f"{row[mode][how]:.1f}"
+
+    def peak(name: str, mode: str = MODES[0]) -> str:
+        return f"{steps[name, 0 if name.startswith(LINEAR_PROBE) else 50, 64][mode]['peak_mb']:,.0f}"
+
+    literal, default, kernels = "reference, bfloat16", "torch, bfloat16", "kernels, bfloat16"
+    rival, rival_untuned = "torch, bfloat16-tf32, compiled", "torch, bfloat16, compiled"
+    names = [name for name, prompts, batch in steps if (prompts, batch) == (50, 64)]
+    names.sort(key=lambda name: -steps[name, 50, 64][MODES[0]]["graph_ms"])
+    main = [
+        [
+            f"`{name}`",
+            *(ms(name, how, prompts, mode=mode) for mode in MODES for how in ("eager_ms", "graph_ms")),
+        ]
+        + [peak(name, mode) for mode in MODES]
+        for name, prompts in [*((name, 50) for name in names), (f"{LINEAR_PROBE}, bfloat16", 0)]
     ]
+    header = ["", "step: calls", "one graph", "forward: calls", "one graph", "peak MB, step", "forward"]
+    others = [
+        [f"P = {prompts}, batch {batch}"]
+        + [
+            f"{ms(name, 'eager_ms', prompts, batch)} / {ms(name, 'graph_ms', prompts, batch)}"
+            for name in (literal, default, kernels)
+        ]
+        for prompts, batch in ((10, 64), (100, 64), (10, 256), (50, 256), (100, 256))
+    ]
+    gain = steps[literal, 50, 64][MODES[0]]["graph_ms"] / steps[default, 50, 64][MODES[0]]["graph_ms"]
+    environment = report["environment"]
+    return [
+        paragraph(
+            f"The same on one {environment['gpu']} ({report['date']}, {_pytorch(environment)}, Triton "
+            f"{environment['triton']}, commit {report['commit']}), 50 prompts, batch 64, in ms: called "
+            "plainly, each kernel launched by itself, and with the whole step in one CUDA graph, captured by "
+            "hand. What has changed since has not been measured: AdaptiveViT had no CUDA graphs of its own, "
+            "`auto` was `torch`, and a backend `kernels` took for each op the faster of Triton's and CUDA's."
+        ),
+        table(header, main),
+        paragraph(
+            f"Called plainly, the default, `torch`, was slower than the literal method with PyTorch's fused "
+            f"attention, {ms(default, 'eager_ms')} ms a step against {ms(literal, 'eager_ms')}, and the "
+            f"kernels were slower still ({ms(kernels, 'eager_ms')}): the host could not launch as fast as "
+            f"the GPU ran. In one CUDA graph `torch` took {ms(default, 'graph_ms')} ms, {gain:.2f} times as "
+            f"fast as the literal method ({ms(literal, 'graph_ms')}), and the kernels {ms(kernels, 'graph_ms')}. The "
+            "strongest rival is the same rewrites, compiled by inductor: with TF32 for products of float32 "
+            f"weights they took {ms(rival, 'graph_ms')} ms, less than the kernels, and without it "
+            f"{ms(rival_untuned, 'graph_ms')}; called plainly {ms(rival, 'eager_ms')} and "
+            f"{ms(rival_untuned, 'eager_ms')}. A step's peak memory was {peak(kernels)} MB with the kernels, "
+            f"{peak(rival)} compiled, {peak(default)} with `torch` and {peak(literal)} with the literal "
+            "method. Other sizes of the training step, called plainly / in one CUDA graph:"
+        ),
+        table(["", "reference", "torch", "kernels"], others),
+    ]
+
+
+WHERE = paragraph(
+    "[`bench/results`](bench/results) has every timing, [`bench/README.md`](bench/README.md) says what is in "
+    "them and what is not. `vapt-fast bench` measures your own model on your own machine; `make gpu "
+    "OUT=folder` everything on a GPU, against every rival, and runs the tests that need one."
+)
 
 
 def rewrite(readme: str, new: str) -> str:
