@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ..backbones import head_names, image_size
 from ..config import PromptConfig
 from ..cuda_graphs import use_cuda_graphs
+from ..cuda_graphs.recorder import RECORDERS
 from ..model import AdaptiveViT
 from ..names import create_backbone
 from ..prompts import AdaptivePrompts, Prompts
@@ -223,7 +224,7 @@ class Workload:
         low precision nothing of them is right. All is computed as ``runner`` does it, so that nothing has to
         be compiled for this alone, and by CUDA graphs where those are timed.
         """
-        warm_up = WARM_UP if self.setting.on_gpu else 0
+        warm_up = WARM_UP if torch.device(self.setting.device).type in RECORDERS else 0
         with self._conditions():
             with torch.inference_mode():
                 self.model.eval()
