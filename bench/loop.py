@@ -30,8 +30,8 @@ VARIANTS = {
     "the literal method, without CUDA graphs": {"cuda_graphs": False, "backend": "reference"},
 }
 ROUNDS = 5
-# In bfloat16 the backends round differently; a wrong gradient changes the loss of later steps by more.
-AGREE = 0.05
+# By how much losses may differ: a few units in the last place of bfloat16, in which they are too.
+AGREE = {torch.bfloat16: 0.03, torch.float32: 1e-3}
 
 
 class Loop:
@@ -110,11 +110,12 @@ def main(arguments: list[str] | None = None) -> None:
                 row |= {"seconds_of_first_round": seconds, "first_losses": losses}
             else:
                 row["seconds"].append(seconds)
+            row["graphs"] = loop.model.cuda_graph_report().strip()
         write_atomically(options.out, (json.dumps(results, indent=1) + "\n").encode())
     first, *others = (row["first_losses"] for row in results["rows"].values())
     for other in others:
         worst = max(abs(a - b) / abs(b) for a, b in zip(first, other, strict=True))
-        if not worst <= AGREE:
+        if not worst <= AGREE[dtype]:
             raise SystemExit(f"the losses of the first {options.steps} steps differ by {worst:.1e}")
 
 

@@ -188,7 +188,12 @@ def _loop(loop: dict[str, Any]) -> list[str]:
         for spread in [Spread.of(row["seconds"])]
     ]
     title = f"## A plain training loop, {loop['model']}, P = {loop['prompts']}, batch {loop['batch']}"
-    return [title, table(["", "ms a step", "quartiles", "images/s", "ms in the first round"], rows)]
+    graphs = [f"- {name}: {row['graphs']}" for name, row in loop["rows"].items() if row.get("graphs")]
+    return [
+        title,
+        "\n".join(graphs),
+        table(["", "ms a step", "quartiles", "images/s", "ms in the first round"], rows),
+    ]
 
 
 def _profile(profile: dict[str, Any]) -> list[str]:
