@@ -102,7 +102,8 @@ def environment(session: Session, seconds: float) -> None:
     """Record versions, driver, clocks, device, date, and what vapt_fast says would run."""
     code, printed = session.call(seconds, sys.executable, BENCH / "environment.py", session.device)
     if code != 0:
-        raise RuntimeError(f"vapt_fast does not run here: {printed.strip()[-500:]}")
+        last = "".join(printed.strip().splitlines()[-1:]) or "it took too long"
+        raise RuntimeError(f"vapt_fast does not run here: {last}")
     session.results |= json.loads(printed.splitlines()[-1])
 
 
@@ -337,18 +338,28 @@ PHASES = (
 )
 ESSENTIAL = ("install", "environment")  # nothing runs without them
 ALWAYS = (*ESSENTIAL, "report")
-# The time limits add up to more than there is: this much of it is kept for the later phases.
+# The time limits add up to more than there is: each later phase keeps this much of its part.
 SHARE_LEFT = 0.7
+
+
+def time_limit(phase: Phase, later: list[Phase], left: float, ratio: float) -> float:
+    """Return the seconds that a phase may take.
+
+    Args:
+        phase, later: it, and those that come after it.
+        left: seconds until the end.
+        ratio: of the time that there was for all phases to the sum of their limits.
+    """
+    kept = SHARE_LEFT * ratio * sum(other.seconds for other in later)
+    return min(max(1.0, ratio) * phase.seconds, left - kept)
 
 
 def run(session: Session, phases: list[Phase]) -> None:
     """Run each phase and write what was found so far after it; a failing phase is recorded."""
-    # Where there is more time than the limits add up to, they are longer.
-    stretch = max(1.0, (session.end - time.monotonic()) / sum(phase.seconds for phase in phases))
+    ratio = (session.end - time.monotonic()) / sum(phase.seconds for phase in phases)
     for index, phase in enumerate(phases):
         session.phase = phase.name
-        later = sum(SHARE_LEFT * stretch * p.seconds for p in phases[index + 1 :])
-        seconds = min(stretch * phase.seconds, session.end - time.monotonic() - later)
+        seconds = time_limit(phase, phases[index + 1 :], session.end - time.monotonic(), ratio)
         print(f"{phase.name}: at most {seconds:.0f} s", flush=True)
         started = time.monotonic()
         record = session.results["phases"].setdefault(phase.name, {})
