@@ -57,8 +57,8 @@ bench: $(BIN)/.installed ## the backends on this machine, whole models and singl
 
 # In the environment of PYTHON, and without a network: machines with a GPU are often set up already.
 gpu: OUT = gpu-out
-gpu: ## all that needs a GPU, tests and benchmarks, in 9 minutes; writes to OUT=gpu-out; LONG=1 also autotunes
-	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(LONG),--long --minutes 18)
+gpu: ## all that needs a GPU, tests and benchmarks, in 12 minutes; writes to OUT=gpu-out; LONG=1 also autotunes
+	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS)) $(if $(LONG),--long --minutes 20)
 
 gpu-dry: OUT = gpu-out
 gpu-dry: $(BIN)/.installed ## the same on a CPU with tiny sizes, to see that it runs

@@ -40,6 +40,7 @@ LITERAL = (
     Variant("reference", precision="tf32", attention="explicit"),
     Variant("reference", precision="bfloat16-autocast", attention="explicit"),
     Variant("reference", precision="bfloat16"),
+    Variant("reference", precision="bfloat16", cuda_graphs=False),
 )
 REWRITTEN = (
     Variant("torch", precision="bfloat16-autocast"),
@@ -47,8 +48,17 @@ REWRITTEN = (
     Variant("torch", precision="bfloat16", attention="cudnn"),
     Variant("torch", precision="bfloat16", attention="flash"),
 )
+# With TF32 for what float32 weights multiply a compiler comes out fastest.
 COMPILED, AUTOTUNED = (
-    tuple(Variant(name, precision="bfloat16", compile=mode) for name in ("reference", "torch", "triton"))
+    tuple(
+        Variant(name, precision=precision, compile=mode)
+        for name, precision in (
+            ("reference", "bfloat16-tf32"),
+            ("torch", "bfloat16"),
+            ("torch", "bfloat16-tf32"),
+            ("triton", "bfloat16-tf32"),
+        )
+    )
     for mode in ("default", "max-autotune-no-cudagraphs")
 )
 KERNELS = tuple(
@@ -56,11 +66,12 @@ KERNELS = tuple(
     for precision in ("bfloat16", "bfloat16-autocast")
     for backend in OURS
 )
+EAGER = Variant("auto", precision="bfloat16", cuda_graphs=False)
 PROBE = Variant(LINEAR_PROBE, precision="bfloat16")
 
 # What is compared in one table. Everything but "all" takes long to compile.
 SETS = {
-    "all": (*LITERAL, *REWRITTEN, *KERNELS, PROBE),
+    "all": (*LITERAL, *REWRITTEN, *KERNELS, EAGER, PROBE),
     "compiled": (Variant("reference", precision="bfloat16"), *COMPILED, REWRITTEN[1], *KERNELS[: len(OURS)]),
     "autotuned": (
         Variant("reference", precision="bfloat16"),
@@ -71,6 +82,8 @@ SETS = {
 }
 EVERY_VARIANT = {str(variant): variant for variants in SETS.values() for variant in variants}
 
+NOT_YET = "left out: cut off before it was measured"
+
 # By importance.
 SIZES = ((50, 64), (50, 256), (100, 64), (10, 64), (100, 256), (10, 256))
 
@@ -78,7 +91,7 @@ SIZES = ((50, 64), (50, 256), (100, 64), (10, 64), (100, 256), (10, 256))
 def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--out", type=Path, required=True, help="JSON file, written after each table")
+    add("--out", type=Path, required=True, help="JSON file, written after each part of a table")
     add("--set", default="all", choices=SETS, help="what to compare (%(default)s)")
     add("--only", action="append", choices=EVERY_VARIANT, help="only this; may be given several times")
     add("--left-out", type=json.loads, default={}, help='JSON: what is left out and why, {"name": "reason"}')
@@ -97,8 +110,11 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
     return tuple((int(num_prompts), int(batch)) for num_prompts, batch in pairs)
 
 
-def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Yield a table after the other: its setting and rows, as JSON takes them."""
+def measure(options: argparse.Namespace) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield the number of a table and what is known of it, again after each of its parts.
+
+    A table is its setting and its rows, as JSON takes them.
+    """
     end = time.monotonic() + options.seconds
     parts = [(mode, graph) for graph in (False, True) for mode in MODES]
     preparation = 0.0  # seconds that a table took before anything was timed
@@ -123,6 +139,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         comparison = Comparison(setting, chosen, memory=setting.on_gpu, progress=_print)
         preparation = max(preparation, time.monotonic() - began)
         reserved = preparation * (len(options.sizes) - index - 1)
+        table = {
+            "set": options.set,
+            "setting": asdict(setting),
+            "operations_per_image": _operations(setting, num_prompts) if chosen else None,
+        }
         rows: dict[tuple[Variant, str, bool], Row] = {}
         for number, (mode, graph) in enumerate(parts):
             still = (len(options.sizes) - index) * len(parts) - number
@@ -131,21 +152,23 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 rows[row.variant, mode, graph] = row
             for variant, reason in left_out.items():
                 rows[variant, mode, graph] = Row(variant, mode, graph, error=reason)
+            yield (
+                index,
+                table
+                | {
+                    "gpu_state": gpu_state(),  # clocks and temperature under load
+                    "rows": [
+                        (rows.get((variant, *part)) or Row(variant, *part, error=NOT_YET)).as_dict()
+                        | {"name": str(variant)}
+                        for part in parts
+                        for variant in variants
+                    ],
+                },
+            )
         del comparison  # its models and graphs, before the next ones are made
         gc.collect()
         if setting.on_gpu:
             torch.cuda.empty_cache()
-        yield {
-            "set": options.set,
-            "setting": asdict(setting),
-            "gpu_state": gpu_state(),  # clocks and temperature under load
-            "operations_per_image": _operations(setting, num_prompts) if chosen else None,
-            "rows": [
-                rows[variant, mode, graph].as_dict() | {"name": str(variant)}
-                for mode, graph in parts
-                for variant in variants
-            ],
-        }
 
 
 def _print(line: str) -> None:
@@ -171,8 +194,8 @@ def _operations(setting: Setting, num_prompts: int) -> dict[str, dict[str, int]]
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     results: dict[str, Any] = {"environment": describe(options.device), "comparisons": []}
-    for comparison in measure(options):
-        results["comparisons"].append(comparison)
+    for index, comparison in measure(options):
+        results["comparisons"][index:] = [comparison]
         write_atomically(options.out, (json.dumps(results, indent=1) + "\n").encode())
 
 

@@ -26,6 +26,7 @@ END = "<!-- end of what bench/report.py writes -->\n"
 WIDTH = 118  # of the README's lines
 
 OURS = ("triton", "cuda", "auto")
+LONGEST = 20  # kernels and operations that are shown of a profile
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -51,17 +52,25 @@ def to_markdown(results: dict[str, Any]) -> str:
         for name, record in results["phases"].items()
         if "seconds" in record or "error" in record
     ]
+    if results.get("missing"):
+        parts += ["## Missing here", "\n".join(f"- {sentence}" for sentence in results["missing"])]
     parts += ["## Phases", table(["", "seconds", "limit", "not finished because"], phases)]
-    if "tests" in results:
-        parts += ["## Tests", *(f"{line}" for line in results["tests"]["summary"])]
-    if "sanitizer" in results:
-        parts += ["## compute-sanitizer", table(["tool", "result"], results["sanitizer"].items())]
+    if results.get("gate"):
+        parts += ["## Every op against its definition in float64", _gate(results["gate"])]
     for comparison in results["comparisons"]:
         parts += _models(comparison, environment.get("gpu"))
     if results["comparisons"]:
         parts.append(NOTES)
+    if "loop" in results:
+        parts += _loop(results["loop"])
+    for profile in results.get("profile", []):
+        parts += _profile(profile)
     if results.get("ops"):
         parts += ["## Ops", _ops(results["ops"])]
+    if "tests" in results:
+        parts += ["## Tests", *(f"{line}" for line in results["tests"]["summary"])]
+    if results.get("sanitizer"):
+        parts += ["## compute-sanitizer", table(["tool", "result"], results["sanitizer"].items())]
     facts = environment | {"installation": results.get("installation")}
     parts += ["## Environment", "\n".join(f"- {name}: {value}" for name, value in facts.items())]
     parts.append(f"```\n{results.get('info', '').strip()}\n```")
@@ -72,7 +81,9 @@ NOTES = (
     "Training step: forward, cross-entropy, backward and fused SGD step, all dropouts on, what depends on "
     "learned weights made anew. Forward: inference mode. Loading of data is excluded. Random data; prompts "
     "that are not zero. Everything is timed in turns; medians and quartiles over rounds; speed within a "
-    "round, over the table's first row. A CUDA graph is on all sides or on none. `operations/s` counts what "
+    "round, over the table's first row. In the first columns a plain loop calls the model, which uses CUDA "
+    "graphs of its own unless the row says otherwise; then the whole step is one CUDA graph, captured by "
+    "hand, on all sides. `operations/s` counts what "
     "is executed and `literal` what the literal method would have executed for the same images; only the "
     "first is compared with what the device can do. Error: the largest of logits and gradients, relative to "
     "norm, against the literal method in float32. The linear probe, without prompts and without a backward "
@@ -91,7 +102,7 @@ def _models(comparison: dict[str, Any], gpu: str | None) -> list[str]:
             f"## {mode.capitalize()}, {setting['model']}, P = {num_prompts}, batch {setting['batch']}"
             + ("" if comparison["set"] == "all" else f" ({comparison['set']})")
         )
-        header = ["", "images/s", "speed", "quartiles", "as a CUDA graph: images/s", "speed", "quartiles"]
+        header = ["", "images/s", "speed", "quartiles", "as one CUDA graph: images/s", "speed", "quartiles"]
         header += ["peak MB", "operations/s", "of what is possible", "literal", "error"]
         cells = []
         for one, other in zip(plain, graph, strict=True):
@@ -150,6 +161,54 @@ def _verdict(rows: list[Row]) -> list[str]:
     return [f"Kernels over the best of the rest, {graph}: {best.variant} / {rival.variant}: {ratio}x."]
 
 
+def _gate(gate: dict[str, dict[str, Any]]) -> str:
+    rows = [
+        [
+            name,
+            f"{op['agree']}",
+            "; ".join([*op["wrong"], *op["not_run"], *([op["error"]] if "error" in op else [])]),
+        ]
+        for name, op in gate.items()
+    ]
+    return table(["", "agree", "wrong, or not run"], rows)
+
+
+def _loop(loop: dict[str, Any]) -> list[str]:
+    """Report bench/loop.py."""
+    rows = [
+        [
+            name,
+            f"{1e3 * spread.median:.1f}",
+            f"{1e3 * spread.low:.1f} to {1e3 * spread.high:.1f}",
+            f"{loop['batch'] / spread.median:.4g}",
+            f"{1e3 * row['seconds_of_first_round']:.1f}",
+        ]
+        for name, row in loop["rows"].items()
+        if len(row["seconds"]) >= 2
+        for spread in [Spread.of(row["seconds"])]
+    ]
+    title = f"## A plain training loop, {loop['model']}, P = {loop['prompts']}, batch {loop['batch']}"
+    graphs = [f"- {name}: {row['graphs']}" for name, row in loop["rows"].items() if row.get("graphs")]
+    return [
+        title,
+        "\n".join(graphs),
+        table(["", "ms a step", "quartiles", "images/s", "ms in the first round"], rows),
+    ]
+
+
+def _profile(profile: dict[str, Any]) -> list[str]:
+    """Report the longest of bench/kernel_times.py."""
+    title = f"## Where a training step goes: {profile['name']}"
+    if "error" in profile:
+        return [title, profile["error"]]
+    parts = [title]
+    for what, rows in (("GPU", profile["kernels"]), ("host, while profiled", profile["host"])):
+        total = profile["gpu_us" if what == "GPU" else "host_us"]
+        cells = [[f"{r['us']:,.0f}", f"{r['calls']:g}", f"`{r['name'][:90]}`"] for r in rows[:LONGEST]]
+        parts.append(table([f"{what}: {total:,.0f} µs", "calls", ""], cells))
+    return parts
+
+
 def _ops(ops: list[dict[str, Any]]) -> str:
     def cell(op: dict[str, Any], name: str, form: str, scale: float = 1.0) -> str:
         return format(scale * op[name], form) if op.get(name) is not None else ""
@@ -177,7 +236,10 @@ def section() -> str:
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     cpu = [report for name, report in reports.items() if name.startswith("cpu")]
     gpu = [report for name, report in reports.items() if name.startswith("gpu")]
-    parts = [*_cpu(cpu), *(part for report in gpu for part in _gpu(report)), *_unmeasured(gpu)]
+    parts = _cpu(cpu)
+    for report in gpu:
+        parts += _gpu(report) if "comparisons" in report else _steps(report)
+    parts.append(WHERE)
     return "\n\n".join(parts) + "\n"
 
 
@@ -268,21 +330,72 @@ def _pytorch(environment: dict[str, Any]) -> str:
     return f"PyTorch {environment['torch'].partition('+')[0]}"
 
 
-def _unmeasured(gpu: list[dict[str, Any]]) -> list[str]:
-    where = paragraph(
-        "[`bench/results`](bench/results) has every timing, [`bench/README.md`](bench/README.md) says what "
-        "is in them and what is not. `vapt-fast bench` measures your own model on your own machine."
-    )
-    if gpu:
-        return [where]
-    return [
-        where,
-        paragraph(
-            "**A GPU's results are not among them yet**, only single figures of an H200 "
-            "([`docs/roofline.md`](docs/roofline.md)). `make gpu OUT=folder` measures all, against every "
-            "rival, and runs the tests that need one."
-        ),
+def _steps(report: dict[str, Any]) -> list[str]:
+    """Report medians of whole steps in which AdaptiveViT used no CUDA graphs of its own."""
+    steps = {(row["name"], row["prompts"], row["batch"]): row for row in report["steps"]}
+
+    def ms(name: str, how: str, prompts: int = 50, batch: int = 64, mode: str = MODES[0]) -> str:
+        row = steps.get((name, prompts, batch))
+        return "-" if row is None else f"{row[mode][how]:.1f}"
+
+    def peak(name: str, mode: str = MODES[0]) -> str:
+        return f"{steps[name, 0 if name.startswith(LINEAR_PROBE) else 50, 64][mode]['peak_mb']:,.0f}"
+
+    literal, default, kernels = "reference, bfloat16", "torch, bfloat16", "kernels, bfloat16"
+    rival, rival_untuned = "torch, bfloat16-tf32, compiled", "torch, bfloat16, compiled"
+    names = [name for name, prompts, batch in steps if (prompts, batch) == (50, 64)]
+    names.sort(key=lambda name: -steps[name, 50, 64][MODES[0]]["graph_ms"])
+    main = [
+        [
+            f"`{name}`",
+            *(ms(name, how, prompts, mode=mode) for mode in MODES for how in ("eager_ms", "graph_ms")),
+        ]
+        + [peak(name, mode) for mode in MODES]
+        for name, prompts in [*((name, 50) for name in names), (f"{LINEAR_PROBE}, bfloat16", 0)]
     ]
+    header = ["", "step: calls", "one graph", "forward: calls", "one graph", "peak MB, step", "forward"]
+    others = [
+        [f"P = {prompts}, batch {batch}"]
+        + [
+            f"{ms(name, 'eager_ms', prompts, batch)} / {ms(name, 'graph_ms', prompts, batch)}"
+            for name in (literal, default, kernels)
+        ]
+        for prompts, batch in ((10, 64), (100, 64), (10, 256), (50, 256), (100, 256))
+    ]
+    gain = steps[literal, 50, 64][MODES[0]]["graph_ms"] / steps[default, 50, 64][MODES[0]]["graph_ms"]
+    environment = report["environment"]
+    return [
+        paragraph(
+            f"The same on one {environment['gpu']} ({report['date']}, {_pytorch(environment)}, Triton "
+            f"{environment['triton']}, commit {report['commit']}), 50 prompts, batch 64, in ms: called "
+            "plainly, each kernel launched by itself, and with the whole step in one CUDA graph, captured by "
+            "hand. What has changed since has not been measured: AdaptiveViT had no CUDA graphs of its own, "
+            "`auto` was `torch`, and a backend `kernels` took for each op the faster of Triton's and CUDA's."
+        ),
+        table(header, main),
+        paragraph(
+            f"Called plainly, the default, `torch`, was slower than the literal method with PyTorch's fused "
+            f"attention, {ms(default, 'eager_ms')} ms a step against {ms(literal, 'eager_ms')}, and the "
+            f"kernels were slower still ({ms(kernels, 'eager_ms')}): the host could not launch as fast as "
+            f"the GPU ran. In one CUDA graph `torch` took {ms(default, 'graph_ms')} ms, {gain:.2f} times as "
+            f"fast as the literal method ({ms(literal, 'graph_ms')}), and the kernels "
+            f"{ms(kernels, 'graph_ms')}. The strongest rival is the same rewrites, compiled by "
+            "inductor: with TF32 for products of float32 "
+            f"weights they took {ms(rival, 'graph_ms')} ms, less than the kernels, and without it "
+            f"{ms(rival_untuned, 'graph_ms')}; called plainly {ms(rival, 'eager_ms')} and "
+            f"{ms(rival_untuned, 'eager_ms')}. A step's peak memory was {peak(kernels)} MB with the kernels, "
+            f"{peak(rival)} compiled, {peak(default)} with `torch` and {peak(literal)} with the literal "
+            "method. Other sizes of the training step, called plainly / in one CUDA graph:"
+        ),
+        table(["", "reference", "torch", "kernels"], others),
+    ]
+
+
+WHERE = paragraph(
+    "[`bench/results`](bench/results) has every timing, [`bench/README.md`](bench/README.md) says what is in "
+    "them and what is not. `vapt-fast bench` measures your own model on your own machine; `make gpu "
+    "OUT=folder` everything on a GPU, against every rival, and runs the tests that need one."
+)
 
 
 def rewrite(readme: str, new: str) -> str:

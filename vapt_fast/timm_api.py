@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import torch
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -76,7 +77,7 @@ class TimmModel(nn.Module):
                 tapped = backbone.norm(taps[index]) if norm else taps[index]
                 prefix, patches = tapped.tensor_split([num_prefix], dim=1)
                 if output_fmt == "NCHW":
-                    patches = patches.transpose(1, 2).unflatten(2, self.grid).contiguous()
+                    patches = torch.unflatten(patches.transpose(1, 2), 2, self.grid).contiguous()
                 prefixes.append(prefix)
                 intermediates.append(patches)
             with_prefixes = return_prefix_tokens and num_prefix > 0

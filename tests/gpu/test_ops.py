@@ -6,12 +6,13 @@ from importlib import import_module
 import pytest
 import torch
 from kernel_cases import KERNELS, REAL, converted, laid_out, precision_cases, random_cases
-from op_cases import assert_policy, assert_same_results, results
+from op_cases import assert_policy, assert_same_results, hardware_rounding, relative_error, results
 
 from vapt_fast import BackendUnavailableError, functional, use_backend
 from vapt_fast.ops.base import OPS
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
+WITH_LIBRARY_PRODUCTS = ("absorbed_attention", "mlp")  # beside kernels of our own
 
 
 def run(backend, function, tensors, options):
@@ -55,6 +56,9 @@ def test_equals_the_formula_in_float64(op, backend, index):
 @pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT], ids=str)
 @pytest.mark.parametrize("sizes", ["small", "real"])
 def test_error_is_at_most_that_of_eager_pytorch(op, backend, dtype, scale, sizes):
+    if scale not in KERNELS[op].scales:
+        pytest.skip(f"{op} is not tested with inputs times {scale:g}")
+
     def cases():
         if sizes == "small":
             yield from precision_cases(op, scale)
@@ -66,7 +70,7 @@ def test_error_is_at_most_that_of_eager_pytorch(op, backend, dtype, scale, sizes
 
     run(backend, *converted(op, next(cases()), dtype))  # skips what can't run
     with use_backend(backend):
-        assert_policy(KERNELS[op].make, cases(), dtype)
+        assert_policy(KERNELS[op].make, cases(), dtype, on_gpu=True)
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
@@ -74,13 +78,13 @@ def test_error_is_at_most_that_of_eager_pytorch(op, backend, dtype, scale, sizes
 def test_pooling_in_two_passes(dtype, scale, monkeypatch):
     """As GPUs without clusters of thread blocks do it, on those that have them."""
     monkeypatch.setattr(import_module("vapt_fast.ops.prompt_pool.cuda"), "ONE_PASS", False)
-    assert_policy_of_cuda_kernels(dtype, scale, 100)
+    assert_policy_of_cuda_kernels(dtype, scale, 50)
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_random_shapes_of_cuda_kernels(dtype, scale):
-    assert_policy_of_cuda_kernels(dtype, scale, 500)
+    assert_policy_of_cuda_kernels(dtype, scale, 100)
 
 
 def assert_policy_of_cuda_kernels(dtype, scale, count):
@@ -94,32 +98,41 @@ def assert_policy_of_cuda_kernels(dtype, scale, count):
 
     run("cuda", *converted("prompt_pool", next(cases()), dtype))  # skips where the kernels can't run
     with use_backend("cuda"):
-        assert_policy(KERNELS["prompt_pool"].make, cases(), dtype)
+        assert_policy(KERNELS["prompt_pool"].make, cases(), dtype, on_gpu=True)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "padded rows", "offset by one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_layouts_change_no_bit(op, backend, dtype, layout):
+def test_layouts_change_nothing(op, backend, dtype, layout):
+    """No bit, where a row's elements are still neighbours; else the sums are in another order."""
     torch.manual_seed(0)
     sizes = KERNELS[op].cuda_quick if backend == "cuda" else KERNELS[op].quick
     function, tensors, options = converted(op, KERNELS[op].make(**sizes[0]), dtype)
     expected = run(backend, function, tensors, options)
-    assert_same_bits(run(backend, function, [laid_out(t, layout) for t in tensors], options), expected)
+    actual = run(backend, function, [laid_out(t, layout) for t in tensors], options)
+    if layout != "transposed":
+        assert_same_bits(actual, expected)
+        return
+    limit = hardware_rounding(dtype, bits(expected))
+    for ours, theirs in zip(bits(actual), bits(expected), strict=True):
+        assert relative_error(ours.double(), theirs.double()) <= limit
 
 
 # ---- against themselves
 
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_a_thousand_runs_give_the_same_bits(op, backend, dtype):
+def test_a_hundred_runs_give_the_same_bits(op, backend, dtype):
     torch.manual_seed(0)
     case = converted(op, KERNELS[op].make(batch=4, **REAL[op]), dtype)
     expected = run(backend, *case)
-    for _ in range(1000):
+    for _ in range(100):
         assert_same_bits(run(backend, *case), expected)
 
 
 def test_an_image_gives_the_same_bits_in_any_batch(op, backend):
+    if op in WITH_LIBRARY_PRODUCTS:
+        pytest.skip("cuBLAS takes other kernels for other batches")
     torch.manual_seed(0)
     batch = 64
     function, tensors, options = converted(op, KERNELS[op].make(batch=batch, **REAL[op]), torch.bfloat16)

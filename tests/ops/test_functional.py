@@ -1,6 +1,7 @@
 """The ops against their formulas in eager PyTorch: values, gradients, layouts, extremes, low precision."""
 
 import itertools
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
@@ -291,6 +292,28 @@ def test_error_is_at_most_that_of_eager_pytorch(make, dtype, scale):
             yield op, formula, [t * scale for t in tensors], options
 
     assert_policy(make, cases(), dtype)
+
+
+def add(x, y):
+    return x + y
+
+
+@pytest.mark.parametrize(
+    ("op", "formula", "values", "passes"),
+    [
+        (add, lambda x, y: x - x + y - y, (1.0, 0.0), False),  # where the exact value is 0 too
+        (lambda x, y: x * 0 + y * 0, lambda x, y: x - x + y - y, (1.0, 1.0), True),
+        (lambda x, y: x * y * float("nan"), lambda x, y: x * y, (1.0, 1.0), False),
+        # In float16 the product of the first two overflows; that in float32 is the yardstick.
+        (lambda x, y: x * (y / 256), lambda x, y: x * y / 256, (512.0, 512.0), True),
+        (lambda x, y: x * (y / 257), lambda x, y: x * y / 256, (512.0, 512.0), False),
+    ],
+)
+def test_the_policy_can_fail(op, formula, values, passes):
+    tensors = [torch.full((2,), value, dtype=torch.float64) for value in values]
+    case = (op, formula, tensors, {})
+    with nullcontext() if passes else pytest.raises(AssertionError):
+        assert_policy(None, [case], torch.float16)
 
 
 # ---- the pooling matrix

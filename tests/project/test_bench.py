@@ -1,18 +1,17 @@
 """The measurements run, their gate closes, and nothing gets lost. The speeds are of no interest here."""
 
-import importlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from replaying import replaying_on_cpu
 from tiny import assert_same
 from typer.testing import CliRunner
 
@@ -31,21 +30,13 @@ from vapt_fast.benchmark import (
     in_turns,
 )
 from vapt_fast.benchmark.agreement import check, relative_errors
-from vapt_fast.benchmark.memory import peak_resident
+from vapt_fast.benchmark.memory import allocated, peak_allocated, peak_resident
 from vapt_fast.cli import app
-from vapt_fast.ops.base import OPS as ALL_OPS
 from vapt_fast.prompts import adaptive
 
 BENCH = Path(__file__).parents[2] / "bench"
 OPS = {path.stem for path in (BENCH / "ops").glob("[!_]*.py")}
 TINY = Setting("test_vit", batch=1, device="cpu", threads=1, image_size=32, compiler="eager")
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Import a module of bench/, which is no package."""
-    monkeypatch.syspath_prepend(BENCH)
-    return importlib.import_module
 
 
 # ---- timing
@@ -102,8 +93,48 @@ def test_precisions(precision):
     assert {p.dtype for p in workload.model.prompts.parameters()} == {learned}
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     with workload._conditions():
-        assert (torch.get_float32_matmul_precision() == "high") == (precision == "tf32")
+        assert (torch.get_float32_matmul_precision() == "high") == ("tf32" in precision)
     assert before == (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+
+def test_a_runner_says_when_its_model_is_in_another_mode():
+    workload = Workload(TINY, Variant("torch", num_prompts=2))
+    step, forward = (workload.runner(mode) for mode in MODES)
+    forward()
+    with pytest.raises(RuntimeError, match="no longer in the mode of a training step"):
+        step()
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_models_own_cuda_graphs(allowed):
+    """The gate's outputs come from them, as what is timed does; a variant without has none."""
+    variants = [Variant("torch", num_prompts=2, cuda_graphs=allowed), Variant("reference", num_prompts=2)]
+    assert ("no CUDA graphs" in str(variants[0])) != allowed
+    expected = Workload(TINY, variants[1]).outputs()
+    with replaying_on_cpu():
+        workload = Workload(TINY, variants[0])
+        actual = workload.outputs()
+        assert workload.model.cuda_graph_report().count("repeated") == 2 * allowed  # with gradients, without
+        assert all(error < 1e-4 for error in relative_errors(actual, expected).values())
+        (row,) = Comparison(TINY, variants[:1], memory=False).measure("forward", rounds=2)
+        assert row.error is None
+
+
+def test_peak_memory_on_a_gpu_holds_what_graphs_keep(monkeypatch):
+    segments = [
+        {"segment_pool_id": (0, 0), "total_size": 7_000_000, "allocated_size": 0},  # cached, for anyone
+        {"segment_pool_id": (0, 1), "total_size": 5_000_000, "allocated_size": 1_000_000},
+    ]
+    gpu = {"memory_snapshot": lambda: segments, "memory_allocated": lambda device: 2_000_000}
+    gpu |= {"max_memory_allocated": lambda device: 3_000_000}
+    gpu |= dict.fromkeys(("synchronize", "reset_peak_memory_stats"), lambda device: None)
+    for name, function in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    setting, ran = replace(TINY, device="cuda"), []
+    assert allocated(setting) == 6_000_000
+    assert allocated(TINY) == 0
+    assert peak_allocated(lambda: ran.append(1), setting, before=2_000_000) == 5.0
+    assert ran
 
 
 @pytest.mark.parametrize("attention", [None, "explicit"])
@@ -240,80 +271,6 @@ def test_command_errors(arguments, message):
     assert message in result.stderr
 
 
-# ---- everything that needs a GPU, without one
-
-
-@pytest.mark.full
-def test_gpu_run_without_a_gpu(tmp_path, load):
-    """The program is the same; what needs a GPU is in the tables with the reason why it is missing."""
-    command = [sys.executable, BENCH / "gpu.py", "--dry", "--out", tmp_path]
-    # It may run in a process of pytest-xdist, but is not to take itself for one: then nothing is timed.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    done = subprocess.run(
-        [*command, "--phases", "models", "compiled", "ops"],
-        capture_output=True,
-        text=True,
-        env=environment | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stdout + (tmp_path / "log.txt").read_text()
-    names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"results.json", "results.md", "log.txt", "models.png", "ops.png"}
-    results = json.loads((tmp_path / "results.json").read_text())
-    assert results["environment"]["torch"] == torch.__version__
-    assert not any("error" in record for record in results["phases"].values())
-
-    markdown, sets = (tmp_path / "results.md").read_text(), load("models").SETS
-    assert "a CUDA graph needs a CUDA GPU" in markdown
-    assert [comparison["set"] for comparison in results["comparisons"]] == ["all", "compiled"]
-    for comparison in results["comparisons"]:
-        rows, variants = comparison["rows"], [str(variant) for variant in sets[comparison["set"]]]
-        expected = [(name, mode, graph) for graph in (False, True) for mode in MODES for name in variants]
-        assert [(row["name"], row["mode"], row["graph"]) for row in rows] == expected
-        assert all(bool(row["seconds"]) != bool(row["error"]) for row in rows)
-        assert {"torch, bfloat16", "reference, bfloat16"} <= {row["name"] for row in rows if row["seconds"]}
-        assert all(f"| {name} |" in markdown for name in variants)
-    assert {op["name"].partition("-")[0] for op in results["ops"] if "seconds" in op} == OPS
-    assert all(("seconds" in op) != ("error" in op) for op in results["ops"])
-
-
-def test_every_op_has_a_benchmark():
-    assert set(ALL_OPS) - {"prompt_attention_packed"} == OPS
-
-
-def test_what_is_prepared_is_in_its_table(load):
-    sets = load("models").SETS
-    for table, names in load("gpu").PREPARED.items():
-        assert {str(variant) for variant in sets[table]} >= set(names)
-
-
-@pytest.fixture
-def session(load, tmp_path):
-    session = load("session").Session(tmp_path, 60, dry=True)
-    yield session
-    session.close()
-
-
-def test_a_phase_that_fails_or_overruns_is_recorded_and_the_next_one_runs(load, session, tmp_path):
-    gpu, ran = load("gpu"), []
-
-    def fails(*_):
-        raise ValueError("broken")
-
-    def overruns(session, _):
-        session.results["code"] = session.call(1.0, sys.executable, "-c", "import time; time.sleep(60)")[0]
-
-    steps = {"a": fails, "b": overruns, "c": lambda *_: ran.append(1)}
-    gpu.run(session, [gpu.Phase(name, 5, step) for name, step in steps.items()])
-    assert session.results["code"] is None  # it was stopped
-    assert ran
-    written = json.loads((tmp_path / "results.json").read_text())
-    assert written["phases"]["a"]["error"] == "ValueError: broken"
-    assert written["code"] is None
-    session.end = time.monotonic()
-    gpu.run(session, [gpu.Phase("d", 5, lambda *_: pytest.fail("ran"))])
-    assert "no time was left" in session.results["phases"]["d"]["error"]
-
-
 def test_operations_are_those_of_the_method(load):
     """Of the rewritten forward pass: what the products of one block take, by hand."""
     per_image = load("operations").per_image
@@ -345,6 +302,24 @@ def test_what_the_host_takes_is_measured(tmp_path):
     assert set(measured) - {"block"} == set(ALL_OPS) - {"prompt_attention"}  # which a block calls packed
     assert all(name in printed for name in measured)
     assert all(mode > 0 for op in set(measured) - {"block"} for mode in measured[op].values())
+
+
+def test_a_loop_whose_losses_are_wrong_is_noticed(load, monkeypatch, tmp_path):
+    loop = load("loop")
+    arguments = ["--out", str(tmp_path / "loop.json"), "--device", "cpu", "--tiny"]
+    monkeypatch.setattr(loop, "ROUNDS", 1)
+    right = adaptive.prompt_projector
+
+    def wrong(*args, **kwargs):
+        prompts = right(*args, **kwargs)
+        return prompts + torch.linspace(0, 3, prompts.shape[-1])
+
+    monkeypatch.setattr(adaptive, "prompt_projector", wrong)
+    with pytest.raises(SystemExit, match="the losses of the first 2 steps differ by"):
+        loop.main(arguments)
+    monkeypatch.undo()
+    loop.main(arguments)
+    assert len(json.loads((tmp_path / "loop.json").read_text())["rows"]) == 3
 
 
 # ---- the README

@@ -191,7 +191,8 @@ def mlp_case(batch=2, tokens=5, dim=6, hidden=8, out=6, bias=True, learned=False
 def cls_case(batch=2, rows=1, tokens=7, heads=3, dim=2, channels=6, prompts=2, shared=False, bias=False):
     tensors = [rand(batch, rows, heads, dim), rand(batch, tokens, channels)]
     tensors += [rand(1 if shared else batch, prompts, channels)]
-    tensors += [rand(heads, dim, channels), rand(heads, dim, channels)]
+    # As a layer's: with larger weights a softmax over scores of 100 and more leaves each query one key.
+    tensors += [rand(heads, dim, channels) / math.sqrt(channels) for _ in range(2)]
     options = {"scale": 0.7, "bias": rand(1, heads, rows, tokens) if bias else None}
     return functional.absorbed_attention, cls_formula, tensors, options
 
@@ -341,32 +342,66 @@ def _with_frozen(options, dtype):
     }
 
 
-def assert_policy(make, cases, dtype):
+def relative_error(actual, exact):
+    """The largest error, relative to max|exact|; the error itself where all of that is 0."""
+    largest = exact.abs().max()
+    error = (actual - exact).abs().max() / torch.where(largest == 0, 1, largest)
+    return torch.where(error.isnan(), torch.inf, error)  # comparisons with NaN would be false
+
+
+def hardware_rounding(dtype, tensors):
+    """What a GPU may lose that eager PyTorch, for these ``tensors``, happens not to lose.
+
+    What is multiplied is rounded to ``dtype``, whatever the dtype of the result. And n numbers are added up
+    in float32 in some order: their rounding errors, of independent signs, add up to sqrt(n) eps.
+    """
+    terms = max(max(t.shape, default=1) for t in tensors)  # of a product
+    terms = max(terms, max(t.numel() for t in tensors) // min(t.numel() for t in tensors))  # of a gradient
+    return 2 * (torch.finfo(dtype).eps + math.sqrt(terms) * torch.finfo(torch.float32).eps)
+
+
+def _finite_results(formula, tensors, options, dtype):
+    """``results`` in ``dtype``, and in the next wider one of those that overflow."""
+    found = results(formula, [t.to(dtype) for t in tensors], _with_frozen(options, dtype))
+    if all(t.isfinite().all() for t in itertools.chain(*found)):
+        return found
+    wider = torch.float64 if dtype == torch.float32 else torch.float32
+    wide = results(formula, [t.to(wider) for t in tensors], _with_frozen(options, wider))
+    return [
+        [t if t.isfinite().all() else w for t, w in zip(*pair, strict=True)]
+        for pair in zip(found, wide, strict=True)
+    ]
+
+
+def assert_policy(make, cases, dtype, on_gpu=False):
     """The one policy for low precision.
 
     Over all cases, the largest error of each output and gradient against float64, relative to its max|exact|,
-    is at most that of eager PyTorch in the same dtype (float32: twice that), plus 2 eps.
+    is at most that of eager PyTorch in the same dtype (float32: twice that), plus 2 eps. Where eager PyTorch
+    overflows, the next wider dtype takes its place.
+
+    Args:
+        on_gpu: what ran was the hardware's arithmetic, to which ``hardware_rounding`` is granted.
     """
     # What comes from the backbone is in ``dtype``; the prompts' own arithmetic is at least float32.
     low = {pool_case: (0, *range(4, 8)), projector_case: ()}.get(make, range(9))
     as_anyone = {attention_case: sdpa_formula, packed_case: partial(packed_formula, attention=sdpa_formula)}
-    errors, dtypes = [], []
+    errors, dtypes, granted = [], [], 0.0
     for op, formula, tensors, options in cases:
         tensors = [t.to(dtype if i in low else torch.float32) for i, t in enumerate(tensors)]
         options = _with_frozen(options, dtype)
         ours = results(op, tensors, options)
-        eager = results(as_anyone.get(make, formula), [t.to(dtype) for t in tensors], options)
+        eager = _finite_results(as_anyone.get(make, formula), tensors, options, dtype)
         exact = results(formula, [t.double() for t in tensors], _with_frozen(options, torch.float64))
-        triples = list(zip(*(itertools.chain(*r) for r in (ours, eager, exact)), strict=True))
-        dtypes = [mine.dtype for mine, _, _ in triples]
+        compared = list(zip(*(itertools.chain(*r) for r in (ours, eager, exact)), strict=True))
+        dtypes = [mine.dtype for mine, *_ in compared]
         errors.append(
-            [
-                [(t - exact).abs().max() / exact.abs().max() for t in (mine, theirs)]
-                for mine, theirs, exact in triples
-            ]
+            [[relative_error(t, exact) for t in (mine, theirs)] for mine, theirs, exact in compared]
         )
+        if on_gpu:
+            granted = max(granted, hardware_rounding(dtype, [exact for *_, exact in compared]))
     for (ours, eager), of in zip(torch.tensor(errors).amax(dim=0).tolist(), dtypes, strict=True):
-        assert ours <= (2 if of == torch.float32 else 1) * eager + 2 * torch.finfo(of).eps
+        assert ours <= (2 if of == torch.float32 else 1) * eager + max(2 * torch.finfo(of).eps, granted)
 
 
 # ---- layouts

@@ -183,8 +183,9 @@ class StandardBlock:
                     k, v = F.linear(tokens, *of_kv).chunk(2, dim=-1)
                 prompt_kv = F.linear(prompts, *of_kv)
             prompt_k, prompt_v = prompt_kv.chunk(2, dim=-1)
-        of_keys = (x.unflatten(-1, (self.num_kv_heads, -1)) for x in (k, v, prompt_k, prompt_v))
-        return q.unflatten(-1, (self.num_heads, -1)), *of_keys
+        heads = self.num_kv_heads
+        k, v, prompt_k, prompt_v = (torch.unflatten(x, -1, (heads, -1)) for x in (k, v, prompt_k, prompt_v))
+        return torch.unflatten(q, -1, (self.num_heads, -1)), k, v, prompt_k, prompt_v
 
     def finish_attention(self, out: Tensor) -> tuple[Tensor, Tensor | None]:
         """The attention branch of what the heads give (B, rows, h * d), as ``scaled`` returns it."""

@@ -44,7 +44,9 @@ def check(errors: dict[str, float], literal: dict[str, float], precision: Precis
     Raises:
         DisagreementError: they are not.
     """
-    dtype = torch.float16 if precision.tf32 else precision.compute  # the mantissa of TF32 is that of float16
+    dtype = precision.compute
+    if precision.tf32 and dtype == torch.float32:
+        dtype = torch.float16  # the mantissa of TF32 is that of float16
     for name, error in errors.items():
         allowed = TOLERANCES.get(dtype, FACTOR * literal[name] + 2 * torch.finfo(dtype).eps)
         if error > allowed or math.isinf(error):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .agreement import DisagreementError, check, relative_errors
-from .memory import peak_allocated, peak_resident
+from .memory import allocated, peak_allocated, peak_resident
 from .timing import Spread, in_turns
 from .workload import LINEAR_PROBE, MODES, WARM_UP, Setting, Variant, Workload, backbone_of
 
@@ -26,7 +26,7 @@ class Row:
     Attributes:
         variant: what ran.
         mode: one of MODES.
-        graph: whether it ran as one CUDA graph.
+        graph: whether all of it ran as one CUDA graph, captured by hand.
         seconds: of one call, in each round; empty where nothing was timed.
         peak_memory_mb: see ``memory``; None where it was not measured.
         largest_error: of logits and gradients against the literal method in float32 (float64 for float64),
@@ -139,7 +139,7 @@ class Comparison:
         is_probe = variant.backend == LINEAR_PROBE
         expected, literal = ({}, {}) if is_probe else self._yardstick(variant)
         gc.collect()
-        before = torch.cuda.memory_allocated(self.setting.device) if self.setting.on_gpu else 0
+        before = allocated(self.setting)
         workload = Workload(self.setting, variant)
         if not is_probe:
             errors = relative_errors(workload.outputs(), expected)

@@ -17,6 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbones import head_names, image_size
 from ..config import PromptConfig
+from ..cuda_graphs import use_cuda_graphs
+from ..cuda_graphs.recorder import RECORDERS
 from ..model import AdaptiveViT
 from ..names import create_backbone
 from ..prompts import AdaptivePrompts, Prompts
@@ -37,7 +39,7 @@ NUM_CLASSES = 100
 MODES = ("training step", "forward")
 LINEAR_PROBE = "linear probe"
 SEED = 0
-WARM_UP = 2
+WARM_UP = 3  # the third call of a kind is captured as a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ PRECISIONS = {
     "bfloat16-autocast": Precision(torch.float32, autocast=torch.bfloat16),
     "float16-autocast": Precision(torch.float32, autocast=torch.float16),
     "bfloat16": Precision(torch.bfloat16),
+    "bfloat16-tf32": Precision(torch.bfloat16, tf32=True),  # of what learned weights, in float32, multiply
     "float16": Precision(torch.float16),
 }
 
@@ -123,6 +126,7 @@ class Variant:
         precision: a key of PRECISIONS.
         attention: a key of ATTENTION to force one implementation; None for the backend's own choice.
         compile: a mode of ``torch.compile``; None runs uncompiled.
+        cuda_graphs: whether AdaptiveViT may use CUDA graphs of its own, as it does by default.
     """
 
     backend: str
@@ -131,6 +135,7 @@ class Variant:
     precision: str = "float32"
     attention: str | None = None
     compile: str | None = None
+    cuda_graphs: bool = True
 
     def __str__(self) -> str:
         parts = [self.backend, self.precision]
@@ -138,6 +143,8 @@ class Variant:
             parts.append(f"{self.attention} attention")
         if self.compile is not None:
             parts.append("compiled" if self.compile == "default" else f"compiled, {self.compile}")
+        if not self.cuda_graphs:
+            parts.append("no CUDA graphs")
         return ", ".join(parts)
 
 
@@ -162,24 +169,30 @@ class Workload:
         if variant.compile is not None:
             self._call = _compile(self.model, variant.compile, setting.compiler)
 
-    def training_step(self) -> None:
-        """Run forward, loss, backward and optimizer step, with all dropouts on; a GPU may still be at it."""
-        self.model.train()
+    def _training_step(self) -> None:
+        """Run forward, loss, backward and optimizer step; a GPU may still be at it."""
         self.optimizer.zero_grad(set_to_none=True)
         self._loss(self._logits()).backward()
         self.optimizer.step()
 
     @torch.inference_mode()
-    def forward(self) -> None:
+    def _forward(self) -> None:
         """Run the forward pass of inference; a GPU may still be at it."""
-        self.model.eval()
         self._logits()
 
     def runner(self, mode: str) -> Callable[[], None]:
-        """Return what is timed in ``mode``, one of MODES."""
-        step = {"training step": self.training_step, "forward": self.forward}[mode]
+        """Return what is timed in ``mode``, one of MODES, and bring the model into it, with all dropouts on.
+
+        As in anyone's loop that is done once: in a model of many modules it takes milliseconds. What is
+        returned raises a RuntimeError where the model was brought into the other mode since.
+        """
+        step = {"training step": self._training_step, "forward": self._forward}[mode]
+        trains = mode == "training step"
+        self.model.train(trains)
 
         def run() -> None:
+            if self.model.training != trains:
+                raise RuntimeError(f"the model is no longer in the mode of a {mode}: ask for a runner again")
             with self._conditions():
                 step()
 
@@ -194,13 +207,14 @@ class Workload:
         """
         run, stream = self.runner(mode), torch.cuda.Stream(self.setting.device)
         stream.wait_stream(torch.cuda.current_stream(self.setting.device))
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UP):
-                run()
-        torch.cuda.current_stream(self.setting.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
-            run()
+        with use_cuda_graphs(False):  # of its own, within this one
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    run()
+            torch.cuda.current_stream(self.setting.device).wait_stream(stream)
+            with torch.cuda.graph(graph, pool=pool, stream=stream):
+                run()
         return graph.replay
 
     def outputs(self) -> dict[str, Tensor]:
@@ -208,13 +222,18 @@ class Workload:
 
         Gradients of one kind of parameter are one tensor for all blocks: alone some nearly vanish, and in a
         low precision nothing of them is right. All is computed as ``runner`` does it, so that nothing has to
-        be compiled for this alone.
+        be compiled for this alone, and by CUDA graphs where those are timed.
         """
+        warm_up = WARM_UP if torch.device(self.setting.device).type in RECORDERS else 0
         with self._conditions():
             with torch.inference_mode():
                 self.model.eval()
+                for _ in range(warm_up):
+                    self._logits()
                 outputs = {"logits": [self._logits()]}
             self.model.train()
+            for _ in range(warm_up):
+                self._logits()
             self.model.zero_grad(set_to_none=True)
             torch.manual_seed(SEED)
             logits = self._logits()
@@ -239,6 +258,8 @@ class Workload:
         with ExitStack() as stack:
             if attention is not None:
                 stack.enter_context(sdpa_kernel(attention))
+            if not self.variant.cuda_graphs:
+                stack.enter_context(use_cuda_graphs(False))
             torch.set_float32_matmul_precision("high" if tf32 else "highest")
             torch.backends.cudnn.allow_tf32 = tf32
             try:

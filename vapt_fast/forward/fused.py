@@ -249,7 +249,7 @@ def _attention(
         if rope is not None:
             q, k = (rotate(parts, x, rope, num_prefix).type_as(v) for x in (q, k))
         if given is not None:
-            prompt_k, prompt_v = (x.unflatten(-1, (kv_heads, -1)).type_as(v) for x in given)
+            prompt_k, prompt_v = (torch.unflatten(x, -1, (kv_heads, -1)).type_as(v) for x in given)
         scale = parts.softmax_scale(q.shape[-1])
         out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale, **options)
     return out.flatten(2)
@@ -265,10 +265,10 @@ def _absorbed_attention(
     """
     of_q, (kv_weight, kv_bias) = parts.q_and_kv()
     heads = parts.num_heads
-    q = F.linear(normed[:, :num_rows], *of_q).unflatten(-1, (heads, -1))
+    q = torch.unflatten(F.linear(normed[:, :num_rows], *of_q), -1, (heads, -1))
     if parts.q_norm is not None:
         q = parts.q_norm(q)
-    key_weight, value_weight = kv_weight.unflatten(0, (2, heads, -1)).unbind(0)
+    key_weight, value_weight = torch.unflatten(kv_weight, 0, (2, heads, -1)).unbind(0)
     scale = parts.softmax_scale(q.shape[-1])
     out = absorbed_attention(q, normed, prompts, key_weight, value_weight, scale=scale, **options)
-    return out if kv_bias is None else out + kv_bias.unflatten(0, (2, heads, -1))[1]
+    return out if kv_bias is None else out + torch.unflatten(kv_bias, 0, (2, heads, -1))[1]

@@ -101,7 +101,7 @@ def _call_block_with(
     rope = positions.patch_rope(index)
     if rope is not None:
         q, k = (rotate(parts, x, rope, num_prefix + positions.num_extra).type_as(v) for x in (q, k))
-    keys, values = (x.unflatten(-1, (parts.num_kv_heads, -1)).type_as(v) for x in given)
+    keys, values = (torch.unflatten(x, -1, (parts.num_kv_heads, -1)).type_as(v) for x in given)
     k, v = (torch.cat([x, new.expand(len(x), -1, -1, -1)], dim=1) for x, new in ((k, keys), (v, values)))
     bias = score_bias(parts, positions, num_prefix, None)
     if bias is not None:

@@ -64,7 +64,7 @@ def prompt_matrices(
     check_float(weight=weight, kernel=kernel)
     check_same_device(weight=weight, kernel=kernel)
     prompts = weight.shape[1]
-    maps = weight.unflatten(-1, out)
+    maps = torch.unflatten(weight, -1, out)
     if not depthwise:
         # Blocks as groups, prompts as the batch: one call for all blocks.
         matrices = F.conv_transpose2d(

@@ -315,7 +315,7 @@ class _PooledSource(NamedTuple):
     def _project(self, pooled: Tensor, norm: nn.LayerNorm | None, dtype: torch.dtype) -> Tensor:
         block, projector, kernel = self.block, self.projector, self.block.kernel
         if kernel is not None and not block.config.conv_shared:
-            by_shift = pooled.unflatten(1, (-1, block.num_prompts))
+            by_shift = torch.unflatten(pooled, 1, (-1, block.num_prompts))
             pooled = (by_shift * kernel.to(pooled.dtype).flatten(1).t().unsqueeze(1)).sum(dim=1)
         fused = block.table is None  # else the table comes between the projector and the block's norm
         prompts = prompt_projector(

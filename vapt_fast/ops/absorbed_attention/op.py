@@ -77,7 +77,7 @@ def absorbed_attention(
         if bias is not None:
             bias = bias.to(dtype).expand(1, heads, num_queries, -1).flatten(1, 2)
         (y,) = _OP(backend, Arguments(u, x, prompts, bias))
-        y = y.unflatten(1, (heads, num_queries))
+        y = torch.unflatten(y, 1, (heads, num_queries))
         return torch.einsum("bhrc,hdc->brhd", y, value_weight.to(dtype)).to(q.dtype)
 
 
