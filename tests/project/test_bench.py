@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import subprocess
 import sys
 import time
 from contextlib import nullcontext
@@ -32,6 +33,7 @@ from vapt_fast.benchmark import (
 from vapt_fast.benchmark.agreement import check, relative_errors
 from vapt_fast.benchmark.memory import allocated, peak_allocated, peak_resident
 from vapt_fast.cli import app
+from vapt_fast.ops.base import OPS as ALL_OPS
 from vapt_fast.prompts import adaptive
 
 BENCH = Path(__file__).parents[2] / "bench"
