@@ -29,9 +29,9 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
-from vapt_fast.training.files import write_atomically
 
 from vapt_fast import AdaptiveViT, functional, use_backend
+from vapt_fast.files import write_atomically
 
 FEW, MANY = 2, 10  # blocks
 DIM, TOKENS, PROMPTS = 16, 5, 3

@@ -16,9 +16,9 @@ import torch
 from models import EVERY_VARIANT
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
-from vapt_fast.training.files import write_atomically
 
 from vapt_fast.benchmark import MODES, Setting, Workload
+from vapt_fast.files import write_atomically
 
 NAMES = ("auto, bfloat16", "torch, bfloat16-tf32, compiled", "reference, bfloat16")
 STEPS = 3

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from vapt_fast.training.files import write_atomically
 
 import vapt_fast
+from vapt_fast.files import write_atomically
 
 VARIANTS = {
     "the library's defaults": {},
