@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops.autocast import without_autocast
 from .recorder import Recorder
-from .state import ModelState
+from .state import ModelState, addresses
 
 __all__ = ["CapturedCall", "Logits"]
 
@@ -31,6 +31,7 @@ class CapturedCall:
 
     Attributes:
         state: what the graphs depend on.
+        constants: the tensors that must not change between a forward pass and its backward pass.
         memory: bytes that the device reserved for the graphs.
         replays: how often the forward pass has been repeated.
     """
@@ -72,7 +73,8 @@ class CapturedCall:
                         with torch.no_grad():
                             buffer.copy_(value)
         # What must not change between a forward pass and its backward pass.
-        self._constants = [t for t in state.tensors() if id(t) not in written]
+        self.constants = [t for t in state.tensors() if id(t) not in written]
+        self._addresses = addresses(self.constants)
         self.memory = max(0, recorder.memory() - reserved)
 
     def _capture(self, model: nn.Module, images: Tensor) -> None:
@@ -177,10 +179,9 @@ class CapturedCall:
         """Who has recorded."""
         return self._recorder
 
-    @property
-    def constants(self) -> list[Tensor]:
-        """The tensors that must not change between a forward pass and its backward pass."""
-        return self._constants
+    def has_moved(self) -> bool:
+        """Whether one of ``constants`` is not where it was."""
+        return addresses(self.constants) != self._addresses
 
 
 class _Pending(bytearray):
@@ -208,9 +209,9 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         call: CapturedCall = ctx.call
         saved = ctx.saved_tensors
-        if not call.state.has_same_tensors():
+        if call.has_moved():
             raise RuntimeError(
-                "parameters of the model were replaced, moved or frozen between a forward pass and its "
+                "parameters of the model were moved or frozen between a forward pass and its "
                 "backward pass, which needs them; do that after the backward pass, or set cuda_graphs=False"
             )
         if torch.is_grad_enabled():  # the gradients are to be differentiated again

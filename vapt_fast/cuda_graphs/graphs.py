@@ -149,7 +149,7 @@ class Graphs:
         known = self._known.get(key)
         if known is None or not known.state.matches(model):
             # Those of another mode stay; those of weights or modules that are gone would keep their memory.
-            for other in [key for key, other in self._known.items() if not other.state.has_same_parts(model)]:
+            for other in [key for key, other in self._known.items() if not other.state.has_same_parts()]:
                 del self._known[other]
             known = _Known(ModelState(model), model_reasons(model, images.device))
             self._known[key] = known

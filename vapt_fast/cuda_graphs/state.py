@@ -18,12 +18,12 @@ from torch import Tensor, nn
 
 from ..modules import HOOKS, has_weight_hooks
 
-__all__ = ["ModelState", "global_state", "model_reasons"]
+__all__ = ["ModelState", "addresses", "global_state", "model_reasons"]
 
 # Whose modules compute the same in each call, as long as their attributes are the same.
 _PACKAGES = ("torch", "timm", "vapt_fast")
 
-_Spec = tuple[Any, ...]
+_Address = tuple[Any, ...]
 
 
 class ModelState:
@@ -45,8 +45,7 @@ class ModelState:
         self._classes = [cls for cls in classes if issubclass(cls, nn.Module)]
         self._forwards = [cls.forward for cls in self._classes]
         own = [module.__dict__ for module in parts]
-        # The root's hooks run outside of its forward.
-        hooks = [module[name] for module in own for name in HOOKS]
+        hooks = [vars(module)[name] for module in (model, *parts) for name in HOOKS]
         self._children = [module._modules for module in (model, *parts)]
         self._parts = _values(self._children)
         self._attributes: list[dict[str, Any]] = [*own, *hooks]
@@ -57,7 +56,7 @@ class ModelState:
         ]
         self._loose = [t for t in chain(self._values, self._own_values) if isinstance(t, Tensor)]
         self._ids = [id(t) for t in self._members()]
-        self._specs = _specs(self.tensors())
+        self._addresses = addresses(self.tensors())
 
     def _members(self) -> list[Tensor | None]:
         return _values(self._tensor_dicts)
@@ -69,24 +68,20 @@ class ModelState:
     def matches(self, model: nn.Module) -> bool:
         """Return whether ``model`` is as it was: all that a graph can't see."""
         return (
-            self.has_same_parts(model)
+            self.has_same_parts()
             and _same(_values(self._attributes), self._values)
             and _same(_own_values(model), self._own_values)
             and _same([type(module()) for module in self._modules], self._types)
             and _same([cls.forward for cls in self._classes], self._forwards)
         )
 
-    def has_same_parts(self, model: nn.Module) -> bool:
-        """Return whether ``model`` has the same modules and tensors, where they were."""
+    def has_same_parts(self) -> bool:
+        """Return whether the model has the same modules and tensors, where they were."""
         return (
-            model._modules is self._children[0]
-            and _same(_values(self._children), self._parts)
-            and self.has_same_tensors()
+            _same(_values(self._children), self._parts)
+            and [id(t) for t in self._members()] == self._ids
+            and addresses(self.tensors()) == self._addresses
         )
-
-    def has_same_tensors(self) -> bool:
-        """Return whether the tensors are the same and where they were."""
-        return [id(t) for t in self._members()] == self._ids and _specs(self.tensors()) == self._specs
 
 
 def _values(dicts: list[dict[str, Any]]) -> list[Any]:
@@ -97,7 +92,7 @@ def _same(values: list[Any], others: list[Any]) -> bool:
     return len(values) == len(others) and all(map(is_, values, others))
 
 
-# What of a model does not tell what it computes: the graphs, and its hooks.
+# What is compared otherwise, or does not matter.
 _NOT_COMPARED = ("_cuda_graphs", "_modules", "_parameters", "_buffers", *HOOKS)
 
 
@@ -105,8 +100,8 @@ def _own_values(model: nn.Module) -> list[Any]:
     return [value for name, value in model.__dict__.items() if name not in _NOT_COMPARED]
 
 
-def _specs(tensors: Iterable[Tensor]) -> list[_Spec]:
-    """Where each tensor is; of tensors with a storage of another kind, only which it is."""
+def addresses(tensors: Iterable[Tensor]) -> list[_Address]:
+    """Return where each tensor is; of tensors with a storage of another kind, only which it is."""
     return [
         (t.data_ptr(), t.shape, t.stride(), t.dtype, t.requires_grad) if _is_ordinary(t) else (id(t),)
         for t in tensors
@@ -137,8 +132,6 @@ def model_reasons(model: nn.Module, device: torch.device) -> list[str]:
             reasons.append(f"{path} is a {type(tensor).__name__} of {tensor.layout}")
         elif tensor.device != device:
             reasons.append(f"{path} is on {tensor.device}")
-        elif not tensor.is_leaf:
-            reasons.append(f"{path} is computed from other tensors")
     return reasons
 
 
