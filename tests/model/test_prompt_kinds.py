@@ -224,24 +224,6 @@ def test_checkpointing_changes_nothing(config, backend):
     assert_same(run(model, images, backend), expected)
 
 
-@pytest.mark.parametrize(
-    ("name", "backend"),
-    [
-        *((name, "torch") for name in ("adaptive by block", "fourier in part", "kv", "mine")),
-        ("kv", "reference"),
-    ],
-)
-def test_compiling_under_a_default_device_changes_nothing(name, backend):
-    """Under one, PyTorch 2.8 to 2.11 can't trace Tensor.unflatten, only torch.unflatten."""
-    torch.compiler.reset()
-    model = tiny_model(VIT, prompts=make_config(name))
-    images = tiny_images(model)
-    expected = run(model, images, backend)
-    model.compile(fullgraph=True, backend="aot_eager")
-    with torch.device("cpu"):
-        assert_same(run(model, images, backend), expected)
-
-
 def test_autocast_and_low_precision(config):
     model = tiny_model(VIT, prompts=config).float()
     images = tiny_images(model)
