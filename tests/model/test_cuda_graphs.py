@@ -478,6 +478,12 @@ def counting(model: AdaptiveViT) -> None:
     )
 
 
+def same_memory(model: AdaptiveViT) -> None:
+    """Another parameter, whose gradient is not the old one's, at the same address."""
+    projector = model.prompts.projector
+    projector.down.weight = nn.Parameter(projector.down.weight.data)
+
+
 def freed_storage(model: AdaptiveViT, name: str) -> None:
     """The new storage may well get the address of the old one."""
     parameter = model.get_parameter(name)
@@ -613,6 +619,7 @@ CHANGES: dict[str, Callable[[AdaptiveViT], Any]] = {
     "a parameter without effect": without_effect,
     "a hook that gathers parameters": gathering_hook,
     "a module that counts its calls": counting,
+    "another parameter of the same memory": same_memory,
     "a storage that is freed": partial(freed_storage, name=QKV),
     "another frozen parameter": partial(other_parameter, name=QKV),
     "another learned parameter": partial(other_parameter, name=DOWN),

@@ -158,7 +158,10 @@ def register(family: type[Family]) -> type[Family]:
 
 def find_family(model: object) -> Family | None:
     """Return the family of ``model``; None if there is none."""
-    return next((family for family in FAMILIES if isinstance(model, family.timm_class)), None)
+    for family in FAMILIES:  # not next() with a default, which PyTorch 2.8 can't compile
+        if isinstance(model, family.timm_class):
+            return family
+    return None
 
 
 def family_of(model: object) -> Family:
