@@ -700,7 +700,7 @@ def reentrant(model: AdaptiveViT, images: Tensor) -> Tensor:
 
 
 def with_saved_tensors_elsewhere(model: AdaptiveViT, images: Tensor) -> Tensor:
-    with torch.autograd.graph.save_on_cpu():
+    with torch.autograd.graph.saved_tensors_hooks(Tensor.clone, lambda saved: saved):
         return model(images)
 
 
@@ -900,6 +900,13 @@ def test_true_says_every_reason_why_it_cannot(device: str) -> None:
         model = make(device)
         model.set_grad_checkpointing()
         with pytest.raises(CudaGraphError, match="gradient checkpointing is on"):
+            model(batch(model))
+        model = make(device)
+        counting(model)
+        with (
+            pytest.warns(RuntimeWarning, match="without a CUDA graph"),
+            pytest.raises(CudaGraphError, match="the model changes its own attributes"),
+        ):
             model(batch(model))
         model = make(device)
         with pytest.raises(CudaGraphError, match="there are no images"):

@@ -79,6 +79,7 @@ class CapturedCall:
 
     def _capture(self, model: nn.Module, images: Tensor) -> None:
         twin, parameters = _twin(model)
+        before = ModelState(twin)
         self._images = torch.empty_like(images).copy_(images).requires_grad_(images.requires_grad)
         leaves = [self._images, *parameters.values()]
 
@@ -101,6 +102,8 @@ class CapturedCall:
             wanted = [leaf for leaf, grad in zip(wanted, grads, strict=True) if grad is not None]
             del grads
         del output
+        if not before.matches(twin):
+            raise RuntimeError("the model changes its own attributes in a call")
         output, self._forward = self._recorder.record(forward)
         self._output = output.detach()
         if self._differentiable:

@@ -178,9 +178,6 @@ class Graphs:
                 f"failed: {error}. cuda_graphs=False, or VAPT_FAST_CUDA_GRAPHS=0, leaves out the attempt"
             )
             return None
-        if not known.state.matches(model):
-            known.reasons = ["the model changes its own attributes in a call"]
-            return None
         known.call = call
         return call
 
