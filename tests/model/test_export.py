@@ -68,8 +68,8 @@ def assert_computes_the_same(model, path, folder, batch_sizes):
     ("form", "batch_size"),
     [
         ("pt2", None),
-        ("pt2", 3),
-        pytest.param("onnx", None, marks=needs_onnx),
+        pytest.param("pt2", 3, marks=pytest.mark.full),
+        pytest.param("onnx", None, marks=[needs_onnx, pytest.mark.full]),
         pytest.param("onnx", 3, marks=[needs_onnx, pytest.mark.full]),
         pytest.param("aoti", None, marks=pytest.mark.full),  # the compiler takes half a minute
     ],

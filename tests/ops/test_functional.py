@@ -215,7 +215,7 @@ def test_a_traced_function_has_the_right_gradients(make, sizes, grad, tmp_path):
     assert_same_results(results(traced, more, {}), results(formula, more, options), 1e-10)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.full), True])
 @pytest.mark.parametrize(("make", "sizes"), TRACED, ids=name_of)
 def test_a_compiled_function_has_the_right_gradients(make, sizes, dynamic):
     op, formula, tensors, options, more, _ = two_batches(make, **sizes)

@@ -36,7 +36,11 @@ def train(backend, digits, steps, dtype=torch.float32, **options):
     return model, torch.tensor(losses)
 
 
-@pytest.mark.parametrize("options", [{}, {"kind": "deep", "prompt_dropout": 0.1}], ids=["adaptive", "deep"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"kind": "deep", "prompt_dropout": 0.1}, marks=pytest.mark.full)],
+    ids=["adaptive", "deep"],
+)
 def test_loss_curves_agree(digits, options):
     """All dropouts on, the same seed: the backends draw the same masks, so the curves coincide."""
     _, expected = train("reference", digits, STEPS, torch.float64, **options)

@@ -72,6 +72,7 @@ def test_digit_images_without_scikit_learn(monkeypatch):
         digit_images()
 
 
+@pytest.mark.full
 def test_pretraining_is_reproducible():
     first, accuracy = pretrain(epochs=1, seed=3, held_out=850)
     second, _ = pretrain(epochs=1, seed=3, held_out=850)
