@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -42,7 +42,7 @@ class _Known:
     state: ModelState
     reasons: list[str]
     count: int = 0
-    call: CapturedCall | None = field(default=None)
+    call: CapturedCall | None = None
 
 
 class Graphs:
