@@ -16,28 +16,28 @@ class Configs:
     """One for each kernel."""
 
     fwd: Config
+    bwd_products: Config
     bwd_tokens: Config
-    bwd_matrix: Config
     bwd_affine: Config
 
 
 _FEW_ROWS = Configs(
-    fwd=Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
-    bwd_tokens=Config({"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_C": 32}, num_warps=8),
-    bwd_matrix=Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
+    fwd=Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}, num_stages=3),
+    bwd_products=Config({"BLOCK_R": 16, "BLOCK_T": 32, "BLOCK_C": 64}, num_stages=2),
+    bwd_tokens=Config({"BLOCK_T": 32, "BLOCK_R": 16, "BLOCK_C": 64}),
     bwd_affine=Config({"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_C": 64}),
 )
-# The fastest on an H200 for C = 768 and P = 50.
 _MANY_ROWS = replace(
     _FEW_ROWS,
-    fwd=Config({"BLOCK_R": 64, "BLOCK_N": 16, "BLOCK_C": 64}, num_stages=3),
-    bwd_tokens=Config({"BLOCK_T": 32, "BLOCK_R": 32, "BLOCK_C": 64}, num_stages=2),
-    bwd_matrix=Config({"BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_C": 64}, num_stages=3),
+    fwd=Config({"BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_C": 64}, num_stages=3),
+    bwd_products=Config({"BLOCK_R": 64, "BLOCK_T": 64, "BLOCK_C": 64}, num_stages=2),
+    bwd_tokens=Config({"BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_C": 64}),
 )
 _FLOAT64 = replace(
     _FEW_ROWS,
+    fwd=Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
+    bwd_products=Config({"BLOCK_R": 16, "BLOCK_T": 16, "BLOCK_C": 32}),
     bwd_tokens=Config({"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_C": 32}),
-    bwd_matrix=Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 32}),
 )
 
 
