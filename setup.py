@@ -154,7 +154,7 @@ def run(*command: object, cwd: Path = ROOT) -> str:
 setup(
     packages=[*find_packages(include=["vapt_fast", "vapt_fast.*"]), "vapt_fast.kernels"],
     package_dir={"vapt_fast.kernels": "kernels"},
-    package_data={"vapt_fast": ["py.typed", "**/*.safetensors"]},
+    package_data={"vapt_fast": ["py.typed", "**/*.safetensors", "ops/tuned.json"]},
     ext_modules=[Extension(NATIVE, sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

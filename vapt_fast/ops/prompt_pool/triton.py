@@ -34,7 +34,7 @@ def forward(args: Arguments, out: Outputs) -> None:
     norm = (args.norm_weight, args.norm_bias, args.eps)
     launch_forward(x, args.branch, args.layer_scale, *norm, out.total, out.normed, out.mean, out.rstd)
     tokens = x if args.branch is None else out.total
-    config = tuning.configs(matrix.dtype, num_rows).fwd
+    config = tuning.config("fwd", matrix.dtype, tokens.dtype, num_rows)
     launch(
         kernels.prompt_pool_fwd_kernel,
         config,
@@ -66,7 +66,7 @@ def _write_products(
     (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[0]
     means = saved.mean.new_empty((2, batch, num_tokens)) if of_tokens else None
     partial = matrix.new_empty((batch, *matrix.shape)) if of_matrix else None
-    config = tuning.configs(matrix.dtype, num_rows).bwd_products
+    config = tuning.config("bwd_products", matrix.dtype, total.dtype, num_rows)
     launch(
         kernels.prompt_pool_bwd_products_kernel,
         config,
@@ -86,7 +86,7 @@ def _write_grad_tokens(
 ) -> None:
     total, matrix = saved.total, saved.matrix
     (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[0]
-    config = tuning.configs(matrix.dtype, num_rows).bwd_tokens
+    config = tuning.config("bwd_tokens", matrix.dtype, total.dtype, num_rows)
     launch(
         kernels.prompt_pool_bwd_tokens_kernel,
         config,
@@ -102,7 +102,7 @@ def _write_grad_tokens(
 def _write_grad_affine(saved: Saved, grad_pooled: Tensor, grads: Gradients) -> None:
     matrix = saved.matrix
     batch, dim = saved.total.shape[0], saved.total.shape[-1]
-    config = tuning.configs(matrix.dtype, matrix.shape[0]).bwd_affine
+    config = tuning.config("bwd_affine", matrix.dtype, saved.total.dtype, matrix.shape[0])
     images = images_per_program(batch)
     partial = matrix.new_empty((-(-batch // images), 2, dim))
     launch(

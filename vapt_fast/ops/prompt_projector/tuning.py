@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from ..triton_launch import Config, block_size
+from ..tuned import tuned
 
 __all__ = ["LARGEST_PROJECTOR", "config"]
 
@@ -34,12 +35,15 @@ def config(kernel: str, dtype: torch.dtype, dim: int, width: int) -> Config:
         dim: channels, which a program of the first two keeps in its registers.
         width: r.
     """
+    sizes = {"bytes": dtype.itemsize, "channels": dim, "features": max(1, width)}
     features = block_size(width, LARGEST_PROJECTOR)
     if kernel == "bwd_weights":
         channels, num_warps, num_stages = _WEIGHTS[dtype.itemsize, 16 if features == 16 else 64]
-        return Config({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps, num_stages)
+        default = Config({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps, num_stages)
+        return tuned(f"prompt_projector_{kernel}", default, **sizes)
     rows, channels = (4 if dtype.itemsize < 8 else 2), 256
     if dim > 1536:  # one row, in at most four blocks
         rows, channels = 1, max(1024, 1 << (dim - 1).bit_length() >> 2)
     num_warps = min(16, max(4, rows * channels // 256))
-    return Config({"BLOCK_ROWS": rows, "BLOCK_R": features, "BLOCK_C": channels}, num_warps)
+    default = Config({"BLOCK_ROWS": rows, "BLOCK_R": features, "BLOCK_C": channels}, num_warps)
+    return tuned(f"prompt_projector_{kernel}", default, **sizes)
