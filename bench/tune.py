@@ -294,17 +294,20 @@ def work(options: argparse.Namespace) -> None:
                 print(f"{case.kernel} {config}: {error}", file=sys.stderr)
 
 
-_KNOWN: dict[tuple[str, str, int, int], Candidates] = {}
+UNFIT: set[str] = set()
+"""What a dry run found to spill or not to fit, of a kernel, a model and a number of prompts."""
+
+
+def _fit(of: dict[str, Any]) -> str:
+    names = ("kernel", "model", "prompts", "dtype", "blocks", "num_warps", "num_stages")
+    return json.dumps([of.get(name) for name in names])
 
 
 def _of(case: Case) -> Candidates:
-    """Return the candidates of a case; what its table is asked for does not depend on the batch."""
-    key = (case.kernel, case.model, case.prompts, case.batch)
-    if key not in _KNOWN:
-        dim, heads = MODELS[case.model]
-        channels = dim // heads if case.op == "prompt_attention" else dim
-        _KNOWN[key] = candidates(case.kernel, {"rows": case.prompts, "channels": channels})
-    return _KNOWN[key]
+    """Return the candidates of a case, which do not depend on the batch."""
+    channels = MODELS[case.model][0]
+    found = candidates(case.kernel, {"rows": case.prompts, "channels": channels})
+    return [config for config in found if _fit(asdict(case) | described(config)) not in UNFIT]
 
 
 def measure(options: argparse.Namespace, known: dict[str, dict[str, Any]]) -> Iterator[dict[str, Any]]:
@@ -419,6 +422,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--dtypes", nargs="+", choices=("bfloat16", "float16", "float32"), default=["bfloat16", "float16"])
     add("--dry", action="store_true", help="compile ahead of time, without a GPU")
     add("--capability", type=int, default=90, help="to compile for (%(default)s)")
+    add("--without", type=Path, help="what --dry wrote: leave out what spilled or failed there")
     add("--no-table", action="store_true", help="leave vapt_fast/ops/tuned.json as it is")
     add("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -431,6 +435,9 @@ def _sizes(text: str) -> tuple[tuple[int, int], ...]:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
+    if options.without is not None:
+        lines = options.without.read_text().splitlines()
+        UNFIT.update(_fit(r) for r in map(json.loads, lines) if FAILED in r or r["stack"] > 0)
     if options.worker is not None:
         work(options)
         return
