@@ -424,6 +424,7 @@ def parse_options(arguments: list[str] | None) -> argparse.Namespace:
     add("--capability", type=int, default=90, help="to compile for (%(default)s)")
     add("--without", type=Path, help="what --dry wrote: leave out what spilled or failed there")
     add("--no-table", action="store_true", help="leave vapt_fast/ops/tuned.json as it is")
+    add("--only", choices=("compile", "measure"), help="compile what is measured by another call, or measure")
     add("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -444,10 +445,12 @@ def main(arguments: list[str] | None = None) -> None:
     lines = options.out.read_text().splitlines() if options.out.exists() else []
     known = {result["key"]: result for result in map(json.loads, lines)}
     began = time.monotonic()
-    if not options.dry:
+    if not options.dry and options.only != "measure":
         compile_all(options)
         print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
         options.seconds -= time.monotonic() - began
+        if options.only == "compile":
+            return
     with options.out.open("a") as file:
         for result in (dry_run if options.dry else measure)(options, known):
             known[result["key"]] = result
