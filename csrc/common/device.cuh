@@ -34,7 +34,8 @@ struct LaunchShape {
   std::int64_t blocks = 0;  // gridDim.x: the other two dimensions end at 65,535
   int threads = 0;          // per block
   std::int64_t shared_memory = 0;
-  int cluster = 1;  // blocks per cluster
+  int cluster = 1;   // blocks per cluster
+  int blocks_y = 1;  // gridDim.y
 };
 
 }  // namespace vapt_fast
@@ -260,7 +261,7 @@ class LaunchConfig {
   LaunchConfig(const LaunchShape& shape, Stream stream, bool sets_cluster) {
     cluster_.id = cudaLaunchAttributeClusterDimension;
     cluster_.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
     config_.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config_.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_memory);
     config_.stream = stream;
