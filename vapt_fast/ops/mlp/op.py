@@ -81,8 +81,8 @@ class Gradients(NamedTuple):
 
 class _Mlp(Op):
     # No implementation was measured to be faster: a product with GELU takes 170 + 220 microseconds, forward
-    # and backward, in Triton, and 144 + 156 in PyTorch, on an H200 (ViT-B/16, bfloat16, 64 images). In CUDA it
-    # was not measured.
+    # and backward, in Triton, and 144 + 156 in PyTorch, on an H200 (ViT-B/16, bfloat16, 64 images). In CUDA
+    # it was not measured.
     name = "mlp"
     signature = Signature(Arguments, Outputs, Saved, Gradients)
 
