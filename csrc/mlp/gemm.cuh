@@ -133,10 +133,11 @@ Status launch_product(const MlpSizes& sizes, const Rows& a, const Rows& b, void*
   const dim3 grid = Kernel::get_grid_shape(parameters);
   LaunchShape shape;
   shape.blocks = grid.x;
+  shape.cluster = cute::size<0>(typename Product::Cluster{});
   shape.blocks_y = static_cast<int>(grid.y);
+  shape.cluster_y = cute::size<1>(typename Product::Cluster{});
   shape.threads = Kernel::MaxThreadsPerBlock;
   shape.shared_memory = Kernel::SharedStorageSize;
-  shape.cluster = cute::size(typename Product::Cluster{});
   return launch(cutlass::device_kernel<Kernel>, shape, stream, parameters);
 }
 

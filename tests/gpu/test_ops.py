@@ -91,7 +91,10 @@ def test_random_shapes_of_cuda_kernels(op, dtype, scale):
 
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 def test_every_variant_of_mlp(dtype, monkeypatch):
-    for variant in getattr(device.native(), "mlp_variants", [None]):  # with None the test skips
+    reasons = device.unavailable_reasons("cuda")
+    if reasons:
+        pytest.skip("; ".join(reasons))
+    for variant in getattr(device.native(), "mlp_variants", [None]):  # with None the first skips
         monkeypatch.setattr(import_module("vapt_fast.ops.mlp.cuda"), "VARIANT", variant)
         assert_policy_of_cuda_kernels("mlp", dtype, 1.0, 50)
 
