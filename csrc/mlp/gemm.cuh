@@ -109,14 +109,27 @@ Status launch_product(const MlpSizes& sizes, const Rows& a, const Rows& b, void*
                       const typename Product::Fusion& fusion, Stream stream) {
   using Kernel = typename Product::Kernel;
   using Element = typename Kernel::ElementD;
+  LaunchShape shape;
+  shape.threads = Kernel::MaxThreadsPerBlock;
+  shape.shared_memory = Kernel::SharedStorageSize;
+  shape.blocks = shape.cluster = cute::size<0>(typename Product::Cluster{});
+  shape.blocks_y = shape.cluster_y = cute::size<1>(typename Product::Cluster{});
+
+  // As many thread blocks as run at once: each computes tiles until none is left.
   cutlass::KernelHardwareInfo hardware;
-  cudaError_t error = cudaGetDevice(&hardware.device_id);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&hardware.sm_count, cudaDevAttrMultiProcessorCount, hardware.device_id);
+  const Device device = current_device();
+  if (device.status.code != Code::ok) {
+    return device.status;
   }
-  if (error != cudaSuccess) {
-    return cuda_status(error);
+  hardware.sm_count = cutlass::KernelHardwareInfo::query_device_multiprocessor_count();
+  const auto kernel = cutlass::device_kernel<Kernel>;
+  hardware.max_active_clusters = static_cast<int>(max_active_clusters(kernel, shape, device));
+  if (hardware.max_active_clusters == 0) {
+    Check check;
+    check.fail(Code::unsupported, "the device has no room for a cluster of its kernel");
+    return check.status();
   }
+
   typename Kernel::Arguments arguments;
   arguments.mode = cutlass::gemm::GemmUniversalMode::kGemm;
   arguments.problem_shape = {static_cast<int>(sizes.rows), static_cast<int>(sizes.hidden),
@@ -129,16 +142,11 @@ Status launch_product(const MlpSizes& sizes, const Rows& a, const Rows& b, void*
   arguments.epilogue.ptr_D = static_cast<Element*>(d);
   arguments.epilogue.dD = stride<typename Kernel::StrideD>(sizes.hidden);
   arguments.hw_info = hardware;
-  const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);
+  const auto parameters = Kernel::to_underlying_arguments(arguments, nullptr);  // no workspace is needed
   const dim3 grid = Kernel::get_grid_shape(parameters);
-  LaunchShape shape;
   shape.blocks = grid.x;
-  shape.cluster = cute::size<0>(typename Product::Cluster{});
   shape.blocks_y = static_cast<int>(grid.y);
-  shape.cluster_y = cute::size<1>(typename Product::Cluster{});
-  shape.threads = Kernel::MaxThreadsPerBlock;
-  shape.shared_memory = Kernel::SharedStorageSize;
-  return launch(cutlass::device_kernel<Kernel>, shape, stream, parameters);
+  return launch(kernel, shape, stream, parameters);
 }
 
 // Calls ``launch(element, variant)`` with the types of a launch.
