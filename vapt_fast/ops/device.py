@@ -19,6 +19,7 @@ import torch
 __all__ = [
     "capability",
     "compiled_by",
+    "hopper_unsupported_reasons",
     "interpreting",
     "native",
     "native_missing_reasons",
@@ -60,6 +61,19 @@ def unsupported_reasons(name: str, device: torch.device) -> list[str]:
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def hopper_unsupported_reasons(function: str, device: torch.device) -> list[str]:
+    """Every reason why ``device`` can't run ``function`` of vapt_fast._C, compiled for sm_90a alone."""
+    found = ".".join(map(str, capability(device)))
+    if found != "9.0":
+        return [f"its kernels need a GPU of compute capability 9.0, {device} has {found}"]
+    if not hasattr(native(), function):
+        return [
+            f"vapt_fast was installed without them: let VAPT_FAST_CUDA_ARCHS have 90a and {INSTALL_AGAIN}"
+        ]
+    return []
 
 
 def interpreting() -> bool:
