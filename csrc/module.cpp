@@ -8,6 +8,7 @@
 #include "prompt_pool/api.h"
 
 namespace vapt_fast {
+void bind_prompt_attention(pybind11::module_& module);
 void bind_prompt_pool(pybind11::module_& module);
 }
 
@@ -18,5 +19,6 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "unsupported_because", [](int device) { return std::string(vapt_fast::prompt_pool_supported(device).message); },
       pybind11::arg("device"), "Why a device, which becomes current, can't run the kernels; empty if it can.");
+  vapt_fast::bind_prompt_attention(module);
   vapt_fast::bind_prompt_pool(module);
 }
