@@ -10,7 +10,7 @@
 namespace vapt_fast {
 void bind_prompt_attention(pybind11::module_& module);
 void bind_prompt_pool(pybind11::module_& module);
-}
+}  // namespace vapt_fast
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The launchers of vapt_fast's CUDA kernels.";

@@ -126,6 +126,8 @@ __device__ __forceinline__ void store16(void* to, Bytes16 bytes) {
   *static_cast<uint4*>(to) = make_uint4(bytes.words[0], bytes.words[1], bytes.words[2], bytes.words[3]);
 }
 
+__device__ __forceinline__ void store4(void* to, std::uint32_t word) { *static_cast<std::uint32_t*>(to) = word; }
+
 __device__ __forceinline__ Bytes8 load8(const void* from) {
   const uint2 words = *static_cast<const uint2*>(from);
   return {{words.x, words.y}};

@@ -99,6 +99,10 @@ template <typename Element, int COUNT>
 __device__ __forceinline__ void wgmma_by_rows(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b,
                                               bool accumulate);
 
+// c = a^T b, or c += a^T b: a (16, 64) and b (16, 2 COUNT).
+template <typename Element, int COUNT>
+__device__ __forceinline__ void wgmma_transposed(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate);
+
 #define VAPT_FAST_C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define VAPT_FAST_C8(i) VAPT_FAST_C4(i), VAPT_FAST_C4(i + 4)
 #define VAPT_FAST_C16(i) VAPT_FAST_C8(i), VAPT_FAST_C8(i + 8)
@@ -125,9 +129,13 @@ __device__ __forceinline__ void wgmma_by_rows(float (&c)[COUNT], const std::uint
 
 // Operands are numbered: the accumulators are the first ones.
 #define VAPT_FAST_DEFINE(COUNT, COLUMNS, O0, O1, O2, O3, O4, O5)                                                    \
-  template <typename Element>                                                                                       \
+  template <typename Element, bool BY_ROWS>                                                                         \
   __device__ __forceinline__ void wgmma_of(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {    \
-    VAPT_FAST_BOTH_DTYPES(COUNT, COLUMNS, O0 ", " O1, O2, "0, 0", "l"(a.descriptor()))                              \
+    if constexpr (BY_ROWS) {                                                                                        \
+      VAPT_FAST_BOTH_DTYPES(COUNT, COLUMNS, O0 ", " O1, O2, "1, 1", "l"(a.descriptor()))                            \
+    } else {                                                                                                        \
+      VAPT_FAST_BOTH_DTYPES(COUNT, COLUMNS, O0 ", " O1, O2, "0, 0", "l"(a.descriptor()))                            \
+    }                                                                                                               \
   }                                                                                                                 \
   template <typename Element, bool BY_ROWS>                                                                         \
   __device__ __forceinline__ void wgmma_of(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b,          \
@@ -159,7 +167,7 @@ VAPT_FAST_DEFINE(32, "64", "%32", "%33", "%34", "%35", "%36", "%37")
 
 template <typename Element, int COUNT>
 __device__ __forceinline__ void wgmma(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
-  wgmma_of<Element>(c, a, b, accumulate);
+  wgmma_of<Element, false>(c, a, b, accumulate);
 }
 
 template <typename Element, int COUNT>
@@ -170,6 +178,11 @@ __device__ __forceinline__ void wgmma(float (&c)[COUNT], const std::uint32_t (&a
 template <typename Element, int COUNT>
 __device__ __forceinline__ void wgmma_by_rows(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b,
                                               bool accumulate) {
+  wgmma_of<Element, true>(c, a, b, accumulate);
+}
+
+template <typename Element, int COUNT>
+__device__ __forceinline__ void wgmma_transposed(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
   wgmma_of<Element, true>(c, a, b, accumulate);
 }
 

@@ -67,7 +67,7 @@ void cp_async_commit();
 // The next copy of a group that is not among the last ``pending``; null when there is none.
 const Copy* next_copy(int pending);
 
-// Notes that this thread has written 16 bytes, if they are of its block's shared memory.
+// Notes that this thread has written to one of 16 bytes, if they are of its block's shared memory.
 void wrote(const void* to);
 
 // The emulated device: bytes of shared memory per block, clusters that it runs at once.
@@ -119,6 +119,10 @@ T shuffle_xor(T value, int mask) {
 inline Bytes16 load16(const void* from) { return *static_cast<const Bytes16*>(from); }
 inline void store16(void* to, Bytes16 bytes) {
   *static_cast<Bytes16*>(to) = bytes;
+  runtime::wrote(to);
+}
+inline void store4(void* to, std::uint32_t word) {
+  *static_cast<std::uint32_t*>(to) = word;
   runtime::wrote(to);
 }
 inline Bytes8 load8(const void* from) { return *static_cast<const Bytes8*>(from); }

@@ -79,7 +79,8 @@ void compute(const runtime::Product& product, float* c) {
         unpack<Element>(product.words[k / 2 % 4][half + 2 * (k / 8)], pair[0], pair[1]);
         a[half][k] = pair[k % 2];
       } else {
-        a[half][k] = shared_element<Element>(product.a, 16 * (warp_id() % 4) + lane / 4 + 8 * half, k);
+        const int row = 16 * (warp_id() % 4) + lane / 4 + 8 * half;
+        a[half][k] = BY_ROWS ? shared_element<Element>(product.a, k, row) : shared_element<Element>(product.a, row, k);
       }
     }
   }
@@ -126,6 +127,11 @@ void wgmma(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b, bool 
 template <typename Element, int COUNT>
 void wgmma_by_rows(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b, bool accumulate) {
   issue<Element, true, true>(c, a, {}, b, accumulate);
+}
+
+template <typename Element, int COUNT>
+void wgmma_transposed(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
+  issue<Element, false, true>(c, {}, a, b, accumulate);
 }
 
 }  // namespace vapt_fast

@@ -17,7 +17,8 @@ constexpr int kTile = 64;
 constexpr int kChannels = 64;
 constexpr int kDepth = 16;  // of a product
 constexpr int kWarpRows = 16;
-constexpr int kWarpBytes = kWarpRows * SharedMatrix::kRowBytes;
+constexpr int kStagedRows = kWarpRows / 2;
+constexpr int kStagedBytes = kStagedRows * SharedMatrix::kRowBytes;
 constexpr int kUnits = SharedMatrix::kRowBytes / SharedMatrix::kUnitBytes;
 constexpr float kLog2E = 1.4426950408889634f;
 
@@ -134,26 +135,28 @@ __device__ __forceinline__ void load_keys(char* shared, const Tensor4& of_prompt
   clear_rows<THREADS>(shared, num_prompts + num_tokens, end);
 }
 
-// Stores a warp's 16 rows of a tile times ``factor``, by way of 16 rows in shared memory. The tile's first row is row
+// Stores a warp's 16 rows of a tile times ``factor``, by way of 8 rows in shared memory. The tile's first row is row
 // ``first`` of ``to``, which has ``count``.
 template <typename Element, typename Destination>
 __device__ __forceinline__ void store_tile(char* staging, const float (&tile)[kChannels / 2], float factor,
                                            const Destination& to, int first, int count, int channels) {
   const int lane = opaque(lane_id());
-  sync_warp();  // the last rows have left
-#pragma unroll
-  for (int i = 0; i < kChannels / 2; i += 2) {
-    const int row = lane / 4 + 8 * (i / 2 % 2);
-    const std::uint32_t word = pack<Element>(tile[i] * factor, tile[i + 1] * factor);
-    *reinterpret_cast<std::uint32_t*>(staging + SharedMatrix::offset(row, i / 4) + lane % 4 * 4) = word;
-  }
-  sync_warp();
-  first += warp_id() % 4 * kWarpRows;
   const int unit = lane % kUnits;
 #pragma unroll
-  for (int row = lane / kUnits; row < kWarpRows; row += kWarpSize / kUnits) {
-    if (first + row < count && unit * kVec < channels && to.has(first + row)) {
-      store16(to.at(first + row) + unit * kVec, load16(staging + SharedMatrix::offset(row, unit)));
+  for (int half = 0; half < 2; ++half) {
+    sync_warp();  // the last rows have left
+#pragma unroll
+    for (int i = 2 * half; i < kChannels / 2; i += 4) {
+      const std::uint32_t word = pack<Element>(tile[i] * factor, tile[i + 1] * factor);
+      store4(staging + SharedMatrix::offset(lane / 4, i / 4) + lane % 4 * 4, word);
+    }
+    sync_warp();
+#pragma unroll
+    for (int from = lane / kUnits; from < kStagedRows; from += kWarpSize / kUnits) {
+      const int row = first + warp_row() + half * kStagedRows + from;
+      if (row < count && unit * kVec < channels && to.has(row)) {
+        store16(to.at(row) + unit * kVec, load16(staging + SharedMatrix::offset(from, unit)));
+      }
     }
   }
 }

@@ -13,13 +13,13 @@ namespace {
 
 constexpr int kThreads = 2 * kWarpgroupSize;
 
-// The block's shared memory: keys and values, and for each warp its 16 queries and its 16 rows of results.
+// The block's shared memory: keys and values, and for each warp its 16 queries and 8 rows of results.
 struct Smem {
   int rows;  // of keys
 
   __host__ __device__ __forceinline__ int values() const { return rows * SharedMatrix::kRowBytes; }
-  __host__ __device__ __forceinline__ int queries(int warp) const { return 2 * values() + 2 * warp * kWarpBytes; }
-  __host__ __device__ __forceinline__ int results(int warp) const { return queries(warp) + kWarpBytes; }
+  __host__ __device__ __forceinline__ int queries(int warp) const { return 2 * values() + 3 * warp * kStagedBytes; }
+  __host__ __device__ __forceinline__ int results(int warp) const { return queries(warp) + 2 * kStagedBytes; }
   __host__ __device__ __forceinline__ int size() const { return queries(kThreads / kWarpSize); }
 };
 
@@ -155,7 +155,9 @@ __device__ __forceinline__ void forward(const PromptAttentionForward& arguments)
       }
       wgmma_commit();
       wgmma_wait<0>(scores);
-      rows.add(scores, factor, num_keys - key);
+      if (tile + warp_row() < num_queries) {  // else the warp computes what nobody reads
+        rows.add(scores, factor, num_keys - key);
+      }
       if (!has_values) {
         cp_async_wait<1>();  // all but the next queries
         fence_shared();
