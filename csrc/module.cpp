@@ -9,6 +9,7 @@
 
 namespace vapt_fast {
 void bind_mlp(pybind11::module_& module);
+void bind_prompt_attention(pybind11::module_& module);
 void bind_prompt_pool(pybind11::module_& module);
 }  // namespace vapt_fast
 
@@ -19,6 +20,7 @@ PYBIND11_MODULE(_C, module) {
   module.def(
       "unsupported_because", [](int device) { return std::string(vapt_fast::prompt_pool_supported(device).message); },
       pybind11::arg("device"), "Why a device, which becomes current, can't run the kernels; empty if it can.");
+  vapt_fast::bind_prompt_attention(module);
   vapt_fast::bind_prompt_pool(module);
 #ifdef VAPT_FAST_HOPPER
   vapt_fast::bind_mlp(module);

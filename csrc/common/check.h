@@ -23,6 +23,14 @@ class Check {
     }
   }
 
+  // A tensor (batch, rows, heads, D) of elements of ``bytes`` bytes.
+  void tensor(const char* name, const Tensor4& tensor, std::int64_t batch, std::int64_t rows, std::int64_t heads,
+              std::int64_t bytes) {
+    const std::int64_t head_stride = heads > 1 ? tensor.head_stride : 0;
+    this->tensor(name, Tensor3{tensor.data, tensor.batch_stride, tensor.row_stride}, batch, rows, bytes);
+    this->tensor(name, Tensor3{tensor.data, tensor.batch_stride, head_stride}, batch, rows > 0 ? heads : 0, bytes);
+  }
+
   // A contiguous tensor of ``count`` elements that begins at a multiple of ``alignment`` bytes.
   void pointer(const char* name, const void* data, std::int64_t count = 1, std::uintptr_t alignment = 16) {
     if (count == 0) {

@@ -58,9 +58,9 @@ __device__ __forceinline__ int lane_id() { return thread_id() % kWarpSize; }
 __device__ __forceinline__ int warp_id() { return thread_id() / kWarpSize; }
 __device__ __forceinline__ std::int64_t block_id() { return blockIdx.x; }
 
-// The block's dynamic shared memory, aligned to 128 bytes.
+// The block's dynamic shared memory, aligned to 1,024 bytes.
 __device__ __forceinline__ char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 
@@ -69,6 +69,9 @@ __device__ __forceinline__ int opaque(int value) {
   asm volatile("" : "+r"(value));
   return value;
 }
+
+// Ends the kernel with an error.
+__device__ __forceinline__ void trap() { __trap(); }
 
 // ---- barriers, which also order memory
 
@@ -125,6 +128,8 @@ __device__ __forceinline__ void store16(void* to, Bytes16 bytes) {
   *static_cast<uint4*>(to) = make_uint4(bytes.words[0], bytes.words[1], bytes.words[2], bytes.words[3]);
 }
 
+__device__ __forceinline__ void store4(void* to, std::uint32_t word) { *static_cast<std::uint32_t*>(to) = word; }
+
 __device__ __forceinline__ Bytes8 load8(const void* from) {
   const uint2 words = *static_cast<const uint2*>(from);
   return {{words.x, words.y}};
@@ -154,6 +159,19 @@ __device__ __forceinline__ void ldmatrix_x4(std::uint32_t (&r)[4], const void* r
 }
 
 // ---- arithmetic
+
+// To 2^-22 relative (exp2) or absolute (log2).
+__device__ __forceinline__ float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float log2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
 
 __device__ __forceinline__ std::uint32_t bits_of(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float float_of(std::uint32_t bits) { return __uint_as_float(bits); }

@@ -2,12 +2,15 @@
 // tells them which fiber runs and what a barrier orders.
 
 #include "common/device.cuh"
+#include "common/wgmma.cuh"
 
 #include <malloc.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <deque>
+#include <limits>
 #include <memory>
 #include <utility>
 #include <vector>
@@ -58,16 +61,35 @@ struct Warp {
   alignas(16) char slots[2][kWarpSize * kSlot];
 };
 
+struct Warpgroup {
+  Barrier commit;              // orders no memory
+  std::uint64_t products = 0;  // a hash of those of the group that is being committed
+};
+
 struct Block {
   std::int64_t index = 0;
   int running = 0;  // threads
   char end;         // ThreadSanitizer's handle of the end of its threads
   std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
+  std::vector<bool> hidden;  // from products, by units of shared memory
   std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
   Barrier barrier;
 };
 
 using Group = std::deque<Copy>;
+
+// Accumulators of products that were issued.
+struct Accumulators {
+  float* at;
+  std::vector<float> values;
+  int pending;  // products
+};
+
+struct IssuedProduct {
+  Product product;
+  float* accumulators;
+};
 
 struct Thread {
   Fiber fiber;
@@ -80,7 +102,13 @@ struct Thread {
   std::uint64_t exchanges = 0;
   std::deque<Group> groups;  // committed ones
   Group open;
-  Copy copy{};  // the one last given out
+  Copy copy{};                       // the one last given out
+  std::vector<std::size_t> written;  // units of shared memory since the last fence_shared
+  bool fenced = false;               // by wgmma_fence
+  std::vector<Accumulators> accumulators;
+  std::deque<std::vector<IssuedProduct>> products;  // committed groups
+  std::vector<IssuedProduct> issued;
+  IssuedProduct product;  // the one last given out
 };
 
 struct Cluster {
@@ -198,6 +226,9 @@ void thread_main() {
   if (!current->groups.empty() || !current->open.empty()) {
     fail("ends without having waited for its copies");
   }
+  if (!current->accumulators.empty()) {
+    fail("ends without having waited for its products");
+  }
   Block& block = *current->block;
   release(&block.end);
   if (--block.running == 0 && __tsan_write_range) {
@@ -241,11 +272,13 @@ void prepare(Cluster& prepared, const LaunchShape& shape, std::int64_t first_blo
     block.warps.resize(static_cast<std::size_t>(shape.threads / kWarpSize));
     const auto bytes = static_cast<std::size_t>(shape.shared_memory);
     void* memory = nullptr;
-    if (posix_memalign(&memory, 128, bytes) != 0) {
+    if (posix_memalign(&memory, 1024, bytes) != 0) {
       fail("finds no memory");
     }
     std::memset(memory, 0xff, bytes);
     block.shared.reset(static_cast<char*>(memory));
+    block.hidden.resize(bytes / SharedMatrix::kUnitBytes + 1);
+    block.warpgroups.resize(static_cast<std::size_t>((shape.threads + kWarpgroupSize - 1) / kWarpgroupSize));
     for (int index = 0; index < shape.threads; ++index) {
       Thread& thread = prepared.threads[static_cast<std::size_t>(rank * shape.threads + index)];
       thread.block = &block;
@@ -336,6 +369,110 @@ const Copy* next_copy(int pending) {
     current->groups.pop_front();
   }
   return nullptr;
+}
+
+void wrote(const void* to) {
+  Block& block = *current->block;
+  const char* const shared = block.shared.get();
+  if (to >= shared && to < shared + current_launch->shape->shared_memory) {
+    const auto unit = static_cast<std::size_t>(static_cast<const char*>(to) - shared) / SharedMatrix::kUnitBytes;
+    block.hidden[unit] = true;
+    current->written.push_back(unit);
+  }
+}
+
+// ---- products
+
+void fence_shared() {
+  for (const std::size_t unit : current->written) {
+    current->block->hidden[unit] = false;
+  }
+  current->written.clear();
+}
+
+void wgmma_fence() { current->fenced = true; }
+
+void begin_product(const Product& product, float* accumulators) {
+  if (!current->fenced) {
+    fail("multiplies without a wgmma_fence");
+  }
+  float* const end = accumulators + product.count;
+  auto found = std::find_if(current->accumulators.begin(), current->accumulators.end(),
+                            [=](const Accumulators& other) { return other.at == accumulators; });
+  if (found == current->accumulators.end()) {
+    current->accumulators.push_back({accumulators, std::vector<float>(accumulators, end), 0});
+    found = current->accumulators.end() - 1;
+    std::fill_n(accumulators, product.count, std::numeric_limits<float>::quiet_NaN());
+  }
+  ++found->pending;
+  current->issued.push_back({product, accumulators});
+}
+
+void wgmma_commit() {
+  Warpgroup& warpgroup = current->block->warpgroups[static_cast<std::size_t>(current->index / kWarpgroupSize)];
+  std::uint64_t products = 0;
+  for (const auto& [product, accumulators] : current->issued) {
+    for (const std::uint64_t part : {product.a, product.b, static_cast<std::uint64_t>(product.accumulate)}) {
+      products = (products ^ part) * 0x100000001b3u;
+    }
+  }
+  if (warpgroup.commit.arrived == 0) {
+    warpgroup.products = products;
+  } else if (warpgroup.products != products) {
+    fail("its warpgroup multiplies something else");
+  }
+  wait(warpgroup.commit, kWarpgroupSize, false);
+  current->products.push_back(std::exchange(current->issued, {}));
+}
+
+bool next_product(int pending) {
+  current->fenced = false;
+  while (static_cast<int>(current->products.size()) > pending) {
+    std::vector<IssuedProduct>& group = current->products.front();
+    if (!group.empty()) {
+      current->product = group.front();
+      group.erase(group.begin());
+      return true;
+    }
+    current->products.pop_front();
+  }
+  return false;
+}
+
+void compute_product() {
+  const IssuedProduct& issued = current->product;
+  const auto of = std::find_if(current->accumulators.begin(), current->accumulators.end(),
+                               [&](const Accumulators& other) { return other.at == issued.accumulators; });
+  issued.product.compute(issued.product, of->values.data());
+  if (--of->pending == 0) {
+    std::copy(of->values.begin(), of->values.end(), of->at);
+    current->accumulators.erase(of);
+  }
+}
+
+void check_complete(const float* accumulators) {
+  for (const Accumulators& pending : current->accumulators) {
+    if (pending.at == accumulators) {
+      fail("takes accumulators for complete whose products it has not waited for");
+    }
+  }
+}
+
+std::ptrdiff_t find_element(std::uint64_t descriptor, int row, int column) {
+  const auto start = static_cast<std::ptrdiff_t>(descriptor & 0x3fffu) * SharedMatrix::kUnitBytes;
+  const auto eight_rows = static_cast<std::ptrdiff_t>(descriptor >> 32 & 0x3fffu) * SharedMatrix::kUnitBytes;
+  if (descriptor >> 62 != 1) {
+    fail("multiplies a matrix that is not swizzled");
+  }
+  std::ptrdiff_t offset = start + row / 8 * eight_rows + row % 8 * SharedMatrix::kRowBytes + 2 * column;
+  offset ^= offset >> 3 & 0x70;  // the swizzle is one of addresses
+  if (offset >= current_launch->shape->shared_memory) {
+    fail("multiplies what is beyond its shared memory");
+  }
+  if (current->block->hidden[static_cast<std::size_t>(offset / SharedMatrix::kUnitBytes)]) {
+    fail("multiplies what was written without fence_shared");
+  }
+  return offset;
 }
 
 const Limits& limits() { return device; }

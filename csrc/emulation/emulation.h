@@ -19,6 +19,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 
@@ -66,6 +67,9 @@ void cp_async_commit();
 // The next copy of a group that is not among the last ``pending``; null when there is none.
 const Copy* next_copy(int pending);
 
+// Notes that this thread has written to one of 16 bytes, if they are of its block's shared memory.
+void wrote(const void* to);
+
 // The emulated device: bytes of shared memory per block, clusters that it runs at once.
 struct Limits {
   std::int64_t shared_memory;
@@ -85,6 +89,8 @@ inline std::int64_t block_id() { return runtime::block_id(); }
 inline char* shared_memory() { return runtime::shared_memory(); }
 
 inline int opaque(int value) { return value; }
+
+[[noreturn]] inline void trap() { std::abort(); }
 
 inline void sync_threads() { runtime::sync_threads(); }
 inline void sync_warp() { runtime::sync_warp(); }
@@ -111,7 +117,14 @@ T shuffle_xor(T value, int mask) {
 }
 
 inline Bytes16 load16(const void* from) { return *static_cast<const Bytes16*>(from); }
-inline void store16(void* to, Bytes16 bytes) { *static_cast<Bytes16*>(to) = bytes; }
+inline void store16(void* to, Bytes16 bytes) {
+  *static_cast<Bytes16*>(to) = bytes;
+  runtime::wrote(to);
+}
+inline void store4(void* to, std::uint32_t word) {
+  *static_cast<std::uint32_t*>(to) = word;
+  runtime::wrote(to);
+}
 inline Bytes8 load8(const void* from) { return *static_cast<const Bytes8*>(from); }
 
 inline void cp_async(void* shared, const void* global) {
@@ -142,6 +155,9 @@ inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
     std::memcpy(&r[m], from + lane_id() % 4 * sizeof r[m], sizeof r[m]);
   }
 }
+
+inline float exp2_approx(float x) { return std::exp2(x); }
+inline float log2_approx(float x) { return std::log2(x); }
 
 inline std::uint32_t bits_of(float value) {
   std::uint32_t bits;

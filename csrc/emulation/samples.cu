@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "common/device.cuh"
+#include "common/wgmma.cuh"
 
 using namespace vapt_fast;
 
@@ -74,6 +75,83 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
   }
 }
 
+// Small integers, which bfloat16 and their products have exactly.
+float factor(int which, int row, int column) { return static_cast<float>((7 * row + (3 + which) * column) % 9 - 4); }
+
+// A warpgroup's products of two matrices (64, 64): a b^T, then a b with a in registers; of the latter only 16 rows of b.
+__global__ void product(float* out, Mistake mistake) {
+  char* const shared = shared_memory();
+  char* const second = shared + 64 * SharedMatrix::kRowBytes;
+  const int row = thread_id() / 2;
+  if (mistake == "fenced_too_early") {
+    fence_shared();
+  }
+  for (int unit = thread_id() % 2; unit < 8; unit += 2) {
+    for (int which = 0; which < 2; ++which) {
+      Bytes16 bytes;
+      for (int i = 0; i < 4; ++i) {
+        const int column = 8 * unit + 2 * i;
+        bytes.words[i] = pack<BFloat16>(factor(which, row, column), factor(which, row, column + 1));
+      }
+      store16((which ? second : shared) + SharedMatrix::offset(row, unit), bytes);
+    }
+  }
+  if (mistake != "not_fenced" && mistake != "fenced_too_early") {
+    fence_shared();
+  }
+  if (mistake != "no_barrier") {
+    sync_threads();
+  }
+  const SharedMatrix a = shared_matrix(shared);
+  const SharedMatrix b = shared_matrix(mistake == "beyond_the_end" ? second + 8 * SharedMatrix::kRowBytes : second);
+  float by_columns[32];
+  float by_rows[32];
+  if (mistake != "no_wgmma_fence") {
+    wgmma_fence();
+  }
+  for (int k = 0; k < 64; k += 16) {
+    const bool elsewhere = mistake == "parted_warps" && warp_id() == 3;
+    wgmma<BFloat16>(by_columns, a.columns_from(k), b.columns_from(elsewhere ? 0 : k), k > 0);
+  }
+  wgmma_commit();
+  std::uint32_t words[4];
+  const int lane = lane_id();
+  ldmatrix_x4(words, shared + SharedMatrix::offset(16 * warp_id() + lane % 16, lane / 16));
+  wgmma_by_rows<BFloat16>(by_rows, words, b, false);
+  if (mistake != "no_commit") {
+    wgmma_commit();
+  }
+  wgmma_wait<1>(by_columns);
+  if (mistake == "waits_for_too_few") {
+    wgmma_wait<1>(by_rows);
+  }
+  if (mistake != "no_wait") {
+    wgmma_wait<0>(by_rows);
+  }
+  for (int i = 0; i < 32; ++i) {
+    const int to = (16 * warp_id() + lane / 4 + 8 * (i / 2 % 2)) * 64 + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
+    out[to] = by_columns[i];
+    out[64 * 64 + to] = by_rows[i];
+  }
+}
+
+bool is_product(const std::vector<float>& out) {
+  bool right = true;
+  for (int row = 0; row < 64; ++row) {
+    for (int column = 0; column < 64; ++column) {
+      float by_columns = 0;
+      float by_rows = 0;
+      for (int k = 0; k < 64; ++k) {
+        by_columns += factor(0, row, k) * factor(1, column, k);
+        by_rows += k < 16 ? factor(0, row, k) * factor(1, k, column) : 0;
+      }
+      const auto at = static_cast<std::size_t>(64 * row + column);
+      right = right && out[at] == by_columns && out[64 * 64 + at] == by_rows;
+    }
+  }
+  return right;
+}
+
 }  // namespace
 
 int main(int count, char** arguments) {
@@ -99,6 +177,13 @@ int main(int count, char** arguments) {
       const std::size_t from = kThreads - 1 - i / kWords % kThreads;
       right = right && out[i] == (part * kThreads + from) * kWords + i % kWords;
     }
+  } else if (std::string_view(arguments[1]) == "product") {
+    std::vector<float> out(2 * 64 * 64);
+    shape.blocks = 1;
+    shape.threads = kWarpgroupSize;
+    shape.shared_memory = 2 * 64 * SharedMatrix::kRowBytes;
+    launch(product, shape, nullptr, out.data(), mistake);
+    right = is_product(out);
   } else {
     std::vector<std::uint32_t> in(2 * kThreads, 1);
     std::vector<std::uint32_t> out(2 * kThreads);

@@ -11,6 +11,7 @@ import torch
 from vapt_fast import use_backend
 from vapt_fast.ops import backend, device
 from vapt_fast.ops.base import OPS
+from vapt_fast.ops.prompt_attention import cuda as attention
 from vapt_fast.ops.prompt_pool import cuda
 
 
@@ -50,7 +51,8 @@ def launching(monkeypatch):
             launch(name, on, **arguments | changes)
 
         with monkeypatch.context() as patch:
-            patch.setattr(cuda, "launch", record)
+            for module in (attention, cuda):
+                patch.setattr(module, "launch", record)
             yield launches
 
     return launching

@@ -13,7 +13,7 @@ def run_sample(sanitizer, kernel, mistake):
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
-@pytest.mark.parametrize("kernel", ["reverse", "sum"])
+@pytest.mark.parametrize("kernel", ["reverse", "sum", "product"])
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_right_kernels_are_right(sanitizer, kernel):
     ran = run_sample(sanitizer, kernel, "none")
@@ -38,6 +38,17 @@ def test_right_kernels_are_right(sanitizer, kernel):
         ("sum", "ends_too_early", "thread", "data race"),
         ("sum", "no_end", "", "hangs: waits for threads that wait elsewhere or have ended"),
         ("sum", "parted_lanes", "", "hangs"),
+        # Products of what was written without a fence, or after it, or without a barrier, or lies outside.
+        ("product", "not_fenced", "", "multiplies what was written without fence_shared"),
+        ("product", "fenced_too_early", "", "multiplies what was written without fence_shared"),
+        ("product", "no_barrier", "thread", "data race"),
+        ("product", "beyond_the_end", "", "multiplies what is beyond its shared memory"),
+        # Registers without a fence; products that are not waited for; a warp with other matrices.
+        ("product", "no_wgmma_fence", "", "multiplies without a wgmma_fence"),
+        ("product", "no_commit", "", "takes accumulators for complete"),
+        ("product", "no_wait", "", "ends without having waited for its products"),
+        ("product", "waits_for_too_few", "", "takes accumulators for complete"),
+        ("product", "parted_warps", "", "its warpgroup multiplies something else"),
     ],
 )
 def test_wrong_kernels_are_found_out(kernel, mistake, sanitizer, found):

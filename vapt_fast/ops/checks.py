@@ -193,13 +193,13 @@ def unsupported_dtypes(
     ]
 
 
-def unsupported_mixture(*tensors: Tensor | None) -> list[str]:
-    """A reason where ``tensors`` are not all of one and the same of the dtypes that kernels have."""
+def unsupported_mixture(*tensors: Tensor | None, known: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> list[str]:
+    """A reason where ``tensors`` are not all of one and the same of the ``known`` dtypes."""
     dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) == 1 and dtypes <= set(KERNEL_DTYPES):
+    if len(dtypes) == 1 and dtypes <= set(known):
         return []
     given = ", ".join(sorted(map(str, dtypes)))
-    return [f"all tensors must be of one dtype, {_listed(KERNEL_DTYPES)}, got {given}"]
+    return [f"all tensors must be of one dtype, {_listed(known)}, got {given}"]
 
 
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:

@@ -1,0 +1,108 @@
+"""prompt_attention on CUDA: the launches of csrc/prompt_attention, by vapt_fast._C."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import HALF, unsupported_mixture
+from ..cuda_launch import address, aligned, launch, rows
+from ..device import capability, native
+from .op import Arguments, Gradients, Outputs, Saved
+
+__all__ = ["backward", "forward", "unsupported_reasons"]
+
+CAPABILITY = (9, 0)
+LARGEST_HEAD = 64  # channels
+
+
+def unsupported_reasons(args: Arguments) -> list[str]:
+    """Every reason why the kernels can't take ``args``."""
+    queries, heads, dim = args.q.shape[1:]
+    keys = args.prompt_k.shape[1] + args.k.shape[1]
+    reasons = unsupported_mixture(*args[:5], known=HALF)
+    if args.q.is_cuda:
+        reasons += _device_reasons(args.q.device)
+    if args.bias is not None:
+        reasons.append("it has no bias, got one")
+    if args.k.shape[2] != heads:
+        reasons.append(f"k must have q's {heads} heads, got {args.k.shape[2]}")
+    if dim % 8 or not 8 <= dim <= LARGEST_HEAD:
+        reasons.append(f"heads must have 8, 16, 24, ... or {LARGEST_HEAD} channels, got {dim}")
+    if not keys:
+        reasons.append("there must be a key, got no prompt and no token")
+    elif not native().prompt_attention_fits(queries, keys):
+        reasons.append(f"{queries} queries and {keys} keys don't fit in shared memory")
+    return reasons
+
+
+def forward(args: Arguments, out: Outputs) -> None:
+    """Write out and lse."""
+    inputs = _inputs(args)
+    launch(
+        "prompt_attention_forward", args.q, **_given(args, inputs), out=rows(out.out), lse=address(out.lse)
+    )
+
+
+def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
+    """Write the gradients of queries, keys and values, of tokens and prompts, that are needed."""
+    args = Arguments(*saved[2:])
+    inputs, grad_out = _inputs(args), aligned(grad_results[0])
+    grad_prompts = grads.prompt_k, grads.prompt_v
+    # Those of prompts that all images share are summed over the images.
+    shared = grads.prompt_k is not None and saved.prompt_k.shape[0] != saved.q.shape[0]
+    by_image = saved.q.new_empty((2, saved.q.shape[0], *saved.prompt_k.shape[1:])) if shared else None
+    of_prompts = grad_prompts if by_image is None else by_image.unbind()
+    launch(
+        "prompt_attention_backward",
+        args.q,
+        **_given(args, inputs),
+        out=rows(saved.out),
+        lse=address(saved.lse),
+        grad_out=rows(grad_out),
+        grad_q=rows(grads.q),
+        grad_k=rows(grads.k),
+        grad_v=rows(grads.v),
+        grad_prompt_k=rows(of_prompts[0]),
+        grad_prompt_v=rows(of_prompts[1]),
+    )
+    if by_image is not None:
+        for grad, images in zip(grad_prompts, by_image, strict=True):
+            torch.sum(images, dim=0, keepdim=True, out=grad)
+
+
+@functools.cache
+def _device_reasons(device: torch.device) -> list[str]:
+    """Why ``device`` can't run these kernels, which it may not although it runs others."""
+    found = capability(device)
+    if found != CAPABILITY:
+        return [f"it needs compute capability 9.0, {device} has {found[0]}.{found[1]}"]
+    if "90a" not in native().architectures:
+        return [f"it was not compiled for 90a, but for {native().architectures.replace(',', ', ')}"]
+    return []
+
+
+def _inputs(args: Arguments) -> tuple[Tensor, ...]:
+    """q, k, v and the prompts' as the kernels take them; they must live until the launch."""
+    q, k, v, prompt_k, prompt_v = map(aligned, args[:5])
+    batch = q.shape[0]
+    return q, k, v, prompt_k.expand(batch, -1, -1, -1), prompt_v.expand(batch, -1, -1, -1)
+
+
+def _given(args: Arguments, inputs: tuple[Tensor, ...]) -> dict[str, Any]:
+    batch, queries, heads, dim = args.q.shape
+    names = ("q", "k", "v", "prompt_k", "prompt_v")
+    return {
+        "dtype": str(args.q.dtype).removeprefix("torch."),
+        "batch": batch,
+        "queries": queries,
+        "tokens": args.k.shape[1],
+        "prompts": args.prompt_k.shape[1],
+        "heads": heads,
+        "channels": dim,
+        "scale": args.scale,
+        **{name: rows(tensor) for name, tensor in zip(names, inputs, strict=True)},
+    }
