@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -229,11 +228,9 @@ def _attention(
     as_projected = rope is None and parts.k_norm is None  # whether keys are what the projection gives
     options: dict[str, Any] = {"bias": bias, "backend": backend}
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
-        qkv = F.linear(normed, *parts.qkv)
-        if given is None:
-            prompt_kv = F.linear(prompts, *parts.q_and_kv()[1])
-        else:
-            prompt_kv = torch.cat(given, dim=-1).to(qkv.dtype)
+        qkv = parts.qkv(normed)
+        of_kv = parts.q_and_kv()[1]
+        prompt_kv = of_kv(prompts) if given is None else torch.cat(given, dim=-1).to(qkv.dtype)
         scale = parts.softmax_scale(qkv.shape[-1] // (heads + 2 * kv_heads))
         out = prompt_attention_packed(
             qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
@@ -263,12 +260,12 @@ def _absorbed_attention(
     A key's bias shifts all scores of a query alike, which softmax does not see; the weights of the values sum
     to 1, so their bias is added to what comes out.
     """
-    of_q, (kv_weight, kv_bias) = parts.q_and_kv()
+    of_q, of_kv = parts.q_and_kv()
     heads = parts.num_heads
-    q = torch.unflatten(F.linear(normed[:, :num_rows], *of_q), -1, (heads, -1))
+    q = torch.unflatten(of_q(normed[:, :num_rows]), -1, (heads, -1))
     if parts.q_norm is not None:
         q = parts.q_norm(q)
-    key_weight, value_weight = torch.unflatten(kv_weight, 0, (2, heads, -1)).unbind(0)
+    key_weight, value_weight = torch.unflatten(of_kv.weight, 0, (2, heads, -1)).unbind(0)
     scale = parts.softmax_scale(q.shape[-1])
     out = absorbed_attention(q, normed, prompts, key_weight, value_weight, scale=scale, **options)
-    return out if kv_bias is None else out + torch.unflatten(kv_bias, 0, (2, heads, -1))[1]
+    return out if of_kv.bias is None else out + torch.unflatten(of_kv.bias, 0, (2, heads, -1))[1]
