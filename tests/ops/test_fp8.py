@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vapt_fast.ops import fp8
 from vapt_fast.ops.device import fp8_unsupported_reasons
-from vapt_fast.ops.fp8 import LARGEST, Quantised, fp8_linear, quantise
+from vapt_fast.ops.fp8_linear import op as fp8
+from vapt_fast.ops.fp8_linear.op import LARGEST, Quantised, fp8_linear, quantise
 
 BFLOAT16 = 2**-8  # the largest relative error of rounding to it
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..modules import is_ordinary, register_by_token
-from ..ops.fp8 import Quantised, fp8_linear, quantise
+from ..ops.fp8_linear import Quantised, fp8_linear, quantise
 
 __all__ = ["LINEARS", "Fp8GradientsLinear", "Fp8Linear", "Weights", "read_weights"]
 
 
 class Fp8Linear(nn.Linear):
-    """An nn.Linear whose product is computed in e4m3, see ``vapt_fast.ops.fp8.fp8_linear``.
+    """An nn.Linear whose product is computed in e4m3, see ``vapt_fast.ops.fp8_linear``.
 
     Its parameters are those of an nn.Linear; they are quantised in each call.
     """

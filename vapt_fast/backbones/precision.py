@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ..arguments import choice, listing
-from ..ops.fp8 import MULTIPLE
+from ..ops.fp8_linear import MULTIPLE
 from .blocks import kind_reason
 from .linears import LINEARS, Fp8Linear
 

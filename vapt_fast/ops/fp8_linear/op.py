@@ -8,14 +8,17 @@ accumulators are shorter. A token's scale is its own: what becomes of it does no
 from __future__ import annotations
 
 import math
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .autocast import cast, without_autocast
-from .device import fp8_unsupported_reasons
+from ..autocast import cast, without_autocast
+from ..backend import resolve
+from ..base import is_recorded
+from ..device import fp8_unsupported_reasons, unavailable_reasons
 
 __all__ = ["MULTIPLE", "Quantised", "fp8_linear", "quantise"]
 
@@ -34,8 +37,29 @@ class Quantised(NamedTuple):
 
 
 def quantise(rows: Tensor) -> Quantised:
-    """Return ``rows`` (M, K) in e4m3, contiguous, each with a scale of its own. No gradient goes through."""
+    """Return ``rows`` (M, K) in e4m3, contiguous, each with a scale of its own. No gradient goes through.
+
+    Within "auto" and "triton" a kernel computes it where it can: it reads and writes nothing but these.
+    """
     rows = rows.detach()
+    if rows.is_cuda and _is_for_kernel(rows):
+        values, scale = (
+            rows.new_empty(rows.shape, dtype=E4M3),
+            rows.new_empty((len(rows), 1), dtype=torch.float32),
+        )
+        import_module(f"{__package__}.triton").quantise(rows, values, scale)
+        return Quantised(values, scale)
+    return quantise_by_torch(rows)
+
+
+def _is_for_kernel(rows: Tensor) -> bool:
+    if rows.dtype == torch.float64 or is_recorded(rows) or resolve() not in ("auto", "triton"):
+        return False
+    return not unavailable_reasons("triton")
+
+
+def quantise_by_torch(rows: Tensor) -> Quantised:
+    """Return the same by PyTorch's operations."""
     largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float()
     scale = (largest / LARGEST).clamp_min(SMALLEST_SCALE)
     return Quantised((rows / scale).to(E4M3).contiguous(), scale)

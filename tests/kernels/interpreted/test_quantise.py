@@ -1,0 +1,46 @@
+"""Rows in FP8 on Triton: what PyTorch's operations make of them, of all strides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from interpreter import bfloat16
+from torch import Tensor
+
+from vapt_fast.ops.fp8_linear import triton
+from vapt_fast.ops.fp8_linear.op import E4M3, Quantised, quantise_by_torch
+
+
+def quantise(rows: Tensor) -> Quantised:
+    values = torch.full(rows.shape, 7.0).to(E4M3)
+    scale = torch.full((len(rows), 1), float("nan"))
+    with bfloat16():
+        triton.quantise(rows, values, scale)
+    return Quantised(values, scale)
+
+
+def assert_equal(found: Quantised, expected: Quantised) -> None:
+    assert torch.equal(found.values.view(torch.uint8), expected.values.view(torch.uint8))
+    assert torch.equal(found.scale.nan_to_num(-1), expected.scale.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (5, 256), (9, 272), (0, 16), (33, 768)], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "transposed", "every other"])
+def test_the_same_as_torch(dtype: torch.dtype, shape: tuple[int, int], layout: str) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(shape).to(dtype) * torch.logspace(-3, 3, shape[0]).to(dtype)[:, None]
+    if layout == "transposed":
+        rows = rows.t().contiguous().t()
+    elif layout == "every other":
+        rows = rows.repeat_interleave(2, 1)[:, ::2]
+    assert_equal(quantise(rows), quantise_by_torch(rows))
+
+
+def test_odd_rows() -> None:
+    rows = torch.randn(5, 300, generator=torch.Generator().manual_seed(0))
+    rows[1] = 0
+    rows[2, 290] = float("nan")
+    rows[3, 5] = float("-inf")
+    rows[4] = 1e-44
+    assert_equal(quantise(rows), quantise_by_torch(rows))
