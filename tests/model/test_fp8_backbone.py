@@ -155,7 +155,7 @@ def test_nothing_outlives_a_call() -> None:
 @pytest.mark.parametrize(
     ("backbone", "options", "said"),
     [
-        (VIT, {}, f"blocks 1 to 2: rewritten, mlp called; {IN_FP8}; prompts pooled"),
+        (VIT, {}, f"blocks 1 to 2: rewritten; {IN_FP8}; prompts pooled"),
         (VIT, {"mlp_ratio": 1.25}, "mlp.fc2 not: its sizes, 40 and 32, are not both multiples of 16"),
         ("eva02_tiny_patch14_224", {}, "attn.qkv not: timm's attention reads its weight"),
     ],

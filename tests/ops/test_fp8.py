@@ -86,17 +86,22 @@ def test_the_product_of_tensor_cores_is_the_same() -> None:
 
 
 @pytest.mark.parametrize("fp8_gradients", [False, True])
-def test_gradients(fp8_gradients: bool) -> None:
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gradients(fp8_gradients: bool, gelu: bool) -> None:
     """Of weight and bias as ever, of x by the weight as it is, or rounded by row of its transpose."""
     tensors = [normal(2, 5, 32), normal(48, 32, seed=1), normal(48, seed=2)]
     x, weight, bias = (t.requires_grad_() for t in tensors)
     grad = normal(2, 5, 48, seed=3)
-    y = fp8_linear(x, weight, bias, quantise(weight), fp8_gradients=fp8_gradients)
+    read = F.gelu(x) if gelu else x
+    y = fp8_linear(x, weight, bias, quantise(weight), gelu=gelu, fp8_gradients=fp8_gradients)
+    assert torch.equal(y, fp8_linear(read, weight, bias, quantise(weight)))
     found = torch.autograd.grad(y, tensors, grad)
-    expected = list(torch.autograd.grad(F.linear(x, weight, bias), tensors, grad))
+    expected = list(torch.autograd.grad(F.linear(read, weight, bias), tensors, grad, retain_graph=True))
     if fp8_gradients:
         terms = exact(quantise(grad.flatten(0, 1))), exact(quantise(weight.t()))
         rounded = (terms[0] @ terms[1].t()).view_as(x)
+        if gelu:
+            (rounded,) = torch.autograd.grad(read, x, rounded)
         assert not torch.allclose(rounded, expected[0], rtol=1e-3)
         torch.testing.assert_close(found[0], rounded, rtol=2 * BFLOAT16, atol=0.05)
         found, expected = found[1:], expected[1:]

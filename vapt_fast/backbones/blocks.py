@@ -15,14 +15,12 @@ from torch import Tensor, nn
 
 from ..modules import BY_TOKEN, Once, has_global_hooks, is_patched, is_plain, token_mixing_reason
 from .base import FAMILIES
-from .linears import LINEARS, Weights, read_weights
+from .linears import LINEARS, Weights
 
 __all__ = ["StandardBlock", "fallback_reason", "kind_reason", "split_block", "standard_block"]
 
 NOT_CALLED = (nn.Identity, nn.Dropout, DropPath)  # when they are off
 READABLE_LINEARS = tuple(LINEARS.values())
-
-MlpWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # of fc1, of fc2
 
 
 def kind_reason(block: Any) -> str | None:
@@ -88,7 +86,7 @@ class StandardBlock:
             where there are three.
         proj: weight and bias of the attention's last projection; None where it has to be called.
         bias: (1, h, T, T), added to the scores by this block itself, or None.
-        gelu_mlp: weight and bias of fc1 and fc2 if the MLP is fc2(gelu(fc1(x))) with the exact GELU and
+        gelu_mlp: the weights of fc1 and fc2 if the MLP is fc2(gelu(fc1(x))) with the exact GELU and
             nothing more; None: it has to be called.
         layer_scales: where each of the two LayerScales is, see ``_layer_scale``.
     """
@@ -100,7 +98,7 @@ class StandardBlock:
     qkv: Weights | None
     proj: Weights | None
     bias: Tensor | None
-    gelu_mlp: MlpWeights | None
+    gelu_mlp: tuple[Weights, Weights] | None
     layer_scales: tuple[str, str]
 
     def called(self) -> list[str]:
@@ -267,7 +265,7 @@ def _take_apart(block: Any, readable: _Readable) -> StandardBlock:
         if readable.separate_bias:
             qkv.bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     if readable.gelu_mlp:
-        gelu_mlp = *read_weights(mlp._modules["fc1"]), *read_weights(mlp._modules["fc2"])
+        gelu_mlp = Weights.of(mlp._modules["fc1"]), Weights.of(mlp._modules["fc2"])
     return StandardBlock(
         block=block,
         attn=attn,
@@ -312,7 +310,7 @@ def _is_gelu_mlp(mlp: Any) -> bool:
     exact = is_plain(mlp.act, GELU, nn.GELU) and getattr(mlp.act, "approximate", "none") == "none"
     return (
         exact
-        and all(is_plain(linear, nn.Linear) for linear in (mlp.fc1, mlp.fc2))
+        and all(is_plain(linear, *READABLE_LINEARS) for linear in (mlp.fc1, mlp.fc2))
         and all(is_plain(drop, nn.Dropout) for drop in (mlp.drop1, mlp.drop2))
     )
 

@@ -71,13 +71,14 @@ class Weights:
         fp8 = isinstance(linear, Fp8Linear)
         return cls(*read_weights(linear), fp8, fp8 and linear.fp8_gradients)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return x @ weight.T + bias."""
+    def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
+        """Return x @ weight.T + bias, or with the exact GELU of x for x."""
         if not self.fp8:
-            return F.linear(x, self.weight, self.bias)
+            return F.linear(F.gelu(x) if gelu else x, self.weight, self.bias)
         if self.quantised is None:
             self.quantised = quantise(self.weight)
-        return fp8_linear(x, self.weight, self.bias, self.quantised, fp8_gradients=self.fp8_gradients)
+        options = {"gelu": gelu, "fp8_gradients": self.fp8_gradients}
+        return fp8_linear(x, self.weight, self.bias, self.quantised, **options)
 
     def split(self, at: int) -> tuple[Weights, Weights]:
         """Return the weights of the first ``at`` outputs, and of the others."""

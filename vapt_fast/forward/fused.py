@@ -179,9 +179,18 @@ def _run_block(
     branch, layer_scale = parts.finish_attention(out)
     stream = _Stream(tokens if num_rows is None else tokens[:, :num_rows], branch, layer_scale)
     tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
-    weights = parts.gelu_mlp
-    branch = block.mlp(normed) if weights is None else mlp(normed, *weights, backend=backend)
-    return _Stream(tokens, *parts.scaled(branch, 2))
+    return _Stream(tokens, *parts.scaled(_mlp(parts, normed, backend), 2))
+
+
+def _mlp(parts: StandardBlock, normed: Tensor, backend: str | None) -> Tensor:
+    """Return the MLP of the normalised tokens (B, T, C), in one op where its kind and precision allow."""
+    if parts.gelu_mlp is None:
+        out: Tensor = parts.block.mlp(normed)
+        return out
+    fc1, fc2 = parts.gelu_mlp
+    if fc1.fp8 or fc2.fp8:
+        return fc2(fc1(normed), gelu=True)
+    return mlp(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, backend=backend)
 
 
 def _normalise(

@@ -11,11 +11,11 @@ from vapt_fast.ops.fp8_linear import triton
 from vapt_fast.ops.fp8_linear.op import E4M3, Quantised, quantise_by_torch
 
 
-def quantise(rows: Tensor) -> Quantised:
+def quantise(rows: Tensor, gelu: bool = False) -> Quantised:
     values = torch.full(rows.shape, 7.0).to(E4M3)
     scale = torch.full((len(rows), 1), float("nan"))
     with bfloat16():
-        triton.quantise(rows, values, scale)
+        triton.quantise(rows, values, scale, gelu)
     return Quantised(values, scale)
 
 
@@ -35,6 +35,16 @@ def test_the_same_as_torch(dtype: torch.dtype, shape: tuple[int, int], layout: s
     elif layout == "every other":
         rows = rows.repeat_interleave(2, 1)[:, ::2]
     assert_equal(quantise(rows), quantise_by_torch(rows))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_of_the_gelu(dtype: torch.dtype) -> None:
+    """Computed in float32, and rounded once: but for ties, as PyTorch has it."""
+    rows = (3 * torch.randn(9, 272, generator=torch.Generator().manual_seed(0))).to(dtype)
+    found, expected = quantise(rows, gelu=True), quantise_by_torch(rows.float(), gelu=True)
+    torch.testing.assert_close(found.scale, expected.scale, rtol=1e-5, atol=0)
+    assert (found.values.float() != expected.values.float()).float().mean() < 0.01
+    torch.testing.assert_close(found.values.float(), expected.values.float(), rtol=2**-3, atol=2**-8)
 
 
 def test_odd_rows() -> None:

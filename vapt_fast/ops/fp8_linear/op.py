@@ -36,10 +36,10 @@ class Quantised(NamedTuple):
     scale: Tensor
 
 
-def quantise(rows: Tensor) -> Quantised:
-    """Return ``rows`` (M, K) in e4m3, contiguous, each with a scale of its own. No gradient goes through.
+def quantise(rows: Tensor, *, gelu: bool = False) -> Quantised:
+    """Return ``rows`` (M, K), or their GELU, in e4m3, contiguous, each with a scale of its own.
 
-    Within "auto" and "triton" a kernel computes it where it can: it reads and writes nothing but these.
+    No gradient goes through. Within the backends "auto" and "triton" a kernel computes it where it can.
     """
     rows = rows.detach()
     if rows.is_cuda and _is_for_kernel(rows):
@@ -47,9 +47,9 @@ def quantise(rows: Tensor) -> Quantised:
             rows.new_empty(rows.shape, dtype=E4M3),
             rows.new_empty((len(rows), 1), dtype=torch.float32),
         )
-        import_module(f"{__package__}.triton").quantise(rows, values, scale)
+        import_module(f"{__package__}.triton").quantise(rows, values, scale, gelu)
         return Quantised(values, scale)
-    return quantise_by_torch(rows)
+    return quantise_by_torch(rows, gelu=gelu)
 
 
 def _is_for_kernel(rows: Tensor) -> bool:
@@ -58,8 +58,9 @@ def _is_for_kernel(rows: Tensor) -> bool:
     return not unavailable_reasons("triton")
 
 
-def quantise_by_torch(rows: Tensor) -> Quantised:
+def quantise_by_torch(rows: Tensor, *, gelu: bool = False) -> Quantised:
     """Return the same by PyTorch's operations."""
+    rows = F.gelu(rows) if gelu else rows
     largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float()
     scale = (largest / LARGEST).clamp_min(SMALLEST_SCALE)
     return Quantised((rows / scale).to(E4M3).contiguous(), scale)
@@ -71,6 +72,7 @@ def fp8_linear(
     bias: Tensor | None,
     quantised: Quantised,
     *,
+    gelu: bool = False,
     fp8_gradients: bool = False,
 ) -> Tensor:
     """Compute x @ weight.T + bias with both factors in e4m3.
@@ -80,6 +82,7 @@ def fp8_linear(
         weight: (N, K), in x's dtype unless autocast casts them; K and N are multiples of 16.
         bias: (N,) or None.
         quantised: ``quantise(weight)``.
+        gelu: take the exact GELU of x for x; it is rounded to e4m3 only.
         fp8_gradients: compute the gradient of x in e4m3 too, with a scale for each token and one for each of
             its channels.
 
@@ -98,9 +101,9 @@ def fp8_linear(
         )
     x, weight, bias = cast(x), cast(weight), cast(bias)
     if not x.numel():
-        return F.linear(x, weight, bias)
+        return F.linear(F.gelu(x) if gelu else x, weight, bias)
     with without_autocast(x.device.type):
-        y: Tensor = _Fp8Linear.apply(x, weight, bias, *quantised, fp8_gradients)
+        y: Tensor = _Fp8Linear.apply(x, weight, bias, *quantised, gelu, fp8_gradients)
         return y
 
 
@@ -115,12 +118,13 @@ class _Fp8Linear(torch.autograd.Function):
         bias: Tensor | None,
         values: Tensor,
         scale: Tensor,
+        gelu: bool,
         fp8_gradients: bool,
     ) -> Tensor:
         """Return the product."""
-        ctx.fp8_gradients = fp8_gradients
-        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] else None)
-        y = _product(quantise(x.flatten(0, -2)), Quantised(values, scale), bias)
+        ctx.gelu, ctx.fp8_gradients = gelu, fp8_gradients
+        ctx.save_for_backward(weight, x if gelu or ctx.needs_input_grad[1] else None)
+        y = _product(quantise(x.flatten(0, -2), gelu=gelu), Quantised(values, scale), bias)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
@@ -136,8 +140,12 @@ class _Fp8Linear(torch.autograd.Function):
                 grad_x = fp8_linear(grad, weight.t(), None, quantise(weight.t()))
             elif of_x:
                 grad_x = grad @ weight
-            grad_weight = rows.t() @ x.flatten(0, -2) if of_weight else None
-        return grad_x, grad_weight, rows.sum(0) if of_bias else None, None, None, None
+            if of_x and ctx.gelu:
+                grad_x = torch.ops.aten.gelu_backward(grad_x, x)
+            grad_weight = None
+            if of_weight:
+                grad_weight = rows.t() @ (F.gelu(x) if ctx.gelu else x).flatten(0, -2)
+        return grad_x, grad_weight, rows.sum(0) if of_bias else None, *[None] * 4
 
 
 def _product(a: Quantised, b: Quantised, bias: Tensor | None) -> Tensor:
