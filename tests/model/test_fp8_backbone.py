@@ -6,6 +6,7 @@ import copy
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from replaying import replaying_on_cpu
 from timm.models.vision_transformer import ParallelScalingBlock
-from tiny import assert_same, run, tiny_backbone, tiny_images, tiny_model
+from tiny import Scaled, assert_same, run, tiny_backbone, tiny_images, tiny_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from vapt_fast import AdaptiveViT, PromptConfig, adapters, use_backend
 from vapt_fast.backbones.linears import Fp8GradientsLinear, Fp8Linear
@@ -177,6 +179,36 @@ def test_a_module_put_in_the_place_of_another_is_as_it_is() -> None:
     ((x, y),) = seen
     proj = model.backbone.blocks[1].attn.proj
     assert 0 < (y - F.linear(x, proj.weight, proj.bias)).norm() < 0.1 * y.norm()
+    assert "FP8 in attn.qkv, attn.proj, mlp.fc2" in forward_report(model)
+
+
+def pruned(linear: nn.Linear) -> None:
+    prune.l1_unstructured(linear, "weight", 0.3)
+
+
+def parametrised(linear: nn.Linear) -> None:
+    parametrize.register_parametrization(linear, "weight", Scaled())
+
+
+@pytest.mark.parametrize("change", [pruned, parametrised])
+def test_weights_that_are_computed(change: Callable[[nn.Linear], None]) -> None:
+    model = model_of(global_pool="avg", class_token=False)
+    images, before = tiny_images(model), run(model, tiny_images(model))["logits"]
+    for name in ("attn.qkv", "mlp.fc1"):
+        change(model.backbone.blocks[1].get_submodule(name))
+    found = run(model, images)
+    assert_same(found, run(model, images, "reference"))
+    assert (found["logits"] - before).abs().max() > 1e-3
+    if change is parametrised:
+        with pytest.raises(ValueError, match=r"any more[\s\S]*attn\.qkv is a ParametrizedFp8L"):
+            model.backbone_precision = None
+        assert model.backbone_precision == "fp8"
+
+
+def test_what_learns_keeps_its_precision() -> None:
+    model = model_of(None)
+    model.backbone.blocks[1].mlp.fc1.weight.requires_grad_()
+    model.backbone_precision = "fp8"
     assert "FP8 in attn.qkv, attn.proj, mlp.fc2" in forward_report(model)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..modules import is_ordinary, register_by_token
 from ..ops.fp8_linear import Quantised, fp8_linear, quantise
 
-__all__ = ["LINEARS", "Fp8GradientsLinear", "Fp8Linear", "Weights", "read_weights"]
+__all__ = ["LINEARS", "Fp8GradientsLinear", "Fp8Linear", "Weights"]
 
 
 class Fp8Linear(nn.Linear):
@@ -29,7 +29,7 @@ class Fp8Linear(nn.Linear):
         """
         if not is_ordinary(self.weight):
             return F.linear(input, self.weight, self.bias)
-        return Weights.of(self)(input)
+        return Weights(self.weight, self.bias, True, self.fp8_gradients)(input)
 
 
 class Fp8GradientsLinear(Fp8Linear):
@@ -67,9 +67,11 @@ class Weights:
 
     @classmethod
     def of(cls, linear: Any) -> Weights:
-        """Return those of a module of one of ``LINEARS``."""
+        """Return those of a plain module of one of ``LINEARS``, or of a replica, which has no parameters."""
+        own = linear._parameters
+        weight, bias = (own["weight"], own["bias"]) if own else (linear.weight, linear.bias)
         fp8 = isinstance(linear, Fp8Linear)
-        return cls(*read_weights(linear), fp8, fp8 and linear.fp8_gradients)
+        return cls(weight, bias, fp8, fp8 and linear.fp8_gradients)
 
     def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """Return x @ weight.T + bias, or with the exact GELU of x for x."""
@@ -94,9 +96,3 @@ class Weights:
             for part in parts
         )
         return first, last
-
-
-def read_weights(linear: Any) -> tuple[Tensor, Tensor | None]:
-    """Return weight and bias of a Linear, or of a replica of one, which has no parameters."""
-    own = linear._parameters
-    return (own["weight"], own["bias"]) if own else (linear.weight, linear.bias)

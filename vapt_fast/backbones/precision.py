@@ -19,9 +19,8 @@ PRECISIONS = tuple(name for name in LINEARS if name is not None)
 
 def precision_of(blocks: nn.Module) -> str | None:
     """Return the precision of the products in ``blocks``; None for that of the weights."""
-    classes = {cls: name for name, cls in LINEARS.items() if name is not None}
-    found = (name for module in blocks.modules() for cls, name in classes.items() if type(module) is cls)
-    return next(found, None)
+    linears = (module for module in blocks.modules() if isinstance(module, Fp8Linear))
+    return next(map(_own_precision, linears), None)
 
 
 def set_precision(blocks: nn.Module, precision: str | None) -> None:
@@ -32,38 +31,54 @@ def set_precision(blocks: nn.Module, precision: str | None) -> None:
         precision: one of PRECISIONS; None for that of the weights.
 
     Raises:
-        TypeError, ValueError: not a precision, or one that suits none of the Linears; nothing is changed.
+        TypeError, ValueError: not a precision, one that suits none of the Linears, or another than that of a
+            Linear that has become something else (sharded, parametrised); nothing is changed.
     """
     if precision is not None:
         precision = choice("backbone_precision", precision, PRECISIONS)
-    linears = [found for block in blocks.children() for found in _linears(block)]
-    able = [linear for _, linear, reason in linears if reason is None]
+    able, reasons, fixed = [], [], []
+    for block in blocks.children():
+        for name, linear, reason in _linears(block):
+            if type(linear) in LINEARS.values() and (precision is None or reason is None):
+                able.append(linear)
+            elif isinstance(linear, Fp8Linear) and _own_precision(linear) != precision:
+                fixed.append(f"{name} is a {type(linear).__name__} already")
+            else:
+                reasons.append(f"{name}: {reason}")
+    if fixed:
+        raise ValueError(listing("backbone_precision can't be changed any more", dict.fromkeys(fixed)))
     if precision is not None and not able:
-        reasons = dict.fromkeys(f"{name}: {reason}" for name, _, reason in linears)
-        raise ValueError(
-            listing(f"backbone_precision={precision!r} suits no Linear of this backbone", reasons)
-        )
+        summary = f"backbone_precision={precision!r} suits no Linear of this backbone"
+        raise ValueError(listing(summary, dict.fromkeys(reasons)))
     for linear in able:
         linear.__class__ = LINEARS[precision]
 
 
 def precision_report(block: nn.Module) -> str:
     """Say which Linears of ``block`` compute in FP8, and why others don't; nothing where none does."""
-    linears = list(_linears(block))
-    names = [name for name, linear, _ in linears if isinstance(linear, Fp8Linear)]
-    if not names:
-        return ""
-    others = [
-        f"{name} not: {reason}" for name, linear, reason in linears if not isinstance(linear, Fp8Linear)
-    ]
-    return "; ".join([f"FP8 in {', '.join(names)}", *others])
+    names, others = [], []
+    for name, linear, reason in _linears(block):
+        if isinstance(linear, Fp8Linear):
+            names.append(name)
+        else:
+            others.append(f"{name} not: {reason or 'it came later'}")
+    return "; ".join([f"FP8 in {', '.join(names)}", *others]) if names else ""
+
+
+def _own_precision(linear: nn.Module) -> str | None:
+    return next((name for name, cls in reversed(LINEARS.items()) if isinstance(linear, cls)), None)
 
 
 def _linears(block: Any) -> Iterator[tuple[str, nn.Linear, str | None]]:
-    """Yield the Linears of a block, their names, and why their products can't be in another precision."""
+    """Yield names of Linears of a block, these, and why their products can't be in FP8; None if they can.
+
+    Those that learn, such as LoRA's, are left out: they keep their precision.
+    """
     kind = kind_reason(block)
     for name, module in block.named_modules():
         if not isinstance(module, nn.Linear):
+            continue
+        if module.weight.requires_grad and not isinstance(module, Fp8Linear):
             continue
         reason = None
         if kind is not None:
