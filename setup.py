@@ -1,8 +1,8 @@
 """The project's packages and the build of its CUDA kernels, vapt_fast._C. All else is in pyproject.toml.
 
-The build needs nvcc, a C++ compiler, CMake, Ninja and pybind11, and nothing of PyTorch. Where it fails, the
-install succeeds without ``_C``, says so, and leaves the reason in vapt_fast/_C_missing.txt, which
-``vapt-fast info`` shows.
+The build needs nvcc, a C++ compiler, CMake, Ninja, pybind11 and CUTLASS's headers, and nothing of PyTorch.
+Where it fails, the install succeeds without ``_C``, says so, and leaves the reason in
+vapt_fast/_C_missing.txt, which ``vapt-fast info`` shows.
 
 README.md has the environment variables that change this.
 """
@@ -10,11 +10,13 @@ README.md has the environment variables that change this.
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -73,6 +75,7 @@ def build() -> Path:
         "CMAKE_MAKE_PROGRAM": ninja,
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
+        "VAPT_FAST_CUTLASS": cutlass(),
         "VAPT_FAST_JOBS": jobs,
     }
     definitions = [f"-D{name}={value}" for name, value in options.items()]
@@ -99,6 +102,19 @@ def find_nvcc() -> str:
             "set CUDA_HOME"
         )
     return nvcc
+
+
+def cutlass() -> Path:
+    """The headers of nvidia-cutlass, where they stay: pip installs what a build requires anew each time."""
+    package = importlib.util.find_spec("cutlass_library")
+    if package is None or package.origin is None:
+        raise CannotBuildError("nvidia-cutlass is missing; install it, or build with isolation")
+    headers = ROOT / "build" / f"cutlass-{version('nvidia-cutlass')}"
+    if not headers.exists():
+        unfinished = headers.with_suffix(".unfinished")
+        shutil.copytree(Path(package.origin).parent / "source" / "include", unfinished, dirs_exist_ok=True)
+        unfinished.rename(headers)
+    return headers
 
 
 def find_tool(name: str) -> str:
@@ -154,7 +170,7 @@ def run(*command: object, cwd: Path = ROOT) -> str:
 setup(
     packages=[*find_packages(include=["vapt_fast", "vapt_fast.*"]), "vapt_fast.kernels"],
     package_dir={"vapt_fast.kernels": "kernels"},
-    package_data={"vapt_fast": ["py.typed", "**/*.safetensors"]},
+    package_data={"vapt_fast": ["py.typed", "**/*.safetensors", "ops/tuned.json"]},
     ext_modules=[Extension(NATIVE, sources=[])],
     cmdclass={"build_ext": BuildNative},
 )

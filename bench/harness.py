@@ -133,7 +133,7 @@ class Bench:
         inputs = job.make()
         exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in inputs]
         pairs = zip(
-            _outputs_and_gradients(op, inputs), _outputs_and_gradients(job.definition, exact), strict=True
+            outputs_and_gradients(op, inputs), outputs_and_gradients(job.definition, exact), strict=True
         )
         errors = [((ours.double() - right).norm() / right.norm()).item() for ours, right in pairs]
         worst = max(math.inf if math.isnan(error) else error for error in errors)
@@ -187,7 +187,7 @@ def _caller(op: Op, inputs: list[Tensor], mode: str) -> Callable[[], tuple[Tenso
     return call
 
 
-def _outputs_and_gradients(op: Op, inputs: list[Tensor]) -> list[Tensor]:
+def outputs_and_gradients(op: Op, inputs: list[Tensor]) -> list[Tensor]:
     outputs = _tuple(op(*inputs))
     generator = torch.Generator().manual_seed(SEED)
     incoming = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]

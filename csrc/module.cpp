@@ -8,8 +8,9 @@
 #include "prompt_pool/api.h"
 
 namespace vapt_fast {
+void bind_mlp(pybind11::module_& module);
 void bind_prompt_pool(pybind11::module_& module);
-}
+}  // namespace vapt_fast
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The launchers of vapt_fast's CUDA kernels.";
@@ -19,4 +20,7 @@ PYBIND11_MODULE(_C, module) {
       "unsupported_because", [](int device) { return std::string(vapt_fast::prompt_pool_supported(device).message); },
       pybind11::arg("device"), "Why a device, which becomes current, can't run the kernels; empty if it can.");
   vapt_fast::bind_prompt_pool(module);
+#ifdef VAPT_FAST_HOPPER
+  vapt_fast::bind_mlp(module);
+#endif
 }

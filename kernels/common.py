@@ -14,13 +14,26 @@ def block_of(index, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def sum_chunks_kernel(partial, total, num_chunks, size, BLOCK: tl.constexpr):
-    """total (size,) = partial (chunks, size) added up chunk after chunk: the same order every time."""
+def sum_chunks_kernel(partial, total, num_chunks, size, BLOCK_CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
+    """total (size,) = partial (chunks, size) added up, in the same order every time."""
     position, mask = block_of(tl.program_id(0), size, BLOCK)
-    sums = tl.zeros((BLOCK,), total.dtype.element_ty)
-    for chunk in range(num_chunks):
-        sums += tl.load(partial + tl.cast(chunk, tl.int64) * size + position, mask, 0)
-    tl.store(total + position, sums, mask)
+    sums = tl.zeros((BLOCK_CHUNKS, BLOCK), total.dtype.element_ty)
+    for start in range(0, num_chunks, BLOCK_CHUNKS):
+        chunk = start + tl.arange(0, BLOCK_CHUNKS).to(tl.int64)
+        at = partial + (chunk * size)[:, None] + position[None, :]
+        sums += tl.load(at, (chunk < num_chunks)[:, None] & mask[None, :], 0)
+    tl.store(total + position, tl.sum(sums, axis=0), mask)
+
+
+@triton.jit
+def halves(values):
+    """float32 values as sums of two numbers in bfloat16, to 16 bits: what is left is 2^-17 of them.
+
+    A product with a factor that is in bfloat16 already is then as good as exact, by two fast products.
+    """
+    high = values.to(tl.bfloat16)
+    low = (values - high.to(tl.float32)).to(tl.bfloat16)
+    return high, low
 
 
 @triton.jit

@@ -10,15 +10,17 @@ For image b, token t, patch n = t - num_prefix, channel c and row r of the pooli
 
 normed, mean and rstd come from add_norm's forward kernel; where a branch is added there, x is the total here.
 
-Everything is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples of a
+Everything is computed in the dtype of ``mean``: float32, or float64. Where x is in bfloat16 (HALVES), it is a
+factor of the products as it is, and what is not comes in two halves; the mean, which x still has, is
+subtracted from the product. Tensors that users give are tuples of a
 pointer and all strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are
 one-dimensional.
 """
 
 import triton
 import triton.language as tl
-from vapt_fast.kernels.add_norm import elements_of, load_channels, rows_of, store_gradients
-from vapt_fast.kernels.common import block_of
+from vapt_fast.kernels.add_norm import load_channels, rows_of, store_gradients
+from vapt_fast.kernels.common import block_of, halves
 
 
 @triton.jit
@@ -44,6 +46,7 @@ def prompt_pool_fwd_kernel(
     EPS: tl.constexpr,
     PROMPT_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -59,6 +62,7 @@ def prompt_pool_fwd_kernel(
 
     sums = tl.zeros((BLOCK_R, BLOCK_C), dtype)
     row_sums = tl.zeros((BLOCK_R,), dtype)
+    shift = tl.zeros((BLOCK_R,), dtype)
     for start in range(0, num_tokens - num_prefix, BLOCK_N):
         patch = start + tl.arange(0, BLOCK_N).to(tl.int64)
         token = num_prefix + patch
@@ -67,12 +71,20 @@ def prompt_pool_fwd_kernel(
         m = tl.load(m_at, is_row[:, None] & is_token[None, :], 0)
         x_at = x + image * x_image + token[:, None] * x_token + channel[None, :] * x_channel
         # Where there is no token, mean and rstd are 0 and so is z.
-        values = tl.load(x_at, is_token[:, None] & is_channel[None, :], 0).to(dtype)
+        values = tl.load(x_at, is_token[:, None] & is_channel[None, :], 0)
         mu = tl.load(mean + image * num_tokens + token, is_token, 0)
         r = tl.load(rstd + image * num_tokens + token, is_token, 0)
-        z = (values - mu[:, None]) * (r * prompt_factor(r, EPS, PROMPT_EPS))[:, None]
-        sums = tl.dot(m, z, sums, input_precision=PRECISION, out_dtype=dtype)
+        factor = r * prompt_factor(r, EPS, PROMPT_EPS)
         row_sums += tl.sum(m, axis=1)
+        if HALVES:
+            high, low = halves(m * factor[None, :])
+            sums = tl.dot(high, values, sums)
+            sums = tl.dot(low, values, sums)
+            shift += tl.sum((high.to(dtype) + low.to(dtype)) * mu[None, :], axis=1)
+        else:
+            z = (values.to(dtype) - mu[:, None]) * factor[:, None]
+            sums = tl.dot(m, z, sums, input_precision=PRECISION, out_dtype=dtype)
+    sums -= shift[:, None]
 
     w = load_channels(weight, channel, is_channel)
     b = load_channels(bias, channel, is_channel)
@@ -83,55 +95,111 @@ def prompt_pool_fwd_kernel(
 
 
 @triton.jit
-def branches(
+def prompt_pool_bwd_products_kernel(
     x,
-    x_channel,
     grad_normed,
-    grad_normed_channel,
     grad_pooled,
-    grad_pooled_row,
-    grad_pooled_channel,
     matrix,
-    matrix_row,
     weight,
+    bias,
     norm_weight,
-    mu,
-    r,
-    s,
-    is_token,
-    is_patch,
-    start,
+    mean,
+    rstd,
+    means,
+    partial,
+    num_images,
+    num_tokens,
     num_channels,
     num_rows,
+    num_prefix,
+    EPS: tl.constexpr,
+    PROMPT_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """For a block of tokens and channels: xhat, the gradient a it gets from the block, b from the prompts.
+    """What needs sums over the channels: ``means`` (2, B, T), and the gradient of M by images.
 
-    a[t, c] = grad_normed[t, c] * norm_weight[c] and
-    b[t, c] = sum_r M[r, n] * s[t] * grad_pooled[r, c] * weight[c]. The pointers point to the tokens' rows.
+    With g = grad_pooled * weight, the gradients that xhat gets from the block and from the prompts are
+    a[t, c] = grad_normed[t, c] * norm_weight[c] and b[t, c] = s[t] * sum_r M[r, n] * g[r, c]. All comes from
+    one product, G[r, t] = sum_c g[r, c] * xhat[t, c]: ``means``, those of a + b and of a * xhat + s^2 * b *
+    xhat over the channels, and ``partial`` (B, R, N), s * G + sum_c grad_pooled * bias.
+
+    Either may be None; without ``means`` so is grad_normed. One program: BLOCK_T tokens of one image.
     """
-    dtype = mu.dtype
-    channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-    is_channel = channel < num_channels
-    mask = is_token[:, None] & is_channel[None, :]
-    values = tl.load(x[:, None] + channel[None, :] * x_channel, mask, 0).to(dtype)
-    xhat = tl.where(mask, (values - mu[:, None]) * r[:, None], 0)
-    a = tl.load(grad_normed[:, None] + channel[None, :] * grad_normed_channel, mask, 0).to(dtype)
-    if norm_weight is not None:
-        a *= load_channels(norm_weight, channel, is_channel).to(dtype)[None, :]
-    w = load_channels(weight, channel, is_channel)
-    b = tl.zeros(a.shape, dtype)
-    for row_start in range(0, num_rows, BLOCK_R):
+    x, x_image, x_token, x_channel = x
+    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
+    matrix, matrix_row, matrix_patch = matrix
+    dtype = mean.dtype.element_ty
+    token_blocks = tl.cdiv(num_tokens, BLOCK_T)
+    image = (tl.program_id(0) // token_blocks).to(tl.int64)
+    token, is_token = block_of(tl.program_id(0) % token_blocks, num_tokens, BLOCK_T)
+    patch = token - num_prefix
+    is_patch = is_token & (patch >= 0)
+
+    mu = tl.load(mean + image * num_tokens + token, is_token, 0)
+    r = tl.load(rstd + image * num_tokens + token, is_token, 0)
+    s = prompt_factor(r, EPS, PROMPT_EPS)
+    x += image * x_image + (token * x_token)[:, None]
+    grad_normed_channel = 0
+    if means is not None:
+        grad_normed, grad_normed_channel = rows_of(grad_normed, image, token)
+
+    sums = tl.zeros((BLOCK_T,), dtype)
+    products = tl.zeros((BLOCK_T,), dtype)
+    # At least once, also without rows: a is there.
+    for row_start in range(0, tl.maximum(num_rows, 1), BLOCK_R):
         row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
         is_row = row < num_rows
-        m_at = matrix[:, None] + row[None, :] * matrix_row
-        m = tl.load(m_at, is_patch[:, None] & is_row[None, :], 0) * s[:, None]
-        g_at = grad_pooled + row[:, None] * grad_pooled_row + channel[None, :] * grad_pooled_channel
-        g = tl.load(g_at, is_row[:, None] & is_channel[None, :], 0) * w[None, :]
-        b = tl.dot(m, g, b, input_precision=PRECISION, out_dtype=dtype)
-    return xhat, a, b
+        g_row = grad_pooled + image * grad_pooled_image + (row * grad_pooled_row)[:, None]
+        gram = tl.zeros((BLOCK_R, BLOCK_T), dtype)
+        row_sums = tl.zeros((BLOCK_R,), dtype)
+        bias_sums = tl.zeros((BLOCK_R,), dtype)
+        for start in range(0, num_channels, BLOCK_C):
+            channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
+            is_channel = channel < num_channels
+            mask = is_token[:, None] & is_channel[None, :]
+            g_at = g_row + (channel * grad_pooled_channel)[None, :]
+            g = tl.load(g_at, is_row[:, None] & is_channel[None, :], 0)
+            bias_sums += tl.sum(g * load_channels(bias, channel, is_channel)[None, :], axis=1)
+            g *= load_channels(weight, channel, is_channel)[None, :]
+            values = tl.load(x + (channel * x_channel)[None, :], mask, 0)
+            # Beyond the last channel it is not 0, but g and a are.
+            xhat = (values.to(dtype) - mu[:, None]) * r[:, None]
+            if HALVES:
+                high, low = halves(g)
+                gram = tl.dot(high, tl.trans(values), gram)
+                gram = tl.dot(low, tl.trans(values), gram)
+                g = high.to(dtype) + low.to(dtype)
+            else:
+                gram = tl.dot(g, tl.trans(xhat), gram, input_precision=PRECISION, out_dtype=dtype)
+            row_sums += tl.sum(g, axis=1)
+            if means is not None:
+                # Once, with the first rows.
+                a_at = grad_normed + (channel * grad_normed_channel)[None, :]
+                a = tl.load(a_at, mask & (row_start == 0), 0).to(dtype)
+                if norm_weight is not None:
+                    a *= load_channels(norm_weight, channel, is_channel).to(dtype)[None, :]
+                sums += tl.sum(a, axis=1)
+                products += tl.sum(a * xhat, axis=1)
+        if HALVES:
+            gram = (gram - row_sums[:, None] * mu[None, :]) * r[None, :]
+        of_patches = is_row[:, None] & is_patch[None, :]
+        if means is not None:
+            m_at = matrix + (row * matrix_row)[:, None] + (patch * matrix_patch)[None, :]
+            weighted = tl.load(m_at, of_patches, 0) * s[None, :]
+            sums += tl.sum(weighted * row_sums[:, None], axis=0)
+            products += s * s * tl.sum(weighted * gram, axis=0)
+        if partial is not None:
+            at = partial + ((image * num_rows + row) * (num_tokens - num_prefix))[:, None] + patch[None, :]
+            tl.store(at, gram * s[None, :] + bias_sums[:, None], of_patches)
+
+    if means is not None:
+        at = means + image * num_tokens + token
+        tl.store(at, sums / num_channels, is_token)
+        tl.store(at + tl.cast(num_images, tl.int64) * num_tokens, products / num_channels, is_token)
 
 
 @triton.jit
@@ -146,8 +214,10 @@ def prompt_pool_bwd_tokens_kernel(
     layer_scale,
     mean,
     rstd,
+    means,
     grad_x,
     grad_branch,
+    num_images,
     num_tokens,
     num_channels,
     num_rows,
@@ -159,120 +229,55 @@ def prompt_pool_bwd_tokens_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """grad_x and grad_branch (B, T, C), see ``store_gradients``. One program: BLOCK_T tokens of one image.
+    """grad_x and grad_branch (B, T, C), see ``store_gradients``.
 
-    With a and b of ``branches`` and means over the channels, x gets through both of its norms
-    rstd * (a + b - mean(a + b) - xhat * (mean(a * xhat) + s^2 * mean(b * xhat))).
+    x gets through both of its norms rstd * (a + b - means[0] - xhat * means[1]), a and b as in the kernel
+    above. One program: BLOCK_T tokens and BLOCK_C channels of one image.
     """
-    x, x_image, x_token, x_channel = x
-    grad_normed, grad_normed_image, grad_normed_token, grad_normed_channel = grad_normed
     grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
     matrix, matrix_row, matrix_patch = matrix
     dtype = mean.dtype.element_ty
-    token_blocks = tl.cdiv(num_tokens, BLOCK_T)
-    image = (tl.program_id(0) // token_blocks).to(tl.int64)
-    token, is_token = block_of(tl.program_id(0) % token_blocks, num_tokens, BLOCK_T)
-    is_patch = is_token & (token >= num_prefix)
+    channel_blocks, token_blocks = tl.cdiv(num_channels, BLOCK_C), tl.cdiv(num_tokens, BLOCK_T)
+    image = (tl.program_id(0) // (channel_blocks * token_blocks)).to(tl.int64)
+    token, is_token = block_of(tl.program_id(0) // channel_blocks % token_blocks, num_tokens, BLOCK_T)
+    channel, is_channel = block_of(tl.program_id(0) % channel_blocks, num_channels, BLOCK_C)
+    patch = token - num_prefix
+    is_patch = is_token & (patch >= 0)
 
-    mu = tl.load(mean + image * num_tokens + token, is_token, 0)
-    r = tl.load(rstd + image * num_tokens + token, is_token, 0)
+    at = image * num_tokens + token
+    r = tl.load(rstd + at, is_token, 0)
     s = prompt_factor(r, EPS, PROMPT_EPS)
-    x += image * x_image + token * x_token
-    grad_normed += image * grad_normed_image + token * grad_normed_token
-    grad_pooled += image * grad_pooled_image
-    matrix += (token - num_prefix) * matrix_patch
+    w = load_channels(weight, channel, is_channel)
+    grad = tl.zeros((BLOCK_T, BLOCK_C), dtype)
+    for row_start in range(0, num_rows, BLOCK_R):
+        row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
+        is_row = row < num_rows
+        m_at = matrix + (patch * matrix_patch)[:, None] + (row * matrix_row)[None, :]
+        m = tl.load(m_at, is_patch[:, None] & is_row[None, :], 0) * s[:, None]
+        g_at = grad_pooled + image * grad_pooled_image + (row * grad_pooled_row)[:, None]
+        g_at += (channel * grad_pooled_channel)[None, :]
+        g = tl.load(g_at, is_row[:, None] & is_channel[None, :], 0) * w[None, :]
+        grad = tl.dot(m, g, grad, input_precision=PRECISION, out_dtype=dtype)
+
+    mu = tl.load(mean + at, is_token, 0)[:, None]
+    mean_sum = tl.load(means + at, is_token, 0)[:, None]
+    mean_product = tl.load(means + tl.cast(num_images, tl.int64) * num_tokens + at, is_token, 0)[:, None]
+    x, x_channel = rows_of(x, image, token)
+    grad_normed, grad_normed_channel = rows_of(grad_normed, image, token)
     grad_total_channel = 0
     if grad_total is not None:
         grad_total, grad_total_channel = rows_of(grad_total, image, token)
-
-    sums = tl.zeros((BLOCK_T,), dtype)
-    products = tl.zeros((BLOCK_T,), dtype)
-    for start in range(0, num_channels, BLOCK_C):
-        xhat, a, b = branches(
-            x, x_channel, grad_normed, grad_normed_channel, grad_pooled, grad_pooled_row, grad_pooled_channel,
-            matrix, matrix_row, weight, norm_weight, mu, r, s, is_token, is_patch, start,
-            num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
-        )  # fmt: skip
-        sums += tl.sum(a + b, axis=1)
-        products += tl.sum((a + b * (s * s)[:, None]) * xhat, axis=1)
-    sums /= num_channels
-    products /= num_channels
-
-    # The second pass computes a and b again: keeping them would take more registers than there are.
-    for start in range(0, num_channels, BLOCK_C):
-        xhat, a, b = branches(
-            x, x_channel, grad_normed, grad_normed_channel, grad_pooled, grad_pooled_row, grad_pooled_channel,
-            matrix, matrix_row, weight, norm_weight, mu, r, s, is_token, is_patch, start,
-            num_channels, num_rows, PRECISION, BLOCK_R, BLOCK_C,
-        )  # fmt: skip
-        grad = r[:, None] * (a + b - sums[:, None] - xhat * products[:, None])
-        channel, mask = elements_of(start, num_channels, is_token, BLOCK_T, BLOCK_C)
-        store_gradients(
-            grad, grad_total, grad_total_channel, layer_scale, grad_x, grad_branch,
-            ((image * num_tokens + token) * num_channels)[:, None], channel, mask,
-        )  # fmt: skip
-
-
-@triton.jit
-def prompt_pool_bwd_matrix_kernel(
-    x,
-    grad_pooled,
-    weight,
-    bias,
-    mean,
-    rstd,
-    partial,
-    num_images,
-    num_tokens,
-    num_channels,
-    num_rows,
-    num_prefix,
-    images_per_program,
-    EPS: tl.constexpr,
-    PROMPT_EPS: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """partial (chunks, R, N): the gradient of M from each chunk of images; see ``sum_chunks_kernel``.
-
-    sum_b sum_c grad_pooled[b, r, c] * z[b, n, c], z = weight * s * xhat + bias. One program: BLOCK_R rows and
-    BLOCK_N patches, over ``images_per_program`` images.
-    """
-    x, x_image, x_token, x_channel = x
-    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
-    dtype = mean.dtype.element_ty
-    num_patches = num_tokens - num_prefix
-    patch_blocks, row_blocks = tl.cdiv(num_patches, BLOCK_N), tl.cdiv(num_rows, BLOCK_R)
-    chunk = tl.program_id(0) // (patch_blocks * row_blocks)
-    patch, is_patch = block_of(tl.program_id(0) % patch_blocks, num_patches, BLOCK_N)
-    row, is_row = block_of(tl.program_id(0) // patch_blocks % row_blocks, num_rows, BLOCK_R)
-    token = num_prefix + patch
-
-    sums = tl.zeros((BLOCK_R, BLOCK_N), dtype)
-    first = chunk * images_per_program
-    for index in range(first, tl.minimum(first + images_per_program, num_images)):
-        image = tl.cast(index, tl.int64)
-        mu = tl.load(mean + image * num_tokens + token, is_patch, 0)
-        r = tl.load(rstd + image * num_tokens + token, is_patch, 0)
-        factor = r * prompt_factor(r, EPS, PROMPT_EPS)
-        for start in range(0, num_channels, BLOCK_C):
-            channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
-            is_channel = channel < num_channels
-            g_at = grad_pooled + image * grad_pooled_image
-            g_at += row[:, None] * grad_pooled_row + channel[None, :] * grad_pooled_channel
-            g = tl.load(g_at, is_row[:, None] & is_channel[None, :], 0)
-            x_at = x + image * x_image + token[:, None] * x_token + channel[None, :] * x_channel
-            values = tl.load(x_at, is_patch[:, None] & is_channel[None, :], 0).to(dtype)
-            w = load_channels(weight, channel, is_channel)
-            b = load_channels(bias, channel, is_channel)
-            # Beyond the last channel g is 0 and z is finite, beyond the last patch nothing is stored.
-            z = (values - mu[:, None]) * factor[:, None] * w[None, :] + b[None, :]
-            sums = tl.dot(g, tl.trans(z), sums, input_precision=PRECISION, out_dtype=dtype)
-
-    at = (chunk.to(tl.int64) * num_rows + row[:, None]) * num_patches + patch[None, :]
-    tl.store(partial + at, sums, is_row[:, None] & is_patch[None, :])
+    channel = tl.broadcast_to(channel[None, :], (BLOCK_T, BLOCK_C))
+    mask = is_token[:, None] & is_channel[None, :]
+    a = tl.load(grad_normed + channel * grad_normed_channel, mask, 0).to(dtype)
+    if norm_weight is not None:
+        a *= load_channels(norm_weight, channel, mask).to(dtype)
+    xhat = (tl.load(x + channel * x_channel, mask, 0).to(dtype) - mu) * r[:, None]
+    grad = r[:, None] * (grad + a - mean_sum - xhat * mean_product)
+    store_gradients(
+        grad, grad_total, grad_total_channel, layer_scale, grad_x, grad_branch,
+        (at * num_channels)[:, None], channel, mask,
+    )  # fmt: skip
 
 
 @triton.jit

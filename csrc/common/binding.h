@@ -60,6 +60,7 @@ class Keywords {
 
   static void convert(const py::object& from, Tensor3& to) { view(from, to.data, to.batch_stride, to.row_stride); }
   static void convert(const py::object& from, Matrix& to) { view(from, to.data, to.row_stride); }
+  static void convert(const py::object& from, Rows& to) { view(from, to.data, to.row_stride); }
 
   template <typename T, typename... Strides>
   static void view(const py::object& from, T& data, Strides&... strides) {
@@ -84,6 +85,25 @@ inline void raise_unless_ok(const Status& status, const std::string& call) {
   if (status.code != Code::unsupported) throw std::runtime_error(message);
   PyErr_SetString(PyExc_NotImplementedError, message.c_str());
   throw py::error_already_set();
+}
+
+// Binds a launcher as a function of the keywords that the op's ``read(Keywords&, Arguments&)`` reads, and of ``stream``,
+// a cudaStream_t as an integer. The op's ``describe`` says of its sizes what an error repeats.
+template <typename Arguments>
+void bind_launcher(py::module_& module, const char* name, Status (*launcher)(const Arguments&, Stream)) {
+  module.def(name, [name, launcher](const py::kwargs& keywords) {
+    Arguments arguments;
+    Stream stream = nullptr;
+    Keywords given(name, keywords);
+    read(given, arguments);
+    given.read("stream", stream).end();
+    Status status;
+    {
+      const py::gil_scoped_release released;
+      status = launcher(arguments, stream);
+    }
+    raise_unless_ok(status, std::string(name) + "(" + describe(arguments.sizes) + ")");
+  });
 }
 
 }  // namespace vapt_fast

@@ -34,7 +34,9 @@ struct LaunchShape {
   std::int64_t blocks = 0;  // gridDim.x: the other two dimensions end at 65,535
   int threads = 0;          // per block
   std::int64_t shared_memory = 0;
-  int cluster = 1;  // blocks per cluster
+  int cluster = 1;   // blocks per cluster, of those along x
+  int blocks_y = 1;  // gridDim.y
+  int cluster_y = 1;
 };
 
 }  // namespace vapt_fast
@@ -259,8 +261,8 @@ class LaunchConfig {
  public:
   LaunchConfig(const LaunchShape& shape, Stream stream, bool sets_cluster) {
     cluster_.id = cudaLaunchAttributeClusterDimension;
-    cluster_.val.clusterDim = {static_cast<unsigned>(shape.cluster), 1, 1};
-    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks));
+    cluster_.val.clusterDim = {static_cast<unsigned>(shape.cluster), static_cast<unsigned>(shape.cluster_y), 1};
+    config_.gridDim = dim3(static_cast<unsigned>(shape.blocks), static_cast<unsigned>(shape.blocks_y));
     config_.blockDim = dim3(static_cast<unsigned>(shape.threads));
     config_.dynamicSmemBytes = static_cast<std::size_t>(shape.shared_memory);
     config_.stream = stream;
@@ -329,7 +331,7 @@ Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream stream, P
                   static_cast<long long>(shape.shared_memory), static_cast<long long>(device.shared_memory));
     return status;
   }
-  const LaunchConfig config(shape, stream, shape.cluster > 1);
+  const LaunchConfig config(shape, stream, shape.cluster * shape.cluster_y > 1);
   cudaError_t error = config.raise_limit(kernel, static_cast<int>(device.shared_memory));
   if (error == cudaSuccess) {
     error = cudaLaunchKernelEx(config.get(), kernel, arguments...);

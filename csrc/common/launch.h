@@ -39,4 +39,10 @@ struct Matrix {
   std::int64_t row_stride = 0;
 };
 
+// A matrix (M, N) of 16-bit elements on the device; its columns are contiguous.
+struct Rows {
+  const void* data = nullptr;
+  std::int64_t row_stride = 0;
+};
+
 }  // namespace vapt_fast

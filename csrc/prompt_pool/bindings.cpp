@@ -4,18 +4,16 @@
 #include "prompt_pool/api.h"
 
 namespace vapt_fast {
-namespace {
-
 using Sizes = PromptPoolSizes;
 
-std::string describe(const Sizes& sizes) {
+static std::string describe(const Sizes& sizes) {
   return std::string("dtype=") + name_of(sizes.dtype) +
          ", float32_tokens=" + (sizes.float32_tokens ? "True" : "False") + ", batch=" + std::to_string(sizes.batch) +
          ", prefix=" + std::to_string(sizes.prefix) + ", patches=" + std::to_string(sizes.patches) +
          ", channels=" + std::to_string(sizes.channels) + ", rows=" + std::to_string(sizes.rows);
 }
 
-void read(Keywords& given, PromptPoolForward& to) {
+static void read(Keywords& given, PromptPoolForward& to) {
   given.read("sizes", to.sizes).read("eps", to.eps).read("prompt_eps", to.prompt_eps);
   given.read("x", to.x).read("branch", to.branch).read("layer_scale", to.layer_scale).read("matrix", to.matrix);
   given.read("weight", to.weight).read("bias", to.bias);
@@ -24,7 +22,7 @@ void read(Keywords& given, PromptPoolForward& to) {
   given.read("mean", to.mean).read("rstd", to.rstd).read("one_pass", to.one_pass);
 }
 
-void read(Keywords& given, PromptPoolBackward& to) {
+static void read(Keywords& given, PromptPoolBackward& to) {
   given.read("sizes", to.sizes).read("eps", to.eps).read("prompt_eps", to.prompt_eps);
   given.read("total", to.total).read("grad_total", to.grad_total);
   given.read("grad_normed", to.grad_normed).read("grad_pooled", to.grad_pooled);
@@ -34,26 +32,6 @@ void read(Keywords& given, PromptPoolBackward& to) {
   given.read("grad_x", to.grad_x).read("grad_branch", to.grad_branch).read("grad_matrix", to.grad_matrix);
   given.read("grad_weight", to.grad_weight).read("grad_bias", to.grad_bias).read("one_pass", to.one_pass);
 }
-
-// Binds a launcher as a function of the keywords that ``read`` reads, and of ``stream``, a cudaStream_t as an integer.
-template <typename Arguments>
-void bind_launcher(py::module_& module, const char* name, Status (*launcher)(const Arguments&, Stream)) {
-  module.def(name, [name, launcher](const py::kwargs& keywords) {
-    Arguments arguments;
-    Stream stream = nullptr;
-    Keywords given(name, keywords);
-    read(given, arguments);
-    given.read("stream", stream).end();
-    Status status;
-    {
-      const py::gil_scoped_release released;
-      status = launcher(arguments, stream);
-    }
-    raise_unless_ok(status, std::string(name) + "(" + describe(arguments.sizes) + ")");
-  });
-}
-
-}  // namespace
 
 void bind_prompt_pool(py::module_& module) {
   using py::arg;

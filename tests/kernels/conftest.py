@@ -10,12 +10,14 @@ import torch
 
 from vapt_fast import use_backend
 from vapt_fast.ops import backend, device
+from vapt_fast.ops.base import OPS
 from vapt_fast.ops.prompt_pool import cuda
 
 
 @pytest.fixture
 def on_emulation(monkeypatch):
-    """The CUDA kernels run, on CPU tensors. Memory that was not written holds NaN."""
+    """The CUDA kernels but CUTLASS's run, on CPU tensors. Memory that was not written holds NaN."""
+    monkeypatch.setattr(OPS["mlp"], "implementations", ())
     monkeypatch.setitem(sys.modules, "vapt_fast._C", emulation.module())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(device, "unsupported_reasons", lambda name, device: [])

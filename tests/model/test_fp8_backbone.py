@@ -84,14 +84,15 @@ def test_gradients_point_where_they_did(precision: str, least: float, seed: int)
         assert not torch.allclose(found[name], gradient, rtol=1e-3), name
 
 
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_rewrites_are_exact_in_fp8_too(kind: str) -> None:
+def test_the_rewrites_are_exact_in_fp8_too(kind: str, precision: str) -> None:
     """A token's scale is its own: the numbers of the literal method, if blocks make all keys and values."""
     options = {"global_pool": "avg", "class_token": False}
     model = tiny_model(VIT, prompts=prompts(kind), **options).train()
     images = tiny_images(model)
     before = run(model, images)
-    model.backbone_precision = "fp8"
+    model.backbone_precision = precision
     found = run(model, images)
     assert_same(found, run(model, images, "reference"))
     assert (found["logits"] - before["logits"]).abs().max() > 1e-3

@@ -84,8 +84,9 @@ def module() -> ModuleType:
     flags = SANITIZERS[os.environ.get("VAPT_FAST_TEST_SANITIZER", "")]
     includes = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
     constants = ('-DVAPT_FAST_ARCHITECTURES="80-virtual"', "-DVAPT_FAST_RUNTIME_VERSION=13000")
-    bindings = (CSRC / "module.cpp", *CSRC.glob("*/bindings.cpp"))
-    kernels = sorted(path for path in CSRC.glob("*/*.cu") if path.parent.name != "emulation")
+    folders = [path for path in CSRC.iterdir() if path.name not in ("emulation", "mlp")]  # which is CUTLASS's
+    bindings = (CSRC / "module.cpp", *(file for path in folders for file in path.glob("bindings.cpp")))
+    kernels = sorted(file for path in folders for file in path.glob("*.cu"))
     objects = [
         *(_object(file, "-fvisibility=hidden", *flags) for file in kernels),
         *(_object(file, "-fvisibility=hidden", *includes, *constants) for file in bindings),

@@ -288,6 +288,19 @@ KERNELS = {
         # Strides are below 2^24.
         [({"batch": 1, "tokens": 194, "dim": 3, "hidden": 194, "out": 3}, dim, 2**24 - 8) for dim in (0, 1)],
         [],
+        cuda_sizes={
+            "batch": [1, 2, 5],
+            "tokens": [1, 5, 64, 129],
+            "dim": [8, 72, 192],
+            "hidden": [8, 136, 256, 264, 768],
+            "out": [8, 72, 200],
+            "bias": YES_OR_NO,
+        },
+        cuda_quick=[
+            {"batch": 2, "tokens": 70, "dim": 72, "hidden": 264, "out": 40},
+            {"batch": 1, "tokens": 5, "dim": 8, "hidden": 8, "out": 8, "bias": False},
+            {"batch": 3, "tokens": 100, "dim": 136, "hidden": 520, "out": 24},
+        ],
     ),
 }
 

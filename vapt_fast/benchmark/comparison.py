@@ -91,7 +91,7 @@ class Comparison:
         self._memory: dict[tuple[Variant, str], float | None] = {}
         self._workloads: dict[Variant, Workload] = {}
         self._expected: dict[Variant, dict[str, Tensor]] = {}
-        self._pool = torch.cuda.graph_pool_handle() if setting.on_gpu else None
+        self._pool: Any = None
         for variant in self.variants:
             progress(f"{variant}, P = {variant.num_prompts}: check and warm up")
             self._attempt(variant, partial(self._prepare, variant, modes, memory))
@@ -109,6 +109,8 @@ class Comparison:
             deadline: of ``time.monotonic()``, after which no more rounds begin.
         """
         runs: dict[Variant, Callable[[], None]] = {}
+        if graph and self.setting.on_gpu:
+            self._pool = torch.cuda.graph_pool_handle()  # that of graphs which are gone takes no others
         for variant, workload in list(self._workloads.items()):
             if graph and variant not in self._failures:
                 self._progress(f"{variant}, P = {variant.num_prompts}: capture the {mode}")

@@ -30,7 +30,10 @@ def peak_resident(setting: Setting, variant: Variant, mode: str) -> float | None
 
 def allocated(setting: Setting) -> int:
     """Return the bytes that PyTorch has allocated on the GPU, those of CUDA graphs included; 0 on a CPU."""
-    return torch.cuda.memory_allocated(setting.device) + _kept_by_graphs() if setting.on_gpu else 0
+    if not setting.on_gpu:
+        return 0
+    torch.cuda.empty_cache()  # else what graphs that are gone have left behind is counted
+    return torch.cuda.memory_allocated(setting.device) + _kept_by_graphs()
 
 
 def peak_allocated(run: Callable[[], None], setting: Setting, before: int) -> float:

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,7 @@ class Recorder:
         raise NotImplementedError
 
     def memory(self) -> int:
-        """Return the bytes that are reserved on the device."""
+        """Return the bytes that are reserved for recordings."""
         raise NotImplementedError
 
 
@@ -81,6 +82,7 @@ class CudaRecorder(Recorder):
         super().__init__(device)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
+        self._keeper: torch.cuda.CUDAGraph | None = None
         self._last: torch.cuda.Event | None = None
         self._last_stream: torch.cuda.Stream | None = None
 
@@ -102,11 +104,18 @@ class CudaRecorder(Recorder):
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
         """Capture ``function``, which is not run."""
+        if self._keeper is None:
+            # PyTorch gives a pool up with its last graph, and refuses to capture into it again.
+            self._keeper, _ = self._capture(partial(torch.zeros, 1, device=self.device))
+        graph, result = self._capture(function)
+        return result, graph.replay
+
+    def _capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile, as those do that pin memory or watch collectives.
         with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
             result = function()
-        return result, graph.replay
+        return graph, result
 
     @contextmanager
     def repeating(self) -> Iterator[None]:
@@ -129,8 +138,9 @@ class CudaRecorder(Recorder):
         torch.cuda.set_rng_state(state, self.device)
 
     def memory(self) -> int:
-        """Return the bytes that PyTorch has reserved."""
-        return torch.cuda.memory_reserved(self.device)
+        """Return the bytes that PyTorch has reserved for the pool of the graphs."""
+        segments = torch.cuda.memory_snapshot()
+        return sum(of["total_size"] for of in segments if tuple(of["segment_pool_id"]) == self._pool)
 
 
 RECORDERS: dict[str, type[Recorder]] = {"cuda": CudaRecorder}

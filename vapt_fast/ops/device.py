@@ -20,6 +20,7 @@ __all__ = [
     "capability",
     "compiled_by",
     "fp8_unsupported_reasons",
+    "hopper_unsupported_reasons",
     "interpreting",
     "native",
     "native_missing_reasons",
@@ -76,6 +77,19 @@ def fp8_unsupported_reasons(device: torch.device) -> list[str]:
         return []
     given, needed = (".".join(map(str, c)) for c in (found, MINIMUM_FP8_CAPABILITY))
     return [f"{device} has compute capability {given}, they need {needed}"]
+
+
+@torch.compiler.assume_constant_result
+def hopper_unsupported_reasons(function: str, device: torch.device) -> list[str]:
+    """Every reason why ``device`` can't run ``function`` of vapt_fast._C, compiled for sm_90a alone."""
+    found = ".".join(map(str, capability(device)))
+    if found != "9.0":
+        return [f"its kernels need a GPU of compute capability 9.0, {device} has {found}"]
+    if not hasattr(native(), function):
+        return [
+            f"vapt_fast was installed without them: let VAPT_FAST_CUDA_ARCHS have 90a and {INSTALL_AGAIN}"
+        ]
+    return []
 
 
 def interpreting() -> bool:

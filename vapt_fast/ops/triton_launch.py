@@ -64,7 +64,7 @@ class Config:
 PREPARED = False
 
 # For partial sums of images, see kernels.common.
-SUM_CHUNKS = Config({"BLOCK": 256})
+SUM_CHUNKS = Config({"BLOCK_CHUNKS": 16, "BLOCK": 64})
 
 
 def num_blocks(config: Config, **sizes: int) -> int:

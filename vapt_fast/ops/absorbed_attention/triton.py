@@ -56,7 +56,7 @@ def _write_products(products: Tensor, u: Tensor, x: Tensor, prompts: Tensor) -> 
     """The inner products (B, M, P + T) of u (B, M, C) with the rows of prompts and x."""
     (batch, num_queries, dim), num_keys = u.shape, products.shape[-1]
     arithmetic = _arithmetic(u, x)
-    config = tuning.config(arithmetic, num_queries)
+    config = tuning.config("scores", arithmetic, num_queries)
     launch(
         kernels.absorbed_attention_scores_kernel,
         config,
@@ -71,7 +71,7 @@ def _write_sums(sums: Tensor, weights: Tensor, x: Tensor, prompts: Tensor) -> No
     """The sums (B, M, C) of the rows of prompts and x, with weights (B, M, P + T)."""
     (batch, num_queries, num_keys), dim = weights.shape, x.shape[2]
     arithmetic = _arithmetic(weights, x)
-    config = tuning.config(arithmetic, num_queries)
+    config = tuning.config("sums", arithmetic, num_queries)
     launch(
         kernels.absorbed_attention_sums_kernel,
         config,
@@ -94,7 +94,7 @@ def _write_grad_rows(
     chunks = -(-batch // images)
     partial = torch.empty((chunks, num_rows, dim), dtype=p.dtype, device=p.device) if shared else grad
     arithmetic = _arithmetic(u, grad)
-    config = tuning.config(arithmetic, num_queries)
+    config = tuning.config("bwd_rows", arithmetic, num_queries)
     launch(
         kernels.absorbed_attention_bwd_rows_kernel,
         config,

@@ -40,7 +40,7 @@ def launch_forward(
 ) -> None:
     """Run the forward kernel; prompt_pool does so too."""
     batch, num_tokens, dim = x.shape
-    config = tuning.config(mean.dtype, dim)
+    config = tuning.config("fwd", mean.dtype, dim)
     launch(
         kernels.add_norm_fwd_kernel,
         config,
@@ -56,7 +56,7 @@ def backward(saved: Saved, grad_results: tuple[Tensor | None, ...], grads: Gradi
     """Write the gradients of x and branch."""
     total = saved.total
     batch, num_tokens, dim = total.shape
-    config = tuning.config(saved.mean.dtype, dim)
+    config = tuning.config("bwd", saved.mean.dtype, dim)
     grad_total, grad_normed = grad_results
     grad_total = None if saved.branch_dtype is None else grad_total
     launch(

@@ -25,7 +25,7 @@ def unsupported_reasons(args: Arguments) -> list[str]:
 def forward(args: Arguments, out: Outputs) -> None:
     """Write y and, where they are kept, the hidden features."""
     (num_hidden, depth), num_rows = args.fc1_weight.shape, args.x.shape[0] * args.x.shape[1]
-    config = tuning.config(args.x.dtype)
+    config = tuning.config("fwd", args.x.dtype)
     activated = args.x.new_empty((num_rows, num_hidden))
     launch(
         kernels.mlp_fwd_kernel,
@@ -50,7 +50,7 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     """Write the gradient of x."""
     hidden = saved.hidden
     (depth, num_hidden), num_rows = saved.fc2_weight.shape, hidden.shape[0] * hidden.shape[1]
-    config = tuning.config(hidden.dtype)
+    config = tuning.config("bwd", hidden.dtype)
     grad_hidden = hidden.new_empty((num_rows, num_hidden))
     launch(
         kernels.mlp_bwd_kernel,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 from ..triton_launch import Config
+from ..tuned import tuned
 
 __all__ = ["config"]
 
@@ -16,6 +19,7 @@ _CONFIGS = {
 }
 
 
-def config(dtype: torch.dtype) -> Config:
-    """For tensors of ``dtype``, both kernels."""
-    return _CONFIGS[dtype.itemsize]
+@lru_cache
+def config(kernel: str, dtype: torch.dtype) -> Config:
+    """For ``kernel``, "fwd" or "bwd", and tensors of ``dtype``."""
+    return tuned(f"mlp_{kernel}", _CONFIGS[dtype.itemsize], bytes=dtype.itemsize)

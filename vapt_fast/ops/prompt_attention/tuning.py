@@ -7,6 +7,7 @@ from functools import lru_cache
 import torch
 
 from ..triton_launch import Config, block_size
+from ..tuned import tuned
 
 __all__ = ["LARGEST_HEAD", "config"]
 
@@ -48,4 +49,8 @@ def config(kernel: str, dtype: torch.dtype, head_dim: int, biased: bool = False,
     blocks = {
         name: block_size(size, queries if name == "BLOCK_QUERIES" else keys) for name, size in sizes.items()
     }
-    return Config(blocks | {"BLOCK_DIM": block_size(head_dim, LARGEST_HEAD)}, num_warps, num_stages)
+    default = Config(blocks | {"BLOCK_DIM": block_size(head_dim, LARGEST_HEAD)}, num_warps, num_stages)
+    if biased:
+        return default
+    facts = {name.removeprefix("BLOCK_").lower(): size for name, size in sizes.items()}
+    return tuned(f"prompt_attention_{kernel}", default, bytes=dtype.itemsize, channels=head_dim, **facts)

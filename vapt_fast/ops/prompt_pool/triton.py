@@ -33,13 +33,15 @@ def forward(args: Arguments, out: Outputs) -> None:
     (batch, num_tokens, dim), num_rows = x.shape, matrix.shape[0]
     norm = (args.norm_weight, args.norm_bias, args.eps)
     launch_forward(x, args.branch, args.layer_scale, *norm, out.total, out.normed, out.mean, out.rstd)
-    config = tuning.configs(matrix.dtype, num_rows).fwd
+    tokens = x if args.branch is None else out.total
+    config = tuning.config("fwd", matrix.dtype, tokens.dtype, num_rows)
     launch(
         kernels.prompt_pool_fwd_kernel,
         config,
         batch * num_blocks(config, BLOCK_R=num_rows, BLOCK_C=dim),
-        *map(strided, (x if args.branch is None else out.total, matrix, args.weight, args.bias)),
+        *map(strided, (tokens, matrix, args.weight, args.bias)),
         *(out.mean, out.rstd, out.pooled, out.raw, num_tokens, dim, num_rows, args.num_prefix),
+        HALVES=_halves(tokens, matrix),
         **_constants(args),
     )
 
@@ -47,55 +49,75 @@ def forward(args: Arguments, out: Outputs) -> None:
 def backward(saved: Saved, grad_results: tuple[Tensor | None, ...], grads: Gradients) -> None:
     """Write the gradients that are needed: of the tokens, which are often frozen, and of what is learned."""
     incoming = incoming_gradients(saved, grad_results)
-    if grads.x is not None or grads.branch is not None:
-        _write_grad_tokens(saved, incoming, grads)
-    if grads.matrix is not None:
-        _write_grad_learned(saved, incoming[2], grads)
+    of_tokens = grads.x is not None or grads.branch is not None
+    means, partial = _write_products(saved, *incoming[1:], of_tokens, grads.matrix is not None)
+    if means is not None:
+        _write_grad_tokens(saved, incoming, means, grads)
+    if partial is not None:
+        sum_chunks(partial, out=grads.matrix)
+        _write_grad_affine(saved, incoming[2], grads)
+
+
+def _write_products(
+    saved: Saved, grad_normed: Tensor, grad_pooled: Tensor, of_tokens: bool, of_matrix: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The means (2, B, T) for the gradients of the tokens, and the gradient of M by images (B, R, N)."""
+    total, matrix = saved.total, saved.matrix
+    (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[0]
+    means = saved.mean.new_empty((2, batch, num_tokens)) if of_tokens else None
+    partial = matrix.new_empty((batch, *matrix.shape)) if of_matrix else None
+    config = tuning.config("bwd_products", matrix.dtype, total.dtype, num_rows)
+    launch(
+        kernels.prompt_pool_bwd_products_kernel,
+        config,
+        batch * num_blocks(config, BLOCK_T=num_tokens),
+        *map(strided, (total, grad_normed if of_tokens else None, grad_pooled)),
+        *map(strided, (matrix, saved.weight, saved.bias, saved.norm_weight)),
+        *(saved.mean, saved.rstd, means, partial),
+        *(batch, num_tokens, dim, num_rows, saved.num_prefix),
+        HALVES=_halves(total, matrix),
+        **_constants(saved),
+    )
+    return means, partial
 
 
 def _write_grad_tokens(
-    saved: Saved, incoming: tuple[Tensor | None, Tensor, Tensor], grads: Gradients
+    saved: Saved, incoming: tuple[Tensor | None, Tensor, Tensor], means: Tensor, grads: Gradients
 ) -> None:
     total, matrix = saved.total, saved.matrix
     (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[0]
-    config = tuning.configs(matrix.dtype, num_rows).bwd_tokens
+    config = tuning.config("bwd_tokens", matrix.dtype, total.dtype, num_rows)
     launch(
         kernels.prompt_pool_bwd_tokens_kernel,
         config,
-        batch * num_blocks(config, BLOCK_T=num_tokens),
+        batch * num_blocks(config, BLOCK_T=num_tokens, BLOCK_C=dim),
         *map(strided, (total, *incoming)),
         *map(strided, (matrix, saved.weight, saved.norm_weight, saved.layer_scale)),
-        *(saved.mean, saved.rstd, grads.x, grads.branch, num_tokens, dim, num_rows, saved.num_prefix),
+        *(saved.mean, saved.rstd, means, grads.x, grads.branch),
+        *(batch, num_tokens, dim, num_rows, saved.num_prefix),
         **_constants(saved),
     )
 
 
-def _write_grad_learned(saved: Saved, grad_pooled: Tensor, grads: Gradients) -> None:
-    total, matrix = saved.total, saved.matrix
-    (batch, num_tokens, dim), (num_rows, num_patches) = total.shape, matrix.shape
-    configs = tuning.configs(matrix.dtype, num_rows)
+def _write_grad_affine(saved: Saved, grad_pooled: Tensor, grads: Gradients) -> None:
+    matrix = saved.matrix
+    batch, dim = saved.total.shape[0], saved.total.shape[-1]
+    config = tuning.config("bwd_affine", matrix.dtype, saved.total.dtype, matrix.shape[0])
     images = images_per_program(batch)
-    chunks = -(-batch // images)
-    partial_matrix = matrix.new_empty((chunks, num_rows, num_patches))
-    partial_affine = matrix.new_empty((chunks, 2, dim))
-    launch(
-        kernels.prompt_pool_bwd_matrix_kernel,
-        configs.bwd_matrix,
-        chunks * num_blocks(configs.bwd_matrix, BLOCK_R=num_rows, BLOCK_N=num_patches),
-        *map(strided, (total, grad_pooled, saved.weight, saved.bias)),
-        *(saved.mean, saved.rstd, partial_matrix),
-        *(batch, num_tokens, dim, num_rows, saved.num_prefix, images),
-        **_constants(saved),
-    )
+    partial = matrix.new_empty((-(-batch // images), 2, dim))
     launch(
         kernels.prompt_pool_bwd_affine_kernel,
-        configs.bwd_affine,
-        chunks * num_blocks(configs.bwd_affine, BLOCK_C=dim),
+        config,
+        partial.shape[0] * num_blocks(config, BLOCK_C=dim),
         *map(strided, (grad_pooled, matrix)),
-        *(saved.raw, partial_affine, batch, dim, num_rows, num_patches, images),
+        *(saved.raw, partial, batch, dim, *matrix.shape, images),
     )
-    sum_chunks(partial_matrix, out=grads.matrix)
-    sum_chunks(partial_affine, out=grads.affine)
+    sum_chunks(partial, out=grads.affine)
+
+
+def _halves(tokens: Tensor, matrix: Tensor) -> bool:
+    """Whether products are made of two halves in bfloat16, see the kernels."""
+    return tokens.dtype == torch.bfloat16 and matrix.dtype == torch.float32
 
 
 def _constants(args: Arguments | Saved) -> dict[str, float | str]:

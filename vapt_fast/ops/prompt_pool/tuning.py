@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import torch
 
 from ..triton_launch import Config
+from ..tuned import tuned
 
-__all__ = ["Configs", "configs"]
-
-
-@dataclass(frozen=True)
-class Configs:
-    """One for each kernel."""
-
-    fwd: Config
-    bwd_tokens: Config
-    bwd_matrix: Config
-    bwd_affine: Config
+__all__ = ["config"]
 
 
-_FEW_ROWS = Configs(
-    fwd=Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
-    bwd_tokens=Config({"BLOCK_T": 64, "BLOCK_R": 16, "BLOCK_C": 32}, num_warps=8),
-    bwd_matrix=Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
-    bwd_affine=Config({"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_C": 64}),
-)
-# The fastest on an H200 for C = 768 and P = 50.
-_MANY_ROWS = replace(
-    _FEW_ROWS,
-    fwd=Config({"BLOCK_R": 64, "BLOCK_N": 16, "BLOCK_C": 64}, num_stages=3),
-    bwd_tokens=Config({"BLOCK_T": 32, "BLOCK_R": 32, "BLOCK_C": 64}, num_stages=2),
-    bwd_matrix=Config({"BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_C": 64}, num_stages=3),
-)
-_FLOAT64 = replace(
-    _FEW_ROWS,
-    bwd_tokens=Config({"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_C": 32}),
-    bwd_matrix=Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 32}),
-)
+_FEW_ROWS = {
+    "fwd": Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}, num_stages=3),
+    "bwd_products": Config({"BLOCK_R": 16, "BLOCK_T": 32, "BLOCK_C": 64}, num_stages=2),
+    "bwd_tokens": Config({"BLOCK_T": 32, "BLOCK_R": 16, "BLOCK_C": 64}),
+    "bwd_affine": Config({"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_C": 64}),
+}
+_MANY_ROWS = _FEW_ROWS | {
+    "fwd": Config({"BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_C": 64}, num_stages=3),
+    "bwd_products": Config({"BLOCK_R": 64, "BLOCK_T": 32, "BLOCK_C": 64}, num_stages=2),
+    "bwd_tokens": Config({"BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_C": 64}),
+}
+_FLOAT64 = _FEW_ROWS | {
+    "fwd": Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}),
+    "bwd_products": Config({"BLOCK_R": 16, "BLOCK_T": 16, "BLOCK_C": 32}),
+    "bwd_tokens": Config({"BLOCK_T": 16, "BLOCK_R": 16, "BLOCK_C": 32}),
+}
 
 
-def configs(dtype: torch.dtype, num_rows: int) -> Configs:
-    """For a matrix of ``dtype`` with R = ``num_rows``."""
+@lru_cache
+def config(kernel: str, dtype: torch.dtype, tokens: torch.dtype, num_rows: int) -> Config:
+    """For a matrix of ``dtype`` with R = ``num_rows``, and tokens of the dtype ``tokens``.
+
+    ``kernel`` is "fwd", "bwd_products", "bwd_tokens" or "bwd_affine".
+    """
     if dtype == torch.float64:
-        return _FLOAT64
-    return _FEW_ROWS if num_rows <= 16 else _MANY_ROWS
+        return _FLOAT64[kernel]
+    default = (_FEW_ROWS if num_rows <= 16 else _MANY_ROWS)[kernel]
+    return tuned(f"prompt_pool_{kernel}", default, bytes=tokens.itemsize, rows=num_rows)
