@@ -98,6 +98,33 @@ def test_the_rewrites_are_exact_in_fp8_too(kind: str, precision: str) -> None:
     assert (found["logits"] - before["logits"]).abs().max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "beit_base_patch16_224",
+        "eva02_base_patch16_clip_224",
+        "naflexvit_base_patch16_gap",
+        "vit_5b_patch16_sapiens2",
+        "vit_pe_core_base_patch16_224",
+    ],
+)
+def test_every_family(name: str) -> None:
+    """Exact rewrites again; and what is said to be in FP8 is called, by the literal method too."""
+    model = tiny_model(name)
+    model.backbone_precision = "fp8"
+    images, called = tiny_images(model), set()
+    found = run(model, images)
+    assert_same(found, run(model, images, "reference"))
+    linears = [module for module in model.modules() if isinstance(module, Fp8Linear)]
+    assert len(linears) >= 9
+    for linear in linears:
+        linear.register_forward_hook(lambda module, *_: called.add(module))
+    for backend in ("torch", "reference"):  # hooks change nothing
+        assert_same(run(model, images, backend), found)
+        assert called == set(linears)
+        called.clear()
+
+
 def test_the_last_block_may_keep_more_bits() -> None:
     """Of one token, it makes no keys and values, so nothing of them is rounded."""
     model = model_of(depth=1)
