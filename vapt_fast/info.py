@@ -47,7 +47,8 @@ def report() -> str:
         lines.append(f"  {name:<10} {'no:  ' + '; '.join(reasons) if reasons else 'yes: ' + meaning}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     reasons = fp8_unsupported_reasons(device)
-    lines.append(f"  FP8 backbones on {device}: {'no: ' + '; '.join(reasons) if reasons else 'yes'}")
+    able = "yes" if device.type == "cuda" else "mimicked, slowly"
+    lines.append(f"  FP8 backbones on {device}: {'no: ' + '; '.join(reasons) if reasons else able}")
     lines.append("ops")
     for op in OPS.values():
         lines.append(f"  {op.name:<16} {', '.join(('torch', *op.implementations))}")
