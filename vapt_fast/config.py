@@ -264,7 +264,8 @@ def explain_unexpected(error: TypeError, options: Collection[str], backbone: str
     if match is None or match[1] not in options:
         return None
     name, own = match[1], [field.name for field in fields(PromptConfig)]
-    close = difflib.get_close_matches(name, [*own, "backend", "pretrained", *_TIMM_OPTIONS], n=1)
+    known = [*own, "backend", "backbone_precision", "pretrained", *_TIMM_OPTIONS]
+    close = difflib.get_close_matches(name, known, n=1)
     meant = f"; did you mean {close[0]!r}?" if close else "."
     return TypeError(
         f"{name!r} is an option neither of the prompts nor of timm's {backbone}{meant} The prompts' options "

@@ -77,8 +77,8 @@ def export_model(
         TypeError, ValueError: an argument that is wrong; the message says which.
         FileExistsError: ``folder`` has an export already.
         ModuleNotFoundError: packages for ONNX are missing; the message says how to install them.
-        ExportError: weights of another dtype or on another device, no C++ compiler, or a file that doesn't
-            compute what the model computes.
+        ExportError: weights of another dtype or on another device, a ``backbone_precision``, no C++ compiler,
+            or a file that doesn't compute what the model computes.
         OSError: the file system's own refusals.
     """
     formats = _check_formats(formats)
@@ -141,6 +141,11 @@ def _check_model(model: object, formats: tuple[str, ...]) -> Tensor:
         raise TypeError(f"model must be an AdaptiveViT or a timm model, got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in eval mode, got one in training mode; call model.eval()")
+    if (precision := getattr(model, "backbone_precision", None)) is not None:
+        raise ExportError(
+            f"model must compute in the precision of its weights, got backbone_precision={precision!r}; set "
+            "model.backbone_precision = None"
+        )
     weights = weights_of(model)
     dtypes = {weight.dtype for weight in weights}
     if len(dtypes) != 1 or not dtypes <= _TOLERANCES.keys():

@@ -10,10 +10,17 @@ import torch
 
 from ._version import __version__
 from .backbones.blocks import fallback_reason, standard_block
+from .backbones.precision import precision_report
 from .model import AdaptiveViT
 from .ops.backend import BACKENDS, ENVIRONMENT_VARIABLE
 from .ops.base import OPS
-from .ops.device import compiled_by, native, native_missing_reasons, unavailable_reasons
+from .ops.device import (
+    compiled_by,
+    fp8_unsupported_reasons,
+    native,
+    native_missing_reasons,
+    unavailable_reasons,
+)
 from .ops.measurement import INHERITING
 
 __all__ = ["forward_report", "report"]
@@ -38,6 +45,10 @@ def report() -> str:
     for name, meaning in BACKENDS.items():
         reasons = unavailable_reasons(name)
         lines.append(f"  {name:<10} {'no:  ' + '; '.join(reasons) if reasons else 'yes: ' + meaning}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    reasons = fp8_unsupported_reasons(device)
+    able = "yes" if device.type == "cuda" else "mimicked, slowly"
+    lines.append(f"  FP8 backbones on {device}: {'no: ' + '; '.join(reasons) if reasons else able}")
     lines.append("ops")
     for op in OPS.values():
         lines.append(f"  {op.name:<16} {', '.join(('torch', *op.implementations))}")
@@ -57,6 +68,8 @@ def forward_report(model: AdaptiveViT) -> str:
         else:
             called = parts.called()
             how = "rewritten" + (f", {' and '.join(called)} called" if called else "")
+        precision = precision_report(block)
+        how += f"; {precision}" if precision else ""
         if index < len(model.prompts.blocks):
             made = model.prompts.blocks[index].report(**model.prompts.shared)
             how += f"; {made}" if made else ""

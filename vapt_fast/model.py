@@ -25,6 +25,7 @@ from .backbones import (
     set_image_size,
     take_heads,
 )
+from .backbones.precision import precision_of, set_precision
 from .config import PromptConfig, split_options
 from .creation import make_backbone, reset_head
 from .cuda_graphs import Graphs, check_choice
@@ -67,6 +68,8 @@ class AdaptiveViT(TimmModel):
         cuda_graphs: whether calls on a GPU that come again and again are captured as CUDA graphs, with their
             backward pass; see vapt_fast.use_cuda_graphs. None leaves the choice to the environment variable
             VAPT_FAST_CUDA_GRAPHS, then does it wherever it is safe.
+        backbone_precision: "fp8" computes the products of the Linears in standard blocks in 8 bits,
+            "fp8-gradients" those of the backward pass too; see the attribute. None: in the weights' dtype.
         pretrained: load the backbone's pre-trained weights; only with a name.
         options: those of PromptConfig; with a name, anything ``timm.create_model`` takes (``num_classes``,
             ``img_size``, ``in_chans``, ``global_pool``, ``drop_rate``, ...); with a timm model, only
@@ -98,6 +101,7 @@ class AdaptiveViT(TimmModel):
         prompts: PromptConfig | None = None,
         backend: str | None = None,
         cuda_graphs: bool | None = None,
+        backbone_precision: str | None = None,
         pretrained: bool = False,
         **options: Any,
     ) -> None:
@@ -107,6 +111,7 @@ class AdaptiveViT(TimmModel):
             check_backend(backend)
         timm_options = plain(options)
         model = make_backbone(backbone, pretrained, timm_options)
+        set_precision(model.blocks, backbone_precision)
         num_classes = integer("backbone.num_classes", model.num_classes)
         _check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
 
@@ -136,6 +141,24 @@ class AdaptiveViT(TimmModel):
         # The head comes last of all parameters: timm's gradient clipping counts on it.
         self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(own_prompts, heads, num_classes)})
         self.train()
+
+    @property
+    def backbone_precision(self) -> str | None:
+        """The precision of the products with frozen weights: None (theirs), "fp8" or "fp8-gradients".
+
+        It may be assigned. "fp8" is e4m3, for the Linears of standard blocks whose sizes are multiples of
+        16: weights with a scale for each output, quantised anew in each call; activations with one for each
+        token; sums in float32; results rounded to bfloat16. Their gradients are computed with the weights as
+        they are, with "fp8-gradients" in e4m3 too. All else is as it was: prompts, pooling, attention, norms,
+        head, state dict; and the keys and values that the last block never makes. It needs a GPU of compute
+        capability 8.9, elsewhere a call raises NotImplementedError; a CPU mimics it, slowly.
+        ``vapt_fast.info.forward_report`` says which Linears it is used for.
+        """
+        return precision_of(self.backbone.blocks)
+
+    @backbone_precision.setter
+    def backbone_precision(self, precision: str | None) -> None:
+        set_precision(self.backbone.blocks, precision)
 
     # ---- what is learned
 
@@ -405,6 +428,7 @@ class AdaptiveViT(TimmModel):
         weights: str | PathLike[str] | None = None,
         check_backbone: bool = True,
         backend: str | None = None,
+        backbone_precision: str | None = None,
     ) -> AdaptiveViT:
         """The model of the adapter in ``folder``, in eval mode; see vapt_fast.adapters.build."""
         return adapters.build(
@@ -414,6 +438,7 @@ class AdaptiveViT(TimmModel):
             weights=weights,
             check_backbone=check_backbone,
             backend=backend,
+            backbone_precision=backbone_precision,
         )
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "has_user_hooks",
     "has_weight_hooks",
     "is_active_dropout",
+    "is_ordinary",
     "is_patched",
     "is_plain",
     "register_by_token",
@@ -123,7 +124,7 @@ def _is_untouched(module: nn.Module) -> bool:
         and "forward" not in module.__dict__  # PyTorch 2.8 doesn't compile vars(module)
         and not (module._forward_pre_hooks or module._forward_hooks)
         and not (module._backward_pre_hooks or module._backward_hooks)
-        and all(_is_ordinary(parameter) for parameter in module._parameters.values())
+        and all(is_ordinary(parameter) for parameter in module._parameters.values())
     )
 
 
@@ -174,7 +175,7 @@ def _acts_by_token(part: nn.Module) -> bool:
         cls = known
     known_forward = _FORWARDS.get(cls) is cls.forward
     return known_forward and all(
-        _is_ordinary(tensor) or _is_sharded(tensor) for tensor in part._parameters.values()
+        is_ordinary(tensor) or _is_sharded(tensor) for tensor in part._parameters.values()
     )
 
 
@@ -182,7 +183,8 @@ def _is_sharded(tensor: Tensor | None) -> bool:
     return type(tensor).__module__.startswith("torch.distributed.")
 
 
-def _is_ordinary(tensor: Tensor | None) -> bool:
+def is_ordinary(tensor: Tensor | None) -> bool:
+    """Return whether ``tensor`` is none, or of no class of a library's own."""
     return (
         tensor is None
         or type(tensor) is nn.Parameter

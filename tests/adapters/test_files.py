@@ -71,7 +71,7 @@ def test_keys_of_the_config(folder: Path) -> None:
     assert config["backbone"].keys() == {
         *("name", "architecture", "args", "args_left_out", "weights_path", "pretrained", "file_sha256"),
         *("num_classes", "depth", "dim", "grid", "patch_size", "num_prefix_tokens", "global_pool"),
-        "fingerprint",
+        *("fingerprint", "precision"),
     }
     assert config["tensors"].keys() == learned(make_model()).keys()
     assert config["tensors"]["head.bias"].keys() == {"dtype", "shape", "sha256"}

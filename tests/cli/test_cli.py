@@ -25,6 +25,7 @@ from timm.models import save_for_hf
 
 import vapt_fast.adapters
 from vapt_fast import AdaptiveViT, PromptConfig
+from vapt_fast.adapters import read_config
 from vapt_fast.cli.console import count
 from vapt_fast.cli.train import train
 from vapt_fast.demo import digit_images
@@ -297,6 +298,20 @@ def test_predict_and_evaluate_give_the_test_accuracy_of_training(trained, tmp_pa
     assert found["accuracy"] == pytest.approx(expected)
     assert [entry["class"] for entry in found["classes"]] == ["5", "6", "7", "8", "9"]
     assert sum(map(sum, found["confusion"])) == found["images"] == 400
+
+
+def test_precision_of_the_backbone(tmp_path, digit_files):
+    """An adapter that was trained in FP8 says so, and runs in either precision."""
+    succeed("train", "--output", tmp_path, *QUICK, "--backbone-precision", "fp8")
+    assert read_config(tmp_path)["backbone"]["precision"] == "fp8"
+    in_fp8 = ["--backbone-precision", "fp8"]
+    plain, fp8 = (json_of("predict", tmp_path, digit_files, *options) for options in ([], in_fp8))
+    differences = [abs(a["probability"] - b["probability"]) for a, b in zip(plain, fp8, strict=True)]
+    assert 1e-5 < max(differences) < 0.1
+    assert json_of("evaluate", tmp_path, "--data", "digits", *in_fp8)["images"] == 400
+    assert "fp8-gradients" in error_of("predict", tmp_path, digit_files, "--backbone-precision", "int8")
+    full = error_of("train", "--output", tmp_path / "none", *QUICK, *in_fp8, "--method", "full")
+    assert "'full' trains it" in full
 
 
 def test_predict_prints_probabilities(trained, digit_files):

@@ -20,6 +20,8 @@ CASES = [
     "prompt_attention_packed bfloat16 tokens=1 prompts=1 heads=1 groups=1",
     "absorbed_attention bfloat16",
     "mlp bfloat16",
+    "quantise rows",
+    "quantise transposed",
 ]
 
 # Bytes of shared memory that a block may have, by architecture.
@@ -40,7 +42,7 @@ def test_the_kernels_fit(case):
     kernels = json.loads(result.stdout)[case]
     assert kernels
     for kernel, architectures in kernels.items():
-        assert architectures.keys() == SHARED_MEMORY.keys()
+        assert architectures.keys() == SHARED_MEMORY.keys() - ({"sm_80"} if "quantise" in case else set())
         for architecture, usage in architectures.items():
             name = f"{kernel} on {architecture}"
             assert usage["stack"] <= MOST_SPILLED, f"{name} spills"

@@ -16,8 +16,8 @@ PACKAGE = Path(vapt_fast.__file__).parent
 LAYERS = [
     {"kernels"},
     {"_version", "activations", "arguments", "config", "modules", "data", "files", "source"},
-    {"backbones", "names"},
     {"ops", "functional"},
+    {"backbones", "names"},
     {"prompts", "cuda_graphs"},
     {"forward"},
     {"adapters", "creation", "initialisation", "timm_api", "model", "official", "registry"},

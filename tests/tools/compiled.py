@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from vapt_fast import kernels
 
 CAPABILITIES = (80, 90, 100, 120)
+FP8 = "quantise"  # begins the names of cases with FP8, which needs 89
 
 
 # What each op of a ViT-B/16 is compiled with: changes of REAL.
@@ -82,6 +83,23 @@ CASES = {
     for dtype in (torch.bfloat16, torch.float32, torch.float16, torch.float64)
     if change == changes[0] or dtype in (torch.bfloat16, torch.float32)
 }
+
+
+def quantise_case(transposed: bool, gelu: bool) -> Callable[[], Any]:
+    """The rows of a ViT-B/16, or a transposed weight, to FP8."""
+
+    def run() -> None:
+        from vapt_fast.ops.fp8_linear import triton
+
+        rows = torch.empty(768, 3072, dtype=torch.bfloat16)
+        rows = rows.t() if transposed else rows
+        values, scale = torch.empty(rows.shape, dtype=torch.float8_e4m3fn), torch.empty(len(rows), 1)
+        triton.quantise(rows, values, scale, gelu)
+
+    return run
+
+
+CASES |= {f"{FP8} rows": quantise_case(False, True), f"{FP8} transposed": quantise_case(True, False)}
 
 Launch = tuple[JITFunction, tuple, dict[str, Any]]
 
@@ -142,7 +160,9 @@ def resources(name: str) -> dict[str, dict[str, dict[str, int]]]:
     for launch in launches:
         kernel = launch[0].__name__
         needed[f"{kernel} 2" if kernel in needed else kernel] = {
-            f"sm_{capability}": compile_launch(launch, capability) for capability in CAPABILITIES
+            f"sm_{capability}": compile_launch(launch, capability)
+            for capability in CAPABILITIES
+            if capability >= 89 or not name.startswith(FP8)
         }
     return needed
 

@@ -22,7 +22,8 @@ def bfloat16() -> Iterator[None]:
     """bfloat16 as a GPU has it: casts round to nearest, arithmetic is in float32 and then rounded.
 
     The interpreter keeps its bits as integers, computes on these as if they were the numbers, and casts by
-    cutting off the lower bits. And a fused multiply-add is rounded once, in float32 too.
+    cutting off the lower bits. And a fused multiply-add is rounded once, in float32 too. Casts to e4m3 are
+    put right as well: it loses carries into the exponent, and NaN.
     """
     patched = {
         "cast_impl": _cast(InterpreterBuilder.cast_impl),
@@ -58,6 +59,9 @@ def _cast(method: Callable) -> Callable:
     def cast(self: InterpreterBuilder, source: TensorHandle, to: tl.dtype, *args: Any) -> TensorHandle:
         if to.scalar == tl.bfloat16:
             return source if _is_bfloat16(source) else _narrow(source)
+        if to.scalar == tl.float8e4nv and source.dtype.scalar == tl.float32:
+            rounded = torch.from_numpy(np.ascontiguousarray(source.data)).to(torch.float8_e4m3fn)
+            return TensorHandle(rounded.view(torch.uint8).numpy(), tl.float8e4nv)
         return (
             method(self, source, to, *args) if not _is_bfloat16(source) else _from_float32(self, source, to)
         )

@@ -33,6 +33,7 @@ sys.path.append(str(Path(__file__).parents[1] / "kernels" / "interpreted"))
 import test_attention
 import test_norms
 import test_projector
+import test_quantise
 
 from vapt_fast import functional, use_backend
 
@@ -44,6 +45,7 @@ FILES = {
     "prompt_attention": ["prompt_attention", "prompt_attention_packed"],
     "absorbed_attention": ["absorbed_attention"],
     "mlp": ["mlp"],
+    "fp8_linear": ["fp8_linear"],
     "common": ["prompt_pool", "prompt_projector"],
 }
 CPU_SECONDS = 60
@@ -55,6 +57,8 @@ Check = Callable[[], None]
 
 def checks(op: str) -> dict[str, Check]:
     """All checks of an op, those that notice most first."""
+    if op not in KERNELS:
+        return {f"{op} {i}": check for i, check in enumerate(ALONE[op])}
     kernels = KERNELS[op]
     made: dict[str, Check] = {}
     for i, sizes in enumerate(kernels.quick):
@@ -85,6 +89,16 @@ ALONE: dict[str, list[Check]] = {
     ],
     "absorbed_attention": [test_attention.test_more_than_2_31_elements_of_absorbed_attention],
     "add_norm": [partial(test_norms.test_what_is_normalised_is_the_sum_as_it_is_returned, "triton")],
+    "fp8_linear": [
+        *(
+            partial(test_quantise.test_the_same_as_torch, torch.bfloat16, (5, 272), layout)
+            for layout in ("rows", "transposed", "every other")
+        ),
+        partial(test_quantise.test_the_same_as_torch, torch.float32, (33, 80), "transposed"),
+        partial(test_quantise.test_of_the_gelu, torch.float32),
+        test_quantise.test_odd_rows,
+        test_quantise.test_far_apart,
+    ],
     "prompt_projector": [partial(test_projector.test_prompts_of_zero, torch.float64, "relu")],
 }
 

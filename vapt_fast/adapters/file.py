@@ -33,7 +33,8 @@ Keys of the config (others may be added):
   weights that it got; null if none), ``pretrained`` (whether timm was to load weights; null if unknown),
   ``file_sha256`` (of the backbone's file in the folder; null if there is none), ``num_classes``; what it
   must share with a model: ``depth``, ``dim``, ``grid``, ``patch_size``, ``num_prefix_tokens``,
-  ``global_pool``; and its ``fingerprint``.
+  ``global_pool``; its ``fingerprint``; and ``precision``, the ``backbone_precision`` of the model that was
+  saved (null, or missing, for that of the weights).
 - ``prompts``: the options of PromptConfig, all of them.
 - ``class_names``: a name for each class, or null.
 - ``data``: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``: how images are

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 from collections.abc import Callable, Iterable
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from ..model import AdaptiveViT
 
 __all__ = ["build", "load", "read_config"]
+
+_log = logging.getLogger("vapt_fast")
 
 Made = TypeVar("Made", bound=nn.Module)
 
@@ -60,6 +63,7 @@ def build(
     weights: str | os.PathLike[str] | None = None,
     check_backbone: bool = True,
     backend: str | None = None,
+    backbone_precision: str | None = None,
 ) -> AdaptiveViT:
     """Make a new model for the adapter in ``folder``, with the adapter loaded, in eval mode.
 
@@ -73,13 +77,14 @@ def build(
             one, else the name in the adapter's config. By a name, it gets the arguments in the config.
         weights: a file with the backbone's weights, see vapt_fast.source.load_weights; not with a timm model.
         check_backbone: as for ``load``.
-        backend: as for AdaptiveViT.
+        backend, backbone_precision: as for AdaptiveViT, whatever the adapter was trained with.
 
     Raises:
         AdapterNotFoundError: a file is missing.
         AdapterError: damaged files, a backbone that timm can't make here, or one that does not fit; lists
             every mismatch.
-        TypeError, ValueError, NotImplementedError: AdaptiveViT refuses ``backbone`` or ``backend``.
+        TypeError, ValueError, NotImplementedError: AdaptiveViT refuses ``backbone``, ``backend`` or
+            ``backbone_precision``.
     """
     if weights is not None and isinstance(backbone, nn.Module):
         raise TypeError(
@@ -90,6 +95,7 @@ def build(
         model = _build_by_name(cls, adapter, backbone, weights, backend)
     else:
         model = cls(backbone, prompts=adapter.prompts, backend=backend)
+    model.backbone_precision = backbone_precision
     # Before the head is replaced: a backbone that does not fit is handed back as it was.
     _raise_misfit(adapter, backbone_problems(model, adapter, check_backbone))
     if model.num_classes != adapter.num_classes:
@@ -126,6 +132,12 @@ def _copy(model: AdaptiveViT, adapter: AdapterFile) -> None:
         for name, tensor in own.items():
             tensor.copy_(values[name])
     names, config = adapter.config.get("class_names"), adapter.config
+    trained, own_precision = adapter.backbone.get("precision"), model.backbone_precision
+    if trained != own_precision:
+        _log.info(
+            "the adapter in %s was trained with backbone_precision=%r, the model has %r",
+            *(adapter.folder, trained, own_precision),
+        )
     model.adapter_metadata = config["metadata"]
     model.class_names = None if names is None else tuple(names)
     # The size is the model's own, which may change.

@@ -75,6 +75,7 @@ def save(
             "args_left_out": left_out,
             "num_classes": model.num_classes,
             **geometry(model),
+            "precision": model.backbone_precision,
             "fingerprint": backbone_fingerprint(model),
         },
         "prompts": asdict(model.config),

@@ -10,19 +10,26 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from timm.layers import GELU, DropPath, LayerNorm, LayerScale, Mlp
 from torch import Tensor, nn
 
 from ..modules import BY_TOKEN, Once, has_global_hooks, is_patched, is_plain, token_mixing_reason
 from .base import FAMILIES
+from .linears import LINEARS, Weights
 
-__all__ = ["StandardBlock", "fallback_reason", "split_block", "standard_block"]
+__all__ = ["StandardBlock", "fallback_reason", "kind_reason", "split_block", "standard_block"]
 
 NOT_CALLED = (nn.Identity, nn.Dropout, DropPath)  # when they are off
+READABLE_LINEARS = tuple(LINEARS.values())
 
-Weights = tuple[Tensor, Tensor | None]  # weight and bias of a Linear
-MlpWeights = tuple[Tensor, Tensor | None, Tensor, Tensor | None]  # of fc1, of fc2
+
+def kind_reason(block: Any) -> str | None:
+    """Return why ``block`` is of a kind that can't be taken apart; None if it is of one that can."""
+    if not any(type(block) in family.blocks for family in FAMILIES):
+        return f"it is a {type(block).__name__}, not one of timm's standard blocks"
+    if not any(type(block.attn) in family.attentions for family in FAMILIES):
+        return f"attn is a {type(block.attn).__name__}, not one of timm's standard attentions"
+    return None
 
 
 def fallback_reason(block: Any) -> str | None:
@@ -31,11 +38,10 @@ def fallback_reason(block: Any) -> str | None:
     Only modules that are known to act on each token by itself, as a Linear does, are called with the tokens
     that are needed. What others put in their place or hooked to them gets the whole sequence.
     """
-    if not any(type(block) in family.blocks for family in FAMILIES):
-        return f"it is a {type(block).__name__}, not one of timm's standard blocks"
+    kind = kind_reason(block)
+    if kind is not None:
+        return kind
     attn = block.attn
-    if not any(type(attn) in family.attentions for family in FAMILIES):
-        return f"attn is a {type(attn).__name__}, not one of timm's standard attentions"
     if getattr(attn, "gate", None) is not None:
         return "attn has a gate"
     if is_patched(type(attn)):
@@ -80,7 +86,7 @@ class StandardBlock:
             where there are three.
         proj: weight and bias of the attention's last projection; None where it has to be called.
         bias: (1, h, T, T), added to the scores by this block itself, or None.
-        gelu_mlp: weight and bias of fc1 and fc2 if the MLP is fc2(gelu(fc1(x))) with the exact GELU and
+        gelu_mlp: the weights of fc1 and fc2 if the MLP is fc2(gelu(fc1(x))) with the exact GELU and
             nothing more; None: it has to be called.
         layer_scales: where each of the two LayerScales is, see ``_layer_scale``.
     """
@@ -92,7 +98,7 @@ class StandardBlock:
     qkv: Weights | None
     proj: Weights | None
     bias: Tensor | None
-    gelu_mlp: MlpWeights | None
+    gelu_mlp: tuple[Weights, Weights] | None
     layer_scales: tuple[str, str]
 
     def called(self) -> list[str]:
@@ -139,12 +145,9 @@ class StandardBlock:
         return width - 2 * keys, keys, keys
 
     def q_and_kv(self) -> tuple[Weights, Weights]:
-        """Weight and bias of the queries in ``qkv``, and of the keys and values."""
-        weight, bias = cast(Weights, self.qkv)
-        num_queries = self.sections(weight.shape[0])[0]
-        q_bias, kv_bias = (None, None) if bias is None else bias.tensor_split([num_queries])
-        q_weight, kv_weight = weight.tensor_split([num_queries])
-        return (q_weight, q_bias), (kv_weight, kv_bias)
+        """The weights of the queries in ``qkv``, and of the keys and values."""
+        qkv = cast(Weights, self.qkv)
+        return qkv.split(self.sections(qkv.weight.shape[0])[0])
 
     def project(
         self, tokens: Tensor, prompts: Tensor, num_rows: int | None
@@ -174,14 +177,15 @@ class StandardBlock:
                 q = q[:, :num_rows]
                 prompt_kv = prompt_qkv[..., q.shape[-1] :]
             else:
-                of_q, of_kv = self.q_and_kv()
                 if num_rows is None:
-                    qkv = F.linear(tokens, *self.qkv)
+                    qkv = self.qkv(tokens)
                     q, k, v = qkv.split(self.sections(qkv.shape[-1]), dim=-1)
+                    of_kv = self.q_and_kv()[1]
                 else:
-                    q = F.linear(rows, *of_q)
-                    k, v = F.linear(tokens, *of_kv).chunk(2, dim=-1)
-                prompt_kv = F.linear(prompts, *of_kv)
+                    of_q, of_kv = self.q_and_kv()
+                    q = of_q(rows)
+                    k, v = of_kv(tokens).chunk(2, dim=-1)
+                prompt_kv = of_kv(prompts)
             prompt_k, prompt_v = prompt_kv.chunk(2, dim=-1)
         heads = self.num_kv_heads
         k, v, prompt_k, prompt_v = (torch.unflatten(x, -1, (heads, -1)) for x in (k, v, prompt_k, prompt_v))
@@ -193,7 +197,7 @@ class StandardBlock:
         out = out if norm is None else norm(out)
         if self.proj is None:
             return self.scaled(self.attn.proj_drop(self.attn.proj(out)), 1)
-        return self.scaled(F.linear(out, *self.proj), 1)
+        return self.scaled(self.proj(out), 1)
 
     def scaled(self, branch: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
         """The branch (B, rows, C) after LayerScale 1 or 2: a tensor and a factor (C,) of it, None for 1."""
@@ -224,8 +228,8 @@ def _readable(block: Any) -> _Readable:
     return _Readable(
         norm1=_is_affine(block.norm1),
         norm2=_is_affine(block.norm2),
-        qkv=attn.qkv is not None and is_plain(attn.qkv, nn.Linear),
-        proj=is_plain(attn.proj, nn.Linear) and is_plain(attn.proj_drop, nn.Dropout, nn.Identity),
+        qkv=attn.qkv is not None and is_plain(attn.qkv, *READABLE_LINEARS),
+        proj=is_plain(attn.proj, *READABLE_LINEARS) and is_plain(attn.proj_drop, nn.Dropout, nn.Identity),
         gelu_mlp=_is_gelu_mlp(block.mlp),
         layer_scales=(_layer_scale(block, 1), _layer_scale(block, 2)),
         separate_bias=getattr(attn, "q_bias", None) is not None,
@@ -257,19 +261,18 @@ def _take_apart(block: Any, readable: _Readable) -> StandardBlock:
     parts = block._modules  # which is faster than asking the module
     attn, mlp, qkv, gelu_mlp = parts["attn"], parts["mlp"], None, None
     if readable.qkv:
-        weight, bias = _weights(attn._modules["qkv"])
+        qkv = Weights.of(attn._modules["qkv"])
         if readable.separate_bias:
-            bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        qkv = weight, bias
+            qkv.bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
     if readable.gelu_mlp:
-        gelu_mlp = *_weights(mlp._modules["fc1"]), *_weights(mlp._modules["fc2"])
+        gelu_mlp = Weights.of(mlp._modules["fc1"]), Weights.of(mlp._modules["fc2"])
     return StandardBlock(
         block=block,
         attn=attn,
         norm1=parts["norm1"] if readable.norm1 else None,
         norm2=parts["norm2"] if readable.norm2 else None,
         qkv=qkv,
-        proj=_weights(attn._modules["proj"]) if readable.proj else None,
+        proj=Weights.of(attn._modules["proj"]) if readable.proj else None,
         bias=attn.score_bias() if readable.score_bias else None,
         gelu_mlp=gelu_mlp,
         layer_scales=readable.layer_scales,
@@ -291,11 +294,6 @@ def split_block(block: Any) -> StandardBlock:
     return parts
 
 
-def _weights(linear: Any) -> Weights:
-    own = linear._parameters
-    return (own["weight"], own["bias"]) if own else (linear.weight, linear.bias)  # a replica has none
-
-
 def _layer_scale(block: Any, number: int) -> str:
     """Return where the LayerScale of branch 1 or 2 is: "gamma", "plain" (a module), "none" or "called"."""
     if not hasattr(block, "ls1"):
@@ -312,7 +310,7 @@ def _is_gelu_mlp(mlp: Any) -> bool:
     exact = is_plain(mlp.act, GELU, nn.GELU) and getattr(mlp.act, "approximate", "none") == "none"
     return (
         exact
-        and all(is_plain(linear, nn.Linear) for linear in (mlp.fc1, mlp.fc2))
+        and all(is_plain(linear, *READABLE_LINEARS) for linear in (mlp.fc1, mlp.fc2))
         and all(is_plain(drop, nn.Dropout) for drop in (mlp.drop1, mlp.drop2))
     )
 

@@ -46,6 +46,7 @@ def evaluate(
     backbone: options.AdapterBackbone = None,
     weights: options.AdapterWeights = None,
     backend: options.Backend = None,
+    backbone_precision: options.BackbonePrecision = None,
     batch_size: options.BatchSize = 64,
     workers: options.Workers = 0,
     as_json: options.AsJson = False,
@@ -66,7 +67,9 @@ def evaluate(
         if output is not None and output.suffix.lower() not in _SUFFIXES:
             raise UserError(f"--output must end in one of {_SUFFIXES}, got {output}")
         device = pick_device(device)
-        model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
+        model, metadata = load_model(
+            adapter, backend, backbone=backbone, weights=weights, backbone_precision=backbone_precision
+        )
         chosen = "validation" if split == "val" else split
         dataset = evaluation_data(data, metadata["data_config"], metadata["class_names"], chosen)
         if split is None and _was_trained_on(adapter, data):

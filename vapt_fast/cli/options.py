@@ -23,3 +23,6 @@ Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")
 Backend = Annotated[
     str | None, typer.Option(help="auto, reference, torch, triton or cuda; see vapt-fast info.")
 ]
+BackbonePrecision = Annotated[
+    str | None, typer.Option(help="fp8: products of the frozen backbone in 8 bits (default: as all else).")
+]

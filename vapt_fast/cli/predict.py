@@ -31,6 +31,7 @@ def predict(
     backbone: options.AdapterBackbone = None,
     weights: options.AdapterWeights = None,
     backend: options.Backend = None,
+    backbone_precision: options.BackbonePrecision = None,
 ) -> None:
     """Name the class of images with a trained model.
 
@@ -39,7 +40,9 @@ def predict(
     with failures():
         check_backend(backend, "--backend")
         device = pick_device(device)
-        model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
+        model, metadata = load_model(
+            adapter, backend, backbone=backbone, weights=weights, backbone_precision=backbone_precision
+        )
         paths = _image_files(images)
         predictions, errors = _predict(model.to(device), metadata, paths, top, batch_size, device)
     if as_json:

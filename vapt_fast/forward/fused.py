@@ -180,9 +180,18 @@ def _run_block(
     branch, layer_scale = parts.finish_attention(out)
     stream = _Stream(tokens if num_rows is None else tokens[:, :num_rows], branch, layer_scale)
     tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
-    weights = parts.gelu_mlp
-    branch = block.mlp(normed) if weights is None else mlp(normed, *weights, backend=backend)
-    return _Stream(tokens, *parts.scaled(branch, 2))
+    return _Stream(tokens, *parts.scaled(_mlp(parts, normed, backend), 2))
+
+
+def _mlp(parts: StandardBlock, normed: Tensor, backend: str | None) -> Tensor:
+    """Return the MLP of the normalised tokens (B, T, C), in one op where its kind and precision allow."""
+    if parts.gelu_mlp is None:
+        out: Tensor = parts.block.mlp(normed)
+        return out
+    fc1, fc2 = parts.gelu_mlp
+    if fc1.fp8 or fc2.fp8:
+        return fc2(fc1(normed), gelu=True)
+    return mlp(normed, fc1.weight, fc1.bias, fc2.weight, fc2.bias, backend=backend)
 
 
 def _normalise(
@@ -229,15 +238,13 @@ def _attention(
     as_projected = rope is None and parts.k_norm is None  # whether keys are what the projection gives
     options: dict[str, Any] = {"bias": bias, "backend": backend}
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
-        scale = parts.softmax_scale(parts.qkv[0].shape[0] // (heads + 2 * kv_heads))
+        scale = parts.softmax_scale(parts.qkv.weight.shape[0] // (heads + 2 * kv_heads))
         if given is None and prompts.shape[1] and _concatenates(normed, backend):
-            qkv = F.linear(torch.cat([prompts.expand(len(normed), -1, -1), normed], dim=1), *parts.qkv)
+            qkv = parts.qkv(torch.cat([prompts.expand(len(normed), -1, -1), normed], dim=1))
             return _joint_attention(qkv, prompts.shape[1], heads, kv_heads, scale, options).flatten(2)
-        qkv = F.linear(normed, *parts.qkv)
-        if given is None:
-            prompt_kv = F.linear(prompts, *parts.q_and_kv()[1])
-        else:
-            prompt_kv = torch.cat(given, dim=-1).to(qkv.dtype)
+        qkv = parts.qkv(normed)
+        of_kv = parts.q_and_kv()[1]
+        prompt_kv = of_kv(prompts) if given is None else torch.cat(given, dim=-1).to(qkv.dtype)
         out = prompt_attention_packed(
             qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
         )
@@ -288,12 +295,12 @@ def _absorbed_attention(
     A key's bias shifts all scores of a query alike, which softmax does not see; the weights of the values sum
     to 1, so their bias is added to what comes out.
     """
-    of_q, (kv_weight, kv_bias) = parts.q_and_kv()
+    of_q, of_kv = parts.q_and_kv()
     heads = parts.num_heads
-    q = torch.unflatten(F.linear(normed[:, :num_rows], *of_q), -1, (heads, -1))
+    q = torch.unflatten(of_q(normed[:, :num_rows]), -1, (heads, -1))
     if parts.q_norm is not None:
         q = parts.q_norm(q)
-    key_weight, value_weight = torch.unflatten(kv_weight, 0, (2, heads, -1)).unbind(0)
+    key_weight, value_weight = torch.unflatten(of_kv.weight, 0, (2, heads, -1)).unbind(0)
     scale = parts.softmax_scale(q.shape[-1])
     out = absorbed_attention(q, normed, prompts, key_weight, value_weight, scale=scale, **options)
-    return out if kv_bias is None else out + torch.unflatten(kv_bias, 0, (2, heads, -1))[1]
+    return out if of_kv.bias is None else out + torch.unflatten(of_kv.bias, 0, (2, heads, -1))[1]

@@ -19,6 +19,7 @@ import torch
 __all__ = [
     "capability",
     "compiled_by",
+    "fp8_unsupported_reasons",
     "hopper_unsupported_reasons",
     "interpreting",
     "native",
@@ -29,6 +30,7 @@ __all__ = [
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (8, 0)
+MINIMUM_FP8_CAPABILITY = (8, 9)
 NOTE = Path(__file__).parent.parent / "_C_missing.txt"  # setup.py leaves it where there is no _C
 INSTALL_AGAIN = "install it again with pip install --force-reinstall --no-deps --no-cache-dir"
 
@@ -61,6 +63,20 @@ def unsupported_reasons(name: str, device: torch.device) -> list[str]:
 def capability(device: torch.device) -> tuple[int, int]:
     """The compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
+
+
+@torch.compiler.assume_constant_result
+def fp8_unsupported_reasons(device: torch.device) -> list[str]:
+    """Every reason why ``device`` has no products in FP8; empty for a CPU, which mimics them."""
+    if device.type in ("cpu", "meta"):
+        return []
+    if device.type != "cuda" or torch.version.cuda is None:
+        return [f"they need a CUDA GPU, got {device}"]
+    found = torch.cuda.get_device_capability(device)
+    if found >= MINIMUM_FP8_CAPABILITY:
+        return []
+    given, needed = (".".join(map(str, c)) for c in (found, MINIMUM_FP8_CAPABILITY))
+    return [f"{device} has compute capability {given}, they need {needed}"]
 
 
 @torch.compiler.assume_constant_result

@@ -103,6 +103,7 @@ def build_model(
     prompts: PromptConfig | None = None,
     pretrained: bool = True,
     backend: str | None = None,
+    backbone_precision: str | None = None,
     weights: str | Path | None = None,
     **timm_options: Any,
 ) -> nn.Module:
@@ -114,13 +115,13 @@ def build_model(
         num_classes: of the new head.
         prompts: options of the prompts; the method decides on their kind. None for the defaults.
         pretrained: start from pre-trained weights.
-        backend: as for AdaptiveViT.
+        backend, backbone_precision: as for AdaptiveViT; "full" has no frozen backbone, and so no precision.
         weights: a file with the backbone's weights, in the place of pre-trained ones; see
             vapt_fast.source.load_weights.
         **timm_options: for ``timm.create_model``.
 
     Raises:
-        UserError: an unknown method, or a number of classes that is none.
+        UserError: an unknown method, a number of classes that is none, or "full" with a backbone_precision.
         FileNotFoundError, ValueError: there is no such file of weights, or they don't fit.
         ValueError, NotImplementedError: as AdaptiveViT raises for a backbone that it can't serve.
     """
@@ -129,13 +130,19 @@ def build_model(
         raise UserError(f"num_classes must be a positive int, got {num_classes!r}")
     pretrained = pretrained and weights is None
     timm_options = {"num_classes": num_classes, "pretrained": pretrained, **timm_options}
+    if changes is None and backbone_precision is not None:
+        raise UserError(
+            f"backbone_precision={backbone_precision!r} is for a frozen backbone, and {method!r} trains it: "
+            "leave it out"
+        )
     config = None if changes is None else replace(prompts or PromptConfig(), **changes)
+    kwargs: dict[str, Any] = {"backend": backend, "backbone_precision": backbone_precision}
     if config is not None and weights is None:
-        return AdaptiveViT(backbone, prompts=config, backend=backend, **timm_options)
+        return AdaptiveViT(backbone, prompts=config, **kwargs, **timm_options)
     model = create_backbone(backbone, **timm_options)
     if weights is not None:
         load_weights(model, weights)
-    return model if config is None else AdaptiveViT(model, prompts=config, backend=backend)
+    return model if config is None else AdaptiveViT(model, prompts=config, **kwargs)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

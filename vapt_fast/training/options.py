@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .._version import __version__
+from ..backbones.precision import PRECISIONS
 from ..config import described, option
 from ..files import write_atomically
 from ..names import DEMO_BACKBONE
@@ -77,6 +78,11 @@ class RunOptions:
     )
     method: str = _model("vapt", "what to train")
     backend: str | None = _model(None, "one of auto, reference, torch, triton and cuda; see vapt-fast info")
+    backbone_precision: str | None = _model(
+        None,
+        "products of the frozen backbone in 8 bits, and in its backward pass too (default: as all else)",
+        choices=PRECISIONS,
+    )
     base_lrs: list[float] | None = option(
         None,
         "a learning rate to try, at a batch size of 256: lr * batch size / 256 is used, with either "

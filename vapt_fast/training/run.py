@@ -80,6 +80,7 @@ def run(
         prompts=prompts,
         pretrained=options.pretrained,
         backend=options.backend,
+        backbone_precision=options.backbone_precision,
         weights=options.weights,
         **options.timm_options,
     )

@@ -10,7 +10,6 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
-from ..adapters import AdapterError
 from ..data import full_data_config
 from ..files import write_atomically
 from ..model import AdaptiveViT
@@ -62,6 +61,7 @@ def load_model(
     *,
     backbone: str | None = None,
     weights: str | Path | None = None,
+    backbone_precision: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Load the model in a folder, in eval mode, and its metadata.
 
@@ -70,6 +70,7 @@ def load_model(
         backend: as for AdaptiveViT.
         backbone, weights: timm's name of an adapter's backbone and a file with its weights, as for
             ``AdaptiveViT.from_adapter``. None for what the adapter says.
+        backbone_precision: as for AdaptiveViT, whatever the adapter was trained with.
 
     Returns:
         The model, and the metadata: ``class_names`` (the classes' numbers, as str, for an adapter that was
@@ -81,12 +82,21 @@ def load_model(
     folder = Path(folder)
     whole = folder / FULL_MODEL_NAME
     if whole.exists():
-        if backbone is not None or weights is not None:
-            raise UserError(f"{whole} is a whole model: it needs no backbone and no weights, leave them out")
+        if any(option is not None for option in (backbone, weights, backbone_precision)):
+            raise UserError(
+                f"{whole} is a whole model: it needs no backbone and no weights, and has no "
+                "backbone_precision, leave them out"
+            )
         return _load_full(whole)
     try:
-        model = AdaptiveViT.from_adapter(folder, backbone=backbone, weights=weights, backend=backend)
-    except AdapterError as error:
+        model = AdaptiveViT.from_adapter(
+            folder,
+            backbone=backbone,
+            weights=weights,
+            backend=backend,
+            backbone_precision=backbone_precision,
+        )
+    except ValueError as error:  # an AdapterError is one
         raise UserError(str(error)) from error
     names = model.class_names or [str(index) for index in range(model.num_classes)]
     config = full_data_config(model.pretrained_cfg, model.data_config)
