@@ -379,8 +379,8 @@ def assert_policy(make, cases, dtype, on_gpu=False):
     Over all cases, the largest error of each output and gradient against float64, relative to its max|exact|,
     is at most that of eager PyTorch in the same dtype, plus 2 eps. In float32 that is a matter of chance: in
     the one case of many that cancels most, PyTorch's order of summation errs by three times what another does
-    or by a third. There the geometric mean over the cases is at most twice PyTorch's, and the largest four times
-    as large. Where eager PyTorch overflows, the next wider dtype takes its place.
+    or by a third. There the geometric mean over the cases is at most twice PyTorch's, and the largest four
+    times as large. Where eager PyTorch overflows, the next wider dtype takes its place.
 
     Args:
         on_gpu: what ran was the hardware's arithmetic, to which ``hardware_rounding`` is granted.
