@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -43,7 +43,7 @@ DIM, HEADS, GRID = 768, 12, (14, 14)
 MULTIPROCESSORS, SCHEDULERS, CYCLES = 132, 4, 1.8e9
 REGISTERS, SHARED, WARPS, BLOCKS = 65536, 228 * 1024, 64, 32  # of a multiprocessor
 MEMORY, CACHE, BARRIER = 1000, 360, 10  # cycles to a value from memory or the cache, and at a barrier
-LATENCY = {
+LATENCY: dict[str, float] = {
     "LDS": 30,
     "LDSM": 33,
     "SHFL": 24,
@@ -128,7 +128,8 @@ def disassemble(cubin: bytes) -> tuple[list[Instruction], list[tuple[int, int]]]
         command = [triton.knobs.nvidia.cuobjdump.path, "-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     line = r"/\*[0-9a-f]{4,}\*/\s+(.*?) ;\s+/\* 0x[0-9a-f]{16} \*/\s+/\* 0x([0-9a-f]{16}) \*/"
-    code, loops = [], []
+    code: list[Instruction] = []
+    loops: list[tuple[int, int]] = []
     for text, high in re.findall(line, listing):
         bare = re.sub(r"^@!?U?P\w+\s+", "", text)
         if (target := re.match(r"BRA\b.*?(0x[0-9a-f]+)", bare)) and int(target[1], 16) // 16 < len(code):
@@ -186,7 +187,7 @@ class Warp:
             )  # fmt: skip
             now = max([now, *(at for i, at in enumerate(scoreboards) if waits >> i & 1)])
             pipes.update(one.pipes)
-            latency = LATENCY.get(one.name, 20)
+            latency = LATENCY.get(one.name, 20.0)
             if one.name in ("LDG", "LDGSTS"):
                 # The warps of a program load at the same time, and share what the cache gives.
                 port = max(port, now) + 32 * one.bytes * num_warps * MULTIPROCESSORS * CYCLES / L2
@@ -223,33 +224,28 @@ def blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-# How often a warp goes through the loops of each kernel, in the order of its machine code.
-LOOPS: dict[str, Callable[[dict[str, Any]], list[int]]] = {
-    "prompt_attention_fwd": lambda a: [
-        blocks(a["num_prompts"], a["BLOCK_PROMPTS"]),
-        blocks(a["num_tokens"], a["BLOCK_TOKENS"]),
-    ],
-    "prompt_attention_bwd_keys": lambda a: [blocks(a["num_queries"], a["BLOCK_QUERIES"])],
-    "prompt_pool_fwd": lambda a: [blocks(a["num_tokens"] - a["num_prefix"], a["BLOCK_N"])],
-    "prompt_pool_bwd_products": lambda a: [
-        blocks(a["num_rows"], a["BLOCK_R"]),
-        blocks(a["num_channels"], a["BLOCK_C"]),
-    ],
-    "prompt_pool_bwd_tokens": lambda a: [blocks(a["num_rows"], a["BLOCK_R"])],
-    "prompt_pool_bwd_affine": lambda a: [
-        blocks(a["num_rows"], a["BLOCK_R"]),
-        blocks(a["num_patches"], a["BLOCK_N"]),
-        a["images_per_program"],
-    ],
-    "prompt_projector_fwd": lambda a: [a["width"]] * 2,
-    "prompt_projector_bwd_rows": lambda a: [a["width"]] * 3,
-    "prompt_projector_bwd_weights": lambda a: [blocks(a["rows_per_program"], a["BLOCK_ROWS"])],
-    "absorbed_attention_scores": lambda a: [blocks(a["num_channels"], a["BLOCK_C"])],
-    "absorbed_attention_sums": lambda a: [blocks(a["num_keys"], a["BLOCK_K"])],
-    "absorbed_attention_bwd_rows": lambda a: [blocks(a["num_queries"], a["BLOCK_M"])],
-    "sum_chunks": lambda a: [blocks(a["num_chunks"], a["BLOCK_CHUNKS"])],
+# The loops of each kernel, in the order of its machine code: a size and the block of it that a trip takes, or
+# the number of trips.
+LOOPS: dict[str, tuple[str | tuple[str, str], ...]] = {
+    "prompt_attention_fwd": (("num_prompts", "BLOCK_PROMPTS"), ("num_tokens", "BLOCK_TOKENS")),
+    "prompt_attention_bwd_queries": (("num_prompts", "BLOCK_PROMPTS"), ("num_tokens", "BLOCK_TOKENS")),
+    "prompt_attention_bwd_keys": (("num_queries", "BLOCK_QUERIES"),),
+    "prompt_pool_fwd": (("num_patches", "BLOCK_N"),),
+    "prompt_pool_bwd_products": (("num_rows", "BLOCK_R"), ("num_channels", "BLOCK_C")),
+    "prompt_pool_bwd_tokens": (("num_rows", "BLOCK_R"),),
+    "prompt_pool_bwd_affine": (
+        ("num_rows", "BLOCK_R"),
+        ("num_patches", "BLOCK_N"),
+        "images_per_program",
+    ),
+    "prompt_projector_fwd": ("width",) * 2,
+    "prompt_projector_bwd_rows": ("width",) * 3,
+    "prompt_projector_bwd_weights": (("rows_per_program", "BLOCK_ROWS"),),
+    "absorbed_attention_scores": (("num_channels", "BLOCK_C"),),
+    "absorbed_attention_sums": (("num_keys", "BLOCK_K"),),
+    "absorbed_attention_bwd_rows": (("num_queries", "BLOCK_M"),),
+    "sum_chunks": (("num_chunks", "BLOCK_CHUNKS"),),
 }
-LOOPS["prompt_attention_bwd_queries"] = LOOPS["prompt_attention_fwd"]
 ATTENTION = [f"prompt_attention_{kernel}" for kernel in ("fwd", "bwd_queries", "bwd_keys")]
 
 
@@ -296,7 +292,11 @@ class Compiled:
             needs = compile_launch((kernel, args, options), 90)
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
         name = kernel.__name__.removesuffix("_kernel")
-        trips = LOOPS.get(name, lambda a: [])(arguments)
+        arguments.setdefault("num_patches", arguments.get("num_tokens", 0) - arguments.get("num_prefix", 0))
+        trips = [
+            arguments[loop] if isinstance(loop, str) else blocks(arguments[loop[0]], arguments[loop[1]])
+            for loop in LOOPS.get(name, ())
+        ]
         code, loops = disassemble(made[0].asm["cubin"])
         scores = 0
         if name in ATTENTION:
