@@ -438,7 +438,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_options(arguments)
     if options.without is not None:
         lines = options.without.read_text().splitlines()
-        UNFIT.update(_fit(r) for r in map(json.loads, lines) if FAILED in r or r["stack"] > 0)
+        UNFIT.update(_fit(r) for r in map(json.loads, lines) if FAILED in r or r.get("stack", 0) > 0)
     if options.worker is not None:
         work(options)
         return

@@ -61,8 +61,9 @@ def prompt_pool_fwd_kernel(
     row, is_row = block_of(tl.program_id(0) // channel_blocks % row_blocks, num_rows, BLOCK_R)
 
     sums = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    row_sums = tl.zeros((BLOCK_R,), dtype)
-    shift = tl.zeros((BLOCK_R,), dtype)
+    # Added up over the patches of a block after the loop: in it they would wait for other threads.
+    totals = tl.zeros((BLOCK_R, BLOCK_N), dtype)
+    shifts = tl.zeros((BLOCK_R, BLOCK_N), dtype)
     for start in range(0, num_tokens - num_prefix, BLOCK_N):
         patch = start + tl.arange(0, BLOCK_N).to(tl.int64)
         token = num_prefix + patch
@@ -75,16 +76,17 @@ def prompt_pool_fwd_kernel(
         mu = tl.load(mean + image * num_tokens + token, is_token, 0)
         r = tl.load(rstd + image * num_tokens + token, is_token, 0)
         factor = r * prompt_factor(r, EPS, PROMPT_EPS)
-        row_sums += tl.sum(m, axis=1)
+        totals += m
         if HALVES:
             high, low = halves(m * factor[None, :])
             sums = tl.dot(high, values, sums)
             sums = tl.dot(low, values, sums)
-            shift += tl.sum((high.to(dtype) + low.to(dtype)) * mu[None, :], axis=1)
+            shifts += (high.to(dtype) + low.to(dtype)) * mu[None, :]
         else:
             z = (values.to(dtype) - mu[:, None]) * factor[:, None]
             sums = tl.dot(m, z, sums, input_precision=PRECISION, out_dtype=dtype)
-    sums -= shift[:, None]
+    sums -= tl.sum(shifts, axis=1)[:, None]
+    row_sums = tl.sum(totals, axis=1)
 
     w = load_channels(weight, channel, is_channel)
     b = load_channels(bias, channel, is_channel)
@@ -147,6 +149,9 @@ def prompt_pool_bwd_products_kernel(
     if means is not None:
         grad_normed, grad_normed_channel = rows_of(grad_normed, image, token)
 
+    # Added up over the channels of a block after the loop: in it they would wait for other threads.
+    of_a = tl.zeros((BLOCK_T, BLOCK_C), dtype)
+    of_products = tl.zeros((BLOCK_T, BLOCK_C), dtype)
     sums = tl.zeros((BLOCK_T,), dtype)
     products = tl.zeros((BLOCK_T,), dtype)
     # At least once, also without rows: a is there.
@@ -155,15 +160,15 @@ def prompt_pool_bwd_products_kernel(
         is_row = row < num_rows
         g_row = grad_pooled + image * grad_pooled_image + (row * grad_pooled_row)[:, None]
         gram = tl.zeros((BLOCK_R, BLOCK_T), dtype)
-        row_sums = tl.zeros((BLOCK_R,), dtype)
-        bias_sums = tl.zeros((BLOCK_R,), dtype)
+        of_g = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+        of_bias = tl.zeros((BLOCK_R, BLOCK_C), dtype)
         for start in range(0, num_channels, BLOCK_C):
             channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
             is_channel = channel < num_channels
             mask = is_token[:, None] & is_channel[None, :]
             g_at = g_row + (channel * grad_pooled_channel)[None, :]
             g = tl.load(g_at, is_row[:, None] & is_channel[None, :], 0)
-            bias_sums += tl.sum(g * load_channels(bias, channel, is_channel)[None, :], axis=1)
+            of_bias += g * load_channels(bias, channel, is_channel)[None, :]
             g *= load_channels(weight, channel, is_channel)[None, :]
             values = tl.load(x + (channel * x_channel)[None, :], mask, 0)
             # Beyond the last channel it is not 0, but g and a are.
@@ -175,15 +180,16 @@ def prompt_pool_bwd_products_kernel(
                 g = high.to(dtype) + low.to(dtype)
             else:
                 gram = tl.dot(g, tl.trans(xhat), gram, input_precision=PRECISION, out_dtype=dtype)
-            row_sums += tl.sum(g, axis=1)
+            of_g += g
             if means is not None:
                 # Once, with the first rows.
                 a_at = grad_normed + (channel * grad_normed_channel)[None, :]
                 a = tl.load(a_at, mask & (row_start == 0), 0).to(dtype)
                 if norm_weight is not None:
                     a *= load_channels(norm_weight, channel, is_channel).to(dtype)[None, :]
-                sums += tl.sum(a, axis=1)
-                products += tl.sum(a * xhat, axis=1)
+                of_a += a
+                of_products += a * xhat
+        row_sums = tl.sum(of_g, axis=1)
         if HALVES:
             gram = (gram - row_sums[:, None] * mu[None, :]) * r[None, :]
         of_patches = is_row[:, None] & is_patch[None, :]
@@ -194,11 +200,12 @@ def prompt_pool_bwd_products_kernel(
             products += s * s * tl.sum(weighted * gram, axis=0)
         if partial is not None:
             at = partial + ((image * num_rows + row) * (num_tokens - num_prefix))[:, None] + patch[None, :]
-            tl.store(at, gram * s[None, :] + bias_sums[:, None], of_patches)
+            tl.store(at, gram * s[None, :] + tl.sum(of_bias, axis=1)[:, None], of_patches)
 
     if means is not None:
         at = means + image * num_tokens + token
-        tl.store(at, sums / num_channels, is_token)
+        tl.store(at, (sums + tl.sum(of_a, axis=1)) / num_channels, is_token)
+        products += tl.sum(of_products, axis=1)
         tl.store(at + tl.cast(num_images, tl.int64) * num_tokens, products / num_channels, is_token)
 
 

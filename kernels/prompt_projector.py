@@ -174,7 +174,7 @@ def add_features(
     BLOCK_C: tl.constexpr,
 ):
     """``values``, CHUNKS blocks (rows, channels), plus the features times down, or up."""
-    for index in range(width):
+    for index in tl.range(0, width, loop_unroll_factor=4):
         one = feature_of(features, feature, index)
         sums = ()
         for chunk in tl.static_range(CHUNKS):
@@ -200,7 +200,7 @@ def multiply(
     dtype: tl.constexpr = values[0].dtype
     rows: tl.constexpr = values[0].shape[0]
     products = tl.zeros((rows, feature.shape[0]), dtype)
-    for index in range(width):
+    for index in tl.range(0, width, loop_unroll_factor=4):
         total = tl.zeros(values[0].shape, dtype)
         for chunk in tl.static_range(CHUNKS):
             channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)

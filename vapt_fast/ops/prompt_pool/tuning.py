@@ -14,13 +14,13 @@ __all__ = ["config"]
 
 _FEW_ROWS = {
     "fwd": Config({"BLOCK_R": 16, "BLOCK_N": 32, "BLOCK_C": 64}, num_stages=3),
-    "bwd_products": Config({"BLOCK_R": 16, "BLOCK_T": 32, "BLOCK_C": 64}, num_stages=2),
+    "bwd_products": Config({"BLOCK_R": 16, "BLOCK_T": 32, "BLOCK_C": 32}, num_stages=2),
     "bwd_tokens": Config({"BLOCK_T": 32, "BLOCK_R": 16, "BLOCK_C": 64}),
     "bwd_affine": Config({"BLOCK_R": 16, "BLOCK_N": 64, "BLOCK_C": 64}),
 }
 _MANY_ROWS = _FEW_ROWS | {
-    "fwd": Config({"BLOCK_R": 64, "BLOCK_N": 32, "BLOCK_C": 64}, num_stages=3),
-    "bwd_products": Config({"BLOCK_R": 64, "BLOCK_T": 32, "BLOCK_C": 64}, num_stages=2),
+    "fwd": Config({"BLOCK_R": 64, "BLOCK_N": 16, "BLOCK_C": 64}, num_stages=3),
+    "bwd_products": Config({"BLOCK_R": 64, "BLOCK_T": 32, "BLOCK_C": 32}, num_stages=2),
     "bwd_tokens": Config({"BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_C": 64}),
 }
 _FLOAT64 = _FEW_ROWS | {
