@@ -293,30 +293,26 @@ def prompt_pool_bwd_affine_kernel(
     matrix,
     raw,
     partial,
-    num_images,
     num_channels,
     num_rows,
     num_patches,
-    images_per_program,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """partial (chunks, 2, C): the gradients of weight and bias from each chunk of images.
+    """partial (B, 2, C): the gradients of weight and bias by images.
 
-    sum_b sum_r grad_pooled * raw and sum_b sum_r grad_pooled * sum_n M. One program: BLOCK_C channels, over
-    ``images_per_program`` images.
+    sum_r grad_pooled * raw and sum_r grad_pooled * sum_n M. One program: BLOCK_C channels of one image.
     """
     grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
     matrix, matrix_row, matrix_patch = matrix
     dtype = raw.dtype.element_ty
     channel_blocks = tl.cdiv(num_channels, BLOCK_C)
-    chunk = tl.program_id(0) // channel_blocks
+    image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel, is_channel = block_of(tl.program_id(0) % channel_blocks, num_channels, BLOCK_C)
 
     grad_weight = tl.zeros((BLOCK_C,), dtype)
     grad_bias = tl.zeros((BLOCK_C,), dtype)
-    first = chunk * images_per_program
     for row_start in range(0, num_rows, BLOCK_R):
         row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
         is_row = row < num_rows
@@ -326,15 +322,13 @@ def prompt_pool_bwd_affine_kernel(
             m_at = matrix + row[:, None] * matrix_row + patch[None, :] * matrix_patch
             row_sums += tl.sum(tl.load(m_at, is_row[:, None] & (patch < num_patches)[None, :], 0), axis=1)
         mask = is_row[:, None] & is_channel[None, :]
-        for index in range(first, tl.minimum(first + images_per_program, num_images)):
-            image = tl.cast(index, tl.int64)
-            g_at = grad_pooled + image * grad_pooled_image
-            g_at += row[:, None] * grad_pooled_row + channel[None, :] * grad_pooled_channel
-            g = tl.load(g_at, mask, 0)
-            raw_at = raw + (image * num_rows + row[:, None]) * num_channels + channel[None, :]
-            grad_weight += tl.sum(g * tl.load(raw_at, mask, 0), axis=0)
-            grad_bias += tl.sum(g * row_sums[:, None], axis=0)
+        g_at = grad_pooled + image * grad_pooled_image
+        g_at += row[:, None] * grad_pooled_row + channel[None, :] * grad_pooled_channel
+        g = tl.load(g_at, mask, 0)
+        raw_at = raw + (image * num_rows + row[:, None]) * num_channels + channel[None, :]
+        grad_weight += tl.sum(g * tl.load(raw_at, mask, 0), axis=0)
+        grad_bias += tl.sum(g * row_sums[:, None], axis=0)
 
-    at = partial + chunk.to(tl.int64) * 2 * num_channels + channel
+    at = partial + image * 2 * num_channels + channel
     tl.store(at, grad_weight, is_channel)
     tl.store(at + num_channels, grad_bias, is_channel)

@@ -64,7 +64,7 @@ class Config:
 PREPARED = False
 
 # For partial sums of images, see kernels.common.
-SUM_CHUNKS = Config({"BLOCK_CHUNKS": 16, "BLOCK": 64})
+SUM_CHUNKS = Config({"BLOCK_CHUNKS": 64, "BLOCK": 32})
 
 
 def num_blocks(config: Config, **sizes: int) -> int:

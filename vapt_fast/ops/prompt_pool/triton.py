@@ -8,7 +8,7 @@ from torch import Tensor
 from ...kernels import prompt_pool as kernels
 from ..add_norm.triton import launch_forward
 from ..checks import unsupported_dtypes
-from ..triton_launch import images_per_program, launch, num_blocks, product_precision, strided, sum_chunks
+from ..triton_launch import launch, num_blocks, product_precision, strided, sum_chunks
 from . import tuning
 from .op import Arguments, Gradients, Outputs, Saved, incoming_gradients
 
@@ -103,14 +103,13 @@ def _write_grad_affine(saved: Saved, grad_pooled: Tensor, grads: Gradients) -> N
     matrix = saved.matrix
     batch, dim = saved.total.shape[0], saved.total.shape[-1]
     config = tuning.config("bwd_affine", matrix.dtype, saved.total.dtype, matrix.shape[0])
-    images = images_per_program(batch)
-    partial = matrix.new_empty((-(-batch // images), 2, dim))
+    partial = matrix.new_empty((batch, 2, dim))
     launch(
         kernels.prompt_pool_bwd_affine_kernel,
         config,
-        partial.shape[0] * num_blocks(config, BLOCK_C=dim),
+        batch * num_blocks(config, BLOCK_C=dim),
         *map(strided, (grad_pooled, matrix)),
-        *(saved.raw, partial, batch, dim, *matrix.shape, images),
+        *(saved.raw, partial, dim, *matrix.shape),
     )
     sum_chunks(partial, out=grads.affine)
 
