@@ -240,7 +240,7 @@ def _attention(
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
         scale = parts.softmax_scale(parts.qkv.weight.shape[0] // (heads + 2 * kv_heads))
         if given is None and prompts.shape[1] and _concatenates(normed, backend):
-            qkv = parts.qkv(torch.cat([prompts.expand(len(normed), -1, -1), normed], dim=1))
+            qkv = parts.qkv(torch.cat([prompts.expand(normed.shape[0], -1, -1), normed], dim=1))
             return _joint_attention(qkv, prompts.shape[1], heads, kv_heads, scale, options).flatten(2)
         qkv = parts.qkv(normed)
         of_kv = parts.q_and_kv()[1]
