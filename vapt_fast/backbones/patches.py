@@ -26,7 +26,8 @@ def embed_patches(patch_embed: Any, images: Tensor) -> Tensor:
     batch, channels, height, width = images.shape
     rows, columns = proj.kernel_size
     grid = images.reshape(batch, channels, height // rows, rows, width // columns, columns)
-    pixels = grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // rows, width // columns, -1)
+    size = channels * rows * columns
+    pixels = grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, height // rows, width // columns, size)
     patches = F.linear(pixels, proj.weight.flatten(1), proj.bias)
     normed: Tensor = patch_embed.norm(patches.flatten(1, 2) if patch_embed.flatten else patches)
     return normed
