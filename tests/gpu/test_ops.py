@@ -9,7 +9,6 @@ from kernel_cases import KERNELS, REAL, converted, laid_out, precision_cases, ra
 from op_cases import assert_policy, assert_same_results, hardware_rounding, relative_error, results
 
 from vapt_fast import BackendUnavailableError, functional, use_backend
-from vapt_fast.ops import device
 from vapt_fast.ops.base import OPS
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -87,16 +86,6 @@ def test_pooling_in_two_passes(dtype, scale, monkeypatch):
 @pytest.mark.parametrize("op", [name for name, kernels in KERNELS.items() if kernels.cuda_sizes])
 def test_random_shapes_of_cuda_kernels(op, dtype, scale):
     assert_policy_of_cuda_kernels(op, dtype, scale, 100)
-
-
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_every_variant_of_mlp(dtype, monkeypatch):
-    reasons = device.unavailable_reasons("cuda")
-    if reasons:
-        pytest.skip("; ".join(reasons))
-    for variant in getattr(device.native(), "mlp_variants", [None]):  # with None the first skips
-        monkeypatch.setattr(import_module("vapt_fast.ops.mlp.cuda"), "VARIANT", variant)
-        assert_policy_of_cuda_kernels("mlp", dtype, 1.0, 50)
 
 
 def assert_policy_of_cuda_kernels(op, dtype, scale, count):
