@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from vapt_fast import functional
 from vapt_fast.activations import ACTIVATIONS
+from vapt_fast.ops import device as machine
 
 POOL = {"num_prefix": 2, "eps": 1e-6, "prompt_eps": 1e-5}
 
@@ -426,3 +427,13 @@ def layouts(tensor):
     flat = torch.full((tensor.numel() + 1,), float("nan"), dtype=tensor.dtype)
     flat[1:] = tensor.flatten()
     yield "offset by one", flat[1:].view(tensor.shape)
+
+
+# ---- the machine
+
+
+def forget():
+    """Have the machine be asked again what it can run."""
+    for function in vars(machine).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
