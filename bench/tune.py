@@ -65,7 +65,7 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
     rows = min(128, max(16, 1 << (sizes.get("rows", 1) - 1).bit_length()))
     channels = sizes.get("channels", 768)
     whole = 1 << (channels - 1).bit_length()
-    in_registers = configs(blocks("ROWS C", (1, 2, 4, 8), (128, 256, whole)), (1, 2, 4, 8), (1,))
+    in_registers = configs(blocks("ROWS C", (1, 2, 4), (256, whole)), (1, 2, 4), (1,))
     table: dict[str, Callable[[], Candidates]] = {
         "prompt_pool_fwd": lambda: configs(
             blocks("R N C", (min(rows, 64), rows), (16, 32, 64), (64, 128, 256)), (4, 8), (2, 3, 4)
@@ -82,7 +82,7 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
         "prompt_projector_fwd": lambda: in_registers,
         "prompt_projector_bwd_rows": lambda: in_registers,
         "prompt_projector_bwd_weights": lambda: configs(
-            blocks("ROWS C", (16, 32, 64), (32, 64, 128)), (4, 8), (1, 2, 3)
+            blocks("ROWS C", (16, 32), (32, 64, 128)), (4,), (2, 3)
         ),
         "prompt_attention_fwd": lambda: configs(
             blocks("QUERIES TOKENS PROMPTS", (64, 128), (32, 64), (16, 32, 64)), (4, 8), (2, 3)
@@ -93,8 +93,8 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
         "prompt_attention_bwd_keys": lambda: configs(
             blocks("QUERIES KEYS", (32, 64), (32, 64, 128)), (4, 8), (2, 3, 4)
         ),
-        "add_norm_fwd": lambda: configs(blocks("T C", (1, 2, 4, 8), (256, whole)), (1, 2, 4, 8), (1,)),
-        "add_norm_bwd": lambda: configs(blocks("T C", (1, 2, 4, 8), (256, whole)), (1, 2, 4, 8), (1,)),
+        "add_norm_fwd": lambda: configs(blocks("T C", (1, 2, 4), (256, whole)), (1, 2, 4), (1,)),
+        "add_norm_bwd": lambda: configs(blocks("T C", (1, 2, 4), (256, whole)), (1, 2, 4), (1,)),
     }
     unique = {repr(config): config for config in table[kernel]()}
     return list(unique.values())
