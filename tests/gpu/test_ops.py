@@ -78,27 +78,28 @@ def test_error_is_at_most_that_of_eager_pytorch(op, backend, dtype, scale, sizes
 def test_pooling_in_two_passes(dtype, scale, monkeypatch):
     """As GPUs without clusters of thread blocks do it, on those that have them."""
     monkeypatch.setattr(import_module("vapt_fast.ops.prompt_pool.cuda"), "ONE_PASS", False)
-    assert_policy_of_cuda_kernels(dtype, scale, 50)
+    assert_policy_of_cuda_kernels("prompt_pool", dtype, scale, 50)
 
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_random_shapes_of_cuda_kernels(dtype, scale):
-    assert_policy_of_cuda_kernels(dtype, scale, 100)
+@pytest.mark.parametrize("name", [name for name, op in KERNELS.items() if op.cuda_sizes])
+def test_random_shapes_of_cuda_kernels(name, dtype, scale):
+    assert_policy_of_cuda_kernels(name, dtype, scale, 100)
 
 
-def assert_policy_of_cuda_kernels(dtype, scale, count):
+def assert_policy_of_cuda_kernels(name, dtype, scale, count):
     """The policy over ``count`` random shapes, whose errors are taken together."""
 
     def cases():
-        for seed, sizes in enumerate(random_cases("prompt_pool", count, "cuda_sizes")):
+        for seed, sizes in enumerate(random_cases(name, count, "cuda_sizes")):
             torch.manual_seed(seed)
-            function, formula, tensors, options = KERNELS["prompt_pool"].make(**sizes)
+            function, formula, tensors, options = KERNELS[name].make(**sizes)
             yield function, formula, [t * scale for t in tensors], options
 
-    run("cuda", *converted("prompt_pool", next(cases()), dtype))  # skips where the kernels can't run
+    run("cuda", *converted(name, next(cases()), dtype))  # skips where the kernels can't run
     with use_backend("cuda"):
-        assert_policy(KERNELS["prompt_pool"].make, cases(), dtype, on_gpu=True)
+        assert_policy(KERNELS[name].make, cases(), dtype, on_gpu=True)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "padded rows", "offset by one"])
