@@ -272,7 +272,7 @@ __device__ __forceinline__ void sum_of_kept(const Block& block, float (&grad_que
     wgmma_fence();
 #pragma unroll
     for (int k = key; k < key + decltype(size)::value; k += kDepth) {
-      wgmma_transposed<Element>(grad_queries, grad_scores.rows_from(k), block.keys.rows_from(k), true);
+      wgmma_by_rows<Element>(grad_queries, grad_scores.rows_from(k), block.keys.rows_from(k), true);
     }
     wgmma_commit();
     wgmma_wait<0>(grad_queries);
