@@ -364,12 +364,6 @@ Smem smem_of(std::int64_t queries, std::int64_t keys, bool keeps) {
 }  // namespace
 }  // namespace prompt_attention
 
-bool prompt_attention_fits(std::int64_t queries, std::int64_t keys) {
-  using namespace prompt_attention;
-  return max(queries, keys) < kMaxSharedMemory / SharedMatrix::kRowBytes &&
-         smem_of(queries, keys, false).size() <= kMaxSharedMemory;
-}
-
 Status launch_prompt_attention_backward(const PromptAttentionBackward& given, Stream stream) {
   using namespace prompt_attention;
   PromptAttentionBackward arguments = given;
