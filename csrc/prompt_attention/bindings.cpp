@@ -59,10 +59,6 @@ void bind_launcher(py::module_& module, const char* name, Status (*launcher)(con
 void bind_prompt_attention(py::module_& module) {
   bind_launcher(module, "prompt_attention_forward", launch_prompt_attention_forward);
   bind_launcher(module, "prompt_attention_backward", launch_prompt_attention_backward);
-  module.def(
-      "prompt_attention_unsupported_because",
-      [](int device) { return std::string(prompt_attention_supported(device).message); }, py::arg("device"),
-      "Why a device, which becomes current, can't run prompt_attention; empty if it can.");
 }
 
 }  // namespace vapt_fast
