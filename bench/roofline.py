@@ -238,8 +238,9 @@ LOOPS: dict[str, tuple[str | tuple[str, str], ...]] = {
         ("num_patches", "BLOCK_N"),
         "images_per_program",
     ),
-    "prompt_projector_fwd": ("width",) * 2,
-    "prompt_projector_bwd_rows": ("width",) * 3,
+    # Unrolled: four features a trip, then those that are left.
+    "prompt_projector_fwd": ("width / 4", "width % 4") * 2,
+    "prompt_projector_bwd_rows": ("width / 4", "width % 4") * 3,
     "prompt_projector_bwd_weights": (("rows_per_program", "BLOCK_ROWS"),),
     "absorbed_attention_scores": (("num_channels", "BLOCK_C"),),
     "absorbed_attention_sums": (("num_keys", "BLOCK_K"),),
@@ -293,6 +294,8 @@ class Compiled:
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
         name = kernel.__name__.removesuffix("_kernel")
         arguments.setdefault("num_patches", arguments.get("num_tokens", 0) - arguments.get("num_prefix", 0))
+        width = arguments.get("width", 0)
+        arguments |= {"width / 4": width // 4, "width % 4": width % 4}
         trips = [
             arguments[loop] if isinstance(loop, str) else blocks(arguments[loop[0]], arguments[loop[1]])
             for loop in LOOPS.get(name, ())
