@@ -41,9 +41,10 @@ def config(kernel: str, dtype: torch.dtype, dim: int, width: int) -> Config:
         channels, num_warps, num_stages = _WEIGHTS[dtype.itemsize, 16 if features == 16 else 64]
         default = Config({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps, num_stages)
         return tuned(f"prompt_projector_{kernel}", default, **sizes)
-    rows, channels = (4 if dtype.itemsize < 8 else 2), 256
-    if dim > 1536:  # one row, in at most four blocks
-        rows, channels = 1, max(1024, 1 << (dim - 1).bit_length() >> 2)
-    num_warps = min(16, max(4, rows * channels // 256))
-    default = Config({"BLOCK_ROWS": rows, "BLOCK_R": features, "BLOCK_C": channels}, num_warps)
+    # A warp of its own for each row never waits for another.
+    channels, num_warps = 256, 1 if dtype.itemsize < 8 and dim <= 768 else 4
+    if dim > 1536:  # in at most four blocks
+        channels = max(1024, 1 << (dim - 1).bit_length() >> 2)
+        num_warps = min(16, channels // 256)
+    default = Config({"BLOCK_ROWS": 1, "BLOCK_R": features, "BLOCK_C": channels}, num_warps)
     return tuned(f"prompt_projector_{kernel}", default, **sizes)
