@@ -230,14 +230,11 @@ LOOPS: dict[str, tuple[str | tuple[str, str], ...]] = {
     "prompt_attention_fwd": (("num_prompts", "BLOCK_PROMPTS"), ("num_tokens", "BLOCK_TOKENS")),
     "prompt_attention_bwd_queries": (("num_prompts", "BLOCK_PROMPTS"), ("num_tokens", "BLOCK_TOKENS")),
     "prompt_attention_bwd_keys": (("num_queries", "BLOCK_QUERIES"),),
-    "prompt_pool_fwd": (("num_patches", "BLOCK_N"),),
+    "prompt_pool_weights": (("num_columns", "BLOCK_T"),),
+    "prompt_pool_fwd": (("num_tokens", "BLOCK_T"),),
+    "prompt_pool_bwd_grads": (("num_rows", "BLOCK_R"),),
     "prompt_pool_bwd_products": (("num_rows", "BLOCK_R"), ("num_channels", "BLOCK_C")),
     "prompt_pool_bwd_tokens": (("num_rows", "BLOCK_R"),),
-    "prompt_pool_bwd_affine": (
-        ("num_rows", "BLOCK_R"),
-        ("num_patches", "BLOCK_N"),
-        "images_per_program",
-    ),
     # Unrolled: four features a trip, then those that are left.
     "prompt_projector_fwd": ("width / 4", "width % 4") * 2,
     "prompt_projector_bwd_rows": ("width / 4", "width % 4") * 3,
@@ -293,7 +290,6 @@ class Compiled:
             needs = compile_launch((kernel, args, options), 90)
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
         name = kernel.__name__.removesuffix("_kernel")
-        arguments.setdefault("num_patches", arguments.get("num_tokens", 0) - arguments.get("num_prefix", 0))
         width = arguments.get("width", 0)
         arguments |= {"width / 4": width // 4, "width % 4": width % 4}
         trips = [

@@ -67,17 +67,16 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
     whole = 1 << (channels - 1).bit_length()
     in_registers = configs(blocks("ROWS C", (1, 2, 4), (256, whole)), (1, 2, 4), (1,))
     table: dict[str, Callable[[], Candidates]] = {
+        "prompt_pool_weights": lambda: configs(blocks("R T", (4, 8, 16), (64, 256)), (4,), (1,)),
         "prompt_pool_fwd": lambda: configs(
-            blocks("R N C", (min(rows, 64), rows), (16, 32, 64), (64, 128, 256)), (4, 8), (2, 3, 4)
+            blocks("R T C", (min(rows, 64),), (32, 64), (64, 128)), (4,), (2, 3, 4)
         ),
+        "prompt_pool_bwd_grads": lambda: configs(blocks("R C", (8, 16, 32), (64, 128)), (4,), (1, 2)),
         "prompt_pool_bwd_products": lambda: configs(
-            blocks("R T C", (min(rows, 64), rows), (16, 32, 64), (32, 64, 128)), (4, 8), (1, 2, 3)
+            blocks("R T C", (min(rows, 64),), (32, 64), (32, 64)), (4,), (2, 3, 4)
         ),
         "prompt_pool_bwd_tokens": lambda: configs(
-            blocks("T R C", (32, 64, 128), (16, min(rows, 64)), (64, 128)), (4, 8), (1, 2)
-        ),
-        "prompt_pool_bwd_affine": lambda: configs(
-            blocks("R N C", (16, min(rows, 64)), (64,), (32, 64, 128)), (4, 8), (1,)
+            blocks("T R C", (64,), (16, 32, min(rows, 64)), (64, 128)), (4,), (1, 2)
         ),
         "prompt_projector_fwd": lambda: in_registers,
         "prompt_projector_bwd_rows": lambda: in_registers,
@@ -101,7 +100,7 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
 
 
 KERNELS = {
-    "prompt_pool": ("fwd", "bwd_products", "bwd_tokens", "bwd_affine"),
+    "prompt_pool": ("weights", "fwd", "bwd_grads", "bwd_products", "bwd_tokens"),
     "prompt_projector": ("fwd", "bwd_rows", "bwd_weights"),
     "prompt_attention": ("fwd", "bwd_queries", "bwd_keys"),
     "add_norm": ("fwd", "bwd"),

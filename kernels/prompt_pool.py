@@ -10,10 +10,13 @@ For image b, token t, patch n = t - num_prefix, channel c and row r of the pooli
 
 normed, mean and rstd come from add_norm's forward kernel; where a branch is added there, x is the total here.
 
-Everything is computed in the dtype of ``mean``: float32, or float64. Where x is in bfloat16 (HALVES), it is a
-factor of the products as it is, and what is not comes in two halves; the mean, which x still has, is
-subtracted from the product. Tensors that users give are tuples of a
-pointer and all strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are
+The factors of all products are prepared by kernels of their own: ``weights`` (B, R, T'), M * s * rstd by tokens, 0
+for the prefix and in T' - T columns that align the rows; and ``grads`` (B, R, C), grad_pooled * weight. Where
+x is in bfloat16 (HALVES), it is a factor as it is, so the mean is subtracted from the product, and weights
+(B, R, 2, T') and grads (B, R, 2, C) come in two halves: tiles go from memory to the tensor cores untouched.
+
+Everything else is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples
+of a pointer and all strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are
 one-dimensional.
 """
 
@@ -30,83 +33,191 @@ def prompt_factor(rstd, EPS: tl.constexpr, PROMPT_EPS: tl.constexpr):
 
 
 @triton.jit
-def prompt_pool_fwd_kernel(
-    x,
+def store_factor(values, factor, row, column, num_columns, mask, HALVES: tl.constexpr):
+    """Store ``values`` in ``factor`` (rows, columns), or as halves in (rows, 2, columns); return what it has."""
+    if HALVES:
+        high, low = halves(values)
+        at = factor + (row * 2 * num_columns)[:, None] + column[None, :]
+        tl.store(at, high, mask)
+        tl.store(at + num_columns, low, mask)
+        values = high.to(values.dtype) + low.to(values.dtype)
+    else:
+        tl.store(factor + (row * num_columns)[:, None] + column[None, :], values, mask)
+    return values
+
+
+@triton.jit
+def prompt_pool_weights_kernel(
     matrix,
-    weight,
-    bias,
     mean,
     rstd,
-    pooled,
-    raw,
+    weights,
+    shift,
+    row_sums,
     num_tokens,
-    num_channels,
+    num_columns,
     num_rows,
     num_prefix,
     EPS: tl.constexpr,
     PROMPT_EPS: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """weights; shift (B, R), their sums with the means; row_sums (B, R) of M.
+
+    weights and shift may be None. One program: BLOCK_R rows of one image.
+    """
+    matrix, matrix_row, matrix_patch = matrix
+    dtype = mean.dtype.element_ty
+    row_blocks = tl.cdiv(num_rows, BLOCK_R)
+    image = (tl.program_id(0) // row_blocks).to(tl.int64)
+    row, is_row = block_of(tl.program_id(0) % row_blocks, num_rows, BLOCK_R)
+
+    shifts = tl.zeros((BLOCK_R, BLOCK_T), dtype)
+    totals = tl.zeros((BLOCK_R, BLOCK_T), dtype)
+    for start in range(0, num_columns, BLOCK_T):
+        token = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        is_patch = (token >= num_prefix) & (token < num_tokens)
+        m_at = matrix + (row * matrix_row)[:, None] + ((token - num_prefix) * matrix_patch)[None, :]
+        m = tl.load(m_at, is_row[:, None] & is_patch[None, :], 0)
+        totals += m
+        if weights is not None:
+            r = tl.load(rstd + image * num_tokens + token, is_patch, 0)
+            m *= (r * prompt_factor(r, EPS, PROMPT_EPS))[None, :]
+            mask = is_row[:, None] & (token < num_columns)[None, :]
+            m = store_factor(m, weights, image * num_rows + row, token, num_columns, mask, HALVES)
+        if shift is not None:
+            shifts += m * tl.load(mean + image * num_tokens + token, is_patch, 0)[None, :]
+
+    at = image * num_rows + row
+    tl.store(row_sums + at, tl.sum(totals, axis=1), is_row)
+    if shift is not None:
+        tl.store(shift + at, tl.sum(shifts, axis=1), is_row)
+
+
+@triton.jit
+def prompt_pool_fwd_kernel(
+    x,
+    weights,
+    shift,
+    row_sums,
+    weight,
+    bias,
+    mean,
+    pooled,
+    raw,
+    num_tokens,
+    num_columns,
+    num_channels,
+    num_rows,
+    num_prefix,
     PRECISION: tl.constexpr,
     HALVES: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """pooled and raw (B, R, C). One program: BLOCK_R rows and BLOCK_C channels of one image."""
     x, x_image, x_token, x_channel = x
-    matrix, matrix_row, matrix_patch = matrix
     dtype = mean.dtype.element_ty
     channel_blocks, row_blocks = tl.cdiv(num_channels, BLOCK_C), tl.cdiv(num_rows, BLOCK_R)
     image = (tl.program_id(0) // (channel_blocks * row_blocks)).to(tl.int64)
     channel, is_channel = block_of(tl.program_id(0) % channel_blocks, num_channels, BLOCK_C)
     row, is_row = block_of(tl.program_id(0) // channel_blocks % row_blocks, num_rows, BLOCK_R)
+    at = image * num_rows + row
+    weights += (at * (2 * num_columns if HALVES else num_columns))[:, None]
+    x += image * x_image + (channel * x_channel)[None, :]
 
     sums = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-    # Added up over the patches of a block after the loop: in it they would wait for other threads.
-    totals = tl.zeros((BLOCK_R, BLOCK_N), dtype)
-    shifts = tl.zeros((BLOCK_R, BLOCK_N), dtype)
-    for start in range(0, num_tokens - num_prefix, BLOCK_N):
-        patch = start + tl.arange(0, BLOCK_N).to(tl.int64)
-        token = num_prefix + patch
-        is_token = token < num_tokens
-        m_at = matrix + row[:, None] * matrix_row + patch[None, :] * matrix_patch
-        m = tl.load(m_at, is_row[:, None] & is_token[None, :], 0)
-        x_at = x + image * x_image + token[:, None] * x_token + channel[None, :] * x_channel
-        # Where there is no token, mean and rstd are 0 and so is z.
-        values = tl.load(x_at, is_token[:, None] & is_channel[None, :], 0)
-        mu = tl.load(mean + image * num_tokens + token, is_token, 0)
-        r = tl.load(rstd + image * num_tokens + token, is_token, 0)
-        factor = r * prompt_factor(r, EPS, PROMPT_EPS)
-        totals += m
+    for start in range(0, num_tokens, BLOCK_T):
+        token = start + tl.arange(0, BLOCK_T).to(tl.int64)
+        is_patch = (token >= num_prefix) & (token < num_tokens)
+        mask = is_row[:, None] & (token < num_columns)[None, :]
+        m = tl.load(weights + token[None, :], mask, 0)
+        values = tl.load(x + (token * x_token)[:, None], is_patch[:, None] & is_channel[None, :], 0)
         if HALVES:
-            high, low = halves(m * factor[None, :])
-            sums = tl.dot(high, values, sums)
+            low = tl.load(weights + num_columns + token[None, :], mask, 0)
+            sums = tl.dot(m, values, sums)
             sums = tl.dot(low, values, sums)
-            shifts += (high.to(dtype) + low.to(dtype)) * mu[None, :]
         else:
-            z = (values.to(dtype) - mu[:, None]) * factor[:, None]
-            sums = tl.dot(m, z, sums, input_precision=PRECISION, out_dtype=dtype)
-    sums -= tl.sum(shifts, axis=1)[:, None]
-    row_sums = tl.sum(totals, axis=1)
+            mu = tl.load(mean + image * num_tokens + token, is_patch, 0)
+            centred = values.to(dtype) - mu[:, None]
+            sums = tl.dot(m, centred, sums, input_precision=PRECISION, out_dtype=dtype)
+    if HALVES:
+        sums -= tl.load(shift + at, is_row, 0)[:, None]
 
     w = load_channels(weight, channel, is_channel)
     b = load_channels(bias, channel, is_channel)
-    at = (image * num_rows + row[:, None]) * num_channels + channel[None, :]
+    total = tl.load(row_sums + at, is_row, 0)
     mask = is_row[:, None] & is_channel[None, :]
+    at = (at * num_channels)[:, None] + channel[None, :]
     tl.store(raw + at, sums, mask)
-    tl.store(pooled + at, sums * w[None, :] + row_sums[:, None] * b[None, :], mask)
+    tl.store(pooled + at, sums * w[None, :] + total[:, None] * b[None, :], mask)
+
+
+@triton.jit
+def prompt_pool_bwd_grads_kernel(
+    grad_pooled,
+    raw,
+    row_sums,
+    weight,
+    bias,
+    grads,
+    sums,
+    partial,
+    num_channels,
+    num_rows,
+    HALVES: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """grads; ``sums`` (B, blocks, 2, R) of them and of grad_pooled * bias over each block of channels.
+
+    And ``partial`` (B, 2, C), the gradients of weight and bias by images, sum_r grad_pooled * raw and
+    sum_r grad_pooled * sum_n M, which may be None. One program: BLOCK_C channels of one image.
+    """
+    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
+    dtype = sums.dtype.element_ty
+    channel_blocks = tl.cdiv(num_channels, BLOCK_C)
+    image = (tl.program_id(0) // channel_blocks).to(tl.int64)
+    channel, is_channel = block_of(tl.program_id(0) % channel_blocks, num_channels, BLOCK_C)
+    w = load_channels(weight, channel, is_channel)
+    b = load_channels(bias, channel, is_channel)
+    grad_pooled += image * grad_pooled_image + (channel * grad_pooled_channel)[None, :]
+    sums += tl.program_id(0).to(tl.int64) * 2 * num_rows
+
+    grad_weight = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+    grad_bias = tl.zeros((BLOCK_R, BLOCK_C), dtype)
+    for row_start in range(0, num_rows, BLOCK_R):
+        row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
+        is_row = row < num_rows
+        mask = is_row[:, None] & is_channel[None, :]
+        at = image * num_rows + row
+        values = tl.load(grad_pooled + (row * grad_pooled_row)[:, None], mask, 0)
+        g = store_factor(values * w[None, :], grads, at, channel, num_channels, mask, HALVES)
+        tl.store(sums + row, tl.sum(g, axis=1), is_row)
+        tl.store(sums + num_rows + row, tl.sum(values * b[None, :], axis=1), is_row)
+        if partial is not None:
+            grad_weight += values * tl.load(raw + (at * num_channels)[:, None] + channel[None, :], mask, 0)
+            grad_bias += values * tl.load(row_sums + at, is_row, 0)[:, None]
+
+    if partial is not None:
+        partial += image * 2 * num_channels + channel
+        tl.store(partial, tl.sum(grad_weight, axis=0), is_channel)
+        tl.store(partial + num_channels, tl.sum(grad_bias, axis=0), is_channel)
 
 
 @triton.jit
 def prompt_pool_bwd_products_kernel(
     x,
     grad_normed,
-    grad_pooled,
     matrix,
-    weight,
-    bias,
     norm_weight,
     mean,
     rstd,
+    grads,
+    grad_sums,
     means,
     partial,
     num_images,
@@ -114,17 +225,19 @@ def prompt_pool_bwd_products_kernel(
     num_channels,
     num_rows,
     num_prefix,
+    num_blocks,
     EPS: tl.constexpr,
     PROMPT_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
     HALVES: tl.constexpr,
+    BLOCKS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """What needs sums over the channels: ``means`` (2, B, T), and the gradient of M by images.
 
-    With g = grad_pooled * weight, the gradients that xhat gets from the block and from the prompts are
+    With g = grads, the gradients that xhat gets from the block and from the prompts are
     a[t, c] = grad_normed[t, c] * norm_weight[c] and b[t, c] = s[t] * sum_r M[r, n] * g[r, c]. All comes from
     one product, G[r, t] = sum_c g[r, c] * xhat[t, c]: ``means``, those of a + b and of a * xhat + s^2 * b *
     xhat over the channels, and ``partial`` (B, R, N), s * G + sum_c grad_pooled * bias.
@@ -132,7 +245,6 @@ def prompt_pool_bwd_products_kernel(
     Either may be None; without ``means`` so is grad_normed. One program: BLOCK_T tokens of one image.
     """
     x, x_image, x_token, x_channel = x
-    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
     matrix, matrix_row, matrix_patch = matrix
     dtype = mean.dtype.element_ty
     token_blocks = tl.cdiv(num_tokens, BLOCK_T)
@@ -148,6 +260,8 @@ def prompt_pool_bwd_products_kernel(
     grad_normed_channel = 0
     if means is not None:
         grad_normed, grad_normed_channel = rows_of(grad_normed, image, token)
+    block = tl.arange(0, BLOCKS)
+    grad_sums += ((image * num_blocks + block) * 2 * num_rows)[None, :]
 
     # Added up over the channels of a block after the loop: in it they would wait for other threads.
     of_a = tl.zeros((BLOCK_T, BLOCK_C), dtype)
@@ -158,29 +272,23 @@ def prompt_pool_bwd_products_kernel(
     for row_start in range(0, tl.maximum(num_rows, 1), BLOCK_R):
         row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
         is_row = row < num_rows
-        g_row = grad_pooled + image * grad_pooled_image + (row * grad_pooled_row)[:, None]
+        g_row = grads + ((image * num_rows + row) * (2 * num_channels if HALVES else num_channels))[:, None]
         gram = tl.zeros((BLOCK_R, BLOCK_T), dtype)
-        of_g = tl.zeros((BLOCK_R, BLOCK_C), dtype)
-        of_bias = tl.zeros((BLOCK_R, BLOCK_C), dtype)
         for start in range(0, num_channels, BLOCK_C):
             channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
             is_channel = channel < num_channels
             mask = is_token[:, None] & is_channel[None, :]
-            g_at = g_row + (channel * grad_pooled_channel)[None, :]
-            g = tl.load(g_at, is_row[:, None] & is_channel[None, :], 0)
-            of_bias += g * load_channels(bias, channel, is_channel)[None, :]
-            g *= load_channels(weight, channel, is_channel)[None, :]
+            g_mask = is_row[:, None] & is_channel[None, :]
+            g = tl.load(g_row + channel[None, :], g_mask, 0)
             values = tl.load(x + (channel * x_channel)[None, :], mask, 0)
             # Beyond the last channel it is not 0, but g and a are.
             xhat = (values.to(dtype) - mu[:, None]) * r[:, None]
             if HALVES:
-                high, low = halves(g)
-                gram = tl.dot(high, tl.trans(values), gram)
+                low = tl.load(g_row + num_channels + channel[None, :], g_mask, 0)
+                gram = tl.dot(g, tl.trans(values), gram)
                 gram = tl.dot(low, tl.trans(values), gram)
-                g = high.to(dtype) + low.to(dtype)
             else:
                 gram = tl.dot(g, tl.trans(xhat), gram, input_precision=PRECISION, out_dtype=dtype)
-            of_g += g
             if means is not None:
                 # Once, with the first rows.
                 a_at = grad_normed + (channel * grad_normed_channel)[None, :]
@@ -189,7 +297,8 @@ def prompt_pool_bwd_products_kernel(
                     a *= load_channels(norm_weight, channel, is_channel).to(dtype)[None, :]
                 of_a += a
                 of_products += a * xhat
-        row_sums = tl.sum(of_g, axis=1)
+        of_blocks = is_row[:, None] & (block < num_blocks)[None, :]
+        row_sums = tl.sum(tl.load(grad_sums + row[:, None], of_blocks, 0), axis=1)
         if HALVES:
             gram = (gram - row_sums[:, None] * mu[None, :]) * r[None, :]
         of_patches = is_row[:, None] & is_patch[None, :]
@@ -199,8 +308,9 @@ def prompt_pool_bwd_products_kernel(
             sums += tl.sum(weighted * row_sums[:, None], axis=0)
             products += s * s * tl.sum(weighted * gram, axis=0)
         if partial is not None:
+            of_bias = tl.sum(tl.load(grad_sums + num_rows + row[:, None], of_blocks, 0), axis=1)
             at = partial + ((image * num_rows + row) * (num_tokens - num_prefix))[:, None] + patch[None, :]
-            tl.store(at, gram * s[None, :] + tl.sum(of_bias, axis=1)[:, None], of_patches)
+            tl.store(at, gram * s[None, :] + of_bias[:, None], of_patches)
 
     if means is not None:
         at = means + image * num_tokens + token
@@ -214,24 +324,22 @@ def prompt_pool_bwd_tokens_kernel(
     x,
     grad_total,
     grad_normed,
-    grad_pooled,
-    matrix,
-    weight,
     norm_weight,
     layer_scale,
     mean,
     rstd,
+    weights,
+    grads,
     means,
     grad_x,
     grad_branch,
     num_images,
     num_tokens,
+    num_columns,
     num_channels,
     num_rows,
-    num_prefix,
-    EPS: tl.constexpr,
-    PROMPT_EPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -239,33 +347,36 @@ def prompt_pool_bwd_tokens_kernel(
     """grad_x and grad_branch (B, T, C), see ``store_gradients``.
 
     x gets through both of its norms rstd * (a + b - means[0] - xhat * means[1]), a and b as in the kernel
-    above. One program: BLOCK_T tokens and BLOCK_C channels of one image.
+    above; rstd * b is the product of weights and grads. One program: BLOCK_T tokens and BLOCK_C channels of
+    one image.
     """
-    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
-    matrix, matrix_row, matrix_patch = matrix
     dtype = mean.dtype.element_ty
     channel_blocks, token_blocks = tl.cdiv(num_channels, BLOCK_C), tl.cdiv(num_tokens, BLOCK_T)
     image = (tl.program_id(0) // (channel_blocks * token_blocks)).to(tl.int64)
     token, is_token = block_of(tl.program_id(0) // channel_blocks % token_blocks, num_tokens, BLOCK_T)
     channel, is_channel = block_of(tl.program_id(0) % channel_blocks, num_channels, BLOCK_C)
-    patch = token - num_prefix
-    is_patch = is_token & (patch >= 0)
 
-    at = image * num_tokens + token
-    r = tl.load(rstd + at, is_token, 0)
-    s = prompt_factor(r, EPS, PROMPT_EPS)
-    w = load_channels(weight, channel, is_channel)
-    grad = tl.zeros((BLOCK_T, BLOCK_C), dtype)
+    of_prompts = tl.zeros((BLOCK_T, BLOCK_C), dtype)
     for row_start in range(0, num_rows, BLOCK_R):
         row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
-        is_row = row < num_rows
-        m_at = matrix + (patch * matrix_patch)[:, None] + (row * matrix_row)[None, :]
-        m = tl.load(m_at, is_patch[:, None] & is_row[None, :], 0) * s[:, None]
-        g_at = grad_pooled + image * grad_pooled_image + (row * grad_pooled_row)[:, None]
-        g_at += (channel * grad_pooled_channel)[None, :]
-        g = tl.load(g_at, is_row[:, None] & is_channel[None, :], 0) * w[None, :]
-        grad = tl.dot(m, g, grad, input_precision=PRECISION, out_dtype=dtype)
+        is_row = (row < num_rows)[:, None]
+        at = ((image * num_rows + row) * (2 if HALVES else 1))[:, None]
+        m_at = weights + at * num_columns + token[None, :]
+        g_at = grads + at * num_channels + channel[None, :]
+        m_mask, g_mask = is_row & (token < num_columns)[None, :], is_row & is_channel[None, :]
+        m = tl.load(m_at, m_mask, 0)
+        g = tl.load(g_at, g_mask, 0)
+        if HALVES:
+            m_low = tl.load(m_at + num_columns, m_mask, 0)
+            g_low = tl.load(g_at + num_channels, g_mask, 0)
+            of_prompts = tl.dot(tl.trans(m), g, of_prompts)
+            of_prompts = tl.dot(tl.trans(m), g_low, of_prompts)
+            of_prompts = tl.dot(tl.trans(m_low), g, of_prompts)
+        else:
+            of_prompts = tl.dot(tl.trans(m), g, of_prompts, input_precision=PRECISION, out_dtype=dtype)
 
+    at = image * num_tokens + token
+    r = tl.load(rstd + at, is_token, 0)[:, None]
     mu = tl.load(mean + at, is_token, 0)[:, None]
     mean_sum = tl.load(means + at, is_token, 0)[:, None]
     mean_product = tl.load(means + tl.cast(num_images, tl.int64) * num_tokens + at, is_token, 0)[:, None]
@@ -279,56 +390,9 @@ def prompt_pool_bwd_tokens_kernel(
     a = tl.load(grad_normed + channel * grad_normed_channel, mask, 0).to(dtype)
     if norm_weight is not None:
         a *= load_channels(norm_weight, channel, mask).to(dtype)
-    xhat = (tl.load(x + channel * x_channel, mask, 0).to(dtype) - mu) * r[:, None]
-    grad = r[:, None] * (grad + a - mean_sum - xhat * mean_product)
+    xhat = (tl.load(x + channel * x_channel, mask, 0).to(dtype) - mu) * r
+    grad = of_prompts + r * (a - mean_sum - xhat * mean_product)
     store_gradients(
         grad, grad_total, grad_total_channel, layer_scale, grad_x, grad_branch,
         (at * num_channels)[:, None], channel, mask,
     )  # fmt: skip
-
-
-@triton.jit
-def prompt_pool_bwd_affine_kernel(
-    grad_pooled,
-    matrix,
-    raw,
-    partial,
-    num_channels,
-    num_rows,
-    num_patches,
-    BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """partial (B, 2, C): the gradients of weight and bias by images.
-
-    sum_r grad_pooled * raw and sum_r grad_pooled * sum_n M. One program: BLOCK_C channels of one image.
-    """
-    grad_pooled, grad_pooled_image, grad_pooled_row, grad_pooled_channel = grad_pooled
-    matrix, matrix_row, matrix_patch = matrix
-    dtype = raw.dtype.element_ty
-    channel_blocks = tl.cdiv(num_channels, BLOCK_C)
-    image = (tl.program_id(0) // channel_blocks).to(tl.int64)
-    channel, is_channel = block_of(tl.program_id(0) % channel_blocks, num_channels, BLOCK_C)
-
-    grad_weight = tl.zeros((BLOCK_C,), dtype)
-    grad_bias = tl.zeros((BLOCK_C,), dtype)
-    for row_start in range(0, num_rows, BLOCK_R):
-        row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
-        is_row = row < num_rows
-        row_sums = tl.zeros((BLOCK_R,), dtype)
-        for start in range(0, num_patches, BLOCK_N):
-            patch = start + tl.arange(0, BLOCK_N).to(tl.int64)
-            m_at = matrix + row[:, None] * matrix_row + patch[None, :] * matrix_patch
-            row_sums += tl.sum(tl.load(m_at, is_row[:, None] & (patch < num_patches)[None, :], 0), axis=1)
-        mask = is_row[:, None] & is_channel[None, :]
-        g_at = grad_pooled + image * grad_pooled_image
-        g_at += row[:, None] * grad_pooled_row + channel[None, :] * grad_pooled_channel
-        g = tl.load(g_at, mask, 0)
-        raw_at = raw + (image * num_rows + row[:, None]) * num_channels + channel[None, :]
-        grad_weight += tl.sum(g * tl.load(raw_at, mask, 0), axis=0)
-        grad_bias += tl.sum(g * row_sums[:, None], axis=0)
-
-    at = partial + image * 2 * num_channels + channel
-    tl.store(at, grad_weight, is_channel)
-    tl.store(at + num_channels, grad_bias, is_channel)
