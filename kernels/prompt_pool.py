@@ -10,8 +10,8 @@ For image b, token t, patch n = t - num_prefix, channel c and row r of the pooli
 
 normed, mean and rstd come from add_norm's forward kernel; where a branch is added there, x is the total here.
 
-The factors of all products are prepared by kernels of their own: ``weights`` (B, R, T'), M * s * rstd by tokens, 0
-for the prefix and in T' - T columns that align the rows; and ``grads`` (B, R, C), grad_pooled * weight. Where
+The factors of all products are prepared by kernels of their own: ``weights`` (B, R, T'), M * s * rstd by
+tokens, 0 for the prefix and in T' - T columns that align the rows; and ``grads`` (B, R, C), grad_pooled * weight. Where
 x is in bfloat16 (HALVES), it is a factor as it is, so the mean is subtracted from the product, and weights
 (B, R, 2, T') and grads (B, R, 2, C) come in two halves: tiles go from memory to the tensor cores untouched.
 
@@ -34,7 +34,7 @@ def prompt_factor(rstd, EPS: tl.constexpr, PROMPT_EPS: tl.constexpr):
 
 @triton.jit
 def store_factor(values, factor, row, column, num_columns, mask, HALVES: tl.constexpr):
-    """Store ``values`` in ``factor`` (rows, columns), or as halves in (rows, 2, columns); return what it has."""
+    """Store ``values`` in ``factor`` (rows, columns), or as halves in (rows, 2, columns); return them."""
     if HALVES:
         high, low = halves(values)
         at = factor + (row * 2 * num_columns)[:, None] + column[None, :]
