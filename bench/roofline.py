@@ -235,9 +235,8 @@ LOOPS: dict[str, tuple[str | tuple[str, str], ...]] = {
     "prompt_pool_bwd_grads": (("num_rows", "BLOCK_R"),),
     "prompt_pool_bwd_products": (("num_rows", "BLOCK_R"), ("num_channels", "BLOCK_C")),
     "prompt_pool_bwd_tokens": (("num_rows", "BLOCK_R"),),
-    # Unrolled: four features a trip, then those that are left.
-    "prompt_projector_fwd": ("width / 4", "width % 4") * 2,
-    "prompt_projector_bwd_rows": ("width / 4", "width % 4") * 3,
+    "prompt_projector_fwd": (("num_channels", "BLOCK_C"),) * 4,
+    "prompt_projector_bwd_rows": (("num_channels", "BLOCK_C"),) * 3,
     "prompt_projector_bwd_weights": (("rows_per_program", "BLOCK_ROWS"),),
     "absorbed_attention_scores": (("num_channels", "BLOCK_C"),),
     "absorbed_attention_sums": (("num_keys", "BLOCK_K"),),
@@ -290,8 +289,6 @@ class Compiled:
             needs = compile_launch((kernel, args, options), 90)
         arguments = dict(zip(kernel.arg_names, args, strict=False)) | options
         name = kernel.__name__.removesuffix("_kernel")
-        width = arguments.get("width", 0)
-        arguments |= {"width / 4": width // 4, "width % 4": width % 4}
         trips = [
             arguments[loop] if isinstance(loop, str) else blocks(arguments[loop[0]], arguments[loop[1]])
             for loop in LOOPS.get(name, ())

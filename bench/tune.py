@@ -63,9 +63,8 @@ def configs(found: Iterator[dict[str, int]], warps: tuple[int, ...], stages: tup
 def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
     """Return what to try for ``kernel`` where ``sizes`` are those that its table was asked for."""
     rows = min(128, max(16, 1 << (sizes.get("rows", 1) - 1).bit_length()))
-    channels = sizes.get("channels", 768)
-    whole = 1 << (channels - 1).bit_length()
-    in_registers = configs(blocks("ROWS C", (1, 2, 4), (256, whole)), (1, 2, 4), (1,))
+    whole = 1 << (sizes.get("channels", 768) - 1).bit_length()
+    projector = configs(blocks("ROWS C", (16,), (32, 64, 128, 256)), (4, 8), (1, 2, 3))
     table: dict[str, Callable[[], Candidates]] = {
         "prompt_pool_weights": lambda: configs(blocks("R T", (4, 8, 16), (64, 256)), (4,), (1,)),
         "prompt_pool_fwd": lambda: configs(
@@ -78,8 +77,8 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
         "prompt_pool_bwd_tokens": lambda: configs(
             blocks("T R C", (64,), (16, 32, min(rows, 64)), (64, 128)), (4,), (1, 2)
         ),
-        "prompt_projector_fwd": lambda: in_registers,
-        "prompt_projector_bwd_rows": lambda: in_registers,
+        "prompt_projector_fwd": lambda: projector,
+        "prompt_projector_bwd_rows": lambda: projector,
         "prompt_projector_bwd_weights": lambda: configs(
             blocks("ROWS C", (16, 32), (32, 64, 128)), (4,), (2, 3)
         ),

@@ -11,8 +11,8 @@ For image b, token t, patch n = t - num_prefix, channel c and row r of the pooli
 normed, mean and rstd come from add_norm's forward kernel; where a branch is added there, x is the total here.
 
 The factors of all products are prepared by kernels of their own: ``weights`` (B, R, T'), M * s * rstd by
-tokens, 0 for the prefix and in T' - T columns that align the rows; and ``grads`` (B, R, C), grad_pooled * weight. Where
-x is in bfloat16 (HALVES), it is a factor as it is, so the mean is subtracted from the product, and weights
+tokens, 0 for the prefix and in T' - T columns that align the rows; and ``grads`` (B, R, C), grad_pooled *
+weight. Where x is in bfloat16 (HALVES), it is a factor as it is, so the mean is subtracted from the product, and weights
 (B, R, 2, T') and grads (B, R, 2, C) come in two halves: tiles go from memory to the tensor cores untouched.
 
 Everything else is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples

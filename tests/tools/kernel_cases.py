@@ -164,7 +164,7 @@ KERNELS = {
             ({"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1}, dim, 2**30)
             for dim in (0, 1, 2)
         ],
-        [({"prompts": 1, "dim": 64, "eps": 1e-6}, [], [0])],
+        [({"prompts": 4, "dim": 64, "eps": 1e-6}, [], [0])],
     ),
     "prompt_attention": Kernels(
         attention_case,
