@@ -12,8 +12,9 @@ normed, mean and rstd come from add_norm's forward kernel; where a branch is add
 
 The factors of all products are prepared by kernels of their own: ``weights`` (B, R, T'), M * s * rstd by
 tokens, 0 for the prefix and in T' - T columns that align the rows; and ``grads`` (B, R, C), grad_pooled *
-weight. Where x is in bfloat16 (HALVES), it is a factor as it is, so the mean is subtracted from the product, and weights
-(B, R, 2, T') and grads (B, R, 2, C) come in two halves: tiles go from memory to the tensor cores untouched.
+weight. Where x is in bfloat16 (HALVES), it is a factor as it is, so the mean is subtracted from the product,
+and weights (B, R, 2, T') and grads (B, R, 2, C) come in two halves: tiles go from memory to the tensor cores
+untouched.
 
 Everything else is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples
 of a pointer and all strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are
