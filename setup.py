@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +22,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-ARCHITECTURES = ("80", "86", "89", "90a", "100", "120")
 NATIVE = "vapt_fast._C"
 NOTE = "_C_missing.txt"
 
@@ -58,25 +56,22 @@ class BuildNative(build_ext):
 
 def build() -> Path:
     """Build the module, only what changed, and say where it is."""
-    nvcc = find_nvcc()
-    targets, jobs = architectures(nvcc), number_of_jobs()
+    nvcc, jobs = find_nvcc(), number_of_jobs()
+    # With another compiler CMake forgets its options, and Ninja compiles nothing again for a new version.
+    compiler = hashlib.sha256(f"{nvcc} {run(nvcc, '--version')}".encode()).hexdigest()[:8]
     try:
         import pybind11
     except ImportError as error:
         raise CannotBuildError("pybind11 is missing; install it, or build with isolation") from error
     cmake, ninja = find_tool("cmake"), find_tool("ninja")
-    # With another compiler CMake forgets its options, and Ninja compiles nothing again for a new version.
-    compiler = hashlib.sha256(f"{nvcc} {run(nvcc, '--version')}".encode()).hexdigest()[:8]
     folder = ROOT / "build" / f"native-{sys.implementation.cache_tag}-{compiler}"
     options = {
         "CMAKE_BUILD_TYPE": "Release",
-        "CMAKE_CUDA_ARCHITECTURES": targets,
         "CMAKE_CUDA_COMPILER": nvcc,
         "CMAKE_MAKE_PROGRAM": ninja,
         "Python_EXECUTABLE": sys.executable,
         "pybind11_DIR": pybind11.get_cmake_dir(),
         "VAPT_FAST_CUTLASS": cutlass(),
-        "VAPT_FAST_JOBS": jobs,
     }
     definitions = [f"-D{name}={value}" for name, value in options.items()]
     run(cmake, "-S", ROOT / "csrc", "-B", folder, "-G", "Ninja", *definitions)
@@ -134,20 +129,6 @@ def number_of_jobs() -> int:
     if not given.isdecimal() or int(given) == 0:
         raise SystemExit(f"MAX_JOBS must be a positive number, got {given!r}")
     return int(given)
-
-
-def architectures(nvcc: str) -> str:
-    """The value of CMAKE_CUDA_ARCHITECTURES."""
-    given = os.environ.get("VAPT_FAST_CUDA_ARCHS")
-    if given is not None:
-        if not all(re.fullmatch(r"\d+[af]?(-real|-virtual)?", name) for name in given.split(";")):
-            raise SystemExit(f'VAPT_FAST_CUDA_ARCHS must be like "80;90a-real;120", got {given!r}')
-        return given
-    listed = run(nvcc, "--list-gpu-arch").split()
-    known = [name for name in ARCHITECTURES if f"compute_{name.rstrip('a')}" in listed]
-    if not known:
-        raise CannotBuildError(f"{nvcc} compiles for none of sm_{', sm_'.join(ARCHITECTURES)}; update it")
-    return ";".join([*(f"{name}-real" for name in known), f"{known[-1].rstrip('a')}-virtual"])
 
 
 def run(*command: object, cwd: Path = ROOT) -> str:

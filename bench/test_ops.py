@@ -13,7 +13,6 @@ from vapt_fast import BackendUnavailableError
 def test_op(
     bench: Bench,
     sizes: Sizes,
-    monkeypatch: pytest.MonkeyPatch,
     op: str,
     num_prompts: int | None,
     rival: str,
@@ -21,9 +20,6 @@ def test_op(
 ) -> None:
     module = import_module(f"ops.{op}")
     name, _, variant = rival.partition(", ")
-    if rival in getattr(module, "SETTINGS", {}):
-        where, attribute, value = module.SETTINGS[rival]
-        monkeypatch.setattr(import_module(where), attribute, value)
     try:
         implementation = module.implementation(name, sizes)
     except BackendUnavailableError as reason:

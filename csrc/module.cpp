@@ -5,24 +5,22 @@
 
 #include <string>
 
-#include "prompt_pool/api.h"
+#include "prompt_attention/api.h"
 
 namespace vapt_fast {
 void bind_mlp(pybind11::module_& module);
 void bind_prompt_attention(pybind11::module_& module);
-void bind_prompt_pool(pybind11::module_& module);
 }  // namespace vapt_fast
 
 PYBIND11_MODULE(_C, module) {
   module.doc() = "The launchers of vapt_fast's CUDA kernels.";
-  module.attr("architectures") = VAPT_FAST_ARCHITECTURES;      // CMAKE_CUDA_ARCHITECTURES, comma-separated
   module.attr("runtime_version") = VAPT_FAST_RUNTIME_VERSION;  // of CUDA and of nvcc, 13000 for 13.0
   module.def(
-      "unsupported_because", [](int device) { return std::string(vapt_fast::prompt_pool_supported(device).message); },
+      "unsupported_because",
+      [](int device) { return std::string(vapt_fast::prompt_attention_supported(device).message); },
       pybind11::arg("device"), "Why a device, which becomes current, can't run the kernels; empty if it can.");
-  vapt_fast::bind_prompt_attention(module);
-  vapt_fast::bind_prompt_pool(module);
-#ifdef VAPT_FAST_HOPPER
+#ifndef VAPT_FAST_EMULATED  // which CUTLASS's kernels can't be
   vapt_fast::bind_mlp(module);
 #endif
+  vapt_fast::bind_prompt_attention(module);
 }

@@ -6,5 +6,4 @@ A module has:
 - ``RIVALS``: names; "NAME, compiled" is the implementation NAME, compiled.
 - ``implementation(name, sizes)``: what is measured.
 - ``PROMPTS``: whether its sizes depend on the number of prompts.
-- ``SETTINGS``, if need be: what is set in the library while a rival runs, by its name.
 """

@@ -12,9 +12,8 @@ from torch import Tensor
 from vapt_fast.functional import prompt_matrices, prompt_pool
 
 EPS, PROMPT_EPS, KERNEL = 1e-6, 1e-5, 2
-RIVALS = (*kernels("prompt_pool"), "cuda, two passes", "torch, compiled", "literal", "literal, compiled")
+RIVALS = (*kernels("prompt_pool"), "torch, compiled", "literal", "literal, compiled")
 PROMPTS = True
-SETTINGS = {"cuda, two passes": ("vapt_fast.ops.prompt_pool.cuda", "ONE_PASS", False)}
 
 
 def job(sizes: Sizes, num_prompts: int) -> Job:

@@ -58,11 +58,9 @@ class Keywords {
     }
   }
 
-  static void convert(const py::object& from, Tensor3& to) { view(from, to.data, to.batch_stride, to.row_stride); }
   static void convert(const py::object& from, Tensor4& to) {
     view(from, to.data, to.batch_stride, to.row_stride, to.head_stride);
   }
-  static void convert(const py::object& from, Matrix& to) { view(from, to.data, to.row_stride); }
   static void convert(const py::object& from, Rows& to) { view(from, to.data, to.row_stride); }
 
   template <typename T, typename... Strides>

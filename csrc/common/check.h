@@ -12,23 +12,20 @@ namespace vapt_fast {
 // Checks arguments one by one and keeps the first error.
 class Check {
  public:
-  // A tensor (batch, rows, C) of elements of ``bytes`` bytes.
-  void tensor(const char* name, const Tensor3& tensor, std::int64_t batch, std::int64_t rows, std::int64_t bytes) {
-    if (batch == 0 || rows == 0) {
-      return;
-    }
-    pointer(name, tensor.data);
-    if ((batch > 1 && tensor.batch_stride * bytes % 16) || (rows > 1 && tensor.row_stride * bytes % 16)) {
-      fail(Code::invalid, "every row of %s must begin at a multiple of 16 bytes", name);
-    }
-  }
-
   // A tensor (batch, rows, heads, D) of elements of ``bytes`` bytes.
   void tensor(const char* name, const Tensor4& tensor, std::int64_t batch, std::int64_t rows, std::int64_t heads,
               std::int64_t bytes) {
-    const std::int64_t head_stride = heads > 1 ? tensor.head_stride : 0;
-    this->tensor(name, Tensor3{tensor.data, tensor.batch_stride, tensor.row_stride}, batch, rows, bytes);
-    this->tensor(name, Tensor3{tensor.data, tensor.batch_stride, head_stride}, batch, rows > 0 ? heads : 0, bytes);
+    if (batch == 0 || rows == 0 || heads == 0) {
+      return;
+    }
+    pointer(name, tensor.data);
+    const auto misaligned = [bytes](std::int64_t count, std::int64_t stride) {
+      return count > 1 && stride * bytes % 16;
+    };
+    if (misaligned(batch, tensor.batch_stride) || misaligned(rows, tensor.row_stride) ||
+        misaligned(heads, tensor.head_stride)) {
+      fail(Code::invalid, "every row of %s must begin at a multiple of 16 bytes", name);
+    }
   }
 
   // A contiguous tensor of ``count`` elements that begins at a multiple of ``alignment`` bytes.

@@ -1,7 +1,7 @@
 // The device primitives that the kernels use.
 //
-// nvcc compiles them to PTX (sm_80 or later; clusters: sm_90). Any other compiler takes csrc/emulation, which runs the
-// same kernels on a CPU and finds missing barriers, missing waits and stray addresses.
+// nvcc compiles them for sm_90a. Any other compiler takes csrc/emulation, which runs the same kernels on a CPU and finds
+// missing barriers, missing waits and stray addresses.
 //
 // "Warp-wide": all 32 lanes of a warp call the function together.
 
@@ -78,28 +78,6 @@ __device__ __forceinline__ void trap() { __trap(); }
 __device__ __forceinline__ void sync_threads() { __syncthreads(); }
 
 __device__ __forceinline__ void sync_warp() { __syncwarp(); }
-
-// ---- clusters
-
-__device__ __forceinline__ int cluster_rank() {
-  std::uint32_t rank;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return static_cast<int>(rank);
-}
-
-// The barrier of the cluster. A block must not end while another reads its shared memory.
-__device__ __forceinline__ void sync_cluster() {
-  // Not ".aligned": the lanes of a warp may arrive diverged, from a loop with different trip counts.
-  asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
-}
-
-// The address in the shared memory of block ``rank`` that corresponds to ``shared`` in this block's.
-template <typename T>
-__device__ __forceinline__ T* cluster_peer(T* shared, int rank) {
-  T* peer;
-  asm volatile("mapa.u64 %0, %1, %2;" : "=l"(peer) : "l"(shared), "r"(rank));
-  return peer;
-}
 
 // ---- shuffles: warp-wide, and they order no memory
 
@@ -211,25 +189,6 @@ __device__ __forceinline__ void unpack<BFloat16>(std::uint32_t word, float& firs
   second = float_of(word & 0xffff0000u);
 }
 
-// The bits of a float32 rounded to tf32, to nearest, ties away from 0.
-__device__ __forceinline__ std::uint32_t to_tf32(float value) {
-  std::uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(value));
-  return bits;
-}
-
-// c += a b, warp-wide: a (16, 8) and b (8, 8) in tf32, c (16, 8) in float32.
-//
-// With g = lane / 4 and t = lane % 4, a lane holds a = a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4);
-// b0 = b(t, g), b1 = b(t + 4, g); and c = c(g, 2 t), c(g, 2 t + 1), c(g + 8, 2 t), c(g + 8, 2 t + 1).
-__device__ __forceinline__ void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0,
-                                         std::uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
 // ---- launches
 
 inline Status cuda_status(cudaError_t error) {
@@ -242,7 +201,7 @@ inline Status cuda_status(cudaError_t error) {
   return status;
 }
 
-// ok if ``kernel`` has code for ``device``, which becomes current. Loads it, and compiles it if it is PTX.
+// ok if ``kernel`` has code for ``device``, which becomes current. Loads it.
 template <typename... Parameters>
 Status supported(void (*kernel)(Parameters...), int device) {
   cudaFuncAttributes attributes{};
@@ -253,25 +212,20 @@ Status supported(void (*kernel)(Parameters...), int device) {
   return cuda_status(error);
 }
 
-// The properties of a device that decide between kernels.
+// What a launch has to know of a device.
 struct Device {
   Status status;
   std::int64_t shared_memory = 0;  // bytes per block, at most
-  bool has_clusters = false;
 };
 
 inline Device current_device() {
   int number = 0;
   int bytes = 0;
-  int major = 0;
   cudaError_t error = cudaGetDevice(&number);
   if (error == cudaSuccess) {
     error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
   }
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, number);
-  }
-  return {cuda_status(error), bytes, major >= 9};
+  return {cuda_status(error), bytes};
 }
 
 // A launch configuration of the runtime.
@@ -308,23 +262,15 @@ class LaunchConfig {
   cudaLaunchConfig_t config_{};
 };
 
-// How many clusters of ``kernel`` fit on the current device, ``device``, at once; 0 if none do. In PTX for GPUs before
-// sm_90, which the driver also compiles for later ones, kernels with clusters have no body.
+// How many clusters of ``kernel`` fit on the current device, ``device``, at once; 0 if none do.
 template <typename... Parameters>
 std::int64_t max_active_clusters(void (*kernel)(Parameters...), const LaunchShape& shape, const Device& device) {
-  if (!device.has_clusters || shape.shared_memory > device.shared_memory) {
+  if (shape.shared_memory > device.shared_memory) {
     return 0;
   }
   const LaunchConfig config(shape, nullptr, true);
   int count = 0;
-  cudaFuncAttributes compiled{};
-  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
-  if (error == cudaSuccess && compiled.ptxVersion < 90) {
-    return 0;
-  }
-  if (error == cudaSuccess) {
-    error = config.raise_limit(kernel, static_cast<int>(device.shared_memory));
-  }
+  cudaError_t error = config.raise_limit(kernel, static_cast<int>(device.shared_memory));
   if (error == cudaSuccess) {
     error = cudaOccupancyMaxActiveClusters(&count, kernel, config.get());
   }

@@ -26,25 +26,12 @@ struct Status {
   char message[240] = "";
 };
 
-// A tensor (B, T, C) on the device; its channels are contiguous.
-struct Tensor3 {
-  const void* data = nullptr;
-  std::int64_t batch_stride = 0;  // in elements, as all strides; 0 repeats one image
-  std::int64_t row_stride = 0;
-};
-
 // A tensor (B, T, H, D) on the device; its channels, the last axis, are contiguous.
 struct Tensor4 {
   void* data = nullptr;
-  std::int64_t batch_stride = 0;
+  std::int64_t batch_stride = 0;  // in elements, as all strides; 0 repeats one image
   std::int64_t row_stride = 0;
   std::int64_t head_stride = 0;
-};
-
-// A float32 matrix (R, N) on the device; its columns are contiguous.
-struct Matrix {
-  const float* data = nullptr;  // may be null if R is 0
-  std::int64_t row_stride = 0;
 };
 
 // A matrix (M, N) of 16-bit elements on the device; its columns are contiguous.

@@ -14,7 +14,6 @@ void __tsan_destroy_fiber(void* fiber) __attribute__((weak));
 void __tsan_switch_to_fiber(void* fiber, unsigned flags) __attribute__((weak));
 void __tsan_acquire(void* address) __attribute__((weak));
 void __tsan_release(void* address) __attribute__((weak));
-void __tsan_write_range(void* address, std::size_t size) __attribute__((weak));
 void __sanitizer_start_switch_fiber(void** fake_stack, const void* bottom, std::size_t size) __attribute__((weak));
 void __sanitizer_finish_switch_fiber(void* fake_stack, const void** bottom, std::size_t* size) __attribute__((weak));
 }
@@ -24,11 +23,6 @@ namespace {
 
 constexpr std::size_t kStack = 128 * 1024;
 constexpr unsigned kSwitchOrdersNothing = 1;
-
-Limits device{227 * 1024, 2};  // shared memory as on sm_90
-std::int64_t conflicts = 0;
-
-Cluster* cluster = nullptr;
 
 }  // namespace
 
@@ -93,13 +87,14 @@ bool can_run(const Thread& thread) {
   return !thread.finished && !(thread.waits_at && thread.waits_at->generation == thread.generation);
 }
 
-// Lets another thread of the cluster run, or the host when all are finished.
+// Lets another thread of the block run, or the host when all are finished.
 void yield() {
   Thread* const from = current;
-  const std::size_t count = cluster->threads.size();
-  const auto position = static_cast<std::size_t>(from - cluster->threads.data());
+  std::vector<Thread>& threads = from->block->threads;
+  const std::size_t count = threads.size();
+  const auto position = static_cast<std::size_t>(from - threads.data());
   for (std::size_t i = 1; i <= count; ++i) {
-    Thread& next = cluster->threads[(position + i) % count];
+    Thread& next = threads[(position + i) % count];
     if (can_run(next)) {
       if (&next != from) {
         current = &next;
@@ -108,9 +103,9 @@ void yield() {
       return;
     }
   }
-  for (const Thread& thread : cluster->threads) {
+  for (Thread& thread : threads) {
     if (!thread.finished) {
-      current = const_cast<Thread*>(&thread);
+      current = &thread;
       fail("hangs: waits for threads that wait elsewhere or have ended");
     }
   }
@@ -135,13 +130,6 @@ void thread_main() {
   }
   if (!current->accumulators.empty()) {
     fail("ends without having waited for its products");
-  }
-  Block& block = *current->block;
-  release(&block.end);
-  if (--block.running == 0 && __tsan_write_range) {
-    // The block's shared memory is no more: no other block of the cluster may still read it.
-    acquire(&block.end);
-    __tsan_write_range(block.shared.get(), static_cast<std::size_t>(current_launch->shape->shared_memory));
   }
   release(&current_launch->end);
   current->finished = true;
@@ -173,34 +161,28 @@ void wait(Barrier& barrier, int threads, bool orders_memory) {
 
 namespace {
 
-void prepare(Cluster& prepared, const LaunchShape& shape, std::int64_t first_block) {
-  prepared.blocks.resize(static_cast<std::size_t>(shape.cluster));
-  prepared.threads.resize(static_cast<std::size_t>(shape.cluster * shape.threads));
-  for (int rank = 0; rank < shape.cluster; ++rank) {
-    Block& block = prepared.blocks[static_cast<std::size_t>(rank)];
-    block.index = first_block + rank;
-    block.running = shape.threads;
-    block.warps.resize(static_cast<std::size_t>(shape.threads / kWarpSize));
-    const auto bytes = static_cast<std::size_t>(shape.shared_memory);
-    void* memory = nullptr;
-    if (posix_memalign(&memory, 1024, bytes) != 0) {
-      fail("finds no memory");
-    }
-    std::memset(memory, 0xff, bytes);
-    block.shared.reset(static_cast<char*>(memory));
-    block.hidden.resize(bytes / SharedMatrix::kUnitBytes + 1);
-    block.warpgroups.resize(static_cast<std::size_t>((shape.threads + kWarpgroupSize - 1) / kWarpgroupSize));
-    for (int index = 0; index < shape.threads; ++index) {
-      Thread& thread = prepared.threads[static_cast<std::size_t>(rank * shape.threads + index)];
-      thread.block = &block;
-      thread.index = index;
-      thread.rank = rank;
-      thread.fiber.stack.reset(new char[kStack]);
-      thread.fiber.bottom = thread.fiber.stack.get();
-      thread.fiber.size = kStack;
-      if (__tsan_create_fiber) {
-        thread.fiber.tsan = __tsan_create_fiber(0);
-      }
+void prepare(Block& block, const LaunchShape& shape, std::int64_t index) {
+  block.index = index;
+  block.warps.resize(static_cast<std::size_t>(shape.threads / kWarpSize));
+  const auto bytes = static_cast<std::size_t>(shape.shared_memory);
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, bytes) != 0) {
+    fail("finds no memory");
+  }
+  std::memset(memory, 0xff, bytes);
+  block.shared.reset(static_cast<char*>(memory));
+  block.hidden.resize(bytes / SharedMatrix::kUnitBytes + 1);
+  block.warpgroups.resize(static_cast<std::size_t>((shape.threads + kWarpgroupSize - 1) / kWarpgroupSize));
+  block.threads.resize(static_cast<std::size_t>(shape.threads));
+  for (int number = 0; number < shape.threads; ++number) {
+    Thread& thread = block.threads[static_cast<std::size_t>(number)];
+    thread.block = &block;
+    thread.index = number;
+    thread.fiber.stack.reset(new char[kStack]);
+    thread.fiber.bottom = thread.fiber.stack.get();
+    thread.fiber.size = kStack;
+    if (__tsan_create_fiber) {
+      thread.fiber.tsan = __tsan_create_fiber(0);
     }
   }
 }
@@ -211,21 +193,11 @@ Warp& current_warp() { return current->block->warps[static_cast<std::size_t>(cur
 
 int thread_id() { return current->index; }
 std::int64_t block_id() { return current->block->index; }
-int cluster_rank() { return current->rank; }
 char* shared_memory() { return current->block->shared.get(); }
-
-char* peer_shared_memory(int rank) {
-  if (rank < 0 || rank >= static_cast<int>(cluster->blocks.size())) {
-    fail("asks for a block outside its cluster");
-  }
-  return cluster->blocks[static_cast<std::size_t>(rank)].shared.get();
-}
 
 void sync_threads() { wait(current->block->barrier, current_launch->shape->threads, true); }
 
 void sync_warp() { wait(current_warp().barrier, kWarpSize, true); }
-
-void sync_cluster() { wait(cluster->barrier, static_cast<int>(cluster->threads.size()), true); }
 
 const char* exchange(const char* operation, const void* data, std::size_t size) {
   Warp& warp = current_warp();
@@ -249,22 +221,6 @@ const char* exchange(const char* operation, const void* data, std::size_t size) 
   return slots;
 }
 
-void count_bank_conflicts(const char* addresses) {
-  if (current->index % kWarpSize != 0) {
-    return;
-  }
-  for (int matrix = 0; matrix < 4; ++matrix) {
-    const void* in_group[8] = {};  // of four banks
-    for (int row = 0; row < 8; ++row) {
-      const void* address;
-      std::memcpy(&address, addresses + (8 * matrix + row) * kSlot, sizeof address);
-      const void*& other = in_group[reinterpret_cast<std::uintptr_t>(address) / 16 % 8];
-      conflicts += other && other != address;
-      other = address;
-    }
-  }
-}
-
 void begin_copy(Copy copy) { current->open.push_back(copy); }
 
 void cp_async_commit() { current->groups.push_back(std::exchange(current->open, {})); }
@@ -282,11 +238,9 @@ const Copy* next_copy(int pending) {
   return nullptr;
 }
 
-const Limits& limits() { return device; }
-
 void run(const LaunchShape& shape, const std::function<void()>& kernel) {
-  if (shape.blocks < 1 || shape.blocks > 0x7fffffff || shape.blocks % shape.cluster || shape.cluster < 1 ||
-      shape.threads < kWarpSize || shape.threads > 1024 || shape.threads % kWarpSize) {
+  if (shape.blocks < 1 || shape.blocks > 0x7fffffff || shape.cluster != 1 || shape.threads < kWarpSize ||
+      shape.threads > 1024 || shape.threads % kWarpSize) {
     fail("no such launch");
   }
   mallopt(M_TRIM_THRESHOLD, 1 << 30);  // or the stacks' pages go back to the system after each block
@@ -296,18 +250,18 @@ void run(const LaunchShape& shape, const std::function<void()>& kernel) {
   launch.host.started = true;
   launch.host.tsan = __tsan_get_current_fiber ? __tsan_get_current_fiber() : nullptr;
   current_launch = &launch;
-  for (std::int64_t first = 0; first < shape.blocks; first += shape.cluster) {
-    cluster = &launch.clusters.emplace_back();
-    prepare(*cluster, shape, first);
+  for (std::int64_t index = 0; index < shape.blocks; ++index) {
+    Block& block = launch.blocks.emplace_back();
+    prepare(block, shape, index);
     release(&launch.begin);
-    current = &cluster->threads.front();
+    current = &block.threads.front();
     switch_to(launch.host, current->fiber);
     if (!__tsan_create_fiber) {
-      launch.clusters.clear();
+      launch.blocks.clear();
     }
   }
   acquire(&launch.end);
-  for (Cluster& done : launch.clusters) {
+  for (Block& done : launch.blocks) {
     for (Thread& thread : done.threads) {
       if (__tsan_destroy_fiber) {
         __tsan_destroy_fiber(thread.fiber.tsan);
@@ -315,7 +269,6 @@ void run(const LaunchShape& shape, const std::function<void()>& kernel) {
     }
   }
   current_launch = nullptr;
-  cluster = nullptr;
   current = nullptr;
 }
 
@@ -326,13 +279,6 @@ void run(const LaunchShape& shape, const std::function<void()>& kernel) {
 #define EXPORT __attribute__((visibility("default")))
 
 extern "C" {
-
-EXPORT void set_limits(std::int64_t shared_memory, std::int64_t clusters) {
-  vapt_fast::runtime::device = {shared_memory, clusters};
-}
-
-// Those since the last call.
-EXPORT std::int64_t bank_conflicts() { return std::exchange(vapt_fast::runtime::conflicts, 0); }
 
 EXPORT float from_float16(std::uint16_t bits) { return vapt_fast::to_float(vapt_fast::Float16{bits}); }
 EXPORT float from_bfloat16(std::uint16_t bits) { return vapt_fast::to_float(vapt_fast::BFloat16{bits}); }

@@ -6,8 +6,7 @@
 // Shared memory is a heap buffer of exactly the requested size, filled with NaN. An asynchronous copy leaves NaN at its
 // destination when it is issued and copies as late as it may: when it is waited for.
 //
-// The process ends with a message if a kernel hangs, if the lanes of a warp diverge at a warp-wide operation, or if a
-// block ends while others of its cluster read its shared memory. Bank conflicts are counted for ldmatrix_x4 only.
+// The process ends with a message if a kernel hangs, or if the lanes of a warp diverge at a warp-wide operation.
 //
 // The functions here belong to the kernel and are instrumented with it. Those of ``runtime``, which fibers call in turns
 // without any order, are in *.cpp here, which must be compiled without sanitizers.
@@ -16,7 +15,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -38,7 +36,8 @@ using std::min;
 
 namespace runtime {
 
-constexpr std::size_t kSlot = 64;  // bytes that a lane can exchange at once
+constexpr std::size_t kSlot = 64;                      // bytes that a lane can exchange at once
+constexpr std::int64_t kMaxSharedMemory = 227 * 1024;  // bytes per block, as on sm_90
 
 struct Copy {
   void* shared;
@@ -47,20 +46,14 @@ struct Copy {
 
 int thread_id();
 std::int64_t block_id();
-int cluster_rank();
 char* shared_memory();
-char* peer_shared_memory(int rank);
 
 void sync_threads();
 void sync_warp();
-void sync_cluster();
 
 // Gives the lane's data to the warp and returns all lanes', kSlot bytes apart, valid until the next exchange. All lanes
 // must name the same operation.
 const char* exchange(const char* operation, const void* data, std::size_t size);
-
-// Counts bank conflicts of four matrices, once per warp, from the addresses of their rows, kSlot bytes apart.
-void count_bank_conflicts(const char* addresses);
 
 void begin_copy(Copy copy);
 void cp_async_commit();
@@ -69,14 +62,6 @@ const Copy* next_copy(int pending);
 
 // Notes that this thread has written to one of 16 bytes, if they are of its block's shared memory.
 void wrote(const void* to);
-
-// The emulated device: bytes of shared memory per block, clusters that it runs at once.
-struct Limits {
-  std::int64_t shared_memory;
-  std::int64_t clusters;
-};
-
-const Limits& limits();
 
 void run(const LaunchShape& shape, const std::function<void()>& kernel);
 
@@ -94,15 +79,6 @@ inline int opaque(int value) { return value; }
 
 inline void sync_threads() { runtime::sync_threads(); }
 inline void sync_warp() { runtime::sync_warp(); }
-
-inline int cluster_rank() { return runtime::cluster_rank(); }
-inline void sync_cluster() { runtime::sync_cluster(); }
-
-template <typename T>
-T* cluster_peer(T* shared, int rank) {
-  const std::ptrdiff_t offset = reinterpret_cast<char*>(shared) - runtime::shared_memory();
-  return reinterpret_cast<T*>(runtime::peer_shared_memory(rank) + offset);
-}
 
 template <typename T>
 T shuffle(T value, int source) {
@@ -141,15 +117,9 @@ void cp_async_wait() {
   }
 }
 
-struct MatrixRow {
-  Bytes16 elements;
-  const void* address;
-};
-
 inline void ldmatrix_x4(std::uint32_t (&r)[4], const void* row) {
-  const MatrixRow mine{load16(row), row};
+  const Bytes16 mine = load16(row);
   const char* rows = runtime::exchange("ldmatrix_x4", &mine, sizeof mine);
-  runtime::count_bank_conflicts(rows + offsetof(MatrixRow, address));
   for (int m = 0; m < 4; ++m) {
     const char* from = rows + (8 * m + lane_id() / 4) * runtime::kSlot;
     std::memcpy(&r[m], from + lane_id() % 4 * sizeof r[m], sizeof r[m]);
@@ -223,51 +193,14 @@ void unpack(std::uint32_t word, float& first, float& second) {
   second = to_float(Element{static_cast<std::uint16_t>(word >> 16)});
 }
 
-inline std::uint32_t to_tf32(float value) {
-  return std::isnan(value) ? 0x7fffffffu : (bits_of(value) + 0x1000u) & ~0x1fffu;
-}
-
-inline void mma_tf32(float (&c)[4], const std::uint32_t (&a)[4], std::uint32_t b0, std::uint32_t b1) {
-  std::uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
-  for (std::uint32_t& word : mine) {
-    word &= ~0x1fffu;  // the tensor cores ignore the rest
-  }
-  const char* all = runtime::exchange("mma_tf32", mine, sizeof mine);
-  const auto of = [all](int from, int i) {
-    float value;
-    std::memcpy(&value, all + from * runtime::kSlot + i * sizeof value, sizeof value);
-    return value;
-  };
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane_id() / 4;
-    const int column = 2 * (lane_id() % 4) + i % 2;
-    for (int k = 0; k < 8; ++k) {
-      c[i] += of(4 * row + k % 4, i / 2 + 2 * (k / 4)) * of(4 * column + k % 4, 4 + k / 4);
-    }
-  }
-}
-
 template <typename... Parameters>
 Status supported(void (*)(Parameters...), int) {
   return {};
 }
 
-struct Device {
-  Status status;
-  std::int64_t shared_memory;
-  bool has_clusters;
-};
-
-inline Device current_device() { return {{}, runtime::limits().shared_memory, true}; }
-
-template <typename... Parameters>
-std::int64_t max_active_clusters(void (*)(Parameters...), const LaunchShape& shape, const Device& device) {
-  return shape.shared_memory <= device.shared_memory ? runtime::limits().clusters : 0;
-}
-
 template <typename... Parameters>
 Status launch(void (*kernel)(Parameters...), LaunchShape shape, Stream, Parameters... arguments) {
-  if (shape.shared_memory > runtime::limits().shared_memory) {
+  if (shape.shared_memory > runtime::kMaxSharedMemory) {
     return {Code::unsupported, "the kernel needs more shared memory than the device has"};
   }
   runtime::run(shape, [&] { kernel(arguments...); });

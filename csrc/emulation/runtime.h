@@ -42,16 +42,7 @@ struct Warpgroup {
   std::uint64_t products = 0;  // a hash of those of the group that is being committed
 };
 
-struct Block {
-  std::int64_t index = 0;
-  int running = 0;  // threads
-  char end;         // ThreadSanitizer's handle of the end of its threads
-  std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
-  std::vector<bool> hidden;  // from products, by units of shared memory
-  std::vector<Warp> warps;
-  std::vector<Warpgroup> warpgroups;
-  Barrier barrier;
-};
+struct Block;
 
 using Group = std::deque<Copy>;
 
@@ -71,7 +62,6 @@ struct Thread {
   Fiber fiber;
   Block* block = nullptr;
   int index = 0;
-  int rank = 0;  // of its block in the cluster
   bool finished = false;
   const Barrier* waits_at = nullptr;
   std::uint64_t generation = 0;  // of that barrier
@@ -87,8 +77,12 @@ struct Thread {
   IssuedProduct product;  // the one last given out
 };
 
-struct Cluster {
-  std::vector<Block> blocks;
+struct Block {
+  std::int64_t index = 0;
+  std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
+  std::vector<bool> hidden;  // from products, by units of shared memory
+  std::vector<Warp> warps;
+  std::vector<Warpgroup> warpgroups;
   std::vector<Thread> threads;
   Barrier barrier;
 };
@@ -99,7 +93,7 @@ struct Launch {
   Fiber host;
   char begin, end;  // ThreadSanitizer's handles of all fibers
   // Under ThreadSanitizer kept until the end: freeing memory would order the blocks that used it.
-  std::deque<Cluster> clusters;
+  std::deque<Block> blocks;
 };
 
 extern Launch* current_launch;

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import sys
-from importlib import import_module
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tools"))
@@ -26,7 +25,7 @@ from vapt_fast import BackendUnavailableError, use_backend
 from vapt_fast.ops import device
 
 
-def _run(backend: str, op: str, label: str = "") -> int:
+def _run(backend: str, op: str) -> int:
     """The number of cases of ``op`` that ``backend`` takes."""
     count = 0
     cases = KERNELS[op].cuda_quick if backend == "cuda" else KERNELS[op].quick
@@ -37,7 +36,7 @@ def _run(backend: str, op: str, label: str = "") -> int:
         except BackendUnavailableError:
             continue  # a dtype or a size that these kernels do not take
         torch.cuda.synchronize()
-        print(f"ran {op}{label}, {backend}, {dtype}, {sizes}", flush=True)
+        print(f"ran {op}, {backend}, {dtype}, {sizes}", flush=True)
         count += 1
     return count
 
@@ -49,9 +48,6 @@ def main() -> None:
         for backend in ("triton", "cuda"):
             if not device.unavailable_reasons(backend):
                 count += sum(_run(backend, op) for op in ops)
-        if "prompt_pool" in ops and not device.unavailable_reasons("cuda"):
-            import_module("vapt_fast.ops.prompt_pool.cuda").ONE_PASS = False
-            count += _run("cuda", "prompt_pool", " in two passes")
     if not count:
         raise SystemExit("nothing ran: no backend with kernels is available")
 

@@ -20,14 +20,6 @@ def default_device():
         yield
 
 
-@pytest.fixture
-def backend(backend):
-    """A whole model needs the kernels of every op, and mlp's in CUDA are for one architecture."""
-    if backend == "cuda" and torch.cuda.get_device_capability() != (9, 0):
-        pytest.skip("cuda: mlp needs a GPU of compute capability 9.0")
-    return backend
-
-
 def assert_agrees_or_refuses(setting, variant):
     """The CUDA kernels take 16 bits and refuse all else."""
     (row,) = Comparison(setting, [variant], modes=()).measure("forward", rounds=2)

@@ -12,7 +12,6 @@ from vapt_fast import use_backend
 from vapt_fast.ops import backend, device
 from vapt_fast.ops.base import OPS
 from vapt_fast.ops.prompt_attention import cuda as attention
-from vapt_fast.ops.prompt_pool import cuda
 
 
 @pytest.fixture
@@ -31,16 +30,10 @@ def on_emulation(monkeypatch):
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture(params=[True, False], ids=["one pass", "two passes"])
-def passes(monkeypatch, request):
-    monkeypatch.setattr(cuda, "ONE_PASS", request.param)
-    return 1 if request.param else 2
-
-
 @pytest.fixture
 def launching(monkeypatch):
     """``with launching(name=value) as launches``: names and arguments of launches, some changed."""
-    launch = cuda.launch
+    launch = attention.launch
 
     @contextmanager
     def launching(**changes):
@@ -51,8 +44,7 @@ def launching(monkeypatch):
             launch(name, on, **arguments | changes)
 
         with monkeypatch.context() as patch:
-            for module in (attention, cuda):
-                patch.setattr(module, "launch", record)
+            patch.setattr(attention, "launch", record)
             yield launches
 
     return launching

@@ -342,21 +342,6 @@ def test_biases_and_grouped_queries_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("found", "architectures", "reason"),
-    [
-        ((8, 0), "80-real,90a-real", "it needs compute capability 9.0, cuda:0 has 8.0"),
-        ((10, 0), "90a-real,100-real", "it needs compute capability 9.0, cuda:0 has 10.0"),
-        ((9, 0), "80-virtual", "it was not compiled for 90a, but for 80-virtual"),
-        ((9, 0), "80-real,90a-real", None),
-    ],
-)
-def test_it_needs_an_architecture(monkeypatch, found, architectures, reason):
-    monkeypatch.setattr(cuda, "capability", lambda device: found)
-    monkeypatch.setattr(cuda.native(), "architectures", architectures)
-    assert cuda._device_reasons(torch.device("cuda", 0)) == ([] if reason is None else [reason])
-
-
-@pytest.mark.parametrize(
     ("message", "value", "names"),
     [
         ("{} must not be null", None, "q k v prompt_k prompt_v out"),
@@ -378,7 +363,7 @@ def test_what_contradicts_the_header_is_refused(launching, op, message, value, n
     saved, grad_out = OP.save(args, forward(args)), torch.zeros_like(args.q)
     error = NotImplementedError if names in ("channels", "queries") else ValueError
     for name in names.split():
-        out, grads = OP.allocate(args, "cuda"), OP.allocate_gradients(saved, NAMES)
+        out, grads = OP.allocate(args), OP.allocate_gradients(saved, NAMES)
         message_of = rf"prompt_attention_{op}\(dtype=bfloat16, batch=2, .*\): " + message.format(name)
         with launching(**{name: value}), pytest.raises(error, match=message_of):
             cuda.forward(args, out) if op == "forward" else cuda.backward(saved, (grad_out,), grads)

@@ -215,8 +215,23 @@ def test_auto_takes_torch_under_forward_mode_and_transforms(monkeypatch):
 
 
 @pytest.mark.usefixtures("h100")
+def test_an_op_without_kernels_of_a_backend_runs_on_torch(monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "vapt_fast._C", types.SimpleNamespace(unsupported_because=lambda device: "")
+    )
+    assert "cuda" not in OPS["prompt_pool"].implementations
+    assert pool_choice("cuda", device="cuda") == "torch"
+    monkeypatch.setitem(sys.modules, "vapt_fast._C", None)  # but no backend that can't run at all
+    forget()
+    with pytest.raises(BackendUnavailableError, match="backend 'cuda' can't run"):
+        pool_choice("cuda", device="cuda")
+
+
+@pytest.mark.usefixtures("h100")
 def test_auto_takes_the_next_where_the_fastest_can_not_run(monkeypatch):
     monkeypatch.setitem(sys.modules, "vapt_fast._C", None)
+    missing = Measurement("cuda", 3.0, "one against three", inheriting=())
+    measure(monkeypatch, missing, measured())
     with pytest.warns(RuntimeWarning, match="'cuda', the fastest on this GPU, can't run: ") as said:
         assert [pool_choice("auto", device="cuda") for _ in range(2)] == ["triton"] * 2
     assert len(said) == 1
@@ -246,7 +261,7 @@ def test_auto_takes_kernels_for_what_a_model_computes_in_16_bits(dtype, capabili
     monkeypatch.setattr("vapt_fast.forward.fused._concatenates", lambda tokens, backend: False)
     model = AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=2).to(dtype).train()
     model(torch.zeros(1, 3, *model._image_size, dtype=dtype)).sum().backward()
-    kernels = {"add_norm": "triton", "prompt_pool": "cuda", "prompt_projector": "triton"}
+    kernels = {"add_norm": "triton", "prompt_pool": "triton", "prompt_projector": "triton"}
     kernels |= {"prompt_attention_packed": "triton", "absorbed_attention": "triton", "mlp": "torch"}
     if capability == (9, 0):
         kernels |= {"prompt_attention_packed": "cuda", "mlp": "cuda"}

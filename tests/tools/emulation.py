@@ -16,8 +16,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -84,7 +82,7 @@ def module() -> ModuleType:
     pybind11 = pytest.importorskip("pybind11")
     flags = SANITIZERS[os.environ.get("VAPT_FAST_TEST_SANITIZER", "")]
     includes = ("-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include"))
-    constants = ('-DVAPT_FAST_ARCHITECTURES="80-virtual"', "-DVAPT_FAST_RUNTIME_VERSION=13000")
+    constants = ("-DVAPT_FAST_EMULATED", "-DVAPT_FAST_RUNTIME_VERSION=13000")
     folders = [path for path in CSRC.iterdir() if path.name not in ("emulation", "mlp")]  # which is CUTLASS's
     bindings = (CSRC / "module.cpp", *(file for path in folders for file in path.glob("bindings.cpp")))
     kernels = sorted(file for path in folders for file in path.glob("*.cu"))
@@ -102,24 +100,13 @@ def module() -> ModuleType:
 
 @functools.cache
 def emulator() -> ctypes.CDLL:
-    """What controls the emulation, the last functions in emulation.cpp."""
+    """The conversions, the last functions in emulation.cpp."""
     library = ctypes.CDLL(module().__file__)
-    library.bank_conflicts.restype = ctypes.c_int64
     for name in ("float16", "bfloat16"):
         decode, encode = getattr(library, f"from_{name}"), getattr(library, f"to_{name}")
         decode.argtypes, decode.restype = [ctypes.c_uint16], ctypes.c_float
         encode.argtypes, encode.restype = [ctypes.c_float], ctypes.c_uint16
     return library
-
-
-@contextmanager
-def device(shared_memory: int = 227 * 1024, clusters: int = 2) -> Iterator[None]:
-    """Another device: bytes of shared memory per block, clusters that run at once."""
-    try:
-        emulator().set_limits(ctypes.c_int64(shared_memory), ctypes.c_int64(clusters))
-        yield
-    finally:
-        emulator().set_limits(ctypes.c_int64(227 * 1024), ctypes.c_int64(2))
 
 
 def run_sanitized(sanitizer: str, *arguments: str) -> subprocess.CompletedProcess:

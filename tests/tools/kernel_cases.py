@@ -38,7 +38,7 @@ class Kernels:
             the images: its programs would take forever).
         scales: of the inputs in low precision.
         cuda_sizes, cuda_quick: as ``sizes`` and ``quick`` for the CUDA kernels, which read 16 bytes at once:
-            around their tiles, in several blocks, clusters and passes. Empty for ops without; nothing in
+            around their tiles, in several blocks and clusters. Empty for ops without; nothing in
             cuda_sizes is empty or absent, so that errors can be compared.
     """
 
@@ -116,21 +116,6 @@ KERNELS = {
         [
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0, 4], []),
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0, 4], [0, 4]),
-        ],
-        cuda_sizes={
-            "batch": [1, 2, 5],
-            "prefix": [0, 1, 5],
-            "patches": [1, 15, 16, 49, 64, 196, 256, 576],
-            "dim": [8, 120, 128, 136, 384, 768, 1024, 1032],
-            "rows": [1, 10, 16, 33, 50, 64, 100, 129],
-            "layer_scale": YES_OR_NO,
-            "affine": YES_OR_NO,
-        },
-        cuda_quick=[
-            {"batch": 2, "prefix": 2, "patches": 33, "dim": 136, "rows": 35},
-            {"batch": 3, "prefix": 1, "patches": 20, "dim": 264, "rows": 3, "layer_scale": False},
-            {"batch": 1, "prefix": 0, "patches": 9, "dim": 24, "rows": 129, "branch": False},
-            {"batch": 1, "prefix": 1, "patches": 270, "dim": 8, "rows": 5},
         ],
     ),
     "prompt_projector": Kernels(

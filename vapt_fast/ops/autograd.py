@@ -126,8 +126,8 @@ def define(op: Op, arguments: dict[str, Any], saved: dict[str, Any]) -> Any:
         return as_tensors(op.forward(implementation, types.arguments(*values)))
 
     def fake(*args: Any) -> Any:
-        *values, implementation = args
-        return as_tensors(op.allocate(types.arguments(*values), implementation))
+        *values, _ = args
+        return as_tensors(op.allocate(types.arguments(*values)))
 
     def split(args: tuple) -> tuple[str, Any, tuple, set[str]]:
         *values, needed, implementation = args

@@ -29,7 +29,7 @@ BACKENDS = {
     "reference": "the paper, literally, in plain PyTorch: the oracle",
     "torch": "the exact rewrites in ordinary PyTorch operations, on every device",
     "triton": "Triton kernels",
-    "cuda": "CUDA C++ kernels",
+    "cuda": "CUDA C++ kernels, for Hopper GPUs",
 }
 ENVIRONMENT_VARIABLE = "VAPT_FAST_BACKEND"
 

@@ -84,7 +84,7 @@ class Op:
         """
         raise NotImplementedError
 
-    def allocate(self, args: Any, implementation: str) -> Any:
+    def allocate(self, args: Any) -> Any:
         """The outputs, not yet computed: shapes, dtypes and strides."""
         raise NotImplementedError
 
@@ -181,7 +181,7 @@ class Op:
 
     def forward(self, implementation: str, args: Any) -> Any:
         """Run the kernels of ``implementation`` and return the outputs."""
-        out = self.allocate(args, implementation)
+        out = self.allocate(args)
         self.write(implementation, args, out)
         return out
 
@@ -258,7 +258,7 @@ class Op:
         if capability not in KNOWN:
             backends.warn_once(
                 f"{self.name} runs on PyTorch's operations: nothing is known of GPUs of compute capability "
-                f"{capability[0]}.{capability[1]}. backend='triton' or 'cuda' tries the kernels"
+                f"{capability[0]}.{capability[1]}. backend='triton' tries Triton's kernels"
             )
             return "torch"
         for entry in self.measured:

@@ -20,7 +20,6 @@ __all__ = [
     "capability",
     "compiled_by",
     "fp8_unsupported_reasons",
-    "hopper_unsupported_reasons",
     "interpreting",
     "native",
     "native_missing_reasons",
@@ -30,6 +29,7 @@ __all__ = [
 
 MINIMUM_TRITON = (3, 6)
 MINIMUM_CAPABILITY = (8, 0)
+NATIVE_CAPABILITY = (9, 0)  # vapt_fast._C is compiled for sm_90a alone
 MINIMUM_FP8_CAPABILITY = (8, 9)
 NOTE = Path(__file__).parent.parent / "_C_missing.txt"  # setup.py leaves it where there is no _C
 INSTALL_AGAIN = "install it again with pip install --force-reinstall --no-deps --no-cache-dir"
@@ -79,19 +79,6 @@ def fp8_unsupported_reasons(device: torch.device) -> list[str]:
     return [f"{device} has compute capability {given}, they need {needed}"]
 
 
-@torch.compiler.assume_constant_result
-def hopper_unsupported_reasons(function: str, device: torch.device) -> list[str]:
-    """Every reason why ``device`` can't run ``function`` of vapt_fast._C, compiled for sm_90a alone."""
-    found = ".".join(map(str, capability(device)))
-    if found != "9.0":
-        return [f"its kernels need a GPU of compute capability 9.0, {device} has {found}"]
-    if not hasattr(native(), function):
-        return [
-            f"vapt_fast was installed without them: let VAPT_FAST_CUDA_ARCHS have 90a and {INSTALL_AGAIN}"
-        ]
-    return []
-
-
 def interpreting() -> bool:
     """Whether Triton's interpreter was asked for, which runs kernels on CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
@@ -100,9 +87,11 @@ def interpreting() -> bool:
 @functools.cache
 def _device_unsupported_reasons(name: str, index: int) -> list[str]:
     found = torch.cuda.get_device_capability(index)
-    if found < MINIMUM_CAPABILITY:
-        given, needed = (".".join(map(str, c)) for c in (found, MINIMUM_CAPABILITY))
-        return [f"cuda:{index} has compute capability {given}, its kernels need {needed}"]
+    needed = NATIVE_CAPABILITY if name == "cuda" else MINIMUM_CAPABILITY
+    fits = found == needed if name == "cuda" else found >= needed
+    if not fits:
+        given, wanted = (".".join(map(str, c)) for c in (found, needed))
+        return [f"cuda:{index} has compute capability {given}, its kernels need {wanted}"]
     return _native_unsupported_reasons(index) if name == "cuda" else []
 
 
@@ -178,15 +167,15 @@ def native_missing_reasons() -> list[str]:
 def _native_unsupported_reasons(index: int) -> list[str]:
     """Why CUDA device ``index`` can't run the compiled kernels, by the CUDA runtime; empty if it can.
 
-    It may have no code of them, or the driver may be too old for it.
+    The driver may be too old for them.
     """
     with torch.cuda.device(index):  # which it makes current
         why = native().unsupported_because(index)
     if not why:
         return []
-    compiled = f"compiled by CUDA {compiled_by()} for {native().architectures.replace(',', ', ')}"
-    remedy = f"update the driver, or set VAPT_FAST_CUDA_ARCHS and {INSTALL_AGAIN}"
-    return [f"its kernels, {compiled}, don't run on cuda:{index}: {why}; {remedy}"]
+    return [
+        f"its kernels, compiled by CUDA {compiled_by()}, don't run on cuda:{index}: {why}; update the driver"
+    ]
 
 
 def compiled_by() -> str:

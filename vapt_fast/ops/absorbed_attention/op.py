@@ -125,7 +125,7 @@ class _AbsorbedAttention(Op):
     def check(self, args: Arguments) -> Arguments:
         return args  # made here: the public function has checked what it was given
 
-    def allocate(self, args: Arguments, implementation: str) -> Outputs:
+    def allocate(self, args: Arguments) -> Outputs:
         num_keys = args.prompts.shape[1] + args.x.shape[1]
         return Outputs(empty_like(args.u), args.u.new_empty((*args.u.shape[:2], num_keys)))
 

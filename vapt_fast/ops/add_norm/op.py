@@ -113,7 +113,7 @@ class _AddNorm(Op):
         dtype = autocast_dtype(total_dtype(x, branch), x.device)
         return Arguments(x, branch, weight, bias, layer_scale, eps, dtype)
 
-    def allocate(self, args: Arguments, implementation: str) -> Outputs:
+    def allocate(self, args: Arguments) -> Outputs:
         x = args.x
         statistic = torch.promote_types(total_dtype(x, args.branch), torch.float32)
         shape = x.shape[:2]

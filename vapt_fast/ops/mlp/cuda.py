@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..checks import HALF, unsupported_dtypes
 from ..cuda_launch import address, aligned, launch, rows
-from ..device import hopper_unsupported_reasons
 from .op import Arguments, Gradients, Outputs, Saved
 
 __all__ = ["backward", "forward", "unsupported_reasons"]
@@ -20,8 +19,7 @@ __all__ = ["backward", "forward", "unsupported_reasons"]
 
 def unsupported_reasons(args: Arguments) -> list[str]:
     """Every reason why the kernels can't take ``args``."""
-    reasons = hopper_unsupported_reasons("mlp_forward", args.x.device)
-    reasons += unsupported_dtypes(HALF, x=args.x)  # all tensors are of one dtype
+    reasons = unsupported_dtypes(HALF, x=args.x)  # all tensors are of one dtype
     (out, hidden), channels = args.fc2_weight.shape, args.x.shape[-1]
     for name, size in {"x": channels, "fc1's output": hidden, "fc2's output": out}.items():
         if size % 8 or not size:

@@ -114,7 +114,7 @@ class _Mlp(Op):
         first, second = (cast(fc1_weight), cast(fc1_bias)), (cast(fc2_weight), cast(fc2_bias))
         return Arguments(cast(x), *first, *second, torch.is_grad_enabled() and x.requires_grad)
 
-    def allocate(self, args: Arguments, implementation: str) -> Outputs:
+    def allocate(self, args: Arguments) -> Outputs:
         x = args.x
         y = x.new_empty((*x.shape[:2], args.fc2_weight.shape[0]))
         return Outputs(y, x.new_empty((x.shape[0] if args.keep else 0, x.shape[1], args.fc1_weight.shape[0])))

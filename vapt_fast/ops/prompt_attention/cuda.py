@@ -9,12 +9,10 @@ from torch import Tensor
 
 from ..checks import HALF, unsupported_mixture
 from ..cuda_launch import address, aligned, launch, rows
-from ..device import capability, native
 from .op import Arguments, Gradients, Outputs, Saved
 
 __all__ = ["backward", "forward", "unsupported_reasons"]
 
-CAPABILITY = (9, 0)
 LARGEST_HEAD = 64  # channels
 TILE = 64  # rows
 MOST_ROWS = 832  # of queries and keys, each in whole tiles
@@ -25,8 +23,6 @@ def unsupported_reasons(args: Arguments) -> list[str]:
     queries, heads, dim = args.q.shape[1:]
     keys = args.prompt_k.shape[1] + args.k.shape[1]
     reasons = unsupported_mixture(*args[:5], known=HALF)
-    if args.q.is_cuda:
-        reasons += _device_reasons(args.q.device)
     if args.bias is not None:
         reasons.append("it has no bias, got one")
     if args.k.shape[2] != heads:
@@ -73,17 +69,6 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     if by_image is not None:
         for grad, images in zip(grad_prompts, by_image, strict=True):
             torch.sum(images, dim=0, keepdim=True, out=grad)
-
-
-@torch.compiler.assume_constant_result  # torch.compile can't trace vapt_fast._C
-def _device_reasons(device: torch.device) -> list[str]:
-    """Why ``device`` can't run these kernels, which it may not although it runs others."""
-    found = capability(device)
-    if found != CAPABILITY:
-        return [f"it needs compute capability 9.0, {device} has {found[0]}.{found[1]}"]
-    if "90a" not in native().architectures:
-        return [f"it was not compiled for 90a, but for {native().architectures.replace(',', ', ')}"]
-    return []
 
 
 def _padded(rows: int) -> int:

@@ -202,7 +202,7 @@ class _PromptAttention(Op):
         check_one_dtype(**tensors)
         return Arguments(cast(q), cast(k), cast(v), cast(prompt_k), cast(prompt_v), bias, scale)
 
-    def allocate(self, args: Arguments, implementation: str) -> Outputs:
+    def allocate(self, args: Arguments) -> Outputs:
         return _empty_outputs(args.q, *args.q.shape)
 
     def save(self, args: Arguments, out: Outputs) -> Saved:
@@ -289,7 +289,7 @@ class _PackedAttention(Op):
         check_one_dtype(qkv=qkv, prompt_kv=prompt_kv)
         return PackedArguments(cast(qkv), cast(prompt_kv), bias, num_heads, num_kv_heads, scale)
 
-    def allocate(self, args: PackedArguments, implementation: str) -> Outputs:
+    def allocate(self, args: PackedArguments) -> Outputs:
         batch, num_tokens, width = args.qkv.shape
         dim = width // (args.num_heads + 2 * args.num_kv_heads)
         return _empty_outputs(args.qkv, batch, num_tokens, args.num_heads, dim)

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ..autocast import autocast_dtype
-from ..autograd import placeholder
 from ..base import Op, Signature, empty_like, or_zeros
 from ..checks import (
     check_affine,
@@ -59,13 +58,13 @@ def prompt_pool(
         layer_scale: (C,), the branch's LayerScale; None for 1.
         eps: of the block's LayerNorm.
         prompt_eps: of the prompts' LayerNorm.
-        backend: "auto", "torch", "triton" or "cuda"; None for the current one, see use_backend.
+        backend: "auto", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
         total (B, S + N, C), in the dtype of x + branch (``x`` itself without branch); normed (B, S + N, C),
         in total's dtype or in that of autocast where it is on, as in add_norm; pooled (B, R, C) in
         ``matrix``'s dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast; the kernels
-        round the factors of products to tf32 where normed has 16 bits, and those of "cuda" need it to have.
+        round the factors of products to tf32 where normed has 16 bits.
         Differentiable in all tensors, once: the backward is written by hand. The kernels have no gradient of
         norm_weight, norm_bias and layer_scale: where gradients are on, these must not require one there.
 
@@ -103,7 +102,7 @@ _TENSORS = ("x", "matrix", "weight", "bias", "norm_weight", "norm_bias", "branch
 class Outputs(NamedTuple):
     """total, (0,) without branch, and normed (B, T, C); pooled (B, R, C); mean and rstd (B, T) of total.
 
-    raw (B, R, C) is pooled before its affine; (0,) for CUDA, whose backward computes it again.
+    raw (B, R, C) is pooled before its affine.
     """
 
     total: Tensor
@@ -158,10 +157,9 @@ class Gradients(NamedTuple):
 class _PromptPool(Op):
     name = "prompt_pool"
     num_results = 3
-    # What PyTorch's backward takes is the difference of whole steps.
+    # PyTorch's times are of an earlier run; that with the backward is the difference of whole steps.
     measured = (
-        Measurement("cuda", 2.5, "forward 65 µs against 165, with the backward 173 against about 570"),
-        Measurement("triton", 2.1, "forward 78 µs against 165, with the backward 387 against about 570"),
+        Measurement("triton", 2.8, "forward 49 µs against 165, with the backward 200 against about 570"),
     )
     signature = Signature(Arguments, Outputs, Saved, Gradients)
     differentiable = ("x", "branch", "matrix", "weight", "bias")
@@ -189,12 +187,13 @@ class _PromptPool(Op):
         dtype = autocast_dtype(total_dtype(x, branch), x.device)
         return Arguments(x, branch, layer_scale, matrix, *affine, num_prefix, eps, prompt_eps, dtype)
 
-    def allocate(self, args: Arguments, implementation: str) -> Outputs:
+    def allocate(self, args: Arguments) -> Outputs:
         x, matrix = args.x, args.matrix
         pooled = matrix.new_empty((x.shape[0], matrix.shape[0], x.shape[2]))
         mean, rstd = matrix.new_empty(x.shape[:2]), matrix.new_empty(x.shape[:2])
-        raw = placeholder(pooled) if implementation == "cuda" else empty_like(pooled)
-        return Outputs(empty_total(x, args.branch), empty_like(x, args.dtype), pooled, mean, rstd, raw)
+        return Outputs(
+            empty_total(x, args.branch), empty_like(x, args.dtype), pooled, mean, rstd, empty_like(pooled)
+        )
 
     def save(self, args: Arguments, out: Outputs) -> Saved:
         x, branch = args.x, args.branch

@@ -201,7 +201,7 @@ class _PromptProjector(Op):
         options: tuple[Any, ...] = (args.norm_weight, args.norm_bias, factor, args.activation, eps, dtype)
         return Arguments(*own, *options)
 
-    def allocate(self, args: Arguments, implementation: str) -> Outputs:
+    def allocate(self, args: Arguments) -> Outputs:
         pooled = args.pooled
         batch, num_prompts, _ = pooled.shape
         width = 0 if args.down is None else args.down.shape[0]
