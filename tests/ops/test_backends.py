@@ -1,5 +1,6 @@
 """Which backend runs: the context manager, the model's own choice, the environment variable, the report."""
 
+import contextlib
 import sys
 import threading
 import types
@@ -216,6 +217,7 @@ def test_auto_takes_torch_under_forward_mode_and_transforms(monkeypatch):
 
 @pytest.mark.usefixtures("h100")
 def test_an_op_without_kernels_of_a_backend_runs_on_torch(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
     monkeypatch.setitem(
         sys.modules, "vapt_fast._C", types.SimpleNamespace(unsupported_because=lambda device: "")
     )

@@ -38,7 +38,7 @@ class Kernels:
             the images: its programs would take forever).
         scales: of the inputs in low precision.
         cuda_sizes, cuda_quick: as ``sizes`` and ``quick`` for the CUDA kernels, which read 16 bytes at once:
-            around their tiles, in several blocks and clusters. Empty for ops without; nothing in
+            around their tiles, in several blocks. Empty for ops without; nothing in
             cuda_sizes is empty or absent, so that errors can be compared.
     """
 
