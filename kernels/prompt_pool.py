@@ -34,7 +34,7 @@ def prompt_factor(rstd, EPS: tl.constexpr, PROMPT_EPS: tl.constexpr):
 
 @triton.jit
 def store_factor(values, factor, row, column, num_columns, mask, HALVES: tl.constexpr):
-    """Store ``values`` in ``factor`` (rows, columns), or as halves in (rows, 2, columns); return what it has."""
+    """Store ``values`` in ``factor`` (rows, columns), as halves in (rows, 2, columns); return what it has."""
     if HALVES:
         high, low = halves(values)
         at = factor + (row * 2 * num_columns)[:, None] + column[None, :]
