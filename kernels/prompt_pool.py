@@ -274,14 +274,17 @@ def prompt_pool_bwd_products_kernel(
         row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
         is_row = row < num_rows
         g_row = grads + ((image * num_rows + row) * (2 * num_channels if HALVES else num_channels))[:, None]
+        of_blocks = is_row[:, None] & (block < num_blocks)[None, :]
+        row_sums = tl.sum(tl.load(grad_sums + row[:, None], of_blocks, 0), axis=1)
+        of_bias = tl.sum(tl.load(grad_sums + num_rows + row[:, None], of_blocks, 0), axis=1)
         gram = tl.zeros((BLOCK_R, BLOCK_T), dtype)
         for start in range(0, num_channels, BLOCK_C):
-            channel = start + tl.arange(0, BLOCK_C)
+            channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
             is_channel = channel < num_channels
             mask = is_token[:, None] & is_channel[None, :]
             g_mask = is_row[:, None] & is_channel[None, :]
             g = tl.load(g_row + channel[None, :], g_mask, 0)
-            values = tl.load(x + (channel.to(tl.int64) * x_channel)[None, :], mask, 0)
+            values = tl.load(x + (channel * x_channel)[None, :], mask, 0)
             # Beyond the last channel it is not 0, but g and a are.
             centred = values.to(dtype) - mu[:, None]
             if HALVES:
@@ -292,15 +295,12 @@ def prompt_pool_bwd_products_kernel(
                 gram = tl.dot(g, tl.trans(centred), gram, input_precision=PRECISION, out_dtype=dtype)
             if means is not None:
                 # Once, with the first rows.
-                a_at = grad_normed + (channel.to(tl.int64) * grad_normed_channel)[None, :]
+                a_at = grad_normed + (channel * grad_normed_channel)[None, :]
                 a = tl.load(a_at, mask & (row_start == 0), 0).to(dtype)
                 if norm_weight is not None:
-                    a *= load_channels(norm_weight, channel.to(tl.int64), is_channel).to(dtype)[None, :]
+                    a *= load_channels(norm_weight, channel, is_channel).to(dtype)[None, :]
                 of_a += tl.sum(tl.reshape(a, (BLOCK_T, BLOCK_C // 8, 8)), axis=2)
                 of_products += tl.sum(tl.reshape(a * centred, (BLOCK_T, BLOCK_C // 8, 8)), axis=2)
-        of_blocks = is_row[:, None] & (block < num_blocks)[None, :]
-        row_sums = tl.sum(tl.load(grad_sums + row[:, None], of_blocks, 0), axis=1)
-        of_bias = tl.sum(tl.load(grad_sums + num_rows + row[:, None], of_blocks, 0), axis=1)
         if HALVES:
             gram -= row_sums[:, None] * mu[None, :]
         gram *= r[None, :]
