@@ -63,9 +63,8 @@ def configs(found: Iterator[dict[str, int]], warps: tuple[int, ...], stages: tup
 def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
     """Return what to try for ``kernel`` where ``sizes`` are those that its table was asked for."""
     rows = min(128, max(16, 1 << (sizes.get("rows", 1) - 1).bit_length()))
-    channels = sizes.get("channels", 768)
-    whole = 1 << (channels - 1).bit_length()
-    in_registers = configs(blocks("ROWS C", (1, 2, 4, 8), (128, 256, whole)), (1, 2, 4, 8), (1,))
+    whole = 1 << (sizes.get("channels", 768) - 1).bit_length()
+    projector = configs(blocks("ROWS C", (16,), (32, 64, 128, 256)), (4, 8), (1, 2, 3))
     table: dict[str, Callable[[], Candidates]] = {
         "prompt_pool_weights": lambda: configs(blocks("R T", (4, 8, 16), (64, 256)), (4,), (1,)),
         "prompt_pool_fwd": lambda: configs(
@@ -78,10 +77,10 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
         "prompt_pool_bwd_tokens": lambda: configs(
             blocks("T R C", (64,), (16, 32, min(rows, 64)), (64, 128)), (4,), (1, 2)
         ),
-        "prompt_projector_fwd": lambda: in_registers,
-        "prompt_projector_bwd_rows": lambda: in_registers,
+        "prompt_projector_fwd": lambda: projector,
+        "prompt_projector_bwd_rows": lambda: projector,
         "prompt_projector_bwd_weights": lambda: configs(
-            blocks("ROWS C", (16, 32, 64), (32, 64, 128)), (4, 8), (1, 2, 3)
+            blocks("ROWS C", (16, 32), (32, 64, 128)), (4,), (2, 3)
         ),
         "prompt_attention_fwd": lambda: configs(
             blocks("QUERIES TOKENS PROMPTS", (64, 128), (32, 64), (16, 32, 64)), (4, 8), (2, 3)
@@ -92,8 +91,8 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
         "prompt_attention_bwd_keys": lambda: configs(
             blocks("QUERIES KEYS", (32, 64), (32, 64, 128)), (4, 8), (2, 3, 4)
         ),
-        "add_norm_fwd": lambda: configs(blocks("T C", (1, 2, 4, 8), (256, whole)), (1, 2, 4, 8), (1,)),
-        "add_norm_bwd": lambda: configs(blocks("T C", (1, 2, 4, 8), (256, whole)), (1, 2, 4, 8), (1,)),
+        "add_norm_fwd": lambda: configs(blocks("T C", (1, 2, 4), (256, whole)), (1, 2, 4), (1,)),
+        "add_norm_bwd": lambda: configs(blocks("T C", (1, 2, 4), (256, whole)), (1, 2, 4), (1,)),
     }
     unique = {repr(config): config for config in table[kernel]()}
     return list(unique.values())

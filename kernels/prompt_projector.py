@@ -11,10 +11,9 @@ For image b, prompt p, channel c and feature j of the projector, f being its act
 What is absent is None and costs nothing: the masks, a ``scale`` beside the number SCALE, the projector
 (down, up and hidden), the norm (EPS, mean and rstd), its affine (norm_weight and norm_bias).
 
-A row is a prompt of an image. A program of the kernels that write rows keeps BLOCK_ROWS of them in registers,
-as CHUNKS blocks of BLOCK_C channels, so that each passes through memory once; its products with the few
-features are sums of one feature after the other. raw is made anew in the backward, which so needs only a few
-numbers a row beside ``pooled``.
+A row is a prompt of an image. A program takes BLOCK_ROWS of them and goes through their channels several
+times, of which the first reads memory and the others caches; raw is made anew each time, so that the backward
+needs only a few numbers a row beside ``pooled``.
 
 Everything is computed in ``pooled``'s dtype: float32, or float64. Tensors that users give come as (tensor,
 *strides); what the launcher allocates is contiguous. Offsets are 64-bit. Grids are one-dimensional.
@@ -147,74 +146,12 @@ def times(values, scale):
 
 
 @triton.jit
-def feature_of(features, feature, index):
-    """(rows,): one of the features (rows, features)."""
-    return tl.sum(tl.where(feature[None, :] == index, features, 0), axis=1)
-
-
-@triton.jit
-def load_weight(matrix, feature_axis: tl.constexpr, feature, channel, is_channel):
-    """(channels,) of down (r, C) or up (C, r), whose axis of features is given: those of one feature."""
-    at = (
-        matrix[0] + tl.cast(feature, tl.int64) * matrix[1 + feature_axis] + channel * matrix[2 - feature_axis]
-    )
-    return tl.load(at, is_channel, 0)
-
-
-@triton.jit
-def add_features(
-    values,
-    features,
-    matrix,
-    feature_axis: tl.constexpr,
-    feature,
-    width,
-    num_channels,
-    CHUNKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """``values``, CHUNKS blocks (rows, channels), plus the features times down, or up."""
-    for index in tl.range(0, width, loop_unroll_factor=4):
-        one = feature_of(features, feature, index)
-        sums = ()
-        for chunk in tl.static_range(CHUNKS):
-            channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-            weight = load_weight(matrix, feature_axis, index, channel, is_channel)
-            sums += (tl.fma(one[:, None], weight[None, :], values[chunk]),)
-        values = sums
-    return values
-
-
-@triton.jit
-def multiply(
-    values,
-    matrix,
-    feature_axis: tl.constexpr,
-    feature,
-    width,
-    num_channels,
-    CHUNKS: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """(rows, features): ``values``, CHUNKS blocks (rows, channels), times down, or up, over the channels."""
-    dtype: tl.constexpr = values[0].dtype
-    rows: tl.constexpr = values[0].shape[0]
-    products = tl.zeros((rows, feature.shape[0]), dtype)
-    for index in tl.range(0, width, loop_unroll_factor=4):
-        total = tl.zeros(values[0].shape, dtype)
-        for chunk in tl.static_range(CHUNKS):
-            channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-            weight = load_weight(matrix, feature_axis, index, channel, is_channel)
-            total = tl.fma(values[chunk], weight[None, :], total)
-        products = tl.where(feature[None, :] == index, tl.sum(total, axis=1)[:, None], products)
-    return products
-
-
-@triton.jit
 def raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION: tl.constexpr):
-    """raw (rows, channels), by a product; 0 past the last channel."""
-    weight = load_matrix(up, channel, is_channel, feature, is_feature)
-    return tl.dot(features, tl.trans(weight), t, input_precision=PRECISION, out_dtype=t.dtype)
+    """raw (rows, channels); 0 past the last channel."""
+    if up is not None:
+        weight = load_matrix(up, channel, is_channel, feature, is_feature)
+        t = tl.dot(features, tl.trans(weight), t, input_precision=PRECISION, out_dtype=t.dtype)
+    return t
 
 
 # ---- forward
@@ -242,7 +179,7 @@ def prompt_projector_fwd_kernel(
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EPS: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -254,42 +191,49 @@ def prompt_projector_fwd_kernel(
     feature = tl.arange(0, BLOCK_R).to(tl.int64)
     is_feature = feature < width
 
-    values = ()
-    for chunk in tl.static_range(CHUNKS):
-        channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-        values += (load_t(pooled, bias, channel_mask, rows, channel, is_channel),)
-
+    features = None
     if down is not None:
-        inner = multiply(values, down, 0, feature, width, num_channels, CHUNKS, BLOCK_C)
-        store_hidden(inner, hidden, rows, feature, is_feature, width)
-        factor = load_factor(feature_mask, rows, feature, is_feature, inner, SCALE)
-        features = times(factor * activate(inner, is_feature, ACTIVATION), scale)
-        values = add_features(values, features, up, 1, feature, width, num_channels, CHUNKS, BLOCK_C)
+        sums = tl.zeros((BLOCK_ROWS, BLOCK_R), dtype)
+        for start in range(0, num_channels, BLOCK_C):
+            channel, is_channel = channels_from(start, num_channels, BLOCK_C)
+            t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
+            weight = load_matrix(down, feature, is_feature, channel, is_channel)
+            sums = tl.dot(t, tl.trans(weight), sums, input_precision=PRECISION, out_dtype=dtype)
+        store_hidden(sums, hidden, rows, feature, is_feature, width)
+        factor = load_factor(feature_mask, rows, feature, is_feature, sums, SCALE)
+        features = times(factor * activate(sums, is_feature, ACTIVATION), scale)
 
     mu = tl.zeros((BLOCK_ROWS,), dtype)
     r = tl.full((BLOCK_ROWS,), 1, dtype)
     if EPS is not None:
-        total = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype)
-        for chunk in tl.static_range(CHUNKS):
-            total += values[chunk]
-        mu = tl.sum(total, axis=1) / num_channels
-        total = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype)
-        for chunk in tl.static_range(CHUNKS):
-            channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-            centred = tl.where(is_channel[None, :], values[chunk] - mu[:, None], 0)
-            total += centred * centred
-        r = 1 / tl.sqrt(tl.sum(total, axis=1) / num_channels + EPS)
+        total = tl.zeros((BLOCK_ROWS,), dtype)
+        for start in range(0, num_channels, BLOCK_C):
+            channel, is_channel = channels_from(start, num_channels, BLOCK_C)
+            t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
+            raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
+            total += tl.sum(raw, axis=1)
+        mu = total / num_channels
+        total = tl.zeros((BLOCK_ROWS,), dtype)
+        for start in range(0, num_channels, BLOCK_C):
+            channel, is_channel = channels_from(start, num_channels, BLOCK_C)
+            t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
+            raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
+            centred = tl.where(is_channel[None, :], raw - mu[:, None], 0)
+            total += tl.sum(centred * centred, axis=1)
+        r = 1 / tl.sqrt(total / num_channels + EPS)
         tl.store(mean + row, mu, is_row)
         tl.store(rstd + row, r, is_row)
 
-    for chunk in tl.static_range(CHUNKS):
-        channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-        result = (values[chunk] - mu[:, None]) * r[:, None]
+    for start in range(0, num_channels, BLOCK_C):
+        channel, is_channel = channels_from(start, num_channels, BLOCK_C)
+        t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
+        raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
+        values = (raw - mu[:, None]) * r[:, None]
         if norm_weight is not None:
-            result *= load_vector(norm_weight, channel, is_channel, result)[None, :]
-            result += load_vector(norm_bias, channel, is_channel, result)[None, :]
+            values *= load_vector(norm_weight, channel, is_channel, values)[None, :]
+            values += load_vector(norm_bias, channel, is_channel, values)[None, :]
         at = prompts + (row * num_channels)[:, None] + channel[None, :]
-        tl.store(at, result.to(prompts.dtype.element_ty), is_row[:, None] & is_channel[None, :])
+        tl.store(at, values.to(prompts.dtype.element_ty), is_row[:, None] & is_channel[None, :])
 
 
 # ---- backward
@@ -305,14 +249,16 @@ def load_grad(grad_prompts, norm_weight, rows, channel, is_channel, like):
 
 
 @triton.jit
-def through_norm(grad, raw, norm, is_channel):
-    """The gradient of raw (rows, channels), from g of ``load_grad``; 0 past the last channel.
+def grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel):
+    """The gradient of raw (rows, channels); 0 past the last channel.
 
-    rstd * (g - mean(g) - xhat * mean(g * xhat)), means over the channels; ``norm`` is (mean, rstd, mean(g),
-    mean(g * xhat)), of (rows,) each.
+    rstd * (g - mean(g) - xhat * mean(g * xhat)), g of ``load_grad`` and means over the channels; ``norm`` is
+    (mean, rstd, mean(g), mean(g * xhat)), of (rows,) each, or None.
     """
-    xhat = (raw - norm[0][:, None]) * norm[1][:, None]
-    grad = norm[1][:, None] * (grad - norm[2][:, None] - xhat * norm[3][:, None])
+    grad = load_grad(grad_prompts, norm_weight, rows, channel, is_channel, raw)
+    if norm is not None:
+        xhat = (raw - norm[0][:, None]) * norm[1][:, None]
+        grad = norm[1][:, None] * (grad - norm[2][:, None] - xhat * norm[3][:, None])
     return tl.where(is_channel[None, :], grad, 0)
 
 
@@ -341,14 +287,14 @@ def prompt_projector_bwd_rows_kernel(
     width,
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """grad_pooled (B, P, C), and what the other gradients need. One program: as in the forward kernel.
 
-    grad_hidden (B, P, r); ``means`` (2, B, P), the last two of through_norm's ``norm``; ``sums`` (B, P), each
+    grad_hidden (B, P, r); ``means`` (2, B, P), the last two of grad_of_raw's ``norm``; ``sums`` (B, P), each
     row's part of the gradient of bias; ``products`` (B, P), that of the tensor scale.
     """
     dtype = pooled[0].dtype.element_ty
@@ -357,58 +303,63 @@ def prompt_projector_bwd_rows_kernel(
     feature = tl.arange(0, BLOCK_R).to(tl.int64)
     is_feature = feature < width
 
-    values = ()
-    for chunk in tl.static_range(CHUNKS):
-        channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-        values += (load_t(pooled, bias, channel_mask, rows, channel, is_channel),)
+    features = None
     if up is not None:
-        inner = load_hidden(hidden, rows, feature, is_feature, width)
-        factor = load_factor(feature_mask, rows, feature, is_feature, inner, SCALE)
-        active = activate(inner, is_feature, ACTIVATION)
-        values = add_features(
-            values, times(factor * active, scale), up, 1, feature, width, num_channels, CHUNKS, BLOCK_C
-        )
+        values = load_hidden(hidden, rows, feature, is_feature, width)
+        factor = load_factor(feature_mask, rows, feature, is_feature, values, SCALE)
+        features = times(factor * activate(values, is_feature, ACTIVATION), scale)
 
-    grads = ()
-    for chunk in tl.static_range(CHUNKS):
-        channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-        grads += (load_grad(grad_prompts, norm_weight, rows, channel, is_channel, values[chunk]),)
+    norm = None
     if means is not None:
         mu, r = load_number(mean, rows), load_number(rstd, rows)
-        total = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype)
-        total_product = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype)
-        for chunk in tl.static_range(CHUNKS):
-            total += grads[chunk]
-            total_product += grads[chunk] * (values[chunk] - mu[:, None])
-        mean_grad = tl.sum(total, axis=1) / num_channels
-        mean_product = tl.sum(total_product, axis=1) * r / num_channels
-        tl.store(means + row, mean_grad, is_row)
-        tl.store(means + num_rows + row, mean_product, is_row)
-        of_raw = ()
-        for chunk in tl.static_range(CHUNKS):
-            channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-            norm = mu, r, mean_grad, mean_product
-            of_raw += (through_norm(grads[chunk], values[chunk], norm, is_channel),)
-        grads = of_raw
+        total = tl.zeros((BLOCK_ROWS,), dtype)
+        total_product = tl.zeros((BLOCK_ROWS,), dtype)
+        for start in range(0, num_channels, BLOCK_C):
+            channel, is_channel = channels_from(start, num_channels, BLOCK_C)
+            t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
+            raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
+            grad = load_grad(grad_prompts, norm_weight, rows, channel, is_channel, raw)
+            total += tl.sum(grad, axis=1)
+            total_product += tl.sum(grad * (raw - mu[:, None]), axis=1)
+        norm = mu, r, total / num_channels, total_product * r / num_channels
+        tl.store(means + row, norm[2], is_row)
+        tl.store(means + num_rows + row, norm[3], is_row)
 
+    grad_inner = None
     if up is not None:
-        grad_features = multiply(grads, up, 1, feature, width, num_channels, CHUNKS, BLOCK_C)
+        grad_features = tl.zeros((BLOCK_ROWS, BLOCK_R), dtype)
+        for start in range(0, num_channels, BLOCK_C):
+            channel, is_channel = channels_from(start, num_channels, BLOCK_C)
+            t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
+            raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
+            grad = grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel)
+            weight = load_matrix(up, channel, is_channel, feature, is_feature)
+            grad_features = tl.dot(grad, weight, grad_features, input_precision=PRECISION, out_dtype=dtype)
+        # Loaded again: kept since above they would take registers from both loops.
+        values = load_hidden(hidden, rows, feature, is_feature, width)
+        factor = load_factor(feature_mask, rows, feature, is_feature, values, SCALE)
+        active = activate(values, is_feature, ACTIVATION)
         if scale is not None:
             tl.store(products + row, tl.sum(grad_features * factor * active, axis=1), is_row)
-        grad_inner = grad_activate(times(grad_features * factor, scale), inner, active, ACTIVATION)
+        grad_active = times(grad_features * factor, scale)
+        grad_inner = grad_activate(grad_active, values, active, ACTIVATION)
         store_hidden(grad_inner, grad_hidden, rows, feature, is_feature, width)
-        grads = add_features(grads, grad_inner, down, 0, feature, width, num_channels, CHUNKS, BLOCK_C)
 
-    total = tl.zeros((BLOCK_ROWS, BLOCK_C), dtype)
-    for chunk in tl.static_range(CHUNKS):
-        channel, is_channel = channels_from(chunk * BLOCK_C, num_channels, BLOCK_C)
-        grad = grads[chunk]
-        total += grad
+    total = tl.zeros((BLOCK_ROWS,), dtype)
+    for start in range(0, num_channels, BLOCK_C):
+        channel, is_channel = channels_from(start, num_channels, BLOCK_C)
+        t = load_t(pooled, bias, channel_mask, rows, channel, is_channel)
+        raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
+        grad = grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel)
+        if down is not None:
+            weight = load_matrix(down, feature, is_feature, channel, is_channel)
+            grad = tl.dot(grad_inner, weight, grad, input_precision=PRECISION, out_dtype=dtype)
+        total += tl.sum(grad, axis=1)
         if channel_mask is not None:
             grad *= load_rows(channel_mask, rows, channel, is_channel)
         at = grad_pooled + (row * num_channels)[:, None] + channel[None, :]
         tl.store(at, grad, is_row[:, None] & is_channel[None, :])
-    tl.store(sums + row, tl.sum(total, axis=1), is_row)
+    tl.store(sums + row, total, is_row)
 
 
 @triton.jit
@@ -464,16 +415,17 @@ def prompt_projector_bwd_weights_kernel(
         values = load_hidden(hidden, rows, feature, is_feature, width)
         factor = load_factor(feature_mask, rows, feature, is_feature, values, SCALE)
         features = times(factor * activate(values, is_feature, ACTIVATION), scale)
-        grad = load_grad(grad_prompts, norm_weight, rows, channel, is_channel, t)
+        norm = None
+        raw = t
         if means is not None:
-            raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
             norm = (
                 load_number(mean, rows),
                 load_number(rstd, rows),
                 load_number(means, rows),
                 load_number(means + num_rows, rows),
             )
-            grad = through_norm(grad, raw, norm, is_channel)
+            raw = raw_of(t, features, up, channel, is_channel, feature, is_feature, PRECISION)
+        grad = grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel)
         grad_up = tl.dot(tl.trans(features), grad, grad_up, input_precision=PRECISION, out_dtype=dtype)
 
     at = partial + chunk * 2 * width * num_channels + (feature * num_channels)[:, None] + channel[None, :]

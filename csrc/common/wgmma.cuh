@@ -84,25 +84,6 @@ __device__ __forceinline__ void wgmma_wait(float (&... done)[COUNTS]) {
   (use_from_here(done), ...);
 }
 
-// c = a b^T, or c += a b^T if ``accumulate``: a (64, 16), b (2 COUNT, 16) and c (64, 2 COUNT).
-//
-// With g = 16 (warp % 4) + lane / 4 and t = lane % 4, c[i] is c(g + 8 (i / 2 % 2), 8 (i / 4) + 2 t + i % 2).
-template <typename Element, int COUNT>
-__device__ __forceinline__ void wgmma(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate);
-
-// The same with a in registers: a[q] holds a(g + 8 (q % 2), 8 (q / 2) + 2 t) and its right neighbour.
-template <typename Element, int COUNT>
-__device__ __forceinline__ void wgmma(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b, bool accumulate);
-
-// The same with b^T (16, 2 COUNT) in shared memory instead of b.
-template <typename Element, int COUNT>
-__device__ __forceinline__ void wgmma_by_rows(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b,
-                                              bool accumulate);
-
-// c = a^T b, or c += a^T b: a (16, 64) and b (16, 2 COUNT).
-template <typename Element, int COUNT>
-__device__ __forceinline__ void wgmma_transposed(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate);
-
 #define VAPT_FAST_C4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
 #define VAPT_FAST_C8(i) VAPT_FAST_C4(i), VAPT_FAST_C4(i + 4)
 #define VAPT_FAST_C16(i) VAPT_FAST_C8(i), VAPT_FAST_C8(i + 8)
@@ -112,41 +93,37 @@ __device__ __forceinline__ void wgmma_transposed(float (&c)[COUNT], SharedMatrix
 #define VAPT_FAST_NAMES32 \
   VAPT_FAST_NAMES16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 
-// The instruction of a dtype and COLUMNS = 2 COUNT columns; FACTORS, ACCUMULATE and TRANSPOSED name operands.
+// The instruction for COUNT accumulators a thread, and what its operands are called: the first COUNT are accumulators.
 #define VAPT_FAST_WGMMA(COUNT, COLUMNS, DTYPE, FACTORS, ACCUMULATE, TRANSPOSED, ...)                              \
   asm volatile("{.reg .pred p;\nsetp.ne.b32 p, " ACCUMULATE ", 0;\nwgmma.mma_async.sync.aligned.m64n" COLUMNS     \
                "k16.f32." DTYPE "." DTYPE " {" VAPT_FAST_NAMES##COUNT "}, " FACTORS ", p, 1, 1, " TRANSPOSED ";}" \
                : VAPT_FAST_C##COUNT(0)                                                                            \
                : __VA_ARGS__, "l"(b.descriptor()), "r"(static_cast<int>(accumulate)))
 
-#define VAPT_FAST_BOTH_DTYPES(...)                   \
-  if constexpr (std::is_same_v<Element, BFloat16>) { \
-    VAPT_FAST_WGMMA_OF("bf16", __VA_ARGS__);         \
-  } else {                                           \
-    VAPT_FAST_WGMMA_OF("f16", __VA_ARGS__);          \
+// Either dtype, and matrices whose rows are columns (0) or rows (1) of the product's factors.
+#define VAPT_FAST_WGMMAS(COUNT, COLUMNS, FACTORS, ACCUMULATE, ZEROS, ONES, ...)       \
+  constexpr bool kBrain = std::is_same_v<Element, BFloat16>;                          \
+  if constexpr (kBrain && BY_ROWS) {                                                  \
+    VAPT_FAST_WGMMA(COUNT, COLUMNS, "bf16", FACTORS, ACCUMULATE, ONES, __VA_ARGS__);  \
+  } else if constexpr (kBrain) {                                                      \
+    VAPT_FAST_WGMMA(COUNT, COLUMNS, "bf16", FACTORS, ACCUMULATE, ZEROS, __VA_ARGS__); \
+  } else if constexpr (BY_ROWS) {                                                     \
+    VAPT_FAST_WGMMA(COUNT, COLUMNS, "f16", FACTORS, ACCUMULATE, ONES, __VA_ARGS__);   \
+  } else {                                                                            \
+    VAPT_FAST_WGMMA(COUNT, COLUMNS, "f16", FACTORS, ACCUMULATE, ZEROS, __VA_ARGS__);  \
   }
-#define VAPT_FAST_WGMMA_OF(DTYPE, COUNT, COLUMNS, ...) VAPT_FAST_WGMMA(COUNT, COLUMNS, DTYPE, __VA_ARGS__)
 
-// Operands are numbered: the accumulators are the first ones.
-#define VAPT_FAST_DEFINE(COUNT, COLUMNS, O0, O1, O2, O3, O4, O5)                                                    \
-  template <typename Element, bool BY_ROWS>                                                                         \
-  __device__ __forceinline__ void wgmma_of(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {    \
-    if constexpr (BY_ROWS) {                                                                                        \
-      VAPT_FAST_BOTH_DTYPES(COUNT, COLUMNS, O0 ", " O1, O2, "1, 1", "l"(a.descriptor()))                            \
-    } else {                                                                                                        \
-      VAPT_FAST_BOTH_DTYPES(COUNT, COLUMNS, O0 ", " O1, O2, "0, 0", "l"(a.descriptor()))                            \
-    }                                                                                                               \
-  }                                                                                                                 \
-  template <typename Element, bool BY_ROWS>                                                                         \
-  __device__ __forceinline__ void wgmma_of(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b,          \
-                                           bool accumulate) {                                                       \
-    if constexpr (BY_ROWS) {                                                                                        \
-      VAPT_FAST_BOTH_DTYPES(COUNT, COLUMNS, "{" O0 ", " O1 ", " O2 ", " O3 "}, " O4, O5, "1", "r"(a[0]), "r"(a[1]), \
-                            "r"(a[2]), "r"(a[3]))                                                                   \
-    } else {                                                                                                        \
-      VAPT_FAST_BOTH_DTYPES(COUNT, COLUMNS, "{" O0 ", " O1 ", " O2 ", " O3 "}, " O4, O5, "0", "r"(a[0]), "r"(a[1]), \
-                            "r"(a[2]), "r"(a[3]))                                                                   \
-    }                                                                                                               \
+// N0 to N5 name the operands after the accumulators.
+#define VAPT_FAST_DEFINE(COUNT, COLUMNS, N0, N1, N2, N3, N4, N5)                                                  \
+  template <typename Element, bool BY_ROWS>                                                                       \
+  __device__ __forceinline__ void wgmma_of(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {  \
+    VAPT_FAST_WGMMAS(COUNT, COLUMNS, N0 ", " N1, N2, "0, 0", "1, 1", "l"(a.descriptor()))                         \
+  }                                                                                                               \
+  template <typename Element, bool BY_ROWS>                                                                       \
+  __device__ __forceinline__ void wgmma_of(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b,        \
+                                           bool accumulate) {                                                     \
+    VAPT_FAST_WGMMAS(COUNT, COLUMNS, "{" N0 ", " N1 ", " N2 ", " N3 "}, " N4, N5, "0", "1", "r"(a[0]), "r"(a[1]), \
+                     "r"(a[2]), "r"(a[3]))                                                                        \
   }
 
 VAPT_FAST_DEFINE(8, "16", "%8", "%9", "%10", "%11", "%12", "%13")
@@ -154,8 +131,7 @@ VAPT_FAST_DEFINE(16, "32", "%16", "%17", "%18", "%19", "%20", "%21")
 VAPT_FAST_DEFINE(32, "64", "%32", "%33", "%34", "%35", "%36", "%37")
 
 #undef VAPT_FAST_DEFINE
-#undef VAPT_FAST_WGMMA_OF
-#undef VAPT_FAST_BOTH_DTYPES
+#undef VAPT_FAST_WGMMAS
 #undef VAPT_FAST_WGMMA
 #undef VAPT_FAST_NAMES32
 #undef VAPT_FAST_NAMES16
@@ -165,24 +141,30 @@ VAPT_FAST_DEFINE(32, "64", "%32", "%33", "%34", "%35", "%36", "%37")
 #undef VAPT_FAST_C8
 #undef VAPT_FAST_C4
 
+// c = a b^T, or c += a b^T if ``accumulate``: a (64, 16), b (N, 16) and c (64, N), where N is 2 COUNT.
+//
+// With g = 16 (warp % 4) + lane / 4 and t = lane % 4, c[i] is c(g + 8 (i / 2 % 2), 8 (i / 4) + 2 t + i % 2).
 template <typename Element, int COUNT>
 __device__ __forceinline__ void wgmma(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
   wgmma_of<Element, false>(c, a, b, accumulate);
 }
 
+// The same with a in registers: a[q] holds a(g + 8 (q % 2), 8 (q / 2) + 2 t) and its right neighbour.
 template <typename Element, int COUNT>
 __device__ __forceinline__ void wgmma(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b, bool accumulate) {
   wgmma_of<Element, false>(c, a, b, accumulate);
 }
 
+// c = a b, or c += a b: a (64, 16) in registers, b (16, N).
 template <typename Element, int COUNT>
 __device__ __forceinline__ void wgmma_by_rows(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b,
                                               bool accumulate) {
   wgmma_of<Element, true>(c, a, b, accumulate);
 }
 
+// c = a^T b, or c += a^T b: a (16, 64), b (16, N).
 template <typename Element, int COUNT>
-__device__ __forceinline__ void wgmma_transposed(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
+__device__ __forceinline__ void wgmma_by_rows(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
   wgmma_of<Element, true>(c, a, b, accumulate);
 }
 

@@ -1,19 +1,10 @@
 // The runtime of the emulation: fibers, barriers, exchanges. Compiled without sanitizers; where they are linked in, it
 // tells them which fiber runs and what a barrier orders.
 
-#include "common/device.cuh"
-#include "common/wgmma.cuh"
-
 #include <malloc.h>
 #include <ucontext.h>
 
-#include <algorithm>
-#include <cstdlib>
-#include <deque>
-#include <limits>
-#include <memory>
-#include <utility>
-#include <vector>
+#include "emulation/runtime.h"
 
 extern "C" {
 // Of ThreadSanitizer and AddressSanitizer; null where these are not linked in.
@@ -37,97 +28,11 @@ constexpr unsigned kSwitchOrdersNothing = 1;
 Limits device{227 * 1024, 2};  // shared memory as on sm_90
 std::int64_t conflicts = 0;
 
-// A stack, and where it was left.
-struct Fiber {
-  void* registers[5];  // of __builtin_setjmp
-  bool started = false;
-  std::unique_ptr<char[]> stack;
-  const void* bottom = nullptr;
-  std::size_t size = 0;
-  void* tsan = nullptr;
-  void* fake_stack = nullptr;
-};
+Cluster* cluster = nullptr;
 
-struct Barrier {
-  int arrived = 0;
-  std::uint64_t generation = 0;
-  char order[2];  // ThreadSanitizer's handles of even and odd generations
-};
-
-struct Warp {
-  Barrier exchange;  // orders no memory
-  Barrier barrier;
-  const char* operation = nullptr;
-  alignas(16) char slots[2][kWarpSize * kSlot];
-};
-
-struct Warpgroup {
-  Barrier commit;              // orders no memory
-  std::uint64_t products = 0;  // a hash of those of the group that is being committed
-};
-
-struct Block {
-  std::int64_t index = 0;
-  int running = 0;  // threads
-  char end;         // ThreadSanitizer's handle of the end of its threads
-  std::unique_ptr<char, decltype(&std::free)> shared{nullptr, &std::free};
-  std::vector<bool> hidden;  // from products, by units of shared memory
-  std::vector<Warp> warps;
-  std::vector<Warpgroup> warpgroups;
-  Barrier barrier;
-};
-
-using Group = std::deque<Copy>;
-
-// Accumulators of products that were issued.
-struct Accumulators {
-  float* at;
-  std::vector<float> values;
-  int pending;  // products
-};
-
-struct IssuedProduct {
-  Product product;
-  float* accumulators;
-};
-
-struct Thread {
-  Fiber fiber;
-  Block* block = nullptr;
-  int index = 0;
-  int rank = 0;  // of its block in the cluster
-  bool finished = false;
-  const Barrier* waits_at = nullptr;
-  std::uint64_t generation = 0;  // of that barrier
-  std::uint64_t exchanges = 0;
-  std::deque<Group> groups;  // committed ones
-  Group open;
-  Copy copy{};                       // the one last given out
-  std::vector<std::size_t> written;  // units of shared memory since the last fence_shared
-  bool fenced = false;               // by wgmma_fence
-  std::vector<Accumulators> accumulators;
-  std::deque<std::vector<IssuedProduct>> products;  // committed groups
-  std::vector<IssuedProduct> issued;
-  IssuedProduct product;  // the one last given out
-};
-
-struct Cluster {
-  std::vector<Block> blocks;
-  std::vector<Thread> threads;
-  Barrier barrier;
-};
-
-struct Launch {
-  const LaunchShape* shape;
-  const std::function<void()>* kernel;
-  Fiber host;
-  char begin, end;  // ThreadSanitizer's handles of all fibers
-  // Under ThreadSanitizer kept until the end: freeing memory would order the blocks that used it.
-  std::deque<Cluster> clusters;
-};
+}  // namespace
 
 Launch* current_launch = nullptr;
-Cluster* cluster = nullptr;
 Thread* current = nullptr;
 
 [[noreturn]] void fail(const char* what) {
@@ -135,6 +40,8 @@ Thread* current = nullptr;
                current ? static_cast<long long>(current->block->index) : -1, current ? current->index : -1, what);
   std::abort();
 }
+
+namespace {
 
 void acquire(void* address) {
   if (__tsan_acquire) {
@@ -243,6 +150,8 @@ void thread_main() {
 
 // ---- barriers
 
+}  // namespace
+
 void wait(Barrier& barrier, int threads, bool orders_memory) {
   char* const order = &barrier.order[barrier.generation % 2];
   if (orders_memory) {
@@ -261,6 +170,8 @@ void wait(Barrier& barrier, int threads, bool orders_memory) {
     acquire(order);
   }
 }
+
+namespace {
 
 void prepare(Cluster& prepared, const LaunchShape& shape, std::int64_t first_block) {
   prepared.blocks.resize(static_cast<std::size_t>(shape.cluster));
@@ -369,110 +280,6 @@ const Copy* next_copy(int pending) {
     current->groups.pop_front();
   }
   return nullptr;
-}
-
-void wrote(const void* to) {
-  Block& block = *current->block;
-  const char* const shared = block.shared.get();
-  if (to >= shared && to < shared + current_launch->shape->shared_memory) {
-    const auto unit = static_cast<std::size_t>(static_cast<const char*>(to) - shared) / SharedMatrix::kUnitBytes;
-    block.hidden[unit] = true;
-    current->written.push_back(unit);
-  }
-}
-
-// ---- products
-
-void fence_shared() {
-  for (const std::size_t unit : current->written) {
-    current->block->hidden[unit] = false;
-  }
-  current->written.clear();
-}
-
-void wgmma_fence() { current->fenced = true; }
-
-void begin_product(const Product& product, float* accumulators) {
-  if (!current->fenced) {
-    fail("multiplies without a wgmma_fence");
-  }
-  float* const end = accumulators + product.count;
-  auto found = std::find_if(current->accumulators.begin(), current->accumulators.end(),
-                            [=](const Accumulators& other) { return other.at == accumulators; });
-  if (found == current->accumulators.end()) {
-    current->accumulators.push_back({accumulators, std::vector<float>(accumulators, end), 0});
-    found = current->accumulators.end() - 1;
-    std::fill_n(accumulators, product.count, std::numeric_limits<float>::quiet_NaN());
-  }
-  ++found->pending;
-  current->issued.push_back({product, accumulators});
-}
-
-void wgmma_commit() {
-  Warpgroup& warpgroup = current->block->warpgroups[static_cast<std::size_t>(current->index / kWarpgroupSize)];
-  std::uint64_t products = 0;
-  for (const auto& [product, accumulators] : current->issued) {
-    for (const std::uint64_t part : {product.a, product.b, static_cast<std::uint64_t>(product.accumulate)}) {
-      products = (products ^ part) * 0x100000001b3u;
-    }
-  }
-  if (warpgroup.commit.arrived == 0) {
-    warpgroup.products = products;
-  } else if (warpgroup.products != products) {
-    fail("its warpgroup multiplies something else");
-  }
-  wait(warpgroup.commit, kWarpgroupSize, false);
-  current->products.push_back(std::exchange(current->issued, {}));
-}
-
-bool next_product(int pending) {
-  current->fenced = false;
-  while (static_cast<int>(current->products.size()) > pending) {
-    std::vector<IssuedProduct>& group = current->products.front();
-    if (!group.empty()) {
-      current->product = group.front();
-      group.erase(group.begin());
-      return true;
-    }
-    current->products.pop_front();
-  }
-  return false;
-}
-
-void compute_product() {
-  const IssuedProduct& issued = current->product;
-  const auto of = std::find_if(current->accumulators.begin(), current->accumulators.end(),
-                               [&](const Accumulators& other) { return other.at == issued.accumulators; });
-  issued.product.compute(issued.product, of->values.data());
-  if (--of->pending == 0) {
-    std::copy(of->values.begin(), of->values.end(), of->at);
-    current->accumulators.erase(of);
-  }
-}
-
-void check_complete(const float* accumulators) {
-  for (const Accumulators& pending : current->accumulators) {
-    if (pending.at == accumulators) {
-      fail("takes accumulators for complete whose products it has not waited for");
-    }
-  }
-}
-
-std::ptrdiff_t find_element(std::uint64_t descriptor, int row, int column) {
-  const auto start = static_cast<std::ptrdiff_t>(descriptor & 0x3fffu) * SharedMatrix::kUnitBytes;
-  const auto eight_rows = static_cast<std::ptrdiff_t>(descriptor >> 32 & 0x3fffu) * SharedMatrix::kUnitBytes;
-  if (descriptor >> 62 != 1) {
-    fail("multiplies a matrix that is not swizzled");
-  }
-  std::ptrdiff_t offset = start + row / 8 * eight_rows + row % 8 * SharedMatrix::kRowBytes + 2 * column;
-  offset ^= offset >> 3 & 0x70;  // the swizzle is one of addresses
-  if (offset >= current_launch->shape->shared_memory) {
-    fail("multiplies what is beyond its shared memory");
-  }
-  if (current->block->hidden[static_cast<std::size_t>(offset / SharedMatrix::kUnitBytes)]) {
-    fail("multiplies what was written without fence_shared");
-  }
-  return offset;
 }
 
 const Limits& limits() { return device; }

@@ -10,7 +10,7 @@
 // block ends while others of its cluster read its shared memory. Bank conflicts are counted for ldmatrix_x4 only.
 //
 // The functions here belong to the kernel and are instrumented with it. Those of ``runtime``, which fibers call in turns
-// without any order, are in emulation.cpp, which must be compiled without sanitizers.
+// without any order, are in *.cpp here, which must be compiled without sanitizers.
 
 #pragma once
 

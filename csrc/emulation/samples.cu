@@ -78,7 +78,8 @@ __global__ void sum(const std::uint32_t* in, std::uint32_t* out, Mistake mistake
 // Small integers, which bfloat16 and their products have exactly.
 float factor(int which, int row, int column) { return static_cast<float>((7 * row + (3 + which) * column) % 9 - 4); }
 
-// A warpgroup's products of two matrices (64, 64): a b^T, then a b with a in registers; of the latter only 16 rows of b.
+// A warpgroup's products of two matrices (64, 64): a b^T, then of the first 16 columns or rows a b, with a in registers,
+// and a^T b.
 __global__ void product(float* out, Mistake mistake) {
   char* const shared = shared_memory();
   char* const second = shared + 64 * SharedMatrix::kRowBytes;
@@ -106,6 +107,7 @@ __global__ void product(float* out, Mistake mistake) {
   const SharedMatrix b = shared_matrix(mistake == "beyond_the_end" ? second + 8 * SharedMatrix::kRowBytes : second);
   float by_columns[32];
   float by_rows[32];
+  float transposed[32];
   if (mistake != "no_wgmma_fence") {
     wgmma_fence();
   }
@@ -118,6 +120,7 @@ __global__ void product(float* out, Mistake mistake) {
   const int lane = lane_id();
   ldmatrix_x4(words, shared + SharedMatrix::offset(16 * warp_id() + lane % 16, lane / 16));
   wgmma_by_rows<BFloat16>(by_rows, words, b, false);
+  wgmma_by_rows<BFloat16>(transposed, a, b, false);
   if (mistake != "no_commit") {
     wgmma_commit();
   }
@@ -126,12 +129,13 @@ __global__ void product(float* out, Mistake mistake) {
     wgmma_wait<1>(by_rows);
   }
   if (mistake != "no_wait") {
-    wgmma_wait<0>(by_rows);
+    wgmma_wait<0>(by_rows, transposed);
   }
   for (int i = 0; i < 32; ++i) {
     const int to = (16 * warp_id() + lane / 4 + 8 * (i / 2 % 2)) * 64 + 8 * (i / 4) + 2 * (lane % 4) + i % 2;
     out[to] = by_columns[i];
     out[64 * 64 + to] = by_rows[i];
+    out[2 * 64 * 64 + to] = transposed[i];
   }
 }
 
@@ -141,12 +145,14 @@ bool is_product(const std::vector<float>& out) {
     for (int column = 0; column < 64; ++column) {
       float by_columns = 0;
       float by_rows = 0;
+      float transposed = 0;
       for (int k = 0; k < 64; ++k) {
         by_columns += factor(0, row, k) * factor(1, column, k);
         by_rows += k < 16 ? factor(0, row, k) * factor(1, k, column) : 0;
+        transposed += k < 16 ? factor(0, k, row) * factor(1, k, column) : 0;
       }
       const auto at = static_cast<std::size_t>(64 * row + column);
-      right = right && out[at] == by_columns && out[64 * 64 + at] == by_rows;
+      right = right && out[at] == by_columns && out[64 * 64 + at] == by_rows && out[2 * 64 * 64 + at] == transposed;
     }
   }
   return right;
@@ -178,7 +184,7 @@ int main(int count, char** arguments) {
       right = right && out[i] == (part * kThreads + from) * kWords + i % kWords;
     }
   } else if (std::string_view(arguments[1]) == "product") {
-    std::vector<float> out(2 * 64 * 64);
+    std::vector<float> out(3 * 64 * 64);
     shape.blocks = 1;
     shape.threads = kWarpgroupSize;
     shape.shared_memory = 2 * 64 * SharedMatrix::kRowBytes;

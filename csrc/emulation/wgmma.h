@@ -130,7 +130,7 @@ void wgmma_by_rows(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix 
 }
 
 template <typename Element, int COUNT>
-void wgmma_transposed(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
+void wgmma_by_rows(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
   issue<Element, false, true>(c, {}, a, b, accumulate);
 }
 

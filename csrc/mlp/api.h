@@ -31,7 +31,6 @@ struct MlpForward {
   // Outputs, contiguous.
   void* activated = nullptr;  // (M, D)
   void* hidden = nullptr;     // (M, D); null if not wanted
-  std::int64_t variant = 0;   // an index of kMlpVariants
 };
 
 struct MlpBackward {
@@ -40,14 +39,7 @@ struct MlpBackward {
   Rows weight;                   // (E, D)
   const void* hidden = nullptr;  // (M, D), contiguous, of the forward
   void* grad_hidden = nullptr;   // (M, D), contiguous
-  std::int64_t variant = 0;
 };
-
-// The kernels that there are: what a thread block computes at once, rows x hidden features; the schedule of CUTLASS,
-// two warpgroups on one tile ("cooperative") or one on each of two ("pingpong"); thread blocks of a cluster, down x
-// across.
-constexpr const char* kMlpVariants[] = {"128x256 cooperative 2x1", "128x256 cooperative 1x2", "128x128 pingpong 2x1",
-                                        "128x128 pingpong 1x2"};
 
 Status launch_mlp_forward(const MlpForward& arguments, Stream stream);
 Status launch_mlp_backward(const MlpBackward& arguments, Stream stream);

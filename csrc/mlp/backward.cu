@@ -29,14 +29,14 @@ struct GeluBackward<cutlass::Array<float, N>> {
 };
 
 // grad_hidden = GeluBackward(grad_y weight, hidden)
-template <typename Element, typename Variant>
+template <typename Element>
 using Backward =
     Product<Element, RowMajor,
-            cutlass::epilogue::fusion::LinCombDeEltAct<RowMajor, GeluBackward, Element, float, Element, void>, Variant>;
+            cutlass::epilogue::fusion::LinCombDeEltAct<RowMajor, GeluBackward, Element, float, Element, void>>;
 
 Check checked(const MlpBackward& arguments) {
   const MlpSizes& sizes = arguments.sizes;
-  Check check = checked_sizes(sizes, arguments.variant);
+  Check check = checked_sizes(sizes);
   if (!check.ok() || sizes.rows == 0) {
     return check;
   }
@@ -55,9 +55,9 @@ Status launch_mlp_backward(const MlpBackward& arguments, Stream stream) {
   if (!check.ok() || arguments.sizes.rows == 0) {
     return check.status();
   }
-  return mlp::dispatch(arguments.sizes.dtype, arguments.variant, [&](auto element, auto variant) {
+  return mlp::dispatch(arguments.sizes.dtype, [&](auto element) {
     using Element = decltype(element);
-    using Product = mlp::Backward<Element, decltype(variant)>;
+    using Product = mlp::Backward<Element>;
     typename Product::Fusion fusion;
     fusion.aux_ptr = static_cast<const Element*>(arguments.hidden);
     fusion.dAux = mlp::stride<decltype(fusion.dAux)>(arguments.sizes.hidden);

@@ -19,19 +19,16 @@ static void read(Keywords& given, MlpSizes& to) {
 static void read(Keywords& given, MlpForward& to) {
   read(given, to.sizes);
   given.read("x", to.x).read("weight", to.weight).read("bias", to.bias);
-  given.read("activated", to.activated).read("hidden", to.hidden).read("variant", to.variant);
+  given.read("activated", to.activated).read("hidden", to.hidden);
 }
 
 static void read(Keywords& given, MlpBackward& to) {
   read(given, to.sizes);
   given.read("grad_y", to.grad_y).read("weight", to.weight).read("hidden", to.hidden);
-  given.read("grad_hidden", to.grad_hidden).read("variant", to.variant);
+  given.read("grad_hidden", to.grad_hidden);
 }
 
 void bind_mlp(py::module_& module) {
-  py::list variants;
-  for (const char* name : kMlpVariants) variants.append(name);
-  module.attr("mlp_variants") = py::tuple(variants);
   bind_launcher(module, "mlp_forward", launch_mlp_forward);
   bind_launcher(module, "mlp_backward", launch_mlp_backward);
 }

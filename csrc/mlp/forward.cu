@@ -7,15 +7,14 @@ namespace mlp {
 namespace {
 
 // activated = GELU(hidden), hidden = x weight^T + bias. CUTLASS's GELU is the one by erf.
-template <typename Element, typename Variant>
+template <typename Element>
 using Forward = Product<Element, ColumnMajor,
                         cutlass::epilogue::fusion::LinCombPerColBiasEltActAux<RowMajor, cutlass::epilogue::thread::GELU,
-                                                                              Element, float, Element, Element, void>,
-                        Variant>;
+                                                                              Element, float, Element, Element, void>>;
 
 Check checked(const MlpForward& arguments) {
   const MlpSizes& sizes = arguments.sizes;
-  Check check = checked_sizes(sizes, arguments.variant);
+  Check check = checked_sizes(sizes);
   if (!check.ok() || sizes.rows == 0) {
     return check;
   }
@@ -35,9 +34,9 @@ Status launch_mlp_forward(const MlpForward& arguments, Stream stream) {
   if (!check.ok() || arguments.sizes.rows == 0) {
     return check.status();
   }
-  return mlp::dispatch(arguments.sizes.dtype, arguments.variant, [&](auto element, auto variant) {
+  return mlp::dispatch(arguments.sizes.dtype, [&](auto element) {
     using Element = decltype(element);
-    using Product = mlp::Forward<Element, decltype(variant)>;
+    using Product = mlp::Forward<Element>;
     typename Product::Fusion fusion;
     fusion.bias_ptr = static_cast<const Element*>(arguments.bias);
     fusion.aux_ptr = static_cast<Element*>(arguments.hidden);

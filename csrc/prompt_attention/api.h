@@ -14,6 +14,9 @@
 //
 // Every row of a Tensor4, a head of a token, must begin at a multiple of 16 bytes; the stride of an axis of length 1 does
 // not matter, and a stride may be 0. Bare pointers are contiguous. Outputs must not overlap with anything.
+//
+// A block has all queries and keys of an image and head in shared memory: Q and P + T, each rounded up to a multiple of
+// 64, are at most 832 together.
 
 #pragma once
 
@@ -62,9 +65,6 @@ struct PromptAttentionBackward {
 
 // ok if ``device``, which becomes current, can run the kernels.
 Status prompt_attention_supported(int device);
-
-// Whether a block's shared memory has room for the backward of an image and a head, which needs more than the forward.
-bool prompt_attention_fits(std::int64_t queries, std::int64_t keys);
 
 Status launch_prompt_attention_forward(const PromptAttentionForward& arguments, Stream stream);
 Status launch_prompt_attention_backward(const PromptAttentionBackward& arguments, Stream stream);

@@ -272,7 +272,7 @@ __device__ __forceinline__ void sum_of_kept(const Block& block, float (&grad_que
     wgmma_fence();
 #pragma unroll
     for (int k = key; k < key + decltype(size)::value; k += kDepth) {
-      wgmma_transposed<Element>(grad_queries, grad_scores.rows_from(k), block.keys.rows_from(k), true);
+      wgmma_by_rows<Element>(grad_queries, grad_scores.rows_from(k), block.keys.rows_from(k), true);
     }
     wgmma_commit();
     wgmma_wait<0>(grad_queries);
@@ -363,12 +363,6 @@ Smem smem_of(std::int64_t queries, std::int64_t keys, bool keeps) {
 
 }  // namespace
 }  // namespace prompt_attention
-
-bool prompt_attention_fits(std::int64_t queries, std::int64_t keys) {
-  using namespace prompt_attention;
-  return max(queries, keys) < kMaxSharedMemory / SharedMatrix::kRowBytes &&
-         smem_of(queries, keys, false).size() <= kMaxSharedMemory;
-}
 
 Status launch_prompt_attention_backward(const PromptAttentionBackward& given, Stream stream) {
   using namespace prompt_attention;

@@ -43,12 +43,6 @@ static std::string describe(const Sizes& sizes) {
 void bind_prompt_attention(py::module_& module) {
   bind_launcher(module, "prompt_attention_forward", launch_prompt_attention_forward);
   bind_launcher(module, "prompt_attention_backward", launch_prompt_attention_backward);
-  module.def(
-      "prompt_attention_unsupported_because",
-      [](int device) { return std::string(prompt_attention_supported(device).message); }, py::arg("device"),
-      "Why a device, which becomes current, can't run prompt_attention; empty if it can.");
-  module.def("prompt_attention_fits", prompt_attention_fits, py::arg("queries"), py::arg("keys"),
-             "Whether an image's queries and keys fit in shared memory.");
 }
 
 }  // namespace vapt_fast

@@ -14,6 +14,7 @@ namespace vapt_fast::prompt_attention {
 // A tile is what a warpgroup computes: 64 rows of scores, over all columns, a chunk of at most 64 at a time. Each of its
 // warps has 16 rows. Heads have 64 channels in shared memory, zeros beyond their own.
 constexpr int kTile = 64;
+constexpr int kMostRows = 13 * kTile;  // of queries and keys, each in whole tiles
 constexpr int kChannels = 64;
 constexpr int kDepth = 16;  // of a product
 constexpr int kWarpRows = 16;
@@ -185,7 +186,8 @@ inline Check checked_sizes(const PromptAttentionSizes& sizes) {
     check.fail(Code::unsupported, "channels must be 8, 16, 24, ... or %d, got %lld", kChannels,
                static_cast<long long>(sizes.channels));
   }
-  if (!prompt_attention_fits(sizes.queries, sizes.tokens + sizes.prompts)) {
+  const auto padded = [](std::int64_t rows) { return (rows + kTile - 1) / kTile * kTile; };
+  if (padded(sizes.queries) + padded(sizes.tokens + sizes.prompts) > kMostRows) {
     check.fail(Code::unsupported, "%lld queries and %lld keys don't fit in shared memory",
                static_cast<long long>(sizes.queries), static_cast<long long>(sizes.tokens + sizes.prompts));
   }

@@ -82,7 +82,7 @@ template <typename Element>
 __device__ __forceinline__ void load_queries(char* shared, const PromptAttentionForward& arguments, int tile) {
   const PromptAttentionSizes& sizes = arguments.sizes;
   const Rows<const Element> queries(arguments.in.q, Position(sizes));
-  const int first = tile + warp_id() % 4 * kWarpRows;
+  const int first = tile + warp_row();
   const int lane = opaque(lane_id());
   const int unit = lane % kUnits;
 #pragma unroll
@@ -179,7 +179,7 @@ __device__ __forceinline__ void forward(const PromptAttentionForward& arguments)
     for (int half = 0; half < 2; ++half) {
       const float sum = lane_sum<1, 4>(rows.sum[half]);
       const float inverse = 1.0f / sum;
-      const int query = tile + warp_id() % 4 * kWarpRows + lane_id() / 4 + 8 * half;
+      const int query = tile + first_row() + 8 * half;
       if (lane_id() % 4 == 0 && query < num_queries) {
         arguments.lse[block_id() * num_queries + query] = rows.reference[half] + log2_approx(sum);
       }

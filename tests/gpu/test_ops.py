@@ -9,7 +9,6 @@ from kernel_cases import KERNELS, REAL, converted, laid_out, precision_cases, ra
 from op_cases import assert_policy, assert_same_results, hardware_rounding, relative_error, results
 
 from vapt_fast import BackendUnavailableError, functional, use_backend
-from vapt_fast.ops import device
 from vapt_fast.ops.base import OPS
 
 SIXTEEN_BIT = (torch.bfloat16, torch.float16)
@@ -84,33 +83,23 @@ def test_pooling_in_two_passes(dtype, scale, monkeypatch):
 
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-@pytest.mark.parametrize("op", [name for name, kernels in KERNELS.items() if kernels.cuda_sizes])
-def test_random_shapes_of_cuda_kernels(op, dtype, scale):
-    assert_policy_of_cuda_kernels(op, dtype, scale, 100)
+@pytest.mark.parametrize("name", [name for name, op in KERNELS.items() if op.cuda_sizes])
+def test_random_shapes_of_cuda_kernels(name, dtype, scale):
+    assert_policy_of_cuda_kernels(name, dtype, scale, 100)
 
 
-@pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
-def test_every_variant_of_mlp(dtype, monkeypatch):
-    reasons = device.unavailable_reasons("cuda")
-    if reasons:
-        pytest.skip("; ".join(reasons))
-    for variant in getattr(device.native(), "mlp_variants", [None]):  # with None the first skips
-        monkeypatch.setattr(import_module("vapt_fast.ops.mlp.cuda"), "VARIANT", variant)
-        assert_policy_of_cuda_kernels("mlp", dtype, 1.0, 50)
-
-
-def assert_policy_of_cuda_kernels(op, dtype, scale, count):
+def assert_policy_of_cuda_kernels(name, dtype, scale, count):
     """The policy over ``count`` random shapes, whose errors are taken together."""
 
     def cases():
-        for seed, sizes in enumerate(random_cases(op, count, "cuda_sizes")):
+        for seed, sizes in enumerate(random_cases(name, count, "cuda_sizes")):
             torch.manual_seed(seed)
-            function, formula, tensors, options = KERNELS[op].make(**sizes)
+            function, formula, tensors, options = KERNELS[name].make(**sizes)
             yield function, formula, [t * scale for t in tensors], options
 
-    run("cuda", *converted(op, next(cases()), dtype))  # skips where the kernels can't run
+    run("cuda", *converted(name, next(cases()), dtype))  # skips where the kernels can't run
     with use_backend("cuda"):
-        assert_policy(KERNELS[op].make, cases(), dtype, on_gpu=True)
+        assert_policy(KERNELS[name].make, cases(), dtype, on_gpu=True)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "padded rows", "offset by one"])

@@ -1,6 +1,6 @@
-"""How prompt_pool's CUDA kernels are launched, on a CPU (csrc/emulation): tensors, autograd, ops of PyTorch.
+"""How the CUDA kernels are launched, on a CPU (csrc/emulation): tensors, autograd, ops of PyTorch.
 
-What the kernels compute is tested in test_cuda_prompt_pool.py.
+What the kernels compute is tested in test_cuda_prompt_pool.py and test_cuda_prompt_attention.py.
 """
 
 import sys
@@ -33,12 +33,15 @@ def pool(dtype=torch.bfloat16, tokens=None, **sizes):
 # ---- values and gradients
 
 
-def test_what_runs_on_a_gpu_is_taken(launching):
+@pytest.mark.parametrize("op", [name for name, op in KERNELS.items() if op.cuda_quick])
+def test_what_runs_on_a_gpu_is_taken(op, launching):
     """The cases of tests/gpu and of compute-sanitizer: none is left out there for its sizes."""
-    for sizes in KERNELS["prompt_pool"].cuda_quick:
+    torch.manual_seed(0)
+    of = op.removesuffix("_packed")
+    for sizes in KERNELS[op].cuda_quick:
         with launching() as launches:
-            outputs, grads = results(*pool(**sizes))
-        assert [name for name, _ in launches] == ["prompt_pool_forward", "prompt_pool_backward"]
+            outputs, grads = results(*converted(op, KERNELS[op].make(**sizes), torch.bfloat16))
+        assert [name for name, _ in launches] == [f"{of}_forward", f"{of}_backward"]
         assert all(t.isfinite().all() for t in (*outputs, *grads))
 
 

@@ -11,16 +11,12 @@ from op_cases import assert_policy, mlp_case, results
 
 from vapt_fast import BackendUnavailableError, use_backend
 from vapt_fast.ops import backend, device
-from vapt_fast.ops.mlp import cuda
 
 DTYPES = [torch.bfloat16, torch.float16]
-VARIANTS = ("another", cuda.VARIANT)
 
 
 class Kernels:
     """The functions of vapt_fast._C on CPU tensors, in float32; they read and write by address and stride."""
-
-    mlp_variants = VARIANTS
 
     def __init__(self):
         self.launches = []
@@ -56,8 +52,8 @@ class Kernels:
         grad = torch.ops.aten.gelu_backward(grad, h)
         self.matrix(dtype, (grad_hidden, num_hidden), *shape).copy_(grad)
 
-    def called(self, name, *, dtype, variant, stream):
-        assert (variant, stream) == (1, 7)
+    def called(self, name, *, dtype, stream):
+        assert stream == 7
         self.launches.append(name)
         return getattr(torch, dtype)
 
@@ -163,7 +159,7 @@ def test_it_needs_hopper_and_kernels_for_it(kernels, monkeypatch):
 
 FORWARD = {"x": (64, 16), "weight": (64, 16), "bias": 0, "activated": 64, "hidden": 0}
 BACKWARD = {"grad_y": (64, 16), "weight": (64, 8), "hidden": 64, "grad_hidden": 64}
-SIZES = {"dtype": "bfloat16", "num_rows": 3, "depth": 16, "num_hidden": 8, "variant": 0, "stream": 0}
+SIZES = {"dtype": "bfloat16", "num_rows": 3, "depth": 16, "num_hidden": 8, "stream": 0}
 
 
 @pytest.fixture
@@ -182,8 +178,6 @@ def native():
         ({"num_hidden": 0}, ValueError, "depth and hidden must be positive multiples of 8"),
         ({"num_rows": -1}, ValueError, "rows must not be negative"),
         ({"num_rows": 2**31}, NotImplementedError, "no size may exceed 2147483647"),
-        ({"variant": -1}, ValueError, "variant must be below"),
-        ({"variant": 99}, ValueError, "variant must be below"),
         ({"weight": None}, ValueError, "weight must not be null"),
         ({"weight": (8, 16)}, ValueError, "weight must begin at a multiple of 16 bytes"),
         ({"weight": (64, 4)}, ValueError, "rows of weight must not overlap"),
@@ -200,7 +194,3 @@ def test_what_contradicts_the_header(native, name, changes, error, message):
     arguments = SIZES | (FORWARD if name == "forward" else BACKWARD) | changes
     with pytest.raises(error, match=message):
         getattr(native, f"mlp_{name}")(**arguments)
-
-
-def test_the_variant_is_one_that_was_compiled(native):
-    assert cuda.VARIANT in native.mlp_variants

@@ -2,15 +2,9 @@
 
 import pytest
 import torch
+from op_cases import forget
 
-from vapt_fast.ops import backend, device
-
-
-def forget():
-    """Have the machine be asked again what it can run."""
-    for function in vars(device).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
+from vapt_fast.ops import backend
 
 
 @pytest.fixture(autouse=True)

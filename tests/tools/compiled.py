@@ -27,6 +27,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from vapt_fast import kernels
+from vapt_fast.ops import triton_launch
 
 CAPABILITIES = (80, 90, 100, 120)
 FP8 = "quantise"  # begins the names of cases with FP8, which needs 89
@@ -118,6 +119,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(triton_launch, "PREPARED", False),
         mock.patch.dict(os.environ, TRITON_INTERPRET="1"),  # CPU tensors are taken
     ):
         yield launches

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = "tests/kernels/test_cuda_prompt_pool.py"
+TESTS = {op: f"tests/kernels/test_cuda_{op}.py" for op in ("prompt_attention", "prompt_pool")}
 CPU_SECONDS = 300  # of each process of a mutant, whose tests take a minute if it does not hang
 NO_MUTANT = "it does not compile"
 
@@ -34,13 +34,14 @@ CHANGES = {
     **{" + ": " - ", " - ": " + ", " * ": " + ", " / ": " * ", " % ": " / "},
     **{" += ": " = ", " *= ": " = ", ": 0.0f": ": 1.0f"},
     **dict.fromkeys(("sync_threads();", "sync_cluster();", "sync_warp();", "cp_async_commit();"), ";"),
+    **dict.fromkeys(("fence_shared();", "wgmma_fence();", "wgmma_commit();"), ";"),
     **dict.fromkeys(("continue;", "return;", "break;"), ";"),
 }
 
 
 def sources() -> list[Path]:
     """The files of the kernels, and of what launches them."""
-    return sorted((ROOT / "csrc").glob("prompt_pool/*.cu*"))
+    return sorted(source for op in TESTS for source in (ROOT / "csrc").glob(f"{op}/*.cu*"))
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def mutants(source: Path) -> Iterator[Mutant]:
 
 def noticed(mutant: Mutant | None) -> str | None:
     """Return which test fails first on a mutant, or on the kernels as they are; None if all pass."""
+    tests = TESTS.values() if mutant is None else [TESTS[mutant.source.parent.name]]
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "csrc", Path(folder, "csrc"))
         if (ROOT / "build" / "emulation").exists():  # what does not depend on the mutant
@@ -81,7 +83,7 @@ def noticed(mutant: Mutant | None) -> str | None:
         environment = os.environ | {"VAPT_FAST_TEST_CSRC": str(Path(folder, "csrc")), "COLUMNS": "500"}
         # By the processor's time: by the clock, a busy machine would take any mutant for one that hangs.
         limited = ["sh", "-c", f'ulimit -S -t {CPU_SECONDS} && exec "$@"', "sh"]
-        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", TESTS]
+        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-s", "-p", "no:cacheprovider", *tests]
         ran = subprocess.run([*limited, *pytest], cwd=ROOT, env=environment, capture_output=True, text=True)
     if ran.returncode == -signal.SIGXCPU:
         return "it hangs"

@@ -25,6 +25,7 @@ import pytest
 
 CSRC = Path(os.environ.get("VAPT_FAST_TEST_CSRC", Path(__file__).parents[2] / "csrc"))
 WARNINGS = ("-w",) if "VAPT_FAST_TEST_CSRC" in os.environ else ("-Wall", "-Wextra", "-Werror")
+RUNTIME = sorted((CSRC / "emulation").glob("*.cpp"))
 BUILD = CSRC.parent / "build" / "emulation"
 COMPILER = shutil.which("g++")
 COMMON = ("-std=c++20", "-O1", "-fPIC")
@@ -73,7 +74,7 @@ def _linked(name: str, objects: list[Path], *flags: str) -> Path:
 def program(source: Path, sanitizer: str = "") -> Path:
     """The program of one source and the emulation's runtime."""
     flags = SANITIZERS[sanitizer]
-    objects = [_object(source, *flags), _object(CSRC / "emulation" / "emulation.cpp")]
+    objects = [_object(source, *flags), *map(_object, RUNTIME)]
     return _linked(source.stem, objects, *flags)
 
 
@@ -90,7 +91,7 @@ def module() -> ModuleType:
     objects = [
         *(_object(file, "-fvisibility=hidden", *flags) for file in kernels),
         *(_object(file, "-fvisibility=hidden", *includes, *constants) for file in bindings),
-        _object(CSRC / "emulation" / "emulation.cpp", "-fvisibility=hidden"),
+        *(_object(file, "-fvisibility=hidden") for file in RUNTIME),
     ]
     path = _linked(f"_C{sysconfig.get_config_var('EXT_SUFFIX')}", objects, "-shared", *flags)
     spec = importlib.util.spec_from_file_location("_C", path)

@@ -22,14 +22,14 @@ def bfloat16() -> Iterator[None]:
     """bfloat16 as a GPU has it: casts round to nearest, arithmetic is in float32 and then rounded.
 
     The interpreter keeps its bits as integers, computes on these as if they were the numbers, and casts by
-    cutting off the lower bits. And a fused multiply-add is rounded once, in float32 too. Casts to e4m3 are
+    cutting off the lower bits. Casts to e4m3 are
     put right as well: it loses carries into the exponent, and NaN.
     """
     patched = {
         "cast_impl": _cast(InterpreterBuilder.cast_impl),
         "create_fp_to_fp": _cast(InterpreterBuilder.create_fp_to_fp),
         "create_dot": _in_float32(InterpreterBuilder.create_dot),
-        "create_fma": _fused(_in_float32(InterpreterBuilder.create_fma)),
+        "create_fma": _in_float32(InterpreterBuilder.create_fma),
         "binary_op": _in_float32(InterpreterBuilder.binary_op),
         "unary_op": _in_float32(InterpreterBuilder.unary_op),
     }
@@ -72,16 +72,6 @@ def _cast(method: Callable) -> Callable:
 def _from_float32(builder: InterpreterBuilder, source: TensorHandle, to: tl.dtype) -> TensorHandle:
     wide = _widen(source)
     return wide if to.scalar == tl.float32 else builder.cast_impl(wide, to)
-
-
-def _fused(method: Callable) -> Callable:
-    def fma(self: InterpreterBuilder, *args: TensorHandle) -> TensorHandle:
-        if any(arg.dtype.scalar != tl.float32 for arg in args):
-            return method(self, *args)
-        x, y, z = (arg.data.astype(np.float64) for arg in args)  # where products of two are exact
-        return TensorHandle((x * y + z).astype(np.float32), tl.float32)
-
-    return fma
 
 
 def _in_float32(method: Callable) -> Callable:

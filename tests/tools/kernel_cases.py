@@ -203,6 +203,21 @@ KERNELS = {
             (ONE_HEAD | {"batch": 1, "queries": 1, "tokens": 162, "bias": True}, 3, 2**24 - 8),
         ],
         [({"queries": 4, "tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(5), range(5))],
+        cuda_sizes={
+            "batch": [1, 2, 5],
+            "queries": [1, 16, 65, 197, 257],
+            "tokens": [1, 15, 64, 197, 257],
+            "heads": [2],
+            "groups": [2],
+            "dim": [8, 32, 40, 64],
+            "prompts": [1, 10, 50, 100],
+            "shared": YES_OR_NO,
+        },
+        cuda_quick=[
+            {"batch": 2, "queries": 70, "tokens": 75, "heads": 2, "groups": 2, "dim": 40, "prompts": 9},
+            {"batch": 1, "queries": 193, "tokens": 197, "dim": 64, "prompts": 50, "shared": True},
+            {"batch": 3, "queries": 1, "tokens": 3, "dim": 8, "prompts": 0},
+        ],
     ),
     "prompt_attention_packed": Kernels(
         packed_case,
@@ -230,6 +245,7 @@ KERNELS = {
             (ONE_HEAD | {"batch": 1, "tokens": 162, "prompts": 1}, 1, 2**24 - 8),
         ],
         [({"tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(2), range(2))],
+        cuda_quick=[{"tokens": 75, "heads": 3, "groups": 3, "dim": 40, "prompts": 9, "shared": True}],
     ),
     "absorbed_attention": Kernels(
         cls_case,

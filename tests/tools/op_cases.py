@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from vapt_fast import functional
 from vapt_fast.activations import ACTIVATIONS
+from vapt_fast.ops import device as machine
 
 POOL = {"num_prefix": 2, "eps": 1e-6, "prompt_eps": 1e-5}
 
@@ -377,10 +378,8 @@ def assert_policy(make, cases, dtype, on_gpu=False):
     """The one policy for low precision.
 
     Over all cases, the largest error of each output and gradient against float64, relative to its max|exact|,
-    is at most that of eager PyTorch in the same dtype, plus 2 eps. In float32 that is a matter of chance: in
-    the one case of many that cancels most, PyTorch's order of summation errs by three times what another does
-    or by a third. There the geometric mean over the cases is at most twice PyTorch's, and the largest four
-    times as large. Where eager PyTorch overflows, the next wider dtype takes its place.
+    is at most that of eager PyTorch in the same dtype (float32: twice that), plus 2 eps. Where eager PyTorch
+    overflows, the next wider dtype takes its place.
 
     Args:
         on_gpu: what ran was the hardware's arithmetic, to which ``hardware_rounding`` is granted.
@@ -402,16 +401,8 @@ def assert_policy(make, cases, dtype, on_gpu=False):
         )
         if on_gpu:
             granted = max(granted, hardware_rounding(dtype, [exact for *_, exact in compared]))
-    largest, mean = (
-        torch.tensor(errors).amax(dim=0),
-        torch.tensor(errors).clamp_min(1e-12).log().mean(dim=0).exp(),
-    )
-    for (ours, eager), (our_mean, eager_mean), of in zip(
-        largest.tolist(), mean.tolist(), dtypes, strict=True
-    ):
-        allowed = max(2 * torch.finfo(of).eps, granted)
-        assert ours <= (4 if of == torch.float32 else 1) * eager + allowed
-        assert of != torch.float32 or our_mean <= 2 * eager_mean + allowed
+    for (ours, eager), of in zip(torch.tensor(errors).amax(dim=0).tolist(), dtypes, strict=True):
+        assert ours <= (2 if of == torch.float32 else 1) * eager + max(2 * torch.finfo(of).eps, granted)
 
 
 # ---- layouts
@@ -426,3 +417,13 @@ def layouts(tensor):
     flat = torch.full((tensor.numel() + 1,), float("nan"), dtype=tensor.dtype)
     flat[1:] = tensor.flatten()
     yield "offset by one", flat[1:].view(tensor.shape)
+
+
+# ---- the machine
+
+
+def forget():
+    """Have the machine be asked again what it can run."""
+    for function in vars(machine).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()

@@ -27,7 +27,7 @@ from . import backend as backends
 from . import device as devices
 from .autocast import without_autocast
 from .autograd import Kernels, as_tuple, define, num_tensors
-from .measurement import Measurement
+from .measurement import KNOWN, Measurement
 from .plan import PLANS, TENSORS, describe, is_watched, make_plan
 
 __all__ = ["OPS", "Op", "Signature", "empty_like", "is_recorded", "is_transformed", "or_zeros"]
@@ -255,7 +255,7 @@ class Op:
         if device.type != "cuda" or not self.measured or is_transformed():
             return "torch"
         capability = devices.capability(device)
-        if all(capability not in entry.capabilities for entry in self.measured):
+        if capability not in KNOWN:
             backends.warn_once(
                 f"{self.name} runs on PyTorch's operations: nothing is known of GPUs of compute capability "
                 f"{capability[0]}.{capability[1]}. backend='triton' or 'cuda' tries the kernels"

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["HALF", "INHERITING", "Measurement", "has_half_tokens"]
+__all__ = ["HALF", "INHERITING", "KNOWN", "Measurement", "has_half_tokens"]
 
 HALF = (torch.float16, torch.bfloat16)
 # Compute capabilities that take over what was measured on another: A100, B200, consumer GPUs. All kernels run
 # there.
 INHERITING = ((8, 0), (8, 6), (8, 9), (10, 0), (12, 0))
+MEASURED = (9, 0)
+KNOWN = (MEASURED, *INHERITING)
 
 
 def has_half_tokens(args: Any) -> bool:
@@ -44,7 +46,7 @@ class Measurement:
     compared: str
     fits: Callable[[Any], bool] = has_half_tokens
     device: str = "NVIDIA H200"
-    capability: tuple[int, int] = (9, 0)
+    capability: tuple[int, int] = MEASURED
     date: str = "2026-11-27"
     inheriting: tuple[tuple[int, int], ...] = INHERITING
 

@@ -59,7 +59,6 @@ def compile_nothing(kernel, key, signature, device, *args, **kwargs):
 @pytest.fixture
 def on_gpu(monkeypatch):
     monkeypatch.setattr(JITFunction, "_do_compile", compile_nothing)
-    monkeypatch.setattr(triton_launch, "PREPARED", True)
     monkeypatch.setattr(triton_launch, "_COMPILED", {})
     monkeypatch.setattr(driver, "_active", Driver())
     triton_launch._backend.cache_clear()
@@ -77,7 +76,6 @@ def launches_of(op):
         recorded.append((JITFunction(kernel.fn), config, args, constants))
 
     with (
-        mock.patch.object(triton_launch, "PREPARED", True),
         mock.patch.object(triton_launch, "_prepared", record),
         recorded_launches(run=False),
     ):

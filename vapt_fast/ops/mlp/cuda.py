@@ -12,13 +12,10 @@ from torch import Tensor
 
 from ..checks import HALF, unsupported_dtypes
 from ..cuda_launch import address, aligned, launch, rows
-from ..device import hopper_unsupported_reasons, native
+from ..device import hopper_unsupported_reasons
 from .op import Arguments, Gradients, Outputs, Saved
 
-__all__ = ["VARIANT", "backward", "forward", "unsupported_reasons"]
-
-# One of vapt_fast._C.mlp_variants, see csrc/mlp/api.h. Tests and benchmarks choose others, to compare.
-VARIANT = "128x256 cooperative 1x2"
+__all__ = ["backward", "forward", "unsupported_reasons"]
 
 
 def unsupported_reasons(args: Arguments) -> list[str]:
@@ -86,5 +83,4 @@ def _options(matrix: Tensor, num_hidden: int) -> dict[str, Any]:
         "num_rows": matrix.shape[0],
         "depth": matrix.shape[1],
         "num_hidden": num_hidden,
-        "variant": native().mlp_variants.index(VARIANT),
     }

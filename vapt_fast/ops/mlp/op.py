@@ -11,6 +11,7 @@ from torch import Tensor
 from ..autocast import cast
 from ..base import Op, Signature
 from ..checks import check_float, check_one_dtype, check_same_device, check_shape
+from ..measurement import Measurement
 
 __all__ = ["mlp"]
 
@@ -80,10 +81,14 @@ class Gradients(NamedTuple):
 
 
 class _Mlp(Op):
-    # No implementation was measured to be faster: a product with GELU takes 170 + 220 microseconds, forward
-    # and backward, in Triton, and 144 + 156 in PyTorch, on an H200 (ViT-B/16, bfloat16, 64 images). In CUDA
-    # it was not measured.
+    # A product with GELU takes 170 + 220 microseconds, forward and backward, in Triton, and 142 + 160 in
+    # PyTorch, on an H200 (ViT-B/16, bfloat16, 64 images).
     name = "mlp"
+    measured = (
+        Measurement(
+            "cuda", 1.06, "forward 216 µs against 226, with the backward 443 against 470", inheriting=()
+        ),
+    )
     signature = Signature(Arguments, Outputs, Saved, Gradients)
 
     def check(self, args: Arguments) -> Arguments:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -17,6 +16,8 @@ __all__ = ["backward", "forward", "unsupported_reasons"]
 
 CAPABILITY = (9, 0)
 LARGEST_HEAD = 64  # channels
+TILE = 64  # rows
+MOST_ROWS = 832  # of queries and keys, each in whole tiles
 
 
 def unsupported_reasons(args: Arguments) -> list[str]:
@@ -34,7 +35,7 @@ def unsupported_reasons(args: Arguments) -> list[str]:
         reasons.append(f"heads must have 8, 16, 24, ... or {LARGEST_HEAD} channels, got {dim}")
     if not keys:
         reasons.append("there must be a key, got no prompt and no token")
-    elif not native().prompt_attention_fits(queries, keys):
+    elif _padded(queries) + _padded(keys) > MOST_ROWS:
         reasons.append(f"{queries} queries and {keys} keys don't fit in shared memory")
     return reasons
 
@@ -74,7 +75,7 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
             torch.sum(images, dim=0, keepdim=True, out=grad)
 
 
-@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile can't trace vapt_fast._C
 def _device_reasons(device: torch.device) -> list[str]:
     """Why ``device`` can't run these kernels, which it may not although it runs others."""
     found = capability(device)
@@ -83,6 +84,11 @@ def _device_reasons(device: torch.device) -> list[str]:
     if "90a" not in native().architectures:
         return [f"it was not compiled for 90a, but for {native().architectures.replace(',', ', ')}"]
     return []
+
+
+def _padded(rows: int) -> int:
+    """The rows of whole tiles."""
+    return (rows + TILE - 1) // TILE * TILE
 
 
 def _inputs(args: Arguments) -> tuple[Tensor, ...]:

@@ -47,10 +47,10 @@ def prompt_attention(
             All these tensors are of one floating dtype, unless autocast casts them.
         scale: factor of the scores.
         bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
-        backend: "auto", "torch" or "triton"; None for the current one, see vapt_fast.use_backend.
+        backend: "auto", "torch", "triton" or "cuda"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
-        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; the Triton kernels, whose backward is
+        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; by kernels, whose backward is
         written by hand, only once, and not in ``bias``, which must not require a gradient there.
 
     Raises:
@@ -164,6 +164,14 @@ def _few_keys(args: Arguments) -> bool:
 class _PromptAttention(Op):
     name = "prompt_attention"
     measured = (
+        Measurement(
+            "cuda",
+            1.7,
+            "forward and backward 198 µs against Triton's 255, and Triton's with the products before and "
+            "after 428 against 638",
+            fits=_few_keys,
+            inheriting=(),
+        ),
         Measurement(
             "triton",
             1.5,

@@ -30,7 +30,7 @@ def forward(args: Arguments, out: Outputs) -> None:
     """Write prompts, hidden features, and mean and rstd."""
     num_rows, *sizes = _sizes(args)
     arithmetic = _arithmetic(args.pooled, args.dtype)
-    config = tuning.config("fwd", arithmetic, *sizes[1:])
+    config = tuning.config("fwd", arithmetic, sizes[-1])
     launch(
         kernels.prompt_projector_fwd_kernel,
         config,
@@ -43,7 +43,7 @@ def forward(args: Arguments, out: Outputs) -> None:
         SCALE=args.factor,
         ACTIVATION=args.activation,
         EPS=args.eps,
-        CHUNKS=num_blocks(config, BLOCK_C=args.pooled.shape[-1]),
+        PRECISION=product_precision(arithmetic),
     )
 
 
@@ -52,13 +52,17 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     (grad_prompts,), pooled = grad_results, saved.pooled
     num_rows, num_prompts, dim, width = _sizes(saved)
     arithmetic = _arithmetic(pooled, grad_prompts.dtype)
-    options = {"SCALE": saved.factor, "ACTIVATION": saved.activation}
+    options = {
+        "SCALE": saved.factor,
+        "ACTIVATION": saved.activation,
+        "PRECISION": product_precision(arithmetic),
+    }
     statistics = _mean_and_rstd(saved.statistics)
     grad_hidden = empty_like(saved.hidden)
     means = empty_like(saved.statistics) if saved.statistics.shape[0] else None
     sums = pooled.new_empty(pooled.shape[:2])
     products = None if saved.scale is None else empty_like(sums)
-    config = tuning.config("bwd_rows", arithmetic, dim, width)
+    config = tuning.config("bwd_rows", arithmetic, width)
     launch(
         kernels.prompt_projector_bwd_rows_kernel,
         config,
@@ -67,7 +71,6 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
         *(strided(grad_prompts), *_learned(saved), *_masks(saved), strided(saved.norm_weight)),
         *(saved.hidden, *statistics),
         *(num_rows, num_prompts, dim, width),
-        CHUNKS=num_blocks(config, BLOCK_C=dim),
         **options,
     )
     torch.sum(sums, dim=0, out=grads.bias)
@@ -75,7 +78,7 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
         grads.scale.copy_(products.sum())
     if grads.weights is None:
         return
-    config = tuning.config("bwd_weights", arithmetic, dim, width)
+    config = tuning.config("bwd_weights", arithmetic, width)
     batch = pooled.shape[0]
     images = images_per_program(batch)
     partial = pooled.new_empty((-(-batch // images), *grads.weights.shape))
@@ -87,7 +90,6 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
         *(*_masks(saved), strided(saved.norm_weight)),
         *(saved.hidden, grad_hidden, *statistics, means),
         *(num_rows, num_prompts, dim, width, images * num_prompts),
-        PRECISION=product_precision(arithmetic),
         **options,
     )
     sum_chunks(partial, out=grads.weights)

@@ -13,37 +13,29 @@ __all__ = ["LARGEST_PROJECTOR", "config"]
 
 LARGEST_PROJECTOR = 64  # features
 
-# Of bwd_weights, by bytes of an element and features at most: channels, warps and stages. That of the first
-# line was the fastest on an H200 (C = 768, r = 8, P = 50), the others hardly spill.
-_WEIGHTS = {
-    (2, 16): (64, 4, 3),
-    (2, 64): (32, 8, 1),
-    (4, 16): (32, 4, 1),
-    (4, 64): (32, 4, 1),
-    (8, 16): (16, 4, 1),
-    (8, 64): (16, 8, 1),
+# By bytes of an element and features at most: channels, warps and stages of a program of each kernel. "fwd"
+# and "bwd_weights" of the first line were the fastest on an H200 (C = 768, r = 8, P = 50), the others hardly
+# spill.
+_BLOCKS = {
+    (2, 16): {"fwd": (256, 8, 1), "bwd_rows": (64, 4, 1), "bwd_weights": (64, 4, 3)},
+    (2, 64): {"fwd": (32, 8, 1), "bwd_rows": (32, 8, 1), "bwd_weights": (32, 8, 1)},
+    (4, 16): {"fwd": (64, 4, 1), "bwd_rows": (32, 4, 1), "bwd_weights": (32, 4, 1)},
+    (4, 64): {"fwd": (32, 8, 1), "bwd_rows": (32, 8, 1), "bwd_weights": (32, 4, 1)},
+    (8, 16): {"fwd": (32, 4, 1), "bwd_rows": (16, 4, 1), "bwd_weights": (16, 4, 1)},
+    (8, 64): {"fwd": (16, 8, 1), "bwd_rows": (16, 8, 1), "bwd_weights": (16, 8, 1)},
 }
 
 
 @lru_cache
-def config(kernel: str, dtype: torch.dtype, dim: int, width: int) -> Config:
+def config(kernel: str, dtype: torch.dtype, width: int) -> Config:
     """For prompts of ``dtype`` and ``width`` features, at most LARGEST_PROJECTOR, 0 without a projector.
 
     Args:
         kernel: "fwd", "bwd_rows" or "bwd_weights".
         dtype: of the prompts, float64 where they are computed in that.
-        dim: channels, which a program of the first two keeps in its registers.
         width: r.
     """
-    sizes = {"bytes": dtype.itemsize, "channels": dim, "features": max(1, width)}
     features = block_size(width, LARGEST_PROJECTOR)
-    if kernel == "bwd_weights":
-        channels, num_warps, num_stages = _WEIGHTS[dtype.itemsize, 16 if features == 16 else 64]
-        default = Config({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps, num_stages)
-        return tuned(f"prompt_projector_{kernel}", default, **sizes)
-    rows, channels = (4 if dtype.itemsize < 8 else 2), 256
-    if dim > 1536:  # one row, in at most four blocks
-        rows, channels = 1, max(1024, 1 << (dim - 1).bit_length() >> 2)
-    num_warps = min(16, max(4, rows * channels // 256))
-    default = Config({"BLOCK_ROWS": rows, "BLOCK_R": features, "BLOCK_C": channels}, num_warps)
-    return tuned(f"prompt_projector_{kernel}", default, **sizes)
+    channels, num_warps, num_stages = _BLOCKS[dtype.itemsize, 16 if features == 16 else 64][kernel]
+    default = Config({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps, num_stages)
+    return tuned(f"prompt_projector_{kernel}", default, bytes=dtype.itemsize, features=features)
