@@ -70,7 +70,7 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
         "prompt_pool_fwd": lambda: configs(
             blocks("R T C", (min(rows, 64),), (32, 64), (64, 128)), (4,), (2, 3, 4)
         ),
-        "prompt_pool_bwd_grads": lambda: configs(blocks("R C", (8, 16, 32), (64, 128)), (4,), (1, 2)),
+        "prompt_pool_bwd_grads": lambda: configs(blocks("R C", (8, 16, 32), (64, 128)), (4,), (1,)),
         "prompt_pool_bwd_products": lambda: configs(
             blocks("R T C", (min(rows, 64),), (32, 64), (32, 64)), (4,), (2, 3, 4)
         ),

@@ -10,10 +10,10 @@ For image b, token t, patch n = t - num_prefix, channel c and row r of the pooli
 
 normed, mean and rstd come from add_norm's forward kernel; where a branch is added there, x is the total here.
 
-The factors of all products are prepared by kernels of their own: ``weights`` (B, R, T'), M * s * rstd by
+What the products take besides x is prepared by kernels of its own: ``weights`` (B, R, T'), M * s * rstd by
 tokens, 0 for the prefix and in T' - T columns that align the rows; and ``grads`` (B, R, C), grad_pooled *
 weight. Where x is in bfloat16 (HALVES), it is a factor as it is, so the mean is subtracted from the product,
-and weights (B, R, 2, T') and grads (B, R, 2, C) come in two halves: tiles go from memory to the tensor cores
+and weights (B, R, 2, T') and grads (B, R, 2, C) come in two halves: blocks go from memory to the tensor cores
 untouched.
 
 Everything else is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples
@@ -35,7 +35,7 @@ def prompt_factor(rstd, EPS: tl.constexpr, PROMPT_EPS: tl.constexpr):
 
 @triton.jit
 def store_factor(values, factor, row, column, num_columns, mask, HALVES: tl.constexpr):
-    """Store ``values`` in ``factor`` (rows, columns), or as halves in (rows, 2, columns); return them."""
+    """Store ``values`` in ``factor`` (rows, columns), as halves in (rows, 2, columns); return what it has."""
     if HALVES:
         high, low = halves(values)
         at = factor + (row * 2 * num_columns)[:, None] + column[None, :]
@@ -264,9 +264,9 @@ def prompt_pool_bwd_products_kernel(
     block = tl.arange(0, BLOCKS)
     grad_sums += ((image * num_blocks + block) * 2 * num_rows)[None, :]
 
-    # Added up over the channels of a block after the loop: in it they would wait for other threads.
-    of_a = tl.zeros((BLOCK_T, BLOCK_C), dtype)
-    of_products = tl.zeros((BLOCK_T, BLOCK_C), dtype)
+    # In the loop over those 8 channels that a thread has: more would wait for other threads.
+    of_a = tl.zeros((BLOCK_T, BLOCK_C // 8), dtype)
+    of_products = tl.zeros((BLOCK_T, BLOCK_C // 8), dtype)
     sums = tl.zeros((BLOCK_T,), dtype)
     products = tl.zeros((BLOCK_T,), dtype)
     # At least once, also without rows: a is there.
@@ -274,6 +274,9 @@ def prompt_pool_bwd_products_kernel(
         row = row_start + tl.arange(0, BLOCK_R).to(tl.int64)
         is_row = row < num_rows
         g_row = grads + ((image * num_rows + row) * (2 * num_channels if HALVES else num_channels))[:, None]
+        of_blocks = is_row[:, None] & (block < num_blocks)[None, :]
+        row_sums = tl.sum(tl.load(grad_sums + row[:, None], of_blocks, 0), axis=1)
+        of_bias = tl.sum(tl.load(grad_sums + num_rows + row[:, None], of_blocks, 0), axis=1)
         gram = tl.zeros((BLOCK_R, BLOCK_T), dtype)
         for start in range(0, num_channels, BLOCK_C):
             channel = start + tl.arange(0, BLOCK_C).to(tl.int64)
@@ -283,40 +286,38 @@ def prompt_pool_bwd_products_kernel(
             g = tl.load(g_row + channel[None, :], g_mask, 0)
             values = tl.load(x + (channel * x_channel)[None, :], mask, 0)
             # Beyond the last channel it is not 0, but g and a are.
-            xhat = (values.to(dtype) - mu[:, None]) * r[:, None]
+            centred = values.to(dtype) - mu[:, None]
             if HALVES:
                 low = tl.load(g_row + num_channels + channel[None, :], g_mask, 0)
                 gram = tl.dot(g, tl.trans(values), gram)
                 gram = tl.dot(low, tl.trans(values), gram)
             else:
-                gram = tl.dot(g, tl.trans(xhat), gram, input_precision=PRECISION, out_dtype=dtype)
+                gram = tl.dot(g, tl.trans(centred), gram, input_precision=PRECISION, out_dtype=dtype)
             if means is not None:
                 # Once, with the first rows.
                 a_at = grad_normed + (channel * grad_normed_channel)[None, :]
                 a = tl.load(a_at, mask & (row_start == 0), 0).to(dtype)
                 if norm_weight is not None:
                     a *= load_channels(norm_weight, channel, is_channel).to(dtype)[None, :]
-                of_a += a
-                of_products += a * xhat
-        of_blocks = is_row[:, None] & (block < num_blocks)[None, :]
-        row_sums = tl.sum(tl.load(grad_sums + row[:, None], of_blocks, 0), axis=1)
+                of_a += tl.sum(tl.reshape(a, (BLOCK_T, BLOCK_C // 8, 8)), axis=2)
+                of_products += tl.sum(tl.reshape(a * centred, (BLOCK_T, BLOCK_C // 8, 8)), axis=2)
         if HALVES:
-            gram = (gram - row_sums[:, None] * mu[None, :]) * r[None, :]
+            gram -= row_sums[:, None] * mu[None, :]
+        gram *= r[None, :]
         of_patches = is_row[:, None] & is_patch[None, :]
-        if means is not None:
-            m_at = matrix + (row * matrix_row)[:, None] + (patch * matrix_patch)[None, :]
-            weighted = tl.load(m_at, of_patches, 0) * s[None, :]
-            sums += tl.sum(weighted * row_sums[:, None], axis=0)
-            products += s * s * tl.sum(weighted * gram, axis=0)
         if partial is not None:
-            of_bias = tl.sum(tl.load(grad_sums + num_rows + row[:, None], of_blocks, 0), axis=1)
             at = partial + ((image * num_rows + row) * (num_tokens - num_prefix))[:, None] + patch[None, :]
             tl.store(at, gram * s[None, :] + of_bias[:, None], of_patches)
+        if means is not None:
+            m_at = matrix + (row * matrix_row)[:, None] + (patch * matrix_patch)[None, :]
+            m = tl.load(m_at, of_patches, 0)
+            sums += s * tl.sum(m * row_sums[:, None], axis=0)
+            products += s * s * s * tl.sum(m * gram, axis=0)
 
     if means is not None:
         at = means + image * num_tokens + token
         tl.store(at, (sums + tl.sum(of_a, axis=1)) / num_channels, is_token)
-        products += tl.sum(of_products, axis=1)
+        products += r * tl.sum(of_products, axis=1)
         tl.store(at + tl.cast(num_images, tl.int64) * num_tokens, products / num_channels, is_token)
 
 

@@ -117,7 +117,7 @@ def _write_grads(
 def _write_products(
     saved: Saved, grad_normed: Tensor | None, factor: Tensor, sums: Tensor, grad_matrix: Tensor | None
 ) -> Tensor | None:
-    """The means (2, B, T) for the gradients of the tokens, with ``grad_normed``; and ``grad_matrix``."""
+    """The means (2, B, T) for the gradients of the tokens, given ``grad_normed``; and ``grad_matrix``."""
     total, matrix = saved.total, saved.matrix
     (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[0]
     means = None if grad_normed is None else matrix.new_empty((2, batch, num_tokens))

@@ -33,7 +33,7 @@ _FEW_ROWS_FLOAT32 = _PREPARATION | {
     "bwd_tokens": Config({"BLOCK_T": 32, "BLOCK_R": 16, "BLOCK_C": 64}),
 }
 _MANY_ROWS_FLOAT32 = _PREPARATION | {
-    "fwd": Config({"BLOCK_R": 64, "BLOCK_T": 16, "BLOCK_C": 64}, num_stages=2),
+    "fwd": Config({"BLOCK_R": 64, "BLOCK_T": 16, "BLOCK_C": 64}, num_stages=3),
     "bwd_products": Config({"BLOCK_R": 64, "BLOCK_T": 32, "BLOCK_C": 16}, num_stages=2),
     "bwd_tokens": Config({"BLOCK_T": 64, "BLOCK_R": 32, "BLOCK_C": 64}),
 }
