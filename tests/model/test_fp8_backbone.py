@@ -267,7 +267,8 @@ def test_what_can_not_be(precision: object, options: dict, error: type[Exception
 # ---- what it works with
 
 
-@pytest.mark.parametrize("precision", [pytest.param("fp8", marks=pytest.mark.full), "fp8-gradients"])
+@pytest.mark.full
+@pytest.mark.parametrize("precision", ["fp8", "fp8-gradients"])
 def test_compiled(precision: str) -> None:
     torch.compiler.reset()
     model = model_of(precision, depth=2).train()
