@@ -260,7 +260,6 @@ def test_auto_takes_kernels_for_what_a_model_computes_in_16_bits(dtype, capabili
     monkeypatch.setattr("vapt_fast.ops.device.capability", lambda device: capability)
     monkeypatch.setattr("vapt_fast.ops.device.unavailable_reasons", lambda name: [])
     monkeypatch.setattr(Op, "choose", record)
-    monkeypatch.setattr("vapt_fast.forward.fused._concatenates", lambda tokens, backend: False)
     model = AdaptiveViT("test_vit", prompts=PromptConfig(num_prompts=3), num_classes=2).to(dtype).train()
     model(torch.zeros(1, 3, *model._image_size, dtype=dtype)).sum().backward()
     kernels = {"add_norm": "triton", "prompt_pool": "triton", "prompt_projector": "triton"}
