@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -237,10 +238,13 @@ def _attention(
     as_projected = rope is None and parts.k_norm is None  # whether keys are what the projection gives
     options: dict[str, Any] = {"bias": bias, "backend": backend}
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
+        scale = parts.softmax_scale(parts.qkv.weight.shape[0] // (heads + 2 * kv_heads))
+        if given is None and prompts.shape[1] and parts.qkv.fp8:
+            qkv = parts.qkv(torch.cat([prompts.expand(normed.shape[0], -1, -1), normed], dim=1))
+            return _joint_attention(qkv, prompts.shape[1], heads, kv_heads, scale, options).flatten(2)
         qkv = parts.qkv(normed)
         of_kv = parts.q_and_kv()[1]
         prompt_kv = of_kv(prompts) if given is None else torch.cat(given, dim=-1).to(qkv.dtype)
-        scale = parts.softmax_scale(qkv.shape[-1] // (heads + 2 * kv_heads))
         out = prompt_attention_packed(
             qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
         )
@@ -259,6 +263,22 @@ def _attention(
         scale = parts.softmax_scale(q.shape[-1])
         out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale, **options)
     return out.flatten(2)
+
+
+def _joint_attention(
+    qkv: Tensor, num_prompts: int, heads: int, kv_heads: int, scale: float, options: dict
+) -> Tensor:
+    """The attention of the tokens, (B, T, h, d), where ``qkv`` (B, P + T, ...) has the prompts in front.
+
+    So in FP8, whose scales are those of the whole weight: of the rows for keys and values alone they differ.
+    """
+    by_head = torch.unflatten(qkv, -1, (heads + 2 * kv_heads, -1))
+    q, k, v = by_head.split_with_sizes((heads, kv_heads, kv_heads), 2)
+    bias = options["bias"]
+    if bias is not None:
+        options = options | {"bias": F.pad(bias, (num_prompts, 0))}
+    none = k[:, :0]
+    return prompt_attention(q[:, num_prompts:], k, v, none, none, scale=scale, **options)
 
 
 def _absorbed_attention(
