@@ -39,9 +39,9 @@ STRIDE_LIMIT = 2**24
 class Config:
     """Block sizes of one kernel, by the names of its parameters, and what the compiler is told.
 
-    Each op's ``tuning.py`` has a table of them, not an autotuner: a launch is the same on every machine and
-    in every run. They were chosen by what the compiler makes of them (hardly any spills), not by times on a
-    GPU.
+    Each op's ``tuning.py`` has a table of them, not an autotuner: a launch is the same in every run. They
+    were chosen by what the compiler makes of them (hardly any spills) or by times on an H200; what was
+    measured on a GPU takes their place there, see ``tuned.py``.
     """
 
     blocks: dict[str, int]
