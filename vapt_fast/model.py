@@ -415,8 +415,12 @@ class AdaptiveViT(TimmModel):
             include_backbone=include_backbone,
         )
 
+    def push_adapter(self, repo_id: str, **options: Any) -> str:
+        """Save prompts and head to a repository of the Hugging Face Hub; see vapt_fast.adapters.push."""
+        return adapters.push(self, repo_id, **options)
+
     def load_adapter(self, folder: str | PathLike[str], *, check_backbone: bool = True) -> None:
-        """Read prompts and head from ``folder``; see vapt_fast.adapters.load."""
+        """Read prompts and head from ``folder``, or "hf-hub:owner/name"; see vapt_fast.adapters.load."""
         adapters.load(self, folder, check_backbone=check_backbone)
 
     @classmethod
@@ -430,7 +434,7 @@ class AdaptiveViT(TimmModel):
         backend: str | None = None,
         backbone_precision: str | None = None,
     ) -> AdaptiveViT:
-        """The model of the adapter in ``folder``, in eval mode; see vapt_fast.adapters.build."""
+        """The model of the adapter in ``folder`` or "hf-hub:owner/name", in eval mode; see adapters.build."""
         return adapters.build(
             cls,
             folder,

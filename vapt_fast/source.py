@@ -15,10 +15,12 @@ from .arguments import listing, plain
 
 __all__ = [
     "HEADS",
+    "HUB_PREFIX",
     "LOCAL_ARGS",
     "PREFIX",
     "backbone_source",
     "check_state_names",
+    "hub_repository",
     "is_local",
     "load_weights",
     "misfits",
@@ -30,6 +32,9 @@ HEADS = ("head.", "head_dist.")
 
 # of the names under which timm knows an architecture with prompts
 PREFIX = "vapt_"
+
+# of the names of what is on the Hugging Face Hub, timm's models and adapters
+HUB_PREFIX = "hf-hub:"
 
 # Arguments of timm.create_model that say where one machine finds the weights. Another machine has no use for
 # them, and an adapter from a stranger must not choose which files are opened.
@@ -69,6 +74,21 @@ def backbone_source(
         "weights_path": None if path is None else str(path),
         "pretrained": pretrained,
     }
+
+
+def hub_repository(source: Mapping[str, Any]) -> str | None:
+    """The repository of the Hugging Face Hub with a backbone's weights, None if they are not from there.
+
+    Args:
+        source: of ``backbone_source``.
+    """
+    name, architecture = source["name"], source["architecture"]
+    if name is None or source["weights_path"] is not None or is_local(name):
+        return None
+    if name.startswith(HUB_PREFIX):
+        return name.removeprefix(HUB_PREFIX).partition("@")[0]
+    known = get_arch_pretrained_cfgs(architecture).get(name)
+    return None if known is None else known.hf_hub_id
 
 
 def is_local(name: str) -> bool:

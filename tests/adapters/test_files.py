@@ -66,6 +66,7 @@ def test_keys_of_the_config(folder: Path) -> None:
     assert config["library_version"] == vapt_fast.__version__
     assert config.keys() == {
         *("format_version", "library", "library_version", "config_sha256"),
+        *("peft_type", "base_model_name_or_path"),
         *("backbone", "prompts", "class_names", "data", "tensors", "metadata"),
     }
     assert config["backbone"].keys() == {

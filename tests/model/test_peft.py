@@ -165,3 +165,12 @@ def test_step(model: AdaptiveViT) -> None:
         after = run(model, images)
         assert (after["logits"] - before).abs().max() > 1e-6
         assert_same(after, run(model, images, "reference"))
+
+
+def test_an_adapters_folder_is_none_of_pefts(tmp_path: Path) -> None:
+    """PEFT reads files of the same name; it says what they are instead of loading them."""
+    tiny_model(VIT).save_adapter(tmp_path)
+    with pytest.raises(KeyError, match="VAPT"):
+        peft.PeftConfig.from_pretrained(str(tmp_path))
+    with pytest.raises(KeyError, match="VAPT"):
+        peft.PeftModel.from_pretrained(nn.Sequential(nn.Linear(2, 2)), str(tmp_path))

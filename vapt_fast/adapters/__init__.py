@@ -5,6 +5,7 @@ The format of the files is described in ``vapt_fast.adapters.file``.
 
 from .checks import backbone_fingerprint, fingerprint
 from .file import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterNotFoundError
+from .hub import push
 from .loading import build, load, read_config
 from .module import Adapter, trainable_summary
 from .saving import save
@@ -19,6 +20,7 @@ __all__ = [
     "build",
     "fingerprint",
     "load",
+    "push",
     "read_config",
     "save",
     "trainable_summary",

@@ -27,6 +27,9 @@ Those of the backbone's file are named as in its state dict, without ``head.`` a
 Keys of the config (others may be added):
 
 - ``format_version`` (1), ``library`` ("vapt_fast"), ``library_version``; ``config_sha256`` of all other keys.
+- ``peft_type``: what PEFT looks for in an adapter_config.json; it refuses this value by its name.
+  ``base_model_name_or_path``: where the Hugging Face Hub has the backbone ("timm/...", null if it has not).
+  Adapters of earlier versions lack both; nothing is read from them.
 - ``backbone``: ``name`` (what timm.create_model takes: a name with its tag, "hf-hub:..." or "local-dir:...";
   null if timm did not make it), ``architecture`` (timm's, without tag), ``args`` (keywords for
   timm.create_model), ``args_left_out`` (those that JSON can't express), ``weights_path`` (a local file of
@@ -82,11 +85,16 @@ __all__ = [
 WEIGHTS_NAME = "adapter_model.safetensors"
 CONFIG_NAME = "adapter_config.json"
 BACKBONE_NAME = "backbone-{}.safetensors"
+BACKBONES = re.compile(r"backbone-[0-9a-f]{16}\.safetensors")
 FORMAT_VERSION = 1
 
 # The config's key in the metadata of the safetensors header. The only one: with more, their order would be
 # random, and saving the same adapter twice would give different files.
 HEADER_KEY = "adapter_config"
+
+# PEFT, which reads files of this name too, raises KeyError with this text.
+PEFT_TYPE = "VAPT, an adapter of vapt_fast and not of PEFT"
+BASE_MODEL_KEY = "base_model_name_or_path"
 
 
 class AdapterError(ValueError):
@@ -144,7 +152,8 @@ def write(
 
     Args:
         folder: where to; it is made if it does not exist.
-        config: the keys ``backbone``, ``prompts``, ``class_names``, ``data`` and ``metadata``.
+        config: the keys ``base_model_name_or_path``, ``backbone``, ``prompts``, ``class_names``, ``data`` and
+            ``metadata``.
         tensors: the tensors of the adapter.
         backbone: those of the backbone, None to leave it out.
     """
@@ -158,6 +167,7 @@ def write(
         "format_version": FORMAT_VERSION,
         "library": "vapt_fast",
         "library_version": __version__,
+        "peft_type": PEFT_TYPE,
         **config,
         "backbone": config["backbone"] | {"file_sha256": digest},
         "tensors": tensor_table(safetensors.torch.save(tensors)),
@@ -181,8 +191,8 @@ def _backbone_name(digest: str) -> str:
 
 def _remove_other_backbones(folder: Path, keep: Mapping[str, bytes]) -> None:
     """Remove the backbones of adapters that are no longer there."""
-    for path in folder.glob(BACKBONE_NAME.format("[0-9a-f]" * 16)):
-        if path.name not in keep:
+    for path in folder.iterdir():
+        if BACKBONES.fullmatch(path.name) and path.name not in keep:
             path.unlink(missing_ok=True)
 
 
@@ -344,7 +354,8 @@ def _check_copy(copy: dict[str, Any], config: dict[str, Any], path: Path) -> dic
     """Compare adapter_config.json with the config in the header, which is the one that counts.
 
     One of another save is not an error: an interrupted save leaves that. One of the same save with other
-    values is: whoever changed it expects an effect. The metadata may be edited and keys may be added.
+    values is: whoever changed it expects an effect. The metadata, and what is there for other tools, may be
+    edited, and keys may be added.
 
     Returns:
         The metadata, from the file unless that belongs to another save.
@@ -357,7 +368,8 @@ def _check_copy(copy: dict[str, Any], config: dict[str, Any], path: Path) -> dic
         )
         return config["metadata"]
     metadata = copy.get("metadata")
-    fixed = {key: value for key, value in config.items() if key != "metadata"}
+    free = {"metadata", "peft_type", BASE_MODEL_KEY}
+    fixed = {key: value for key, value in config.items() if key not in free}
     changed = list(_differences(fixed, copy))
     if not isinstance(metadata, dict):
         changed.append(f"metadata: expected an object, got {metadata!r}")

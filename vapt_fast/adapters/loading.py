@@ -17,6 +17,7 @@ from ..ops.backend import BackendUnavailableError
 from ..source import HEADS, LOCAL_ARGS, is_local, load_weights
 from .checks import backbone_problems, head_problems, prompt_problems, tensor_problems
 from .file import AdapterError, AdapterFile, read, read_backbone, unreadable
+from .hub import add_backbone, local_folder
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
@@ -36,15 +37,15 @@ def load(model: AdaptiveViT, folder: str | os.PathLike[str], *, check_backbone: 
 
     Args:
         model: an AdaptiveViT with the same prompt options (dropout rates aside), geometry and head size.
-        folder: what ``save`` wrote.
+        folder: what ``save`` wrote; or "hf-hub:owner/name" "hf-hub:owner/name@revision", of ``push``.
         check_backbone: refuse a model whose frozen weights are not those the adapter was trained on, as told
             by ``backbone_fingerprint``.
 
     Raises:
-        AdapterNotFoundError: a file is missing.
+        AdapterNotFoundError: a file is missing, or the Hub has no such repository or revision.
         AdapterError: damaged files, or an adapter for another model; lists every mismatch.
     """
-    adapter = read(Path(folder))
+    adapter = read(local_folder(folder))
     problems = [
         *backbone_problems(model, adapter, check_backbone),
         *prompt_problems(model, adapter),
@@ -71,7 +72,7 @@ def build(
 
     Args:
         cls: AdaptiveViT, or a function with its arguments.
-        folder: what ``save`` wrote.
+        folder: what ``save`` wrote; or "hf-hub:owner/name" "hf-hub:owner/name@revision", of ``push``.
         backbone: the timm model to adapt, which gets a head of the adapter's number of classes; or a name to
             make it by, pretrained, as "local-dir:/folder". None for the backbone in ``folder`` if there is
             one, else the name in the adapter's config. By a name, it gets the arguments in the config.
@@ -80,7 +81,7 @@ def build(
         backend, backbone_precision: as for AdaptiveViT, whatever the adapter was trained with.
 
     Raises:
-        AdapterNotFoundError: a file is missing.
+        AdapterNotFoundError: a file is missing, or the Hub has no such repository or revision.
         AdapterError: damaged files, a backbone that timm can't make here, or one that does not fit; lists
             every mismatch.
         TypeError, ValueError, NotImplementedError: AdaptiveViT refuses ``backbone``, ``backend`` or
@@ -90,7 +91,9 @@ def build(
         raise TypeError(
             "weights are for a backbone that is made by its name, but backbone is a model already"
         )
-    adapter = read(Path(folder))
+    adapter = read(local_folder(folder))
+    if backbone is None and weights is None:
+        add_backbone(folder, adapter)
     if backbone is None or isinstance(backbone, str):
         model = _build_by_name(cls, adapter, backbone, weights, backend)
     else:
@@ -116,7 +119,7 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     Raises:
         AdapterNotFoundError, AdapterError: as for ``load``.
     """
-    return read(Path(folder)).config
+    return read(local_folder(folder)).config
 
 
 def _raise_misfit(adapter: AdapterFile, problems: Iterable[str]) -> None:

@@ -14,9 +14,9 @@ import torch
 from ..arguments import plain
 from ..data import full_data_config
 from ..names import create_backbone
-from ..source import HEADS
+from ..source import HEADS, HUB_PREFIX, hub_repository
 from .checks import backbone_fingerprint, geometry
-from .file import AdapterError, class_name_problems, write
+from .file import BASE_MODEL_KEY, AdapterError, class_name_problems, write
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
@@ -54,6 +54,8 @@ def save(
             that timm can't make again; lists every problem.
         OSError: the file system's own refusals.
     """
+    if os.fspath(folder).startswith(HUB_PREFIX):
+        raise AdapterError("the adapter can't be saved", [f"{folder} is on the Hub: call model.push_adapter"])
     metadata = plain(model.adapter_metadata if metadata is None else metadata)
     names: Any = model.class_names if class_names is None else class_names
     names = names.tolist() if hasattr(names, "tolist") else names
@@ -69,6 +71,7 @@ def save(
         raise AdapterError("the adapter can't be saved", problems)
     args, left_out = _timm_args(model)
     config = {
+        BASE_MODEL_KEY: hub_repository(model.backbone_source),
         "backbone": {
             **model.backbone_source,
             "args": args,

@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-Adapter = Annotated[Path, typer.Argument(help="Folder that vapt-fast train or model.save_adapter() wrote.")]
+Adapter = Annotated[
+    Path,
+    typer.Argument(help="Folder that vapt-fast train or model.save_adapter() wrote; or hf-hub:owner/name."),
+]
 AdapterBackbone = Annotated[
     str | None,
     typer.Option(help="timm's name of the backbone, as local-dir:/folder (default: the adapter's)."),
