@@ -21,7 +21,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any, cast
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -31,7 +31,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..arguments import listing
 from .errors import UserError, printable
 
-__all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image"]
+__all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image", "read_image"]
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 """Endings, in lower case, of the files in a folder that are taken for images."""
@@ -48,26 +48,46 @@ def open_image(path: str | Path) -> Image.Image:
         UserError: the file is missing, is no image, is damaged or is too large; the message names it.
     """
     try:
+        # Not by its name: Pillow 13 maps a file that it knows the name of into memory, and gets an
+        # uncompressed gray TIFF whose orientation swaps width and height wrong.
+        file = open(path, "rb")  # noqa: SIM115, closed below
+    except FileNotFoundError as error:
+        raise UserError(f"{printable(path)} does not exist") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{printable(path)} can't be read as an image: {printable(reason)}") from error
+    with file:
+        return read_image(file, printable(path))
+
+
+def read_image(file: IO[bytes], name: str, formats: Sequence[str] | None = None) -> Image.Image:
+    """Read an image from a file that is open, as RGB; see the top of this module.
+
+    Args:
+        file: the file.
+        name: what messages call it.
+        formats: the formats to try, by Pillow's names; None for all.
+
+    Raises:
+        UserError: it is no image, is damaged or is too large.
+    """
+    try:
         with warnings.catch_warnings():
             # Of Pillow, about tags that don't matter here and about sizes below its limit.
             warnings.simplefilter("ignore")
-            # Not by its name: Pillow 13 maps a file that it knows the name of into memory, and gets an
-            # uncompressed gray TIFF whose orientation swaps width and height wrong.
-            with open(path, "rb") as file, Image.open(file) as image:
+            with Image.open(file, formats=formats) as image:
                 image.load()
                 return _as_rgb(_upright(image), _is_unsigned(image))
-    except FileNotFoundError as error:
-        raise UserError(f"{printable(path)} does not exist") from error
     except UnidentifiedImageError as error:
-        raise UserError(f"{printable(path)} is not an image that Pillow can read") from error
+        raise UserError(f"{name} is not an image that Pillow can read") from error
     except Image.DecompressionBombError as error:
         most = 2 * (Image.MAX_IMAGE_PIXELS or 0)
         raise UserError(
-            f"{printable(path)} is too large, it has more than {most:,} pixels: make it smaller first"
+            f"{name} is too large, it has more than {most:,} pixels: make it smaller first"
         ) from error
     except Exception as error:  # for damaged files, Pillow's decoders raise almost anything
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{printable(path)} can't be read as an image: {printable(reason)}") from error
+        raise UserError(f"{name} can't be read as an image: {printable(reason)}") from error
 
 
 def check_images(

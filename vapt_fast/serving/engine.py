@@ -1,0 +1,162 @@
+"""The engine: Ray Serve runs the replicas, restarts them, queues requests and fills batches."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import urllib.request
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..adapters.file import read
+from ..adapters.hub import local_folder
+from ..config import PromptConfig
+from ..model import AdaptiveViT
+from .options import ServeOptions
+from .service import Item, Service, Stack
+from .store import Store, read_files
+
+__all__ = ["add_adapters", "make_stack", "start", "stop"]
+
+APPLICATION = "vapt_fast"
+
+
+def start(
+    options: ServeOptions,
+    *,
+    replicas: int = 1,
+    gpus: float = 0.0,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    timeout: float = 60.0,
+    address: str | None = None,
+    make: Callable[[ServeOptions], Stack] | None = None,
+) -> None:
+    """Start the server, and return when all replicas can answer.
+
+    Args:
+        options: for the replicas.
+        replicas: how many; each is a process with the whole backbone.
+        gpus: what each needs of them, 0.5 to put two replicas on one GPU.
+        host, port: where to listen.
+        timeout: the seconds that a request may take.
+        address: of a Ray cluster that is running, or "auto" for this machine's; None to start one here.
+        make: makes the stack of a replica; None for ``make_stack``.
+
+    Raises:
+        ModuleNotFoundError: Ray Serve is not installed.
+        RuntimeError: no replica can start; the log says why.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        import multipart as multipart
+        import ray
+        from ray import serve
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'vapt-fast serve needs Ray Serve, and {error.name} is missing: pip install "vapt_fast[serve]"'
+        ) from error
+
+    local = {} if address is not None else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(address=address, log_to_driver=True, configure_logging=False, **local)
+    serve.start(http_options={"host": host, "port": port, "request_timeout_s": timeout})
+    replica = serve.deployment(
+        num_replicas=replicas,
+        max_ongoing_requests=4 * options.batch_size,
+        max_queued_requests=64 * options.batch_size,
+        ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
+    )(_replica(options, make or make_stack))
+    serve.run(replica.bind(), name=APPLICATION)
+
+
+def stop() -> None:
+    """Stop what ``start`` has started."""
+    import ray
+    from ray import serve
+
+    serve.delete(APPLICATION)
+    ray.shutdown()
+
+
+def _replica(options: ServeOptions, make: Callable[[ServeOptions], Stack]) -> type:
+    """The class of the replicas; being local, it travels to other machines by value, with the options."""
+    from ray import serve
+    from ray.serve.metrics import Counter
+
+    from .http import make_app
+
+    def app() -> Any:  # made in each replica
+        context = serve.get_replica_context()
+        return make_app(lambda: context.servable_object.service, context.replica_tag, _metrics)
+
+    @serve.ingress(app)
+    class Replica:
+        def __init__(self) -> None:
+            if options.threads is not None:
+                torch.set_num_threads(options.threads)
+            self.service = Service(options, make(options))
+            self.service.batch = self.batch
+            self.images = Counter("vapt_fast_images", "Images that were classified.", tag_keys=("version",))
+
+        @serve.batch(max_batch_size=options.batch_size, batch_wait_timeout_s=options.batch_wait)
+        async def batch(self, items: list[Item]) -> list[torch.Tensor]:
+            return await self.service.run(items)
+
+    return Replica
+
+
+async def _metrics() -> str:
+    """The metrics of all machines, as Ray's agents export them for Prometheus."""
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    urls = [f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes]
+    texts = await asyncio.gather(*(asyncio.to_thread(_get, url) for url in urls))
+    return "".join(texts)
+
+
+def _get(url: str) -> str:
+    with urllib.request.urlopen(url, timeout=5) as response:
+        return response.read().decode()
+
+
+# ---- what is served
+
+
+def add_adapters(store: Path, folders: Mapping[str, str], most: int) -> None:
+    """Put adapters into the store, by name, each from its folder or from the Hub.
+
+    Raises:
+        AdapterError, Refusal: one can't be read.
+    """
+    place = Store(store)
+    for name, folder in folders.items():
+        local = local_folder(folder)
+        read(local)
+        place.publish(name, place.add(read_files(local, most)))
+
+
+def make_stack(options: ServeOptions) -> Stack:
+    """Return a stack on the backbone of the first adapter, for prompts as in all adapters of the store."""
+    from ..adapters.stack import AdapterStack
+
+    model = AdaptiveViT.from_adapter(
+        options.first,
+        backbone=options.backbone,
+        weights=options.weights,
+        backend=options.backend,
+        backbone_precision=options.backbone_precision,
+    ).to(options.device)
+    store = Store(options.store)
+    prompts: list[PromptConfig] = []
+    for version in store.versions().values():
+        config = read(store.folder(version)).prompts
+        if config not in prompts:
+            prompts.append(config)
+    stack = AdapterStack(
+        model, capacity=options.capacity, prompts=prompts or None, max_classes=options.max_classes
+    )
+    return stack.eval()

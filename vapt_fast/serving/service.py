@@ -1,0 +1,289 @@
+"""What a replica does: the adapters of the store in one stack, and images to answers.
+
+It knows neither HTTP nor the engine. All of its methods run in one event loop; the stack is used in one
+thread of its own, one call at a time, and images are decoded in others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+from collections import Counter, OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..adapters import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterNotFoundError
+from ..adapters.file import read
+from .images import decode
+from .options import ServeOptions
+from .refusal import Refusal
+from .store import Store, check_name, files_below
+
+__all__ = ["Item", "Service", "Stack"]
+
+SHOWN = 16  # of a version's 64 digits
+ATTEMPTS = 5  # to read an adapter that is replaced meanwhile
+
+Result = TypeVar("Result")
+
+
+class Stack(Protocol):
+    """What is needed of vapt_fast.AdapterStack."""
+
+    def load_adapter(self, folder: Path, *, name: str) -> None:
+        """Add an adapter, or raise AdapterError."""
+
+    def delete_adapter(self, name: str) -> None:
+        """Take one away."""
+
+    def info(self, name: str) -> Any:
+        """What is known of one: ``num_classes``, ``class_names``, ``data_config``."""
+
+    def transform(self, name: str) -> Callable[[Any], Tensor]:
+        """From a PIL image to the tensor that the model takes."""
+
+    def __call__(self, images: Tensor, adapter_names: Sequence[str]) -> Tensor:
+        """Logits (B, max_classes)."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """An image in a batch: the tensor (in_chans, H, W), and the version of its adapter."""
+
+    image: Tensor
+    version: str
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    info: Any
+    transform: Callable[[Any], Tensor]
+
+
+class Service:
+    """A replica.
+
+    Args:
+        options: those of the server.
+        stack: an empty one, in eval mode, with room for ``options.capacity`` adapters.
+
+    Attributes:
+        batch: gives the logits (max_classes) of one item. It may wait for others and call ``run`` for them
+            together, as an engine does; by default it does not.
+    """
+
+    def __init__(self, options: ServeOptions, stack: Stack) -> None:
+        self.options = options
+        self.batch: Callable[[Item], Awaitable[Tensor]] = self._run_one
+        self._stack = stack
+        self._store = Store(options.store)
+        self._in_memory: OrderedDict[str, _Loaded] = (
+            OrderedDict()
+        )  # by version, the least recently used first
+        self._requests: Counter[str] = Counter()  # that need a version in memory
+        self._loading = asyncio.Lock()
+        self._model_thread = ThreadPoolExecutor(1, "model")
+        self._decoders = ThreadPoolExecutor(max(1, os.cpu_count() or 1), "decode")
+
+    # ---- what clients ask for
+
+    def adapters(self) -> list[dict[str, str]]:
+        """Return name and version of each adapter."""
+        return [_named(name, version) for name, version in sorted(self._store.versions().items())]
+
+    async def describe(self, name: str) -> dict[str, Any]:
+        """Return what is known of an adapter.
+
+        Raises:
+            Refusal: there is none of this name, or it can't be loaded.
+        """
+        async with self._version(name) as (version, adapter):
+            return _named(name, version) | _summary(adapter.info)
+
+    async def predict(self, content: bytes, name: str, top: int = 1) -> dict[str, Any]:
+        """Return the ``top`` most probable classes of an image, by an adapter as it was when this was called.
+
+        Raises:
+            Refusal: no such adapter, or an image that can't be read.
+        """
+        async with self._version(name) as (version, adapter):
+            image = await _in(self._decoders, self._prepare, content, adapter.transform)
+            logits = await self.batch(Item(image, version))
+            return _named(name, version) | {"top": _best(logits, adapter.info, top)}
+
+    async def put(
+        self, name: str, files: Mapping[str, bytes] | None = None, folder: str | None = None
+    ) -> tuple[dict[str, Any], bool]:
+        """Add an adapter, or replace the one of this name; if it is refused, nothing changes.
+
+        Args:
+            name: of the adapter.
+            files: the contents of its two files; or
+            folder: the name of a folder below ``options.root``.
+
+        Returns:
+            What ``describe`` returns, and whether the name is new.
+
+        Raises:
+            Refusal: a wrong name, or an adapter that is damaged or does not fit.
+        """
+        check_name(name)
+        if files is None:
+            if self.options.root is None or folder is None:
+                raise Refusal(403, "this server loads no folders: it was started without --root")
+            files = await asyncio.to_thread(files_below, self.options.root, folder, self.options.max_body)
+        version = await asyncio.to_thread(self._store.add, files)
+        try:
+            await asyncio.to_thread(_check_files, self._store.folder(version))
+            await self._pin(version)
+        except (AdapterError, Refusal) as error:
+            await asyncio.to_thread(self._store.discard, version)
+            raise _refusal(error) from error
+        try:
+            new = await asyncio.to_thread(self._store.publish, name, version)
+            return _named(name, version) | _summary(self._in_memory[version].info), new
+        finally:
+            self._release(version)
+
+    async def delete(self, name: str) -> None:
+        """Take an adapter away; requests that came before are still answered.
+
+        Raises:
+            Refusal: there is none of this name.
+        """
+        if not await asyncio.to_thread(self._store.remove, name):
+            raise _unknown(name)
+
+    # ---- the model
+
+    async def run(self, items: Sequence[Item]) -> list[Tensor]:
+        """Return the logits (max_classes) of each item, in float32 on the CPU, computed in one batch."""
+        return await _in(self._model_thread, self._logits, items)
+
+    async def _run_one(self, item: Item) -> Tensor:
+        return (await self.run([item]))[0]
+
+    def _logits(self, items: Sequence[Item]) -> list[Tensor]:
+        with torch.inference_mode():
+            images = torch.stack([item.image for item in items]).to(self.options.device)
+            logits = self._stack(images, [item.version for item in items])
+            return list(logits.float().cpu().unbind())
+
+    def _prepare(self, content: bytes, transform: Callable[[Any], Tensor]) -> Tensor:
+        return transform(decode(content, self.options.max_pixels))
+
+    # ---- adapters in memory
+
+    @asynccontextmanager
+    async def _version(self, name: str) -> AsyncIterator[tuple[str, _Loaded]]:
+        """The version of an adapter, as it is now, which stays in memory within this context."""
+        version = await self._acquire(name)
+        try:
+            yield version, self._in_memory[version]
+        finally:
+            self._release(version)
+
+    async def _acquire(self, name: str) -> str:
+        for _ in range(ATTEMPTS):
+            version = self._store.versions().get(name)
+            if version is None:
+                break
+            try:
+                await self._pin(version)
+            except AdapterNotFoundError:
+                continue  # it was replaced meanwhile, and its files are gone
+            except AdapterError as error:
+                raise _refusal(error) from error
+            return version
+        raise _unknown(name)
+
+    async def _pin(self, version: str) -> None:
+        """Keep a version in memory until ``_release``, and load it first if it is not there."""
+        self._requests[version] += 1
+        try:
+            if version not in self._in_memory:
+                # A client that goes away must not leave the stack half changed.
+                await asyncio.shield(asyncio.ensure_future(self._load(version)))
+        except BaseException:
+            self._release(version)
+            raise
+        self._in_memory.move_to_end(version)
+
+    def _release(self, version: str) -> None:
+        self._requests[version] -= 1
+        if not self._requests[version]:
+            del self._requests[version]
+
+    async def _load(self, version: str) -> None:
+        async with self._loading:
+            if version in self._in_memory:
+                return
+            if len(self._in_memory) >= self.options.capacity:
+                unused = next((known for known in self._in_memory if not self._requests[known]), None)
+                if unused is None:
+                    raise Refusal(503, "all adapters in memory are in use; try again, or raise --capacity")
+                del self._in_memory[unused]
+                await _in(self._model_thread, self._stack.delete_adapter, unused)
+            self._in_memory[version] = await _in(self._model_thread, self._read, version)
+
+    def _read(self, version: str) -> _Loaded:
+        self._stack.load_adapter(self._store.folder(version), name=version)
+        return _Loaded(self._stack.info(version), self._stack.transform(version))
+
+
+async def _in(executor: Executor, function: Callable[..., Result], *args: Any) -> Result:
+    return await asyncio.get_running_loop().run_in_executor(executor, functools.partial(function, *args))
+
+
+def _named(name: str, version: str) -> dict[str, str]:
+    return {"adapter": name, "version": version[:SHOWN]}
+
+
+def _summary(info: Any) -> dict[str, Any]:
+    names = info.class_names
+    return {"num_classes": info.num_classes, "class_names": None if names is None else list(names)}
+
+
+def _best(logits: Tensor, info: Any, top: int) -> list[dict[str, Any]]:
+    """The most probable of the adapter's own classes; those beyond are another adapter's."""
+    values, indices = logits[: info.num_classes].softmax(0).topk(min(top, info.num_classes))
+    names = info.class_names or [str(index) for index in range(info.num_classes)]
+    return [
+        {"class": names[index], "index": index, "probability": value}
+        for index, value in zip(indices.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _check_files(folder: Path) -> None:
+    """Raise AdapterError for damaged files, files of two adapters, or NaN, which would be in all answers."""
+    adapter = read(folder)
+    problems = [
+        f"{name} has NaN or infinite numbers"
+        for name, tensor in adapter.tensors.items()
+        if not torch.isfinite(tensor).all()
+    ]
+    copy = json.loads((folder / CONFIG_NAME).read_bytes())
+    if copy.get("config_sha256") != adapter.config["config_sha256"]:
+        problems.append(f"{CONFIG_NAME} was not saved together with {WEIGHTS_NAME}")
+    if problems:
+        raise AdapterError("the adapter can't be served", problems)
+
+
+def _refusal(error: AdapterError | Refusal) -> Refusal:
+    """The reasons alone: the rest of the message has paths of this machine."""
+    if isinstance(error, Refusal):
+        return error
+    return Refusal(422, f"the adapter can't be loaded: {'; '.join(error.problems)[:1000]}")
+
+
+def _unknown(name: str) -> Refusal:
+    return Refusal(404, f"there is no adapter {name[:80]!a}")
