@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TOKEN, Answer, Server, adapter_form, form, make_server
 from PIL import Image
+from replicas import TOKEN, Answer, Server, adapter_form, form, make_server
 from stacks import LoopStack, save_adapter
 
 from vapt_fast import AdaptiveViT
@@ -24,6 +24,16 @@ from vapt_fast.adapters.file import config_sha256
 
 pytest.importorskip("starlette")
 pytest.importorskip("multipart")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Server:
+    """A server of the adapters "a" and "b", with different numbers of classes, in folders of these names."""
+    server = make_server(tmp_path)
+    for seed, (name, num_classes) in enumerate({"a": 3, "b": 5}.items()):
+        save_adapter(tmp_path / name, seed, num_classes)
+        assert server("PUT", f"/adapters/{name}", *adapter_form(tmp_path / name)).status == 201
+    return server
 
 
 def picture(seed: int = 0) -> bytes:

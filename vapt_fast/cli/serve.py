@@ -96,10 +96,17 @@ def serve(
             backbone_precision=backbone_precision,
         )
         gpus = min(1.0, torch.cuda.device_count() / replicas) if device.startswith("cuda") else 0.0
-        places = {"host": host, "port": port, "timeout": timeout, "address": address}
         try:
             add_adapters(given.store, folders, given.max_body)
-            start(given, replicas=replicas, gpus=gpus, **places)
+            start(
+                given,
+                replicas=replicas,
+                gpus=gpus,
+                host=host,
+                port=port,
+                timeout=timeout,
+                address=address,
+            )
         except Refusal as error:
             raise UserError(error.reason) from error
         say(f"serving {', '.join(folders)} at http://{host}:{port}; stop with Ctrl-C")

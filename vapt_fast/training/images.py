@@ -60,7 +60,7 @@ def open_image(path: str | Path) -> Image.Image:
         return read_image(file, printable(path))
 
 
-def read_image(file: IO[bytes], name: str, formats: Sequence[str] | None = None) -> Image.Image:
+def read_image(file: IO[bytes], name: str, formats: tuple[str, ...] | None = None) -> Image.Image:
     """Read an image from a file that is open, as RGB; see the top of this module.
 
     Args:

@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-import pytest
-from stacks import LoopStack, save_adapter
+from stacks import LoopStack
 
 from vapt_fast.adapters import CONFIG_NAME, WEIGHTS_NAME
 from vapt_fast.serving import ServeOptions, token_digest
@@ -110,15 +109,3 @@ def make_server(folder: Path, stack: Any = None, **options: Any) -> Server:
     options = {"first": "unused", "max_classes": 5, "threads": 1} | options
     service = Service(ServeOptions(**options), stack or LoopStack(capacity).eval())
     return Server(service, make_app(lambda: service, "replica-1", no_metrics))
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Server:
-    """A server of the adapters "a" and "b", with different numbers of classes, in folders of these names."""
-    pytest.importorskip("starlette")
-    pytest.importorskip("multipart")
-    server = make_server(tmp_path)
-    for seed, (name, num_classes) in enumerate({"a": 3, "b": 5}.items()):
-        save_adapter(tmp_path / name, seed, num_classes)
-        assert server("PUT", f"/adapters/{name}", *adapter_form(tmp_path / name)).status == 201
-    return server
