@@ -60,14 +60,15 @@ def start(
             f'vapt-fast serve needs Ray Serve, and {error.name} is missing: pip install "vapt_fast[serve]"'
         ) from error
 
-    local = {} if address is not None else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    ray.init(address=address, log_to_driver=True, configure_logging=False, **local)
+    local = {} if address is not None else {"include_dashboard": False}
+    ray.init(address=address, configure_logging=False, **local)
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": timeout})
     replica = serve.deployment(
         num_replicas=replicas,
         max_ongoing_requests=4 * options.batch_size,
         max_queued_requests=64 * options.batch_size,
         ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
+        logging_config={"enable_access_log": False},
     )(_replica(options, make or make_stack))
     serve.run(replica.bind(), name=APPLICATION)
 
@@ -89,8 +90,8 @@ def _replica(options: ServeOptions, make: Callable[[ServeOptions], Stack]) -> ty
     from .http import make_app
 
     def app() -> Any:  # made in each replica
-        context = serve.get_replica_context()
-        return make_app(lambda: context.servable_object.service, context.replica_tag, _metrics)
+        replica = serve.get_replica_context().replica_tag
+        return make_app(lambda: serve.get_replica_context().servable_object.service, replica, _metrics)
 
     @serve.ingress(app)
     class Replica:
@@ -99,10 +100,12 @@ def _replica(options: ServeOptions, make: Callable[[ServeOptions], Stack]) -> ty
                 torch.set_num_threads(options.threads)
             self.service = Service(options, make(options))
             self.service.batch = self.batch
-            self.images = Counter("vapt_fast_images", "Images that were classified.", tag_keys=("version",))
+            self.images = Counter("vapt_fast_images", "Images, by version.", tag_keys=("version",))
 
         @serve.batch(max_batch_size=options.batch_size, batch_wait_timeout_s=options.batch_wait)
         async def batch(self, items: list[Item]) -> list[torch.Tensor]:
+            for item in items:
+                self.images.inc(tags={"version": item.version})
             return await self.service.run(items)
 
     return Replica

@@ -143,7 +143,7 @@ class Service:
             files = await asyncio.to_thread(files_below, self.options.root, folder, self.options.max_body)
         version = await asyncio.to_thread(self._store.add, files)
         try:
-            await asyncio.to_thread(_check_files, self._store.folder(version))
+            await asyncio.to_thread(self._check_files, self._store.folder(version))
             await self._pin(version)
         except (AdapterError, Refusal) as error:
             await asyncio.to_thread(self._store.discard, version)
@@ -162,6 +162,25 @@ class Service:
         """
         if not await asyncio.to_thread(self._store.remove, name):
             raise _unknown(name)
+
+    def _check_files(self, folder: Path) -> None:
+        """Raise AdapterError for files that are damaged, of two adapters, too large, or have NaN."""
+        adapter = read(folder)
+        problems = [
+            f"{name} has NaN or infinite numbers"
+            for name, tensor in adapter.tensors.items()
+            if not torch.isfinite(tensor).all()
+        ]
+        most = self.options.max_classes
+        if adapter.num_classes > most:
+            problems.append(
+                f"it has {adapter.num_classes:,} classes, and the server takes {most:,} (--max-classes)"
+            )
+        copy = json.loads((folder / CONFIG_NAME).read_bytes())
+        if copy.get("config_sha256") != adapter.config["config_sha256"]:
+            problems.append(f"{CONFIG_NAME} was not saved together with {WEIGHTS_NAME}")
+        if problems:
+            raise AdapterError("the adapter can't be served", problems)
 
     # ---- the model
 
@@ -261,21 +280,6 @@ def _best(logits: Tensor, info: Any, top: int) -> list[dict[str, Any]]:
         {"class": names[index], "index": index, "probability": value}
         for index, value in zip(indices.tolist(), values.tolist(), strict=True)
     ]
-
-
-def _check_files(folder: Path) -> None:
-    """Raise AdapterError for damaged files, files of two adapters, or NaN, which would be in all answers."""
-    adapter = read(folder)
-    problems = [
-        f"{name} has NaN or infinite numbers"
-        for name, tensor in adapter.tensors.items()
-        if not torch.isfinite(tensor).all()
-    ]
-    copy = json.loads((folder / CONFIG_NAME).read_bytes())
-    if copy.get("config_sha256") != adapter.config["config_sha256"]:
-        problems.append(f"{CONFIG_NAME} was not saved together with {WEIGHTS_NAME}")
-    if problems:
-        raise AdapterError("the adapter can't be served", problems)
 
 
 def _refusal(error: AdapterError | Refusal) -> Refusal:
