@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
+from malformed import malformed_adapters
 from PIL import Image
 from replicas import TOKEN, Answer, Server, adapter_form, form, make_server
 from stacks import LoopStack, save_adapter
 
 from vapt_fast import AdaptiveViT
 from vapt_fast.adapters import CONFIG_NAME, WEIGHTS_NAME
-from vapt_fast.adapters.file import config_sha256
 
 pytest.importorskip("starlette")
 pytest.importorskip("multipart")
@@ -330,39 +328,9 @@ def test_wrong_bodies_of_changes(server: Server, status: int, body: bytes, kind:
     refused(server, status, "PUT", "/adapters/new", body, kind)
 
 
-def edited(config: bytes, weights: bytes, **changes: Any) -> dict[str, bytes]:
-    value = json.loads(config) | changes
-    value["config_sha256"] = config_sha256(value)
-    text = json.dumps(value)
-    tensors = safetensors.torch.load(weights)
-    return {
-        CONFIG_NAME: text.encode(),
-        WEIGHTS_NAME: safetensors.torch.save(tensors, {"adapter_config": text}),
-    }
-
-
-def damaged(folder: Path) -> Iterator[dict[str, bytes]]:
-    config, weights = ((folder / name).read_bytes() for name in (CONFIG_NAME, WEIGHTS_NAME))
-    for length in (2**63, 2**64 - 1, 10**12, len(weights), 0):
-        yield {CONFIG_NAME: config, WEIGHTS_NAME: length.to_bytes(8, "little") + weights[8:]}
-    for cut in (0, 4, 8, 100, len(weights) - 1):
-        yield {CONFIG_NAME: config, WEIGHTS_NAME: weights[:cut]}
-    flipped = bytearray(weights)
-    flipped[-1] ^= 1
-    yield {CONFIG_NAME: config, WEIGHTS_NAME: bytes(flipped)}
-    for text in (b"", b"[]", b"{", b"\xff\xfe", b"[" * 10_000, b'{"format_version": 1}'):
-        yield {CONFIG_NAME: text, WEIGHTS_NAME: weights}
-    backbone = json.loads(config)["backbone"]
-    yield edited(config, weights, format_version=99)
-    yield edited(config, weights, class_names=["one"])
-    yield edited(config, weights, tensors={})
-    yield edited(config, weights, backbone=backbone | {"fingerprint": "0" * 64})
-    yield edited(config, weights, backbone=backbone | {"num_classes": 10**12}, class_names=None)
-
-
 @pytest.mark.filterwarnings("ignore:.*was not saved together with")
 def test_damaged_adapters(server: Server, tmp_path: Path) -> None:
-    for files in damaged(tmp_path / "a"):
+    for files in malformed_adapters(tmp_path / "a", 40):
         reason = refused(server, 422, "PUT", "/adapters/new", *form(**files))
         assert str(tmp_path) not in reason
     kept = {path.name for path in (tmp_path / "store" / "versions").iterdir()}

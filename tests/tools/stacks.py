@@ -11,7 +11,7 @@ import torch
 from small_adapters import timm_model
 from torch import Tensor, nn
 
-from vapt_fast import AdapterError, AdaptiveViT
+from vapt_fast import AdapterError, AdaptiveViT, adapters
 
 MOST_CLASSES = 5
 
@@ -29,6 +29,8 @@ class LoopStack(nn.Module):
         return tuple(self.models)
 
     def load_adapter(self, folder: Path, *, name: str) -> None:
+        if adapters.read_config(folder)["prompts"]["num_prompts"] != 2:
+            raise AdapterError("does not fit", ["num_prompts differs"])
         model = AdaptiveViT.from_adapter(folder, backbone=timm_model())
         if model.num_classes > self.max_classes:
             raise AdapterError("does not fit", [f"num_classes {model.num_classes} > {self.max_classes}"])

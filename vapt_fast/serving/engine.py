@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import urllib.request
 from collections.abc import Callable, Mapping
@@ -96,6 +97,7 @@ def _replica(options: ServeOptions, make: Callable[[ServeOptions], Stack]) -> ty
     @serve.ingress(app)
     class Replica:
         def __init__(self) -> None:
+            logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each malformed form
             if options.threads is not None:
                 torch.set_num_threads(options.threads)
             self.service = Service(options, make(options))

@@ -70,7 +70,7 @@ def make_app(
     def route(path: str, endpoint: Endpoint, *methods: str) -> Route:
         return Route(path, _answered(endpoint, replica), methods=list(methods))
 
-    return Starlette(
+    app = Starlette(
         routes=[
             route("/predict", predict, "POST"),
             route("/adapters", adapters, "GET"),
@@ -82,6 +82,8 @@ def make_app(
         ],
         exception_handlers={HTTPException: _http_error},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 def _answered(endpoint: Endpoint, replica: str) -> Endpoint:
