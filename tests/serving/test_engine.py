@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("ray")
-pytest.importorskip("multipart")
+pytest.importorskip("python_multipart")
 
 LOAD = Path(__file__).parents[1] / "tools" / "serving_load.py"
 

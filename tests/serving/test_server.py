@@ -21,17 +21,27 @@ from vapt_fast import AdaptiveViT
 from vapt_fast.adapters import CONFIG_NAME, WEIGHTS_NAME
 
 pytest.importorskip("starlette")
-pytest.importorskip("multipart")
+pytest.importorskip("python_multipart")
+
+
+def make_full_server(folder: Path) -> Server:
+    """A server of the adapters "a" and "b", with different numbers of classes, in folders of these names."""
+    server = make_server(folder)
+    for seed, (name, num_classes) in enumerate({"a": 3, "b": 5}.items()):
+        save_adapter(folder / name, seed, num_classes)
+        assert server("PUT", f"/adapters/{name}", *adapter_form(folder / name)).status == 201
+    return server
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Server:
-    """A server of the adapters "a" and "b", with different numbers of classes, in folders of these names."""
-    server = make_server(tmp_path)
-    for seed, (name, num_classes) in enumerate({"a": 3, "b": 5}.items()):
-        save_adapter(tmp_path / name, seed, num_classes)
-        assert server("PUT", f"/adapters/{name}", *adapter_form(tmp_path / name)).status == 201
-    return server
+    return make_full_server(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory) -> Server:
+    """The same, for tests that change nothing."""
+    return make_full_server(tmp_path_factory.mktemp("server"))
 
 
 def picture(seed: int = 0) -> bytes:
@@ -250,8 +260,8 @@ def refused(server: Server, status: int, *call: Any, **options: Any) -> str:
         (400, "?adapter=a", b"nonsense", "multipart/form-data; boundary=x; charset=nonsense"),
     ],
 )
-def test_wrong_images(server: Server, status: int, query: str, body: bytes, kind: str | None) -> None:
-    refused(server, status, "POST", f"/predict{query}", body, kind)
+def test_wrong_images(calm: Server, status: int, query: str, body: bytes, kind: str | None) -> None:
+    refused(calm, status, "POST", f"/predict{query}", body, kind)
 
 
 @pytest.mark.parametrize(
@@ -263,14 +273,14 @@ def test_wrong_images(server: Server, status: int, query: str, body: bytes, kind
         (405, "PATCH", "/adapters/a"),
     ],
 )
-def test_wrong_places(server: Server, status: int, method: str, path: str) -> None:
-    refused(server, status, method, path)
+def test_wrong_places(calm: Server, status: int, method: str, path: str) -> None:
+    refused(calm, status, method, path)
 
 
 @pytest.mark.parametrize("token", [None, "", "secre", "secret ", "Secret", "sécret"])
-def test_changes_need_the_token(server: Server, tmp_path: Path, token: str | None) -> None:
+def test_changes_need_the_token(calm: Server, token: str | None) -> None:
     for method in ("PUT", "POST", "DELETE"):
-        refused(server, 401, method, "/adapters/a", *adapter_form(tmp_path / "b"), token=token)
+        refused(calm, 401, method, "/adapters/a", *adapter_form(calm.folder / "b"), token=token)
 
 
 def test_without_a_token_changes_are_refused(tmp_path: Path) -> None:
@@ -279,8 +289,8 @@ def test_without_a_token_changes_are_refused(tmp_path: Path) -> None:
         assert server("DELETE", "/adapters/a", token=token).status == 403
 
 
-def test_bodies_are_read_no_further_than_the_limit(server: Server, tmp_path: Path) -> None:
-    limited = make_server(tmp_path, max_body=20_000)
+def test_bodies_are_read_no_further_than_the_limit(calm: Server) -> None:
+    limited = make_server(calm.folder, max_body=20_000)
 
     def endless() -> Iterator[bytes]:
         while True:
@@ -300,9 +310,9 @@ def test_bodies_are_read_no_further_than_the_limit(server: Server, tmp_path: Pat
         assert limited.read == 0
 
 
-def test_wrong_names(server: Server, tmp_path: Path) -> None:
+def test_wrong_names(calm: Server) -> None:
     for name in ("a.b", "..", "ä", "-a", "a" * 65, "a b", "%2e%2e"):
-        refused(server, 422, "PUT", f"/adapters/{name}", *adapter_form(tmp_path / "a"))
+        refused(calm, 422, "PUT", f"/adapters/{name}", *adapter_form(calm.folder / "a"))
 
 
 @pytest.mark.parametrize(
@@ -324,35 +334,35 @@ def test_wrong_names(server: Server, tmp_path: Path) -> None:
         (400, *form(**{CONFIG_NAME: "{}", WEIGHTS_NAME: "x"})),
     ],
 )
-def test_wrong_bodies_of_changes(server: Server, status: int, body: bytes, kind: str | None) -> None:
-    refused(server, status, "PUT", "/adapters/new", body, kind)
+def test_wrong_bodies_of_changes(calm: Server, status: int, body: bytes, kind: str | None) -> None:
+    refused(calm, status, "PUT", "/adapters/new", body, kind)
 
 
 @pytest.mark.filterwarnings("ignore:.*was not saved together with")
-def test_damaged_adapters(server: Server, tmp_path: Path) -> None:
-    for files in malformed_adapters(tmp_path / "a", 40):
-        reason = refused(server, 422, "PUT", "/adapters/new", *form(**files))
-        assert str(tmp_path) not in reason
-    kept = {path.name for path in (tmp_path / "store" / "versions").iterdir()}
-    assert kept == set(server.service._store.versions().values())
+def test_damaged_adapters(calm: Server) -> None:
+    for files in malformed_adapters(calm.folder / "a", 40):
+        reason = refused(calm, 422, "PUT", "/adapters/new", *form(**files))
+        assert str(calm.folder) not in reason
+    kept = {path.name for path in (calm.folder / "store" / "versions").iterdir()}
+    assert kept == set(calm.service._store.versions().values())
 
 
-def test_adapters_that_do_not_fit(server: Server, tmp_path: Path) -> None:
-    save_adapter(tmp_path / "many", 3, num_classes=6)
-    refused(server, 422, "PUT", "/adapters/new", *adapter_form(tmp_path / "many"))
-    model = save_adapter(tmp_path / "wrong", 3)
+def test_adapters_that_do_not_fit(calm: Server) -> None:
+    save_adapter(calm.folder / "many", 3, num_classes=6)
+    refused(calm, 422, "PUT", "/adapters/new", *adapter_form(calm.folder / "many"))
+    model = save_adapter(calm.folder / "wrong", 3)
     model.head.weight.data[0, 0] = torch.nan
-    model.save_adapter(tmp_path / "wrong")
-    assert "NaN" in refused(server, 422, "PUT", "/adapters/new", *adapter_form(tmp_path / "wrong"))
+    model.save_adapter(calm.folder / "wrong")
+    assert "NaN" in refused(calm, 422, "PUT", "/adapters/new", *adapter_form(calm.folder / "wrong"))
 
 
-def test_a_fault_is_told_without_details(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_is_told_without_details(calm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: LoopStack, *args: Any) -> torch.Tensor:
         raise RuntimeError("private")
 
     with monkeypatch.context() as context:
         context.setattr(LoopStack, "forward", fail)
-        answer = server("POST", "/predict?adapter=a", picture(), "image/png")
+        answer = calm("POST", "/predict?adapter=a", picture(), "image/png")
     assert answer.status == 500
     assert b"private" not in answer.body
-    assert server("POST", "/predict?adapter=a", picture(), "image/png").status == 200
+    assert calm("POST", "/predict?adapter=a", picture(), "image/png").status == 200

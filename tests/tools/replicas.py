@@ -35,6 +35,7 @@ class Answer:
 class Server:
     """The application of one replica; ``read`` is how many bytes of the last body it took."""
 
+    folder: Path
     service: Service
     app: Any
     read: int = 0
@@ -108,4 +109,4 @@ def make_server(folder: Path, stack: Any = None, **options: Any) -> Server:
     options = {"store": folder / "store", "root": folder, "token_sha256": token_digest(TOKEN)} | options
     options = {"first": "unused", "max_classes": 5, "threads": 1} | options
     service = Service(ServeOptions(**options), stack or LoopStack(capacity).eval())
-    return Server(service, make_app(lambda: service, "replica-1", no_metrics))
+    return Server(folder, service, make_app(lambda: service, "replica-1", no_metrics))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +18,8 @@ import typer
 from ..adapters.file import read
 from ..adapters.hub import local_folder
 from ..serving import Refusal, ServeOptions, token_digest
-from ..serving.engine import add_adapters, start, stop
+from ..serving.engine import add_adapters, check_installed, start, stop
+from ..serving.store import check_name
 from ..training import UserError
 from ..training.run import check_backend
 from . import options
@@ -72,10 +77,10 @@ def serve(
     POST an image to /predict?adapter=NAME; docs/serving.md describes the rest. Needs the extra `serve`.
     """
     with failures():
+        check_installed()
         check_backend(backend, "--backend")
         device = pick_device(device)
-        folders = _named_folders(adapters)
-        token = _token(token_file)
+        token, folders = _token(token_file), _named_folders(adapters)
         largest = max(read(local_folder(folder)).num_classes for folder in folders.values())
         given = ServeOptions(
             first=next(iter(folders.values())),
@@ -109,11 +114,23 @@ def serve(
             )
         except Refusal as error:
             raise UserError(error.reason) from error
-        say(f"serving {', '.join(folders)} at http://{host}:{port}; stop with Ctrl-C")
-        if token is None:
-            say(f"adapters can't be changed: no --token-file and no {TOKEN_VARIABLE}")
-        _wait()
-        stop()
+        try:
+            _check_served(folders, "127.0.0.1" if host == "0.0.0.0" else host, port)
+            say(f"serving {', '.join(folders)} at http://{host}:{port}; stop with Ctrl-C")
+            if token is None:
+                say(f"adapters can't be changed: no --token-file and no {TOKEN_VARIABLE}")
+            _wait()
+        finally:
+            stop()
+
+
+def _check_served(names: Iterable[str], host: str, port: int) -> None:
+    """Raise UserError unless a replica can load all the adapters."""
+    for name in names:
+        try:
+            urllib.request.urlopen(f"http://{host}:{port}/adapters/{name}", timeout=60).close()
+        except urllib.error.HTTPError as error:
+            raise UserError(f"{name}: {json.loads(error.read())['error']}") from error
 
 
 def _named_folders(given: list[str]) -> dict[str, str]:
@@ -122,6 +139,10 @@ def _named_folders(given: list[str]) -> dict[str, str]:
         name, separator, folder = argument.partition("=")
         if not (separator and folder):
             raise UserError(f"{argument!r} names no adapter; expected NAME=FOLDER")
+        try:
+            check_name(name)
+        except Refusal as error:
+            raise UserError(error.reason) from error
         if name in folders:
             raise UserError(f"the name {name!r} was given twice")
         folders[name] = folder if folder.startswith("hf-hub:") else str(Path(folder).resolve())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import os
 import urllib.request
@@ -20,9 +21,21 @@ from .options import ServeOptions
 from .service import Item, Service, Stack
 from .store import Store, read_files
 
-__all__ = ["add_adapters", "make_stack", "start", "stop"]
+__all__ = ["add_adapters", "check_installed", "make_stack", "start", "stop"]
 
 APPLICATION = "vapt_fast"
+
+
+def check_installed() -> None:
+    """Raise ModuleNotFoundError, with the command that helps, unless the extra ``serve`` is installed."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray would report to its makers
+    for name in ("python_multipart", "ray.serve"):
+        try:
+            importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f'vapt-fast serve needs {error.name}, which is not installed: pip install "vapt_fast[serve]"'
+            ) from error
 
 
 def start(
@@ -51,15 +64,9 @@ def start(
         ModuleNotFoundError: Ray Serve is not installed.
         RuntimeError: no replica can start; the log says why.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    try:
-        import multipart as multipart
-        import ray
-        from ray import serve
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f'vapt-fast serve needs Ray Serve, and {error.name} is missing: pip install "vapt_fast[serve]"'
-        ) from error
+    check_installed()
+    import ray
+    from ray import serve
 
     local = {} if address is not None else {"include_dashboard": False}
     ray.init(address=address, configure_logging=False, **local)

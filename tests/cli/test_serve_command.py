@@ -1,0 +1,87 @@
+"""``vapt-fast serve``: what it refuses before anything is started."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from command import error_of
+from stacks import save_adapter
+
+from vapt_fast.serving import Refusal, ServeOptions, token_digest
+from vapt_fast.serving.store import Store
+
+module = importlib.import_module("vapt_fast.cli.serve")
+
+
+@pytest.fixture
+def without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine that must not be started."""
+
+    def start(*args: object, **options: object) -> None:
+        raise AssertionError("started")
+
+    monkeypatch.setattr(module, "check_installed", lambda: None)
+    monkeypatch.setattr(module, "start", start)
+
+
+def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
+    save_adapter(tmp_path / "a", 0)
+    error = error_of("serve", f"a={tmp_path / 'a'}", "--store", tmp_path / "store")
+    assert 'pip install "vapt_fast[serve]"' in error
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.usefixtures("without_engine")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["{folder}"],
+        ["a="],
+        ["={folder}"],
+        ["a.b={folder}"],
+        ["a={folder}", "a={folder}"],
+        ["a={folder}/missing"],
+        ["a={folder}", "b={folder}/missing"],
+        ["a={folder}", "--token-file", "{folder}/missing"],
+        ["a={folder}", "--token-file", "{empty}"],
+        ["a={folder}", "--device", "nonsense"],
+        ["a={folder}", "--backend", "nonsense"],
+    ],
+)
+def test_wrong_arguments(tmp_path: Path, arguments: list[str]) -> None:
+    folder, empty = tmp_path / "a", tmp_path / "empty"
+    save_adapter(folder, 0)
+    empty.write_text("\n")
+    filled = [argument.format(folder=folder, empty=empty) for argument in arguments]
+    error_of(
+        "serve", *filled, "--store", tmp_path / "store", code=1 if "{folder}/missing" in arguments else 2
+    )
+    assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.usefixtures("without_engine")
+def test_the_first_adapter_and_the_largest_decide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+
+    def start(options: ServeOptions, **places: Any) -> None:
+        given.extend((options, places))
+        raise Refusal(422, "as far as the test needs it")
+
+    monkeypatch.setattr(module, "start", start)
+    for name, classes in (("a", 3), ("b", 5)):
+        save_adapter(tmp_path / name, 0, classes)
+    (tmp_path / "token").write_text("secret\n")
+    folders = [f"{name}={tmp_path / name}" for name in "ab"]
+    places = ["--store", tmp_path / "store", "--token-file", tmp_path / "token"]
+    error_of("serve", *folders, *places, "--device", "cpu", "--replicas", 2)
+    options, others = given
+    assert (options.first, options.max_classes) == (str(tmp_path / "a"), 5)
+    assert options.token_sha256 == token_digest("secret")
+    assert (others["replicas"], others["gpus"]) == (2, 0.0)
+    assert Store(options.store).versions().keys() == {"a", "b"}
