@@ -199,12 +199,40 @@ def test_a_client_that_goes_away_while_its_adapter_is_read(server: Server, tmp_p
             call.cancel()
             await asyncio.gather(call, return_exceptions=True)
             statuses.append((await replica.call("POST", "/predict?adapter=a", picture(), "image/png")).status)
+        while replica.service._requests:
+            await asyncio.sleep(0.01)
         return statuses
 
-    statuses = replica.loop.run_until_complete(ask())
+    statuses = replica.loop.run_until_complete(asyncio.wait_for(ask(), 30))
     assert set(statuses) <= {200, 503}
     assert replica("POST", "/predict?adapter=a", picture(), "image/png").status == 200
     assert len(replica.service._stack.adapters) == 1
+
+
+def test_a_client_that_goes_away_leaves_its_adapter_to_the_batch(server: Server) -> None:
+    replica = make_server(server.folder, capacity=1)
+
+    async def ask() -> list[int]:
+        arrived, go = asyncio.Event(), asyncio.Event()
+
+        async def batch(item: Any) -> torch.Tensor:
+            arrived.set()
+            await go.wait()
+            return (await replica.service.run([item]))[0]
+
+        replica.service.batch = batch
+        a, b = (("POST", f"/predict?adapter={name}", picture(), "image/png") for name in "ab")
+        call = asyncio.ensure_future(replica.call(*a))
+        await asyncio.wait_for(arrived.wait(), 20)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        during = (await replica.call(*b)).status
+        go.set()
+        while replica.service._requests:
+            await asyncio.sleep(0.01)
+        return [during, (await replica.call(*b)).status]
+
+    assert replica.loop.run_until_complete(asyncio.wait_for(ask(), 30)) == [503, 200]
 
 
 def test_files_that_go_while_they_are_read(server: Server, tmp_path: Path) -> None:

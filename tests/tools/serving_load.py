@@ -200,6 +200,7 @@ def attack(load: Load, requests: int, adapters: int) -> None:
         else:
             _expect_refusal(load, "malformed", client, *call)
         if index % 50 == 0:
+            _hang_up(load.port, STEADY[1], picture)
             _expect_service(load, client)
     for files in malformed_adapters(load.adapters.folders[1], adapters):
         _expect_refusal(load, "bad adapter", client, "PUT", f"/adapters/{CHANGING[0]}-bad", *form(**files))
@@ -225,6 +226,13 @@ def _expect_service(load: Load, client: Client) -> None:
         )
         now = time.monotonic()
         load._judge(status, answer, 0, load.history.possible(name, now, now))
+
+
+def _hang_up(port: int, adapter: str, picture: bytes) -> None:
+    """Ask, and go away before the answer."""
+    head = f"POST /predict?adapter={adapter} HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\n"
+    with socket.create_connection((HOST, port), timeout=20) as connection:
+        connection.sendall(f"{head}Content-Length: {len(picture)}\r\n\r\n".encode() + picture)
 
 
 def _send_raw(port: int, content: bytes) -> str:

@@ -11,10 +11,10 @@ import functools
 import json
 import os
 from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -31,6 +31,7 @@ from .store import Store, check_name, files_below
 __all__ = ["Item", "Service", "Stack"]
 
 SHOWN = 16  # of a version's 64 digits
+MOST = 4096  # prompts and the like: room is made for them before their tensors are looked at
 ATTEMPTS = 5  # to read an adapter that is replaced meanwhile
 
 Result = TypeVar("Result")
@@ -91,6 +92,7 @@ class Service:
         )  # by version, the least recently used first
         self._requests: Counter[str] = Counter()  # that need a version in memory
         self._loading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._decoders = ThreadPoolExecutor(max(1, os.cpu_count() or 1), "decode")
 
@@ -115,6 +117,10 @@ class Service:
         Raises:
             Refusal: no such adapter, or an image that can't be read.
         """
+        # A client that goes away must not take an adapter from a batch that its image is in.
+        return await self._to_its_end(self._predict(content, name, top))
+
+    async def _predict(self, content: bytes, name: str, top: int) -> dict[str, Any]:
         async with self._version(name) as (version, adapter):
             image = await _in(self._decoders, self._prepare, content, adapter.transform)
             logits = await self.batch(Item(image, version))
@@ -171,6 +177,10 @@ class Service:
             for name, tensor in adapter.tensors.items()
             if not torch.isfinite(tensor).all()
         ]
+        for name, value in asdict(adapter.prompts).items():
+            numbers = value if isinstance(value, (list, tuple)) else [value]
+            if any(isinstance(number, int) and number > MOST for number in numbers):
+                problems.append(f"prompts {name}: {value}, more than {MOST:,}")
         most = self.options.max_classes
         if adapter.num_classes > most:
             problems.append(
@@ -231,7 +241,7 @@ class Service:
         try:
             if version not in self._in_memory:
                 # A client that goes away must not leave the stack half changed.
-                await asyncio.shield(asyncio.ensure_future(self._load(version)))
+                await self._to_its_end(self._load(version))
         except BaseException:
             self._release(version)
             raise
@@ -241,6 +251,13 @@ class Service:
         self._requests[version] -= 1
         if not self._requests[version]:
             del self._requests[version]
+
+    def _to_its_end(self, work: Coroutine[Any, Any, Result]) -> Awaitable[Result]:
+        """What can be awaited for the result of ``work``, which goes on if that is cancelled."""
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)  # the loop alone would not keep it
+        task.add_done_callback(self._tasks.discard)
+        return asyncio.shield(task)
 
     async def _load(self, version: str) -> None:
         async with self._loading:
