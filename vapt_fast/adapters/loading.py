@@ -37,7 +37,7 @@ def load(model: AdaptiveViT, folder: str | os.PathLike[str], *, check_backbone: 
 
     Args:
         model: an AdaptiveViT with the same prompt options (dropout rates aside), geometry and head size.
-        folder: what ``save`` wrote; or "hf-hub:owner/name" "hf-hub:owner/name@revision", of ``push``.
+        folder: what ``save`` wrote; or of ``push``: "hf-hub:owner/name", "hf-hub:owner/name@revision".
         check_backbone: refuse a model whose frozen weights are not those the adapter was trained on, as told
             by ``backbone_fingerprint``.
 
@@ -72,7 +72,7 @@ def build(
 
     Args:
         cls: AdaptiveViT, or a function with its arguments.
-        folder: what ``save`` wrote; or "hf-hub:owner/name" "hf-hub:owner/name@revision", of ``push``.
+        folder: what ``save`` wrote; or of ``push``: "hf-hub:owner/name", "hf-hub:owner/name@revision".
         backbone: the timm model to adapt, which gets a head of the adapter's number of classes; or a name to
             make it by, pretrained, as "local-dir:/folder". None for the backbone in ``folder`` if there is
             one, else the name in the adapter's config. By a name, it gets the arguments in the config.
