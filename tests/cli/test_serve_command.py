@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import io
 import sys
+import urllib.error
+from email.message import Message
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +88,29 @@ def test_the_first_adapter_and_the_largest_decide(tmp_path: Path, monkeypatch: p
     assert options.token_sha256 == token_digest("secret")
     assert (others["replicas"], others["gpus"]) == (2, 0.0)
     assert Store(options.store).versions().keys() == {"a", "b"}
+
+
+@pytest.mark.usefixtures("without_engine")
+def test_an_adapter_that_no_replica_can_load_ends_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    stopped: list[bool] = []
+
+    def urlopen(url: str, timeout: float) -> io.BytesIO:
+        asked.append(url)
+        if url.endswith("/b"):
+            answer = io.BytesIO(b'{"error": "it does not fit"}')
+            raise urllib.error.HTTPError(url, 422, "", Message(), answer)
+        return io.BytesIO(b"{}")
+
+    monkeypatch.setattr(module, "start", lambda *args, **options: None)
+    monkeypatch.setattr(module, "stop", lambda: stopped.append(True))
+    monkeypatch.setattr(module.urllib.request, "urlopen", urlopen)
+    for name in "ab":
+        save_adapter(tmp_path / name, 0)
+    folders = [f"{name}={tmp_path / name}" for name in "ab"]
+    error = error_of("serve", *folders, "--store", tmp_path / "store", "--host", "0.0.0.0", "--port", 8150)
+    assert "b: it does not fit" in error
+    assert asked == [f"http://127.0.0.1:8150/adapters/{name}" for name in "ab"]
+    assert stopped == [True]
