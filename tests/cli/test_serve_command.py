@@ -14,8 +14,9 @@ import pytest
 from command import error_of
 from stacks import save_adapter
 
-from vapt_fast.serving import Refusal, ServeOptions, token_digest
+from vapt_fast.serving import ServeOptions, token_digest
 from vapt_fast.serving.store import Store
+from vapt_fast.training import UserError
 
 module = importlib.import_module("vapt_fast.cli.serve")
 
@@ -55,6 +56,7 @@ def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ["a={folder}", "--token-file", "{empty}"],
         ["a={folder}", "--device", "nonsense"],
         ["a={folder}", "--backend", "nonsense"],
+        ["a={folder}", "--host", "192.0.2.77"],  # of no machine
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: list[str]) -> None:
@@ -74,7 +76,7 @@ def test_the_first_adapter_and_the_largest_decide(tmp_path: Path, monkeypatch: p
 
     def start(options: ServeOptions, **places: Any) -> None:
         given.extend((options, places))
-        raise Refusal(422, "as far as the test needs it")
+        raise UserError("as far as the test needs it")
 
     monkeypatch.setattr(module, "start", start)
     for name, classes in (("a", 3), ("b", 5)):

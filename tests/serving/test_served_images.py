@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,24 @@ def test_refused(content: bytes, status: int) -> None:
     with pytest.raises(Refusal) as raised:
         decode(content, 48)
     assert raised.value.status == status, raised.value.reason
+
+
+def test_an_image_that_would_grow_when_it_is_scaled() -> None:
+    """Its short side becomes as long as the model's."""
+    decode(encoded("PNG", (64, 1)), 1000)
+    for size in ((65, 1), (1, 65)):
+        with pytest.raises(Refusal) as raised:
+            decode(encoded("PNG", size), 1000)
+        assert raised.value.status == 422
+
+
+def test_compressed_text_is_not_unpacked_without_end() -> None:
+    text = b"zTXt" + b"Comment\0\0" + zlib.compress(bytes(200 * 10**6))
+    chunk = struct.pack(">I", len(text) - 4) + text + struct.pack(">I", zlib.crc32(text))
+    content = encoded("PNG")
+    with pytest.raises(Refusal) as raised:
+        decode(content[:33] + chunk + content[33:], 1000)
+    assert raised.value.status == 422
 
 
 def test_a_bomb_is_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,7 +262,7 @@ def measure(
         max_pixels=10**6,
         threads=1,
     )
-    add_adapters(options.store, {"first": options.first}, options.max_body)
+    add_adapters(options.store, {"first": options.first})
     begin = time.monotonic()
     start(options, replicas=replicas, port=port, make=_loop_stack() if loop else None)
     try:

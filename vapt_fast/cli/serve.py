@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -30,6 +32,11 @@ __all__ = ["serve"]
 TOKEN_VARIABLE = "VAPT_FAST_SERVE_TOKEN"
 
 
+class _Autocast(str, Enum):  # typer takes no list of literals
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
 def serve(
     adapters: Annotated[
         list[str],
@@ -43,7 +50,7 @@ def serve(
     replicas: Annotated[int, typer.Option(min=1, help="Processes, each with the whole backbone.")] = 1,
     store: Annotated[
         Path, typer.Option(help="Folder of all adapters; the same for all machines, and the next start.")
-    ] = Path("adapters"),
+    ] = Path("adapter-store"),
     capacity: Annotated[int, typer.Option(min=1, help="Adapters in the memory of a replica.")] = 16,
     max_classes: Annotated[
         int | None, typer.Option(min=1, help="Most classes of an adapter (default: the largest given).")
@@ -60,7 +67,7 @@ def serve(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Most images in a batch.")] = 32,
     batch_wait: Annotated[float, typer.Option(min=0, help="Seconds that a batch waits for more.")] = 0.005,
-    max_body: Annotated[int, typer.Option(min=1, help="MB of the largest request.")] = 32,
+    max_body: Annotated[int, typer.Option(min=1, help="MB of the largest request.")] = 16,
     max_pixels: Annotated[int, typer.Option(min=1, help="Millions of pixels of the largest image.")] = 32,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may take.")] = 60.0,
     address: Annotated[
@@ -70,6 +77,10 @@ def serve(
     backbone: options.AdapterBackbone = None,
     weights: options.AdapterWeights = None,
     backend: options.Backend = None,
+    autocast: Annotated[
+        _Autocast | None,
+        typer.Option(help="Compute in 16 bits, faster on GPUs (default: as the weights)."),
+    ] = None,
     backbone_precision: options.BackbonePrecision = None,
 ) -> None:
     """Serve many adapters on one backbone over HTTP, in batches across adapters.
@@ -80,6 +91,7 @@ def serve(
         check_installed()
         check_backend(backend, "--backend")
         device = pick_device(device)
+        _check_port(host, port)
         token, folders = _token(token_file), _named_folders(adapters)
         largest = max(read(local_folder(folder)).num_classes for folder in folders.values())
         given = ServeOptions(
@@ -94,6 +106,7 @@ def serve(
             batch_size=batch_size,
             batch_wait=batch_wait,
             device=device,
+            autocast=None if autocast is None else autocast.value,
             threads=max(1, (os.cpu_count() or 1) // replicas) if device == "cpu" else None,
             backbone=backbone,
             weights=None if weights is None else str(weights.resolve()),
@@ -101,19 +114,8 @@ def serve(
             backbone_precision=backbone_precision,
         )
         gpus = min(1.0, torch.cuda.device_count() / replicas) if device.startswith("cuda") else 0.0
-        try:
-            add_adapters(given.store, folders, given.max_body)
-            start(
-                given,
-                replicas=replicas,
-                gpus=gpus,
-                host=host,
-                port=port,
-                timeout=timeout,
-                address=address,
-            )
-        except Refusal as error:
-            raise UserError(error.reason) from error
+        add_adapters(given.store, folders)
+        start(given, replicas=replicas, gpus=gpus, host=host, port=port, timeout=timeout, address=address)
         try:
             _check_served(folders, "127.0.0.1" if host == "0.0.0.0" else host, port)
             say(f"serving {', '.join(folders)} at http://{host}:{port}; stop with Ctrl-C")
@@ -154,6 +156,17 @@ def _token(file: Path | None) -> str | None:
     if token is not None and not token:
         raise UserError(f"the token in {file or TOKEN_VARIABLE} is empty")
     return token
+
+
+def _check_port(host: str, port: int) -> None:
+    """Raise UserError for an address that can't be had; the engine would try for long."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise UserError(f"--host {host} --port {port} can't be listened at: {error.strerror}") from error
 
 
 def _wait() -> None:

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import logging
 import os
+import sys
 import urllib.request
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,7 +69,7 @@ def start(
     import ray
     from ray import serve
 
-    local = {} if address is not None else {"include_dashboard": False}
+    local: dict[str, Any] = {} if address is not None else {"include_dashboard": False}
     ray.init(address=address, configure_logging=False, **local)
     serve.start(http_options={"host": host, "port": port, "request_timeout_s": timeout})
     replica = serve.deployment(
@@ -98,8 +99,8 @@ def _replica(options: ServeOptions, make: Callable[[ServeOptions], Stack]) -> ty
     from .http import make_app
 
     def app() -> Any:  # made in each replica
-        replica = serve.get_replica_context().replica_tag
-        return make_app(lambda: serve.get_replica_context().servable_object.service, replica, _metrics)
+        context: Callable[[], Any] = serve.get_replica_context  # its servable_object is yet to be made
+        return make_app(lambda: context().servable_object.service, context().replica_tag, _metrics)
 
     @serve.ingress(app)
     class Replica:
@@ -138,17 +139,17 @@ def _get(url: str) -> str:
 # ---- what is served
 
 
-def add_adapters(store: Path, folders: Mapping[str, str], most: int) -> None:
+def add_adapters(store: Path, folders: Mapping[str, str]) -> None:
     """Put adapters into the store, by name, each from its folder or from the Hub.
 
     Raises:
-        AdapterError, Refusal: one can't be read.
+        AdapterError: one can't be read.
     """
     place = Store(store)
     for name, folder in folders.items():
         local = local_folder(folder)
         read(local)
-        place.publish(name, place.add(read_files(local, most)))
+        place.publish(name, place.add(read_files(local, sys.maxsize)))
 
 
 def make_stack(options: ServeOptions) -> Stack:

@@ -12,6 +12,8 @@ from .refusal import Refusal
 
 __all__ = ["decode"]
 
+MOST_ASPECT = 64
+
 # Those of Pillow's decoders that users need; others run programs (EPS) or are seldom tested.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
 
@@ -20,7 +22,8 @@ def decode(content: bytes, most_pixels: int) -> Image.Image:
     """Return the image in a file, as RGB, read as ``vapt-fast predict`` reads it.
 
     Raises:
-        Refusal: 415 for what is no image, 413 for more than ``most_pixels``, 422 for a damaged one.
+        Refusal: 415 for what is no image, 413 for more than ``most_pixels``, 422 for one that is damaged
+            or far longer than wide.
     """
     if not content:
         raise Refusal(400, "the request has no image")
@@ -36,6 +39,9 @@ def decode(content: bytes, most_pixels: int) -> Image.Image:
         raise Refusal(422, "the image is damaged") from error
     if width * height > most_pixels:
         raise too_large
+    if max(width, height) > MOST_ASPECT * min(width, height):
+        # The short side is scaled to the model's, and the long one with it.
+        raise Refusal(422, f"the image's sides differ by a factor of more than {MOST_ASPECT}")
     try:
         return read_image(io.BytesIO(content), "the image", FORMATS)
     except UserError as error:

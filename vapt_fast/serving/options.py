@@ -24,6 +24,7 @@ class ServeOptions:
         max_pixels: of the largest image.
         batch_size, batch_wait: the most images in a batch, and the seconds that one waits for more.
         device: where the model computes.
+        autocast: "bfloat16" or "float16" to compute in; None for the weights' dtype.
         threads: of PyTorch in each replica, on a CPU; None for PyTorch's own choice.
         backbone, weights, backend, backbone_precision: as for AdaptiveViT.from_adapter.
     """
@@ -34,11 +35,12 @@ class ServeOptions:
     max_classes: int
     root: Path | None = None
     token_sha256: bytes | None = None
-    max_body: int = 32 * 2**20
+    max_body: int = 16 * 10**6
     max_pixels: int = 32_000_000
     batch_size: int = 32
     batch_wait: float = 0.005
     device: str = "cpu"
+    autocast: str | None = None
     threads: int | None = None
     backbone: str | None = None
     weights: str | None = None

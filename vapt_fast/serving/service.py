@@ -202,8 +202,11 @@ class Service:
         return (await self.run([item]))[0]
 
     def _logits(self, items: Sequence[Item]) -> list[Tensor]:
-        with torch.inference_mode():
-            images = torch.stack([item.image for item in items]).to(self.options.device)
+        device, autocast = self.options.device, self.options.autocast
+        dtype = None if autocast is None else getattr(torch, autocast)
+        kind = torch.device(device).type
+        with torch.inference_mode(), torch.autocast(kind, dtype, enabled=dtype is not None):
+            images = torch.stack([item.image for item in items]).to(device)
             logits = self._stack(images, [item.version for item in items])
             return list(logits.float().cpu().unbind())
 
