@@ -384,6 +384,17 @@ def test_adapters_that_do_not_fit(calm: Server) -> None:
     assert "NaN" in refused(calm, 422, "PUT", "/adapters/new", *adapter_form(calm.folder / "wrong"))
 
 
+def test_prompts_that_the_stack_has_no_place_for(calm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: LoopStack, folder: Path, *, name: str) -> None:
+        raise ValueError("prompts that travel")
+
+    save_adapter(calm.folder / "other", 5)
+    with monkeypatch.context() as context:
+        context.setattr(LoopStack, "load_adapter", refuse)
+        answer = calm("PUT", "/adapters/new", *adapter_form(calm.folder / "other"))
+    assert (answer.status, "prompts that travel" in answer.json["error"]) == (422, True)
+
+
 def test_a_fault_is_told_without_details(calm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: LoopStack, *args: Any) -> torch.Tensor:
         raise RuntimeError("private")

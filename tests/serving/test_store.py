@@ -73,6 +73,16 @@ def test_a_version_that_comes_again_is_not_taken_for_an_old_one(tmp_path: Path) 
     assert store.folder(version).exists()
 
 
+def test_a_version_without_files_gets_no_name(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    version = store.add(files("1"))
+    store.discard(version)
+    with pytest.raises(Refusal) as raised:
+        store.publish("a", version)
+    assert raised.value.status == 503
+    assert store.versions() == {}
+
+
 @pytest.mark.parametrize("name", ["a", "A-1_b", "9" * 64])
 def test_names(name: str) -> None:
     assert check_name(name) == name

@@ -152,7 +152,8 @@ class Service:
             await asyncio.to_thread(self._check_files, self._store.folder(version))
             await self._pin(version)
         except (AdapterError, Refusal) as error:
-            await asyncio.to_thread(self._store.discard, version)
+            if isinstance(error, AdapterError):  # and not because the server is busy
+                await asyncio.to_thread(self._store.discard, version)
             raise _refusal(error) from error
         try:
             new = await asyncio.to_thread(self._store.publish, name, version)
@@ -275,7 +276,12 @@ class Service:
             self._in_memory[version] = await _in(self._model_thread, self._read, version)
 
     def _read(self, version: str) -> _Loaded:
-        self._stack.load_adapter(self._store.folder(version), name=version)
+        try:
+            self._stack.load_adapter(self._store.folder(version), name=version)
+        except AdapterError:
+            raise
+        except (TypeError, ValueError, NotImplementedError) as error:  # prompts that can't share a batch
+            raise AdapterError("the adapter can't be served", [str(error)]) from error
         return _Loaded(self._stack.info(version), self._stack.transform(version))
 
 

@@ -98,8 +98,14 @@ class Store:
                 shutil.rmtree(self.folder(version), ignore_errors=True)
 
     def publish(self, name: str, version: str) -> bool:
-        """Give a name to a version, from now on for every replica; returns whether the name is new."""
+        """Give a name to a version, from now on for every replica; returns whether the name is new.
+
+        Raises:
+            Refusal: the files of the version are gone: it was refused, or waited for too long.
+        """
         with self._locked():
+            if not self.folder(version).exists():
+                raise Refusal(503, "the files of the adapter are gone; send them again")
             versions = dict(self.versions())
             new = name not in versions
             self._write(versions | {name: version})
