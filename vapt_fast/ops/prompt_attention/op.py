@@ -213,7 +213,8 @@ class _PromptAttention(Op):
         check_float(**tensors, bias=bias)
         check_same_device(**tensors, bias=bias, prompt_lengths=prompt_lengths)
         check_one_dtype(**tensors)
-        return Arguments(*map(cast, tensors.values()), bias, prompt_lengths, scale)
+        q, k, v, prompt_k, prompt_v = map(cast, tensors.values())
+        return Arguments(q, k, v, prompt_k, prompt_v, bias, prompt_lengths, scale)
 
     def check_values(self, args: Arguments) -> None:
         check_range("prompt_lengths", args.prompt_lengths, 0, args.prompt_k.shape[1])
@@ -273,7 +274,8 @@ class PackedGradients(NamedTuple):
 
 def _unpacked(args: PackedArguments) -> Arguments:
     qkv, prompt_kv, bias, prompt_lengths, num_heads, num_kv_heads, scale = args
-    return Arguments(*unpack(qkv, prompt_kv, num_heads, num_kv_heads), bias, prompt_lengths, scale)
+    q, k, v, prompt_k, prompt_v = unpack(qkv, prompt_kv, num_heads, num_kv_heads)
+    return Arguments(q, k, v, prompt_k, prompt_v, bias, prompt_lengths, scale)
 
 
 class _PackedAttention(Op):
