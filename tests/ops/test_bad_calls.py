@@ -595,6 +595,32 @@ OPS += [
         ValueError,
         "bias must be broadcastable to (1, 4, 1, 5), got (",
     ),
+    # numbers of prompts
+    *(
+        (
+            lambda call=call, lengths=lengths: call(prompt_lengths=lengths),
+            error,
+            f"prompt_lengths must be {message}",
+        )
+        for call in (attend, attend_packed, attend_cls)
+        for lengths, error, message in [
+            ([1, 1], TypeError, "a tensor (B,), got list"),
+            (Z(3, dtype=torch.int64), ValueError, "(B,) = (2,), got (3,)"),
+            (Z(2, 1, dtype=torch.int64), ValueError, "(B,) = (2,), got (2, 1)"),
+            (Z(2), TypeError, "int32 or int64, got torch.float32"),
+            (Z(2, dtype=torch.bool), TypeError, "int32 or int64, got torch.bool"),
+            (torch.tensor([1, 2]), ValueError, "0 to 1, got [1, 2]"),
+            (torch.tensor([-1, 1]), ValueError, "0 to 1, got [-1, 1]"),
+        ]
+    ),
+    *(
+        (
+            lambda call=call: call(prompt_lengths=Z(2, dtype=torch.int64, device="meta")),
+            ValueError,
+            "all tensors must be on one device, got {",
+        )
+        for call in (attend, attend_packed, attend_cls)
+    ),
     # dtypes
     *(
         (

@@ -41,6 +41,34 @@ def pool_formula(
     return total, normed, matrix @ z
 
 
+def with_cut_prompts(num_tensors, num_prompts):
+    """A decorator: with ``prompt_lengths`` the formula is called for each image by itself, its prompts cut.
+
+    Args:
+        num_tensors: how many of the first arguments are of the images.
+        num_prompts: how many after them are (B or 1, P, ...), the prompts.
+    """
+    end = num_tensors + num_prompts
+
+    def decorate(formula):
+        def cut(*args, bias=None, prompt_lengths=None, **options):
+            batch = len(args[0])
+            if prompt_lengths is None or not batch:
+                return formula(*args, bias=bias, **options)
+            prompts = [t.expand(batch, *t.shape[1:]) for t in args[num_tensors:end]]
+            biases = [None] * batch if bias is None else bias.expand(batch, -1, -1, -1).split(1)
+            images = []
+            for i, number in enumerate(prompt_lengths.tolist()):
+                own = [t[i : i + 1] for t in args[:num_tensors]] + [t[i : i + 1, :number] for t in prompts]
+                images.append(formula(*own, *args[end:], bias=biases[i], **options))
+            return torch.cat(images)
+
+        return cut
+
+    return decorate
+
+
+@with_cut_prompts(3, 2)
 def attention_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     batch, groups = q.shape[0], q.shape[2] // k.shape[2]
     keys = torch.cat([prompt_k.expand(batch, -1, -1, -1), k], dim=1).repeat_interleave(groups, dim=2)
@@ -51,14 +79,15 @@ def attention_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
 
 
-def packed_formula(qkv, prompt_kv, *, num_heads, num_kv_heads, scale, bias=None, attention=attention_formula):
+def packed_formula(qkv, prompt_kv, *, num_heads, num_kv_heads, attention=attention_formula, **options):
     dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
     q, kv = qkv.tensor_split([num_heads * dim], dim=-1)
     parts = (q, *kv.chunk(2, dim=-1), *prompt_kv.chunk(2, dim=-1))
-    return attention(*(t.unflatten(-1, (-1, dim)) for t in parts), scale=scale, bias=bias)
+    return attention(*(t.unflatten(-1, (-1, dim)) for t in parts), **options)
 
 
-def cls_formula(q, x, prompts, key_weight, value_weight, *, scale, bias=None):
+@with_cut_prompts(2, 1)
+def cls_formula(q, x, prompts, key_weight, value_weight, **options):
     def heads(weight, rows):
         return torch.einsum("hdc,bnc->bnhd", weight, rows)
 
@@ -68,8 +97,7 @@ def cls_formula(q, x, prompts, key_weight, value_weight, *, scale, bias=None):
         heads(value_weight, x),
         heads(key_weight, prompts),
         heads(value_weight, prompts),
-        scale=scale,
-        bias=bias,
+        **options,
     )
 
 
@@ -158,8 +186,35 @@ def pool_case(
     return case_by_name(functional.prompt_pool, pool_formula, tensors, frozen, options)
 
 
+def with_lengths(prompts, lengths, batch):
+    """Numbers of prompts for the images, ``lengths`` over and over; NaN where no image has a prompt.
+
+    Args:
+        prompts: the tensors (B or 1, P, ...) that hold them.
+        lengths: those larger than P are P; None where there are none.
+    """
+    if lengths is None:
+        return None
+    numbers = torch.tensor([lengths[image % len(lengths)] for image in range(batch)], dtype=torch.int64)
+    numbers = numbers.clamp(max=prompts[0].shape[1])
+    for tensor in prompts:
+        most = numbers if len(tensor) == batch else numbers.amax(dim=0, keepdim=True)
+        for image, number in enumerate(most.tolist()):
+            tensor[image, number:] = float("nan")
+    return numbers
+
+
 def attention_case(
-    batch=2, queries=5, tokens=7, heads=4, groups=4, dim=3, prompts=2, shared=False, bias=False
+    batch=2,
+    queries=5,
+    tokens=7,
+    heads=4,
+    groups=4,
+    dim=3,
+    prompts=2,
+    shared=False,
+    bias=False,
+    lengths=None,
 ):
     one = 1 if shared else batch
     tensors = [
@@ -169,14 +224,18 @@ def attention_case(
     ]
     tensors += [rand(one, prompts, groups, dim), rand(one, prompts, groups, dim)]
     options = {"scale": 0.7, "bias": rand(1, heads, queries, tokens) if bias else None}
+    options |= {"prompt_lengths": with_lengths(tensors[3:], lengths, batch)}
     return functional.prompt_attention, attention_formula, tensors, options
 
 
-def packed_case(batch=2, tokens=7, heads=4, groups=4, dim=3, prompts=2, shared=False, bias=False):
+def packed_case(
+    batch=2, tokens=7, heads=4, groups=4, dim=3, prompts=2, shared=False, bias=False, lengths=None
+):
     tensors = [rand(batch, tokens, (heads + 2 * groups) * dim)]
     tensors += [rand(1 if shared else batch, prompts, 2 * groups * dim)]
     options = {"num_heads": heads, "num_kv_heads": groups, "scale": 0.7}
     options |= {"bias": rand(1, heads, tokens, tokens) if bias else None}
+    options |= {"prompt_lengths": with_lengths(tensors[1:], lengths, batch)}
     return functional.prompt_attention_packed, packed_formula, tensors, options
 
 
@@ -189,12 +248,25 @@ def mlp_case(batch=2, tokens=5, dim=6, hidden=8, out=6, bias=True, learned=False
     return case_by_name(functional.mlp, mlp_formula, tensors, frozen, {})
 
 
-def cls_case(batch=2, rows=1, tokens=7, heads=3, dim=2, channels=6, prompts=2, shared=False, bias=False):
+def cls_case(
+    batch=2,
+    rows=1,
+    tokens=7,
+    heads=3,
+    dim=2,
+    channels=6,
+    prompts=2,
+    shared=False,
+    bias=False,
+    lengths=None,
+):
     tensors = [rand(batch, rows, heads, dim), rand(batch, tokens, channels)]
     tensors += [rand(1 if shared else batch, prompts, channels)]
+    numbers = with_lengths(tensors[2:], lengths, batch)
     # As a layer's: with larger weights a softmax over scores of 100 and more leaves each query one key.
     tensors += [rand(heads, dim, channels) / math.sqrt(channels) for _ in range(2)]
     options = {"scale": 0.7, "bias": rand(1, heads, rows, tokens) if bias else None}
+    options |= {"prompt_lengths": numbers}
     return functional.absorbed_attention, cls_formula, tensors, options
 
 
@@ -250,8 +322,26 @@ CASES = [
     *grid(attention_case, queries=(1, 6), tokens=(6,), dim=(3, 8), prompts=(0, 1, 5), **HEADS),
     *grid(attention_case, queries=(197,), tokens=(197,), heads=(2,), groups=(2,), dim=(32,), prompts=(10,)),
     *grid(packed_case, tokens=(1, 6), dim=(1, 8), prompts=(0, 5), **HEADS),
-    *grid(attention_case, batch=(0,)),
-    *grid(packed_case, batch=(0,)),
+    *grid(attention_case, batch=(0,), lengths=(None, (1,))),
+    *grid(packed_case, batch=(0,), lengths=(None, (1,))),
+    *grid(
+        attention_case, batch=(3,), queries=(1, 6), tokens=(6,), prompts=(5,), lengths=((2, 0, 5),), **HEADS
+    ),
+    *grid(packed_case, batch=(3,), tokens=(6,), prompts=(5,), lengths=((2, 0, 5),), **HEADS),
+    *grid(
+        cls_case,
+        batch=(3,),
+        rows=(1, 2),
+        prompts=(5,),
+        lengths=((2, 0, 5),),
+        shared=YES_OR_NO,
+        bias=YES_OR_NO,
+    ),
+    *(
+        case
+        for make in (attention_case, packed_case, cls_case)
+        for case in grid(make, prompts=(0, 3), lengths=((0,), (3,)))
+    ),
     *(
         case
         for dim, hidden, out in ((1, 1, 1), (6, 24, 6), (5, 3, 7))
@@ -281,10 +371,12 @@ GRADCHECK = [
     *(
         case
         for make in (attention_case, packed_case)
-        for case in grid(make, prompts=(0, 2), **HEADS | {"heads": (2,), "groups": (1, 2)})
+        for case in grid(
+            make, prompts=(0, 2), lengths=(None, (0, 1)), **HEADS | {"heads": (2,), "groups": (1, 2)}
+        )
     ),
     *grid(mlp_case, batch=(1, 2), tokens=(1, 3), **FROZEN_OR_NOT),
-    *grid(cls_case, rows=(1, 2), prompts=(0, 2), shared=YES_OR_NO, bias=YES_OR_NO),
+    *grid(cls_case, rows=(1, 2), prompts=(0, 2), lengths=(None, (0, 1)), shared=YES_OR_NO, bias=YES_OR_NO),
     *grid(
         projector_case, activation=("gelu", "sigmoid", "softmax"), eps=(None, 0.1), affine=YES_OR_NO, **MASKED
     ),
@@ -326,6 +418,7 @@ def far_from_zero(seed, make, **sizes):
 # ---- low precision
 
 
+@with_cut_prompts(3, 2)
 def sdpa_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     """attention_formula as anyone would run it in low precision."""
     batch, groups = q.shape[0], q.shape[2] // k.shape[2]

@@ -139,7 +139,7 @@ def test_more_than_2_31_elements_of_absorbed_attention():
     out = Outputs(torch.empty(batch, 1, dim), torch.empty(batch, 1, 2))
     grads = Gradients(*map(torch.empty_like, saved), None)
     with no_overflow(), only_last_program():
-        absorbed.forward(Arguments(*saved, None), out)
-        absorbed.backward(Saved(*saved, out.p), (many(grad_y),), grads)
+        absorbed.forward(Arguments(*saved, None, None), out)
+        absorbed.backward(Saved(*saved, out.p, None), (many(grad_y),), grads)
     assert_same_results([[out.p[-1], out.y[-1]]], [[p, p @ rows]], 1e-5)
     assert_same_results([[grad[-1].float() for grad in grads[:3]]], [expected], 1e-3)

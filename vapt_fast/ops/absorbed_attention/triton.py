@@ -16,7 +16,10 @@ __all__ = ["backward", "forward", "unsupported_reasons"]
 
 def unsupported_reasons(args: Arguments) -> list[str]:
     """Every reason why the kernels can't take ``args``."""
-    return unsupported_dtypes(x=args.x, prompts=args.prompts)
+    reasons = unsupported_dtypes(x=args.x, prompts=args.prompts)
+    if args.prompt_lengths is not None:
+        reasons.append("it has no prompt_lengths, got some")
+    return reasons
 
 
 def forward(args: Arguments, out: Outputs) -> None:
@@ -31,7 +34,7 @@ def forward(args: Arguments, out: Outputs) -> None:
 
 def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
     """Write the gradients that are needed."""
-    u, x, prompts, p = saved
+    u, x, prompts, p, _ = saved
     (grad_y,) = grad_results
     grad_p = torch.empty_like(p)
     _write_products(grad_p, grad_y, x, prompts)

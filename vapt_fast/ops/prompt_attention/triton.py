@@ -21,6 +21,8 @@ def unsupported_reasons(args: Arguments) -> list[str]:
     reasons = unsupported_mixture(args.q, args.k, args.v, args.prompt_k, args.prompt_v)
     if not 1 <= args.q.shape[-1] <= tuning.LARGEST_HEAD:
         reasons.append(f"heads must have 1 to {tuning.LARGEST_HEAD} channels, got {args.q.shape[-1]}")
+    if args.prompt_lengths is not None:
+        reasons.append("it has no prompt_lengths, got some")
     return reasons
 
 
