@@ -231,7 +231,7 @@ class AdaptiveViT(AdapterModel):
         return self._run(images, finish, backend, prompts=prompts, num_rows=num_rows, **options)
 
     def forward_features(self, images: Tensor, adapter_names: Sequence[str] | Tensor | None = None) -> Tensor:
-        """All tokens after the final norm, without prompts: (B, T, C); ``adapter_names`` as in ``forward``."""
+        """All tokens after the final norm, without prompts, (B, T, C); the arguments as in ``forward``."""
         self.check_images(images)
         if adapter_names is not None and not self._num_disabled:
             return mixing.features(self, images, adapter_names, resolve(self.backend))
@@ -268,8 +268,9 @@ class AdaptiveViT(AdapterModel):
     ) -> Any:
         """``finish`` of the backbone, the tokens after the last block and the number of prompts among them.
 
-        ``prompts`` are those of the active adapter if None, and ``masks`` are drawn. All of it runs within calls of the prompts and of the backbone, so that hooks on them that gather or
-        move parameters surround every use.
+        ``prompts`` are those of the active adapter if None; without ``masks`` they are drawn. All of it runs
+        within calls of the prompts and of the backbone, so that hooks on them that gather or move parameters
+        surround every use.
         """
         options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
         backend = backend or resolve(self.backend)

@@ -42,7 +42,8 @@ class AdapterModel(TimmModel):
         """Make the first adapter; ``came_with`` are the classifiers that the backbone came with."""
         num_classes = integer("backbone.num_classes", self.backbone.num_classes)
         heads, device = take_heads(self.backbone), weights_of(self.backbone, most=1)[0].device
-        base = dict.fromkeys(heads, MissingHead()) if came_with is None else came_with
+        base: dict[str, nn.Module] = {name: MissingHead() for name in heads}
+        base = base if came_with is None else came_with
         empty = Prompts(PromptConfig(num_prompts=0), self._geometry())
         # Not as a submodule: it is neither trained nor saved.
         self.__dict__["_base"] = Adapter(empty, base, _num_classes(base))
@@ -151,11 +152,9 @@ class AdapterModel(TimmModel):
         if check_name(name) in self.adapters:
             raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
         if config is None:
-            config, others = replace(self.config, **_prompt_options(options)), {}
-        else:
-            config, others = split_options(config, options)
-        if others:
-            raise TypeError(f"options must be those of PromptConfig, got {sorted(others)}")
+            config = replace(self.config, **_prompt_options(options))
+        elif options or not isinstance(config, PromptConfig):
+            raise TypeError(f"config must be a PromptConfig, alone, got {config!r} and {options}")
         self.adapters[name] = self.make_adapter(
             config, self.num_classes if num_classes is None else num_classes
         )

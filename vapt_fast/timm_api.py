@@ -25,7 +25,6 @@ class TimmModel(nn.Module):
     """
 
     backbone: TimmViT
-    _adapter: Adapter
     adapters: nn.ModuleDict
     active_adapter: str
     grad_checkpointing: bool
@@ -109,6 +108,10 @@ class TimmModel(nn.Module):
             output_fmt="NCHW" if reshape else "NLC",
             intermediates_only=True,
         )
+
+    @property
+    def _adapter(self) -> Adapter:
+        raise NotImplementedError
 
     @property
     def config(self) -> PromptConfig:

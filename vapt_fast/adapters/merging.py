@@ -41,13 +41,12 @@ def weighted_state(adapters: Mapping[str, Adapter], weights: Sequence[float] | N
     if problems:
         raise ValueError(listing("these adapters can't be merged", problems))
     states = [adapter.state_dict() for adapter in adapters.values()]
+    total: dict[str, Tensor] = {}
     with torch.no_grad():
-        return {
-            name: sum(
-                factor * state[name].double() for factor, state in zip(factors, states, strict=True)
-            ).to(value.dtype)
-            for name, value in states[0].items()
-        }
+        for name, value in states[0].items():
+            parts = [factor * state[name].double() for factor, state in zip(factors, states, strict=True)]
+            total[name] = sum(parts[1:], parts[0]).to(value.dtype)
+    return total
 
 
 def _differences(first: str, one: Adapter, name: str, other: Adapter) -> list[str]:

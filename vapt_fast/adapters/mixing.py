@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ def logits(model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Te
     inputs = model._head_inputs(images, backend, mixed.prompts)
     heads = Heads.of(adapters)
     if heads is not None:
-        return heads(inputs, batch.index)
+        return heads(inputs, batch.places)
     return _each(batch, lambda i, rows: adapters[i](tuple(x[rows] for x in inputs)), pad=True)
 
 
@@ -78,14 +78,14 @@ def _of_one(
 
 
 class Batch(NamedTuple):
-    """Which adapter each image has: ``index`` (B,) are places in ``names`` and ``adapters``.
+    """Which adapter each image has: ``places`` (B,) in ``names`` and ``adapters``.
 
     ``rows`` are the images of each, None where only the device knows them.
     """
 
     names: list[str]
     adapters: list[Adapter]
-    index: Tensor
+    places: Tensor
     rows: list[list[int]] | None
 
     @classmethod
@@ -151,7 +151,7 @@ def check_index(index: Tensor, images: Tensor, count: int, *, least: int) -> Ten
 
 
 def plain_adapter(model: AdaptiveViT, adapter: Adapter, dtype: torch.dtype) -> list[PlainPrompts] | None:
-    """Return the adapter's prompts as plain tensors; None if rows can't tell them, or this backbone's blocks."""
+    """Return the prompts as plain tensors; None if rows can't tell them, or the blocks not be rewritten."""
     plain = adapter.prompts.plain(dtype)
     blocks = list(model.backbone.blocks)[: 0 if plain is None else len(plain)]
     return None if any(standard_block(block) is None for block in blocks) else plain
@@ -182,17 +182,18 @@ def _mix(model: AdaptiveViT, images: Tensor, batch: Batch) -> _Mixed | None:
     layout = Layout.of(plain, model.embed_dim, model.grid[0] * model.grid[1])
     like = torch.empty(0, dtype=dtype, device=images.device)
     rows = torch.stack([layout.row(blocks, like) for blocks in plain])
-    return _Mixed(MixedPrompts(layout, rows, layout.facts(plain, images.device), batch.index), plain)
+    return _Mixed(MixedPrompts(layout, rows, layout.facts(plain, images.device), batch.places), plain)
 
 
 def _each(batch: Batch, of_one: Callable[[int, Tensor], Tensor], *, pad: bool) -> Tensor:
     """Return what ``of_one`` gives of each adapter and its images, put together in the batch's order."""
-    parts, order = [], []
+    parts: list[Tensor] = []
+    order: list[Tensor] = []
     for i in range(len(batch.names)):
         if batch.rows is None:
-            rows = (batch.index == i).nonzero().squeeze(1)
+            rows = (batch.places == i).nonzero().squeeze(1)
         else:
-            rows = torch.tensor(batch.rows[i], dtype=torch.long, device=batch.index.device)
+            rows = torch.tensor(batch.rows[i], dtype=torch.long, device=batch.places.device)
         if len(rows) or (not parts and i == len(batch.names) - 1):
             parts.append(of_one(i, rows))
             order.append(rows)
@@ -226,7 +227,7 @@ class Heads:
             return None
         num_classes = max(adapter.num_classes for adapter in adapters)
         fields = head_fields(adapters[0], num_classes)
-        like = adapters[0].heads()[0].weight
+        like = cast(Tensor, adapters[0].heads()[0].weight)
         rows = torch.stack([head_row(adapter, fields, like) for adapter in adapters])
         counts = [adapter.num_classes for adapter in adapters]
         differ = len(set(counts)) > 1
@@ -250,8 +251,9 @@ class Heads:
 def head_fields(adapter: Adapter, num_classes: int) -> dict[Any, tuple[int, ...]]:
     """Return the shape of each tensor of the heads, with room for ``num_classes``."""
     fields: dict[Any, tuple[int, ...]] = {}
-    for j, head in enumerate(adapter.heads()):
-        fields["weight", j] = (num_classes, head.weight.shape[1])
+    heads: list[Any] = adapter.heads()
+    for j, head in enumerate(heads):
+        fields["weight", j] = (num_classes, head.in_features)
         fields["bias", j] = (num_classes,)
     return fields
 

@@ -65,8 +65,9 @@ class MissingHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Raise ValueError."""
         raise ValueError(
-            "the bare backbone has no classifier that was trained: it was made with another number of classes "
-            "than its weights have; ask for its features, or make the model from a timm model with its own head"
+            "the bare backbone has no classifier that was trained: it was made with another number of "
+            "classes than its weights have; ask for its features, or make the model from a timm model with "
+            "its own head"
         )
 
 
@@ -87,7 +88,7 @@ def check_name(name: object) -> str:
     return name
 
 
-def find(adapters: nn.ModuleDict, name: object) -> Adapter:
+def find(adapters: nn.ModuleDict, name: str) -> Adapter:
     """Return the adapter of that name.
 
     Raises:
@@ -95,7 +96,7 @@ def find(adapters: nn.ModuleDict, name: object) -> Adapter:
     """
     if name not in tuple(adapters):
         raise ValueError(f"adapter must be one of {tuple(adapters)}, got {name!r}")
-    return cast(Adapter, adapters[cast(str, name)])
+    return cast(Adapter, adapters[name])
 
 
 def trainable_summary(model: nn.Module) -> str:

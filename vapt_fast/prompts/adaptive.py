@@ -244,8 +244,12 @@ class AdaptivePrompts(BlockPrompts):
             projector=projector,
             own_projector=self.projector is not None,
         )
-        rates = (config.prompt_dropout, config.channel_dropout, config.projector_dropout)
-        return PlainPrompts(self.num_prompts, self.table, pooling, rates=tuple(map(self.rate, rates)))
+        rates = (
+            self.rate(config.prompt_dropout),
+            self.rate(config.channel_dropout),
+            self.rate(config.projector_dropout),
+        )
+        return PlainPrompts(self.num_prompts, self.table, pooling, rates=rates)
 
     # ---- the public implementation
 

@@ -50,7 +50,7 @@ class StaticPrompts(BlockPrompts):
         prompts = self.table.unsqueeze(0).clone()  # FSDP frees what it gathered when this call ends
         return prompts if masks is None or masks.table is None else prompts * masks.table
 
-    def plain(self) -> PlainPrompts:
+    def plain(self) -> PlainPrompts | None:
         """Return the table."""
         return PlainPrompts(
             self.num_prompts, table=self()[0], rates=(self.rate(self.config.prompt_dropout), 0.0, 0.0)

@@ -113,7 +113,8 @@ class Layout:
 
     def fields(self) -> dict[Key, Shape]:
         """Return the shape of each tensor of a row, by its name and its block or projector."""
-        dim, fields = self.dim, {}
+        dim = self.dim
+        fields: dict[Key, Shape] = {}
         for i, block in enumerate(self.blocks):
             count, matrices = block.num_prompts, block.matrices
             if matrices:
