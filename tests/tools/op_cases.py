@@ -37,7 +37,11 @@ def pool_formula(
     prompt_eps,
 ):
     total, normed = add_norm_formula(x, branch, norm_weight, norm_bias, layer_scale=layer_scale, eps=eps)
-    z = F.layer_norm(total[:, num_prefix:], x.shape[-1:], weight, bias, prompt_eps)
+    by_image = weight.ndim == 2
+    affine = (None, None) if by_image else (weight, bias)
+    z = F.layer_norm(total[:, num_prefix:], x.shape[-1:], *affine, prompt_eps)
+    if by_image:
+        z = z * weight[:, None] + bias[:, None]
     return total, normed, matrix @ z
 
 
@@ -115,10 +119,11 @@ def projector_formula(
     norm_weight=None,
     norm_bias=None,
 ):
-    t = (pooled if channel_mask is None else pooled * channel_mask) + bias[:, None]
+    t = (pooled if channel_mask is None else pooled * channel_mask) + bias[..., None]
     if down is not None:
-        features = ACTIVATIONS[activation](t @ down.t())
-        t = t + scale * ((features if feature_mask is None else features * feature_mask) @ up.t())
+        scale = scale[:, None, None] if isinstance(scale, torch.Tensor) else scale
+        features = ACTIVATIONS[activation](t @ down.mT)
+        t = t + scale * ((features if feature_mask is None else features * feature_mask) @ up.mT)
     return t if eps is None else F.layer_norm(t, t.shape[-1:], norm_weight, norm_bias, eps)
 
 
@@ -173,11 +178,25 @@ def add_norm_case(batch=2, tokens=5, dim=6, branch=True, layer_scale=True, affin
 
 
 def pool_case(
-    batch=2, prefix=2, patches=9, dim=6, rows=3, branch=True, layer_scale=True, affine=True, learned=False
+    batch=2,
+    prefix=2,
+    patches=9,
+    dim=6,
+    rows=3,
+    branch=True,
+    layer_scale=True,
+    affine=True,
+    learned=False,
+    matrix_by_image=False,
+    affine_by_image=False,
 ):
-    """With ``learned``, the layer_scale and the affine need gradients too."""
-    tensors = {"x": rand(batch, prefix + patches, dim), "matrix": rand(rows, patches)}
-    tensors |= {"weight": rand(dim), "bias": rand(dim)}
+    """With ``learned``, the layer_scale and the affine need gradients too.
+
+    With ``matrix_by_image`` there is a matrix for each image, with ``affine_by_image`` a weight and a bias.
+    """
+    matrices, affines = (batch,) * matrix_by_image, (batch,) * affine_by_image
+    tensors = {"x": rand(batch, prefix + patches, dim), "matrix": rand(*matrices, rows, patches)}
+    tensors |= {"weight": rand(*affines, dim), "bias": rand(*affines, dim)}
     tensors |= {"branch": rand(batch, prefix + patches, dim) if branch else None}
     tensors |= {"layer_scale": rand(dim) if branch and layer_scale else None}
     tensors |= affine_of(dim if affine else None)
@@ -281,15 +300,27 @@ def projector_case(
     affine=True,
     learned_scale=False,
     learned=False,
+    bias_by_image=False,
+    weights_by_image=False,
+    scale_by_image=False,
 ):
-    """A ``width`` of None: no projector. With ``learned``, the affine, if there is one, needs gradients."""
-    tensors = {"pooled": rand(batch, prompts, dim), "bias": rand(prompts)}
+    """A ``width`` of None: no projector. With ``learned``, the affine, if there is one, needs gradients.
+
+    With ``bias_by_image`` there is a bias for each image, with ``weights_by_image`` a projector, and with
+    ``scale_by_image`` a learned scale.
+    """
+    biases, weights, scales = (
+        (batch,) * bias_by_image,
+        (batch,) * weights_by_image,
+        batch if scale_by_image else 1,
+    )
+    tensors = {"pooled": rand(batch, prompts, dim), "bias": rand(*biases, prompts)}
     options = {"activation": activation, "eps": eps}
     if masked:
         options["channel_mask"] = torch.randint(0, 2, (batch, 1, dim)).double() * 2
     if width is not None:
-        tensors |= {"down": rand(width, dim), "up": rand(dim, width)}
-        tensors |= {"scale": rand(1)} if learned_scale else {}
+        tensors |= {"down": rand(*weights, width, dim), "up": rand(*weights, dim, width)}
+        tensors |= {"scale": rand(scales)} if learned_scale else {}
         if masked:
             options["feature_mask"] = torch.randint(0, 2, (batch, prompts, width)).double() * 2
     tensors |= affine_of(dim if affine and eps is not None else None)
@@ -305,11 +336,20 @@ HEADS = {"heads": (4,), "groups": (2, 4), "shared": YES_OR_NO, "bias": YES_OR_NO
 NORMED = {"eps": (None, 1e-6), "affine": YES_OR_NO}
 MASKED = {"masked": YES_OR_NO, "learned_scale": (True,), **LEARNED}
 FROZEN_OR_NOT = {"bias": YES_OR_NO, "learned": YES_OR_NO}
+POOL_BY_IMAGE = ("matrix_by_image", "affine_by_image")
+PROJECTOR_BY_IMAGE = ("bias_by_image", "weights_by_image", "scale_by_image")
 
 
 def grid(make, **axes):
     """A maker and its arguments, for each combination of values of the ``axes``."""
     return [(make, dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def by_image(make, **axes):
+    """A grid of cases with each choice of what may be given for each image, but none of it."""
+    names = {pool_case: POOL_BY_IMAGE, projector_case: PROJECTOR_BY_IMAGE}[make]
+    choices = grid(make, **axes, **dict.fromkeys(names, YES_OR_NO))
+    return [(make, sizes) for make, sizes in choices if any(sizes[name] for name in names)]
 
 
 CASES = [
@@ -319,6 +359,7 @@ CASES = [
     *grid(pool_case, **PREFIXED, **RESIDUAL, **LEARNED),
     *grid(pool_case, batch=(0, 2), rows=(0, 3), **RESIDUAL, **LEARNED),
     *grid(pool_case, patches=(196,), dim=(48,), rows=(50,), branch=YES_OR_NO),
+    *by_image(pool_case, batch=(0, 1, 3), rows=(0, 1, 3), branch=YES_OR_NO, **LEARNED),
     *grid(attention_case, queries=(1, 6), tokens=(6,), dim=(3, 8), prompts=(0, 1, 5), **HEADS),
     *grid(attention_case, queries=(197,), tokens=(197,), heads=(2,), groups=(2,), dim=(32,), prompts=(10,)),
     *grid(packed_case, tokens=(1, 6), dim=(1, 8), prompts=(0, 5), **HEADS),
@@ -363,11 +404,13 @@ CASES = [
         projector_case, batch=(1, 3), prompts=(1, 10), dim=(5, 64), width=(None, 1, 8), **NORMED, **LEARNED
     ),
     *grid(projector_case, batch=(0, 2), prompts=(0, 3), masked=(True,), **NORMED, **LEARNED),
+    *by_image(projector_case, batch=(0, 1, 3), prompts=(0, 3), eps=(None, 1e-6), **MASKED),
 ]
 
 GRADCHECK = [
     *grid(add_norm_case, batch=(1, 2), **RESIDUAL, **LEARNED),
     *grid(pool_case, prefix=(0, 2), patches=(4,), dim=(5,), rows=(1, 2, 3), **RESIDUAL, **LEARNED),
+    *by_image(pool_case, patches=(4,), dim=(5,), rows=(0, 2), **LEARNED),
     *(
         case
         for make in (attention_case, packed_case)
@@ -379,6 +422,22 @@ GRADCHECK = [
     *grid(cls_case, rows=(1, 2), prompts=(0, 2), lengths=(None, (0, 1)), shared=YES_OR_NO, bias=YES_OR_NO),
     *grid(
         projector_case, activation=("gelu", "sigmoid", "softmax"), eps=(None, 0.1), affine=YES_OR_NO, **MASKED
+    ),
+    *by_image(projector_case, activation=("gelu",), eps=(None, 0.1), **MASKED),
+]
+
+
+# For image_by_image. Blocks of the kernels have 16 rows.
+BY_IMAGE = [
+    *by_image(pool_case, batch=(1, 3), patches=(7,), dim=(5,), rows=(0, 17)),
+    *by_image(
+        projector_case,
+        batch=(1, 3),
+        prompts=(0, 17),
+        dim=(5,),
+        masked=(True,),
+        eps=(0.1,),
+        learned_scale=(True,),
     ),
 ]
 
@@ -402,6 +461,35 @@ def assert_same_results(actual, expected, tolerance, message=None):
     """Outputs and gradients agree in shape, dtype and, up to ``tolerance`` relative or absolute, in value."""
     for ours, theirs in zip(itertools.chain(*actual), itertools.chain(*expected), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message)
+
+
+def image_by_image(make, **sizes):
+    """The op of a case, the same by a call for each image, tensors and options.
+
+    A single call has an image's own part of what is given for each, in the shape of what all share.
+    """
+    torch.manual_seed(0)
+    op, _, tensors, options = make(**sizes)
+    *_, one, options_of_one = make(
+        **{name: value for name, value in sizes.items() if "by_image" not in name} | {"batch": 1}
+    )
+
+    def part(value, like, image):
+        whole = not isinstance(value, torch.Tensor) or value.shape == like.shape
+        return value if whole else value[image].reshape(like.shape)
+
+    def calls(*tensors, **options):
+        outputs = []
+        for image in range(sizes["batch"]):
+            parts = [part(*pair, image) for pair in zip(tensors, one, strict=True)]
+            options_here = {
+                name: part(value, options_of_one.get(name), image) for name, value in options.items()
+            }
+            results = op(*parts, **options_here)
+            outputs.append(results if isinstance(results, tuple) else (results,))
+        return tuple(map(torch.cat, zip(*outputs, strict=True)))
+
+    return op, calls, tensors, options
 
 
 def far_from_zero(seed, make, **sizes):

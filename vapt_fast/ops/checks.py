@@ -16,6 +16,7 @@ from .plan import TENSORS, is_watched
 __all__ = [
     "check_affine",
     "check_bool",
+    "check_by_image",
     "check_choice",
     "check_dtype",
     "check_float",
@@ -47,6 +48,26 @@ def check_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> N
     if not fits:
         expected = tuple("any" if size is None else size for size in sizes)
         raise ValueError(f"{name} must be {layout} = {expected}, got {tuple(tensor.shape)}")
+
+
+def check_by_image(
+    name: str, tensor: Tensor, layout: str, batch: int, *sizes: int | None, like: Tensor | None = None
+) -> None:
+    """Raise unless ``tensor`` has ``sizes``, as in ``check_shape``, or (batch, *sizes): them for each image.
+
+    Args:
+        name: of the tensor.
+        tensor: what was given.
+        layout: names the ``sizes`` alone, as "(R, N)".
+        batch: number of images.
+        sizes: without the batch; None: any size.
+        like: a tensor of as many dimensions, which says the form; None: either form.
+    """
+    form = tensor if like is None else like
+    if isinstance(form, Tensor) and form.ndim == len(sizes) + 1:
+        check_shape(name, tensor, f"(B, {layout[1:]}".replace(",)", ")"), batch, *sizes)
+    else:
+        check_shape(name, tensor, layout, *sizes)
 
 
 def check_residual(x: Tensor, branch: Tensor | None, layer_scale: Tensor | None) -> None:

@@ -25,6 +25,8 @@ def unsupported_reasons(args: Arguments) -> list[str]:
         norm_weight=args.norm_weight,
         norm_bias=args.norm_bias,
     )
+    if args.matrix.ndim == 3 or args.weight.ndim == 2:
+        reasons.append("matrix, weight and bias must be those of all images, got one for each image")
     return reasons + unsupported_dtypes((torch.float32, torch.float64), matrix=args.matrix)
 
 

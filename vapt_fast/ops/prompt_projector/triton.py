@@ -21,8 +21,14 @@ def unsupported_reasons(args: Arguments) -> list[str]:
     reasons += unsupported_dtypes((torch.float32, torch.float64), pooled=args.pooled)
     if args.dtype not in KERNEL_DTYPES:
         reasons.append(f"dtype must be float16, bfloat16, float32 or float64, got {args.dtype}")
-    if args.down is not None and args.down.shape[0] > tuning.LARGEST_PROJECTOR:
-        reasons.append(f"down must have at most {tuning.LARGEST_PROJECTOR} rows, got {args.down.shape[0]}")
+    if args.down is not None and args.down.shape[-2] > tuning.LARGEST_PROJECTOR:
+        reasons.append(f"down must have at most {tuning.LARGEST_PROJECTOR} rows, got {args.down.shape[-2]}")
+    if (
+        args.bias.ndim == 2
+        or (args.down is not None and args.down.ndim == 3)
+        or (args.scale is not None and args.scale.shape[0] != 1)
+    ):
+        reasons.append("bias, down, up and scale must be those of all images, got one for each image")
     return reasons
 
 
