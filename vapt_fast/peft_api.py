@@ -253,7 +253,7 @@ class AdapterModel(TimmModel):
     ) -> None:
         """Write prompts and head of an adapter to ``folder``; see vapt_fast.adapters.save."""
         adapters.save(
-            self,
+            cast(Any, self),
             folder,
             name,
             metadata=metadata,
@@ -271,7 +271,7 @@ class AdapterModel(TimmModel):
         is_trainable: bool = False,
     ) -> None:
         """Read prompts and head from ``folder``; see vapt_fast.adapters.load."""
-        adapters.load(self, folder, name, check_backbone=check_backbone, is_trainable=is_trainable)
+        adapters.load(cast(Any, self), folder, name, check_backbone=check_backbone, is_trainable=is_trainable)
 
     @classmethod
     def from_adapter(
@@ -286,7 +286,7 @@ class AdapterModel(TimmModel):
     ) -> Any:
         """The model of the adapter in ``folder``, in eval mode; see vapt_fast.adapters.build."""
         return adapters.build(
-            cls,
+            cast(Any, cls),
             folder,
             backbone=backbone,
             weights=weights,

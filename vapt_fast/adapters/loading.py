@@ -22,7 +22,7 @@ from .module import Adapter, check_name
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
 
-__all__ = ["build", "load", "new_adapter", "read_config"]
+__all__ = ["build", "load", "misfit", "new_adapter", "read_config"]
 
 _log = logging.getLogger("vapt_fast")
 
@@ -149,9 +149,14 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return read(Path(folder)).config
 
 
+def misfit(adapter: AdapterFile, problems: Iterable[str]) -> AdapterError:
+    """Return the error that says why an adapter does not fit the model."""
+    return AdapterError(f"the adapter in {adapter.folder} does not fit the model", problems)
+
+
 def _raise_misfit(adapter: AdapterFile, problems: Iterable[str]) -> None:
     if problems := list(problems):
-        raise AdapterError(f"the adapter in {adapter.folder} does not fit the model", problems)
+        raise misfit(adapter, problems)
 
 
 def _copy(model: AdaptiveViT, adapter: Adapter, file: AdapterFile) -> None:

@@ -8,8 +8,8 @@ modules with hooks), and the literal method, are computed adapter by adapter ins
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..backbones.blocks import standard_block
 from ..modules import has_global_hooks, is_plain
-from ..prompts.mixed import Layout, MixedPrompts, flatten
+from ..prompts import Masks
+from ..prompts.mixed import Layout, MixedPrompts, cut_masks, flatten
 from ..prompts.plain import PlainPrompts
 from ..timm_api import normed_tokens
 from .module import BASE, Adapter, mean_logits
@@ -25,24 +26,38 @@ from .module import BASE, Adapter, mean_logits
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
 
-__all__ = ["Heads", "features", "logits", "plain_adapter"]
+__all__ = [
+    "Heads",
+    "check_index",
+    "check_names",
+    "features",
+    "head_fields",
+    "head_row",
+    "logits",
+    "plain_adapter",
+]
 
 
 def logits(model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor, backend: str) -> Tensor:
     """Return the logits (B, K) as AdaptiveViT.forward does, K the classes of the largest head in use."""
     batch = Batch.of(model, images, adapter_names)
     adapters = batch.adapters
-    if len(adapters) == 1:
-        return model._logits(images, backend, adapters[0])
-    mixed = _mix(model, images, batch)
-    if mixed is None or backend == "reference":
-        of_one = _of_one(batch, mixed, images, partial(model._logits, backend=backend))
-        return _each(batch, of_one, pad=True)
-    inputs = model._head_inputs(images, backend, mixed.prompts)
-    heads = Heads.of(adapters)
-    if heads is not None:
-        return heads(inputs, batch.places)
-    return _each(batch, lambda i, rows: adapters[i](tuple(x[rows] for x in inputs)), pad=True)
+
+    def of_one(images: Tensor, i: int, masks: list[Any] | None) -> Tensor:
+        return model._logits(images, backend, adapters[i], masks=masks)
+
+    def of_several(images: Tensor, prompts: MixedPrompts, masks: list[Any], batch: Batch) -> Tensor:
+        inputs = model._head_inputs(images, backend, prompts, masks=masks)
+        heads = Heads.of(adapters)
+        if heads is not None:
+            return heads(inputs, batch.places)
+        parts = []
+        for i, adapter in enumerate(adapters):
+            rows = batch.rows_of([i])
+            parts.append((rows, adapter(tuple(x[rows] for x in inputs))))
+        return _together(parts, pad=True)
+
+    return _run(model, images, batch, of_one, of_several, mixed=backend != "reference", pad=True)
 
 
 def features(
@@ -51,30 +66,74 @@ def features(
     """Return all tokens (B, T, C) as AdaptiveViT.forward_features does."""
     batch = Batch.of(model, images, adapter_names)
 
-    def run(images: Tensor, adapter: Adapter, masks: list[Any] | None) -> Tensor:
-        return model._run(images, normed_tokens, backend, prompts=adapter.prompts, masks=masks)
+    def of_one(images: Tensor, i: int, masks: list[Any] | None) -> Tensor:
+        return of_several(images, batch.adapters[i].prompts, masks)
 
+    def of_several(images: Tensor, prompts: Any, masks: list[Any] | None, batch: Any = None) -> Tensor:
+        return model._run(images, normed_tokens, backend, prompts=prompts, masks=masks)
+
+    return _run(model, images, batch, of_one, of_several, mixed=backend != "reference", pad=False)
+
+
+def _run(
+    model: AdaptiveViT,
+    images: Tensor,
+    batch: Batch,
+    of_one: Callable[[Tensor, int, list[Any] | None], Tensor],
+    of_several: Callable[[Tensor, MixedPrompts, list[Any], Batch], Tensor],
+    *,
+    mixed: bool,
+    pad: bool,
+) -> Tensor:
+    """Return what the adapters give of their images: of those that rows can tell at once, if ``mixed``.
+
+    Args:
+        model: the model.
+        images: of the batch.
+        batch: whose adapters they have.
+        of_one: of images, one adapter and masks.
+        of_several: of images, their prompts, masks, and the batch that they are.
+        mixed: whether there may be several at once.
+        pad: whether rows are filled up with -inf.
+    """
     if len(batch.adapters) == 1:
-        return run(images, batch.adapters[0], None)
-    mixed = _mix(model, images, batch)
-    if mixed is None or backend == "reference":
-        return _each(batch, _of_one(batch, mixed, images, run), pad=False)
-    return model._run(images, normed_tokens, backend, prompts=mixed.prompts)
+        return of_one(images, 0, None)
+    stacked = _stack(model, images, batch)
+    known = {} if stacked is None else stacked.plain
+    masks = None if stacked is None else stacked.draw_masks(images)
+    if mixed and stacked is not None and masks is not None and len(known) == len(batch.adapters):
+        return of_several(images, stacked.prompts, masks, batch)
+    parts = []
+    for group in _groups(batch, known, mixed):
+        rows = batch.rows_of(group)
+        if not len(rows) and len(batch.places):
+            continue
+        part = images[rows]
+        if stacked is None or masks is None or group[0] not in known:
+            out = of_one(part, group[0], None)
+        elif len(group) == 1:
+            out = of_one(part, group[0], cut_masks(masks, rows, known[group[0]]))
+        else:
+            own = [mask.take(rows) for mask in masks]
+            out = of_several(part, stacked.prompts.take(rows), own, batch.take(rows))
+        parts.append((rows, out))
+    return _together(parts, pad=pad)
 
 
-def _of_one(
-    batch: Batch, mixed: _Mixed | None, images: Tensor, run: Callable[..., Tensor]
-) -> Callable[[int, Tensor], Tensor]:
-    """Return what runs one adapter on its images, with the masks that the batch as one would draw."""
-    masks = None if mixed is None else mixed.draw_masks(images)
+def _groups(batch: Batch, known: Mapping[int, Any], mixed: bool) -> list[list[int]]:
+    """Return which adapters are computed at once."""
+    together = list(known) if mixed and len(known) > 1 else []
+    alone = [[i] for i in range(len(batch.adapters)) if i not in together]
+    return [together, *alone] if together else alone
 
-    def of_one(i: int, rows: Tensor) -> Tensor:
-        own = None
-        if mixed is not None and masks is not None:
-            own = mixed.prompts.cut_masks(masks, rows, mixed.plain[i])
-        return run(images[rows], adapter=batch.adapters[i], masks=own)
 
-    return of_one
+def _together(parts: list[tuple[Tensor, Tensor]], *, pad: bool) -> Tensor:
+    """Return the outputs of some images each, in the images' order; with ``pad`` filled up with -inf."""
+    order, outputs = torch.cat([rows for rows, _ in parts]).argsort(), [output for _, output in parts]
+    if pad:
+        width = max(output.shape[-1] for output in outputs)
+        outputs = [nn.functional.pad(out, (0, width - out.shape[-1]), value=-torch.inf) for out in outputs]
+    return torch.cat(outputs)[order]
 
 
 class Batch(NamedTuple):
@@ -87,6 +146,18 @@ class Batch(NamedTuple):
     adapters: list[Adapter]
     places: Tensor
     rows: list[list[int]] | None
+
+    def rows_of(self, group: Sequence[int]) -> Tensor:
+        """Return the images, in order, of some adapters, by place."""
+        device = self.places.device
+        if self.rows is None:
+            return torch.isin(self.places, torch.tensor(group, device=device)).nonzero().squeeze(1)
+        rows = sorted(row for place in group for row in self.rows[place])
+        return torch.tensor(rows, dtype=torch.long, device=device)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Return the batch of some images."""
+        return self._replace(places=self.places[rows], rows=None)
 
     @classmethod
     def of(cls, model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor) -> Batch:
@@ -157,50 +228,33 @@ def plain_adapter(model: AdaptiveViT, adapter: Adapter, dtype: torch.dtype) -> l
     return None if any(standard_block(block) is None for block in blocks) else plain
 
 
-class _Mixed(NamedTuple):
-    """The prompts of a batch, and those of each adapter."""
+class _Stacked(NamedTuple):
+    """The prompts of a batch, and of the adapters that rows can tell, by place, their plain tensors."""
 
     prompts: MixedPrompts
-    plain: list[list[PlainPrompts]]
+    plain: dict[int, list[PlainPrompts]]
 
-    def draw_masks(self, images: Tensor) -> list[Any]:
-        """Return the masks that the batch draws when it is computed as one."""
+    def draw_masks(self, images: Tensor) -> list[Masks]:
+        """Return masks for all images, before they are parted: every backend sees the same numbers."""
         dtype = torch.promote_types(images.dtype, torch.float32)
         return self.prompts.draw_masks(len(images), dtype=dtype, device=images.device)
 
 
-def _mix(model: AdaptiveViT, images: Tensor, batch: Batch) -> _Mixed | None:
-    """Return the prompts of the batch; None where rows can't tell them."""
+def _stack(model: AdaptiveViT, images: Tensor, batch: Batch) -> _Stacked | None:
+    """Return the prompts of the batch; None where rows can tell no adapter."""
     dtype = torch.promote_types(images.dtype, torch.float32)
     found = [plain_adapter(model, adapter, dtype) for adapter in batch.adapters]
-    plain = [blocks for blocks in found if blocks is not None]
-    if len(plain) < len(found):
+    plain = {i: blocks for i, blocks in enumerate(found) if blocks is not None}
+    if not plain:
         return None
-    for adapter in batch.adapters:
-        for parameter in adapter.prompts.parameters():
+    for i in plain:
+        for parameter in batch.adapters[i].prompts.parameters():
             dtype = torch.promote_types(dtype, parameter.dtype)
-    layout = Layout.of(plain, model.embed_dim, model.grid[0] * model.grid[1])
+    layout = Layout.of(list(plain.values()), model.embed_dim, math.prod(model.grid))
     like = torch.empty(0, dtype=dtype, device=images.device)
-    rows = torch.stack([layout.row(blocks, like) for blocks in plain])
-    return _Mixed(MixedPrompts(layout, rows, layout.facts(plain, images.device), batch.places), plain)
-
-
-def _each(batch: Batch, of_one: Callable[[int, Tensor], Tensor], *, pad: bool) -> Tensor:
-    """Return what ``of_one`` gives of each adapter and its images, put together in the batch's order."""
-    parts: list[Tensor] = []
-    order: list[Tensor] = []
-    for i in range(len(batch.names)):
-        if batch.rows is None:
-            rows = (batch.places == i).nonzero().squeeze(1)
-        else:
-            rows = torch.tensor(batch.rows[i], dtype=torch.long, device=batch.places.device)
-        if len(rows) or (not parts and i == len(batch.names) - 1):
-            parts.append(of_one(i, rows))
-            order.append(rows)
-    if pad:
-        width = max(part.shape[-1] for part in parts)
-        parts = [nn.functional.pad(part, (0, width - part.shape[-1]), value=-torch.inf) for part in parts]
-    return torch.cat(parts)[torch.cat(order).argsort()]
+    rows = torch.stack([layout.row(plain.get(i, []), like) for i in range(len(found))])
+    facts = layout.facts([plain.get(i, []) for i in range(len(found))], images.device)
+    return _Stacked(MixedPrompts(layout, rows, facts, batch.places), plain)
 
 
 class Heads:

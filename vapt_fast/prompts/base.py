@@ -64,6 +64,11 @@ class Masks:
     channels: Tensor | None = None
     features: Tensor | None = None
 
+    def take(self, rows: Tensor) -> Masks:
+        """Return the masks of the images ``rows``."""
+        masks = (self.table, self.channels, self.features)
+        return Masks(*(None if mask is None else mask[rows] for mask in masks))
+
 
 class BlockPrompts(nn.Module):
     """The prompts of one block: the base class of every kind.

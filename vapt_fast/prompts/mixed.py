@@ -21,7 +21,7 @@ from .adaptive import PROMPT_NORM_EPS
 from .base import Masks, affine, layer_norm
 from .plain import KeysValues, PlainProjector, PlainPrompts
 
-__all__ = ["Facts", "Layout", "MixedPrompts", "flatten"]
+__all__ = ["Facts", "Layout", "MixedPrompts", "cut_masks", "flatten"]
 
 Shape = tuple[int, ...]
 Key = tuple[str, int]
@@ -296,6 +296,7 @@ class MixedPrompts:
 
     def __init__(self, layout: Layout, rows: Tensor, facts: Facts, index: Tensor) -> None:
         self.layout = layout
+        self._rows, self._facts, self._index = rows, facts, index
         fields = layout.fields()
         # An embedding's backward adds up in a fixed order, that of other gathers does not.
         parts = F.embedding(index, rows).split([torch.Size(shape).numel() for shape in fields.values()], 1)
@@ -332,23 +333,9 @@ class MixedPrompts:
             masks.append(Masks(*drawn))
         return masks
 
-    def cut_masks(self, masks: Sequence[Masks], rows: Tensor, adapter: Sequence[PlainPrompts]) -> list[Masks]:
-        """Return the masks of the images ``rows``, as ``adapter`` draws its own."""
-        cut = []
-        for plain, mask in zip(adapter, masks, strict=False):
-            whole = (mask.table, mask.channels, mask.features)
-            table, channels, features = (t if t is None else t[rows] for t in whole)
-            if table is not None:
-                width = self.layout.dim
-                if plain.keys_values is not None:
-                    width = 2 * plain.keys_values.keys.shape[1]
-                table = table[:, : plain.num_prompts, :width]
-            projector = None if plain.pooling is None else plain.pooling.projector
-            if features is not None:
-                width = 0 if projector is None else len(projector.down)
-                features = features[:, : plain.num_prompts, :width] if width else None
-            cut.append(Masks(table, None if plain.pooling is None else channels, features))
-        return cut
+    def take(self, rows: Tensor) -> MixedPrompts:
+        """Return the prompts of some images."""
+        return MixedPrompts(self.layout, self._rows, self._facts, self._index[rows])
 
     def sources(self, masks: list[Masks], dtype: torch.dtype, backend: str | None) -> list[Any]:
         """Return where the rewritten pass gets the prompts of each block; None for a block without."""
@@ -357,6 +344,24 @@ class MixedPrompts:
             make = _PooledSource if block.matrices else _Source
             sources.append(make(self, i, masks[i], backend) if block.num_prompts else None)
         return sources
+
+
+def cut_masks(masks: Sequence[Masks], rows: Tensor, adapter: Sequence[PlainPrompts]) -> list[Masks]:
+    """Return the masks of the images ``rows`` as ``adapter`` draws its own, from those of a mixed batch."""
+    cut = []
+    for plain, mask in zip(adapter, masks, strict=False):
+        whole = (mask.table, mask.channels, mask.features)
+        table, channels, features = (t if t is None else t[rows] for t in whole)
+        pooling, count = plain.pooling, plain.num_prompts
+        if table is not None and plain.keys_values is not None:
+            table = table[:, :count, : 2 * plain.keys_values.keys.shape[1]]
+        elif table is not None:
+            table = None if plain.table is None else table[:, :count, : plain.table.shape[1]]
+        if features is not None:
+            projector = None if pooling is None else pooling.projector
+            features = None if projector is None else features[:, :count, : len(projector.down)]
+        cut.append(Masks(table, None if pooling is None else channels, features))
+    return cut
 
 
 class _Source:
