@@ -19,7 +19,17 @@ from op_cases import (
     projector_case,
 )
 
-__all__ = ["KERNELS", "REAL", "Kernels", "converted", "laid_out", "precision_cases", "random_cases"]
+__all__ = [
+    "KERNELS",
+    "POOL_BY_IMAGE",
+    "PROJECTOR_BY_IMAGE",
+    "REAL",
+    "Kernels",
+    "converted",
+    "laid_out",
+    "precision_cases",
+    "random_cases",
+]
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,11 @@ class Kernels:
 
 YES_OR_NO = [False, True]
 ONE_HEAD = {"heads": 1, "groups": 1, "dim": 2}
+POOL_BY_IMAGE = {"matrix_by_image": True, "affine_by_image": True}
+PROJECTOR_BY_IMAGE = {"bias_by_image": True, "weights_by_image": True} | {
+    "learned_scale": True,
+    "scale_by_image": True,
+}
 THREE_HEADS = {"batch": 1, "queries": 3, "tokens": 3, "heads": 3, "groups": 3, "dim": 2, "prompts": 3}
 
 KERNELS = {
@@ -96,6 +111,8 @@ KERNELS = {
             "branch": YES_OR_NO,
             "layer_scale": YES_OR_NO,
             "affine": YES_OR_NO,
+            "matrix_by_image": YES_OR_NO,
+            "affine_by_image": YES_OR_NO,
         },
         {"batch": 1, "dim": 32},
         [
@@ -103,6 +120,7 @@ KERNELS = {
             {"batch": 1, "prefix": 1, "patches": 33, "dim": 65, "rows": 17, "layer_scale": False},
             {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2, "branch": False, "affine": False},
             {"batch": 1, "prefix": 1, "patches": 3, "dim": 257, "rows": 2},
+            {"batch": 3, "prefix": 1, "patches": 5, "dim": 6, "rows": 17} | POOL_BY_IMAGE,
         ],
         [
             *({"batch": 1, "prefix": 1, "patches": 4, "dim": dim, "rows": 3} for dim in (256, 768, 1280)),
@@ -112,10 +130,15 @@ KERNELS = {
         [
             ({"batch": 3, "prefix": 0, "patches": 3, "dim": 3, "rows": 3, "branch": branch}, dim, 2**30)
             for dim, branch in ((0, False), (1, False), (2, False), (0, True))
+        ]
+        + [
+            ({"batch": 3, "prefix": 0, "patches": 3, "dim": 3, "rows": 3} | POOL_BY_IMAGE, dim, 2**30)
+            for dim in (0, 1, 2)
         ],
         [
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0, 4], []),
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0, 4], [0, 4]),
+            ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5} | POOL_BY_IMAGE, [0, 4], range(5)),
         ],
     ),
     "prompt_projector": Kernels(
@@ -130,6 +153,9 @@ KERNELS = {
             "eps": [None, 1e-6],
             "affine": YES_OR_NO,
             "learned_scale": YES_OR_NO,
+            "bias_by_image": YES_OR_NO,
+            "weights_by_image": YES_OR_NO,
+            "scale_by_image": YES_OR_NO,
         },
         {"batch": 1, "prompts": 5, "dim": 32, "eps": 1e-6},
         [
@@ -139,6 +165,8 @@ KERNELS = {
             {"batch": 1, "prompts": 2, "dim": 5, "activation": "sigmoid"},
             {"batch": 1, "prompts": 2, "dim": 5, "width": None, "eps": 0.1},
             {"batch": 1, "prompts": 2, "dim": 5, "eps": 0.1, "affine": False},
+            {"batch": 3, "prompts": 17, "dim": 5, "masked": True, "eps": 0.1} | PROJECTOR_BY_IMAGE,
+            {"batch": 3, "prompts": 2, "dim": 5, "weights_by_image": True},
         ],
         [
             *({"batch": 1, "dim": dim, "width": 8, "eps": 0.1} for dim in (192, 768, 1280)),
@@ -146,10 +174,18 @@ KERNELS = {
             {"batch": 9, "width": 64, "learned_scale": True},
         ],
         [
-            ({"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1}, dim, 2**30)
+            (
+                {"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1} | by_image,
+                dim,
+                2**30,
+            )
+            for by_image in ({}, PROJECTOR_BY_IMAGE)
             for dim in (0, 1, 2)
         ],
-        [({"prompts": 4, "dim": 64, "eps": 1e-6}, [], [0])],
+        [
+            ({"prompts": 4, "dim": 64, "eps": 1e-6}, [], [0]),
+            ({"prompts": 4, "dim": 32, "eps": 1e-6} | PROJECTOR_BY_IMAGE, [], range(5)),
+        ],
     ),
     "prompt_attention": Kernels(
         attention_case,

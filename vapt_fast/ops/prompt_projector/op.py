@@ -226,7 +226,8 @@ class _PromptProjector(Op):
         weights = scale = None
         if saved.down is not None and ("down" in needed or "up" in needed):
             weights = pooled.new_empty((*saved.down.shape[:-2], 2, width, pooled.shape[-1]))
-        if saved.scale is not None and "scale" in needed:
+        # Without a projector there is nothing to scale.
+        if saved.down is not None and saved.scale is not None and "scale" in needed:
             scale = empty_like(saved.scale)
         return Gradients(empty_like(pooled), empty_like(saved.bias), weights, scale)
 
