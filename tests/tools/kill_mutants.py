@@ -46,7 +46,7 @@ FILES = {
     "absorbed_attention": ["absorbed_attention"],
     "mlp": ["mlp"],
     "fp8_linear": ["fp8_linear"],
-    "common": ["prompt_pool", "prompt_projector"],
+    "common": ["prompt_pool", "prompt_projector", "absorbed_attention"],
 }
 CPU_SECONDS = 60
 MOST_SURVIVORS = 0.05
