@@ -51,10 +51,18 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
     "prompt_attention_packed": [
         *({"dim": dim, "bias": bias} for dim in (32, 64, 80, 128) for bias in (False, True)),
         {"prompts": 10},
+        {"lengths": (50,)},
         # Triton makes a constant of every size of 1.
         {"tokens": 1, "prompts": 1, "heads": 1, "groups": 1},
     ],
-    "absorbed_attention": [{}, {"prompts": 10}, {"prompts": 100}, {"shared": True}, {"rows": 5}],
+    "absorbed_attention": [
+        {},
+        {"prompts": 10},
+        {"prompts": 100},
+        {"shared": True},
+        {"rows": 5},
+        {"lengths": (50,)},
+    ],
     "mlp": [{}, {"bias": False}],
 }
 

@@ -65,6 +65,7 @@ class Kernels:
 
 
 YES_OR_NO = [False, True]
+LENGTHS = [None, None, (3, 0, 17), (17, 2), (0,)]  # of prompts
 ONE_HEAD = {"heads": 1, "groups": 1, "dim": 2}
 POOL_BY_IMAGE = {"matrix_by_image": True, "affine_by_image": True}
 PROJECTOR_BY_IMAGE = {"bias_by_image": True, "weights_by_image": True} | {
@@ -199,6 +200,7 @@ KERNELS = {
             "prompts": [0, 1, 5, 17],
             "shared": YES_OR_NO,
             "bias": [False, False, True],
+            "lengths": LENGTHS,
         },
         {"batch": 1, "heads": 1, "groups": 1, "queries": 30, "tokens": 28, "dim": 32, "prompts": 5},
         [
@@ -206,7 +208,9 @@ KERNELS = {
             {"batch": 1, "queries": 17, "tokens": 18, "heads": 2, "groups": 2, "dim": 17, "prompts": 17}
             | {"bias": True},
             {"batch": 2, "queries": 3, "tokens": 3, "heads": 3, "groups": 1, "dim": 16, "shared": True}
-            | {"bias": True},
+            | {"bias": True, "prompts": 3, "lengths": (1, 2)},
+            {"batch": 3, "queries": 5, "tokens": 7, "heads": 2, "groups": 1, "dim": 3, "prompts": 18}
+            | {"lengths": (17, 0, 18)},
         ],
         [
             *({"batch": 1, "heads": 1, "groups": 1, "dim": dim} for dim in (32, 64, 72, 80, 88, 96, 128)),
@@ -251,11 +255,13 @@ KERNELS = {
             "prompts": [0, 1, 5, 17],
             "shared": YES_OR_NO,
             "bias": [False, False, True],
+            "lengths": LENGTHS,
         },
         {"batch": 1, "heads": 1, "groups": 1, "tokens": 28, "dim": 32, "prompts": 5},
         [
             {"batch": 2, "tokens": 7, "heads": 2, "groups": 1, "dim": 3},
             {"batch": 1, "tokens": 18, "heads": 2, "groups": 2, "dim": 3, "prompts": 17, "shared": True},
+            {"batch": 2, "tokens": 3, "heads": 1, "groups": 1, "dim": 3, "prompts": 3, "lengths": (2, 0)},
         ],
         [
             {"batch": 1, "tokens": 33, "heads": 1, "groups": 1, "dim": 8, "prompts": 17},
@@ -280,6 +286,7 @@ KERNELS = {
             "prompts": [0, 1, 10, 17],
             "shared": YES_OR_NO,
             "bias": [False, False, True],
+            "lengths": LENGTHS,
         },
         {"batch": 1, "tokens": 28, "heads": 2, "dim": 8, "channels": 32, "prompts": 5},
         [
@@ -287,6 +294,17 @@ KERNELS = {
             {"batch": 1, "rows": 2, "tokens": 65, "heads": 9, "channels": 65, "prompts": 17, "bias": True},
             {"batch": 2, "rows": 1, "tokens": 3, "heads": 1, "channels": 5, "prompts": 3, "shared": True},
             {"batch": 2, "rows": 2, "tokens": 33, "heads": 33, "dim": 1, "channels": 3, "prompts": 1},
+            {
+                "batch": 3,
+                "rows": 1,
+                "tokens": 7,
+                "heads": 3,
+                "channels": 6,
+                "prompts": 34,
+                "lengths": (33, 0, 2),
+            },
+            {"batch": 6, "rows": 1, "tokens": 3, "heads": 1, "channels": 5, "prompts": 3, "shared": True}
+            | {"bias": True, "lengths": (1, 0, 2)},
         ],
         [
             *({"batch": 1, "channels": channels} for channels in (192, 768, 1280)),
@@ -383,7 +401,9 @@ def converted(op: str, case: tuple, dtype: torch.dtype) -> tuple:
     of_tokens = {"prompt_pool": (0, *range(4, 8)), "prompt_projector": ()}.get(op, range(9))
     tensors = [t.to(dtype if i in of_tokens else learned) for i, t in enumerate(tensors)]
     options = {
-        name: value.to(learned if "mask" in name else dtype) if isinstance(value, torch.Tensor) else value
+        name: value.to(learned if "mask" in name else dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
         for name, value in options.items()
     }
     return function, tensors, options

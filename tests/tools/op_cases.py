@@ -217,8 +217,8 @@ def with_lengths(prompts, lengths, batch):
     numbers = torch.tensor([lengths[image % len(lengths)] for image in range(batch)], dtype=torch.int64)
     numbers = numbers.clamp(max=prompts[0].shape[1])
     for tensor in prompts:
-        most = numbers if len(tensor) == batch else numbers.amax(dim=0, keepdim=True)
-        for image, number in enumerate(most.tolist()):
+        most = numbers.tolist() if len(tensor) == batch else [max(numbers.tolist(), default=tensor.shape[1])]
+        for image, number in enumerate(most):
             tensor[image, number:] = float("nan")
     return numbers
 
@@ -592,10 +592,11 @@ def assert_policy(make, cases, dtype, on_gpu=False):
 def layouts(tensor):
     """The same values in other memory layouts."""
     yield "transposed", tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    padded = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    between = float("nan") if tensor.is_floating_point() else -1
+    padded = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), between, dtype=tensor.dtype)
     padded[..., : tensor.shape[-1]] = tensor
     yield "padded rows", padded[..., : tensor.shape[-1]]
-    flat = torch.full((tensor.numel() + 1,), float("nan"), dtype=tensor.dtype)
+    flat = torch.full((tensor.numel() + 1,), between, dtype=tensor.dtype)
     flat[1:] = tensor.flatten()
     yield "offset by one", flat[1:].view(tensor.shape)
 

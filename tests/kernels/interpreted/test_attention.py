@@ -116,6 +116,15 @@ def test_a_stride_too_long_for_the_kernels():
     assert_same_results(results(op, tensors, options), expected, 0)
 
 
+@attentions
+def test_numbers_of_prompts_far_apart_in_memory(make):
+    op, _, tensors, options = case(make, batch=3, prompts=4, lengths=(2, 0, 4))
+    expected = results(op, tensors, options)
+    memory = torch.empty(2**31 + 1, dtype=torch.int32)  # only the pages that are written take any
+    far = memory.as_strided((3,), (2**30,)).copy_(options["prompt_lengths"])
+    assert_same_results(results(op, tensors, options | {"prompt_lengths": far}), expected, 0)
+
+
 @pytest.mark.full
 def test_more_than_2_31_elements_of_absorbed_attention():
     """Of the kernels alone: the op multiplies all queries by the weights."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...kernels import prompt_attention as kernels
 from ..base import empty_like
 from ..checks import unsupported_mixture
-from ..triton_launch import STRIDE_LIMIT, Strided, launch, num_blocks
+from ..triton_launch import STRIDE_LIMIT, Strided, launch, num_blocks, strided
 from . import tuning
 from .op import Arguments, Gradients, Outputs, Saved
 
@@ -21,8 +21,6 @@ def unsupported_reasons(args: Arguments) -> list[str]:
     reasons = unsupported_mixture(args.q, args.k, args.v, args.prompt_k, args.prompt_v)
     if not 1 <= args.q.shape[-1] <= tuning.LARGEST_HEAD:
         reasons.append(f"heads must have 1 to {tuning.LARGEST_HEAD} channels, got {args.q.shape[-1]}")
-    if args.prompt_lengths is not None:
-        reasons.append("it has no prompt_lengths, got some")
     return reasons
 
 
@@ -42,9 +40,10 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
         _launch_by_queries(kernel, "bwd_queries", statistics, grads.q, args, given, grad_out)
     if grads.k is not None and grads.v is not None:
         incoming = (*statistics, grad_out)
-        _launch_by_keys((grads.k, grads.v), incoming, args, given.q, given.k, given.v, given.bias)
+        keys = (given.q, given.k, given.v, given.bias, None)
+        _launch_by_keys((grads.k, grads.v), incoming, args, *keys)
     if grads.prompt_k is not None and grads.prompt_v is not None:
-        keys = (given.q, given.prompt_k, given.prompt_v, None)
+        keys = (given.q, given.prompt_k, given.prompt_v, None, given.prompt_lengths)
         incoming = (*statistics, grad_out)
         if saved.prompt_k.shape[0] == batch:
             _launch_by_keys((grads.prompt_k, grads.prompt_v), incoming, args, *keys)
@@ -86,6 +85,7 @@ class _Given(NamedTuple):
     prompt_k: Strided
     prompt_v: Strided
     bias: Strided | None
+    prompt_lengths: Strided | None
 
 
 def _given(args: Arguments | Saved) -> _Given:
@@ -97,6 +97,7 @@ def _given(args: Arguments | Saved) -> _Given:
         _strided(args.prompt_k, batch),
         _strided(args.prompt_v, batch),
         _strided_bias(args.bias, batch, heads),
+        strided(args.prompt_lengths),
     )
 
 
@@ -159,6 +160,7 @@ def _launch_by_keys(
     k: Strided,
     v: Strided,
     bias: Strided | None,
+    key_lengths: Strided | None,
 ) -> None:
     """Write the gradients of k and v, the tokens' or the prompts', for each image on its own."""
     batch, num_queries, heads, dim = args.q.shape
@@ -171,7 +173,7 @@ def _launch_by_keys(
         kernels.prompt_attention_bwd_keys_kernel,
         config,
         batch * num_kv_heads * num_blocks(config, BLOCK_KEYS=num_keys),
-        *(lse, row_dot, *[_strided(t, batch) for t in results], q, k, v, bias, grad_out),
+        *(lse, row_dot, *[_strided(t, batch) for t in results], q, k, v, bias, key_lengths, grad_out),
         *(num_queries, num_keys, heads, heads // num_kv_heads),
         SCALE=args.scale,
         HEAD_DIM=dim,
