@@ -17,7 +17,7 @@ from ..ops.backend import BackendUnavailableError
 from ..source import HEADS, LOCAL_ARGS, is_local, load_weights
 from .checks import backbone_problems, head_problems, prompt_problems, tensor_problems
 from .file import AdapterError, AdapterFile, read, read_backbone, unreadable
-from .module import Adapter, check_name
+from .module import BASE, Adapter, MissingHead, check_name
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
@@ -204,7 +204,10 @@ def _build_by_name(
             raise _cannot_make(adapter, str(error)) from error
     elif path is not None:
         _assign(made, read_backbone(adapter, path), path)
-    return cls(made, **kwargs)
+    model = cls(made, **kwargs)
+    base = model.find_adapter(BASE)  # timm has drawn its classifier at random
+    base.set_heads({name: MissingHead() for name in base.head_names}, 0)
+    return model
 
 
 def _cannot_make(adapter: AdapterFile, *problems: str) -> AdapterError:
