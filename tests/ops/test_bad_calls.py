@@ -636,6 +636,11 @@ OPS += [
         )
         for call in (attend, attend_packed, attend_cls)
     ),
+    (
+        lambda: attend_cls(x=(2, 0, 6), prompt_lengths=torch.tensor([0, 1])),
+        ValueError,
+        "x must have at least one token where prompt_lengths are given, got none",
+    ),
     # dtypes
     *(
         (

@@ -30,10 +30,12 @@ from op_cases import cls_case
 from shadow import no_overflow
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "interpreted"))
+sys.path.append(str(Path(__file__).parents[1] / "ops"))
 
 import test_attention
 import test_norms
 import test_projector
+import test_prompt_lengths
 import test_quantise
 
 from vapt_fast import functional, use_backend
@@ -90,6 +92,7 @@ ALONE: dict[str, list[Check]] = {
     ],
     "absorbed_attention": [
         partial(test_attention.test_numbers_of_prompts_far_apart_in_memory, cls_case),
+        partial(test_prompt_lengths.test_gradients_of_padding_are_zero_whatever_comes_in, cls_case),
         test_attention.test_more_than_2_31_elements_of_absorbed_attention,
     ],
     "add_norm": [partial(test_norms.test_what_is_normalised_is_the_sum_as_it_is_returned, "triton")],

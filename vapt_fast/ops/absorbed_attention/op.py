@@ -70,6 +70,8 @@ def absorbed_attention(
     check_shape("value_weight", value_weight, "(h, d, C)", heads, head_dim, dim)
     check_score_bias(bias, 1, heads, num_queries, num_tokens)
     check_lengths("prompt_lengths", prompt_lengths, batch)
+    if prompt_lengths is not None and not num_tokens:
+        raise ValueError("x must have at least one token where prompt_lengths are given, got none")
     scale = check_number("scale", scale)
     tensors = {"q": q, "x": x, "prompts": prompts, "key_weight": key_weight, "value_weight": value_weight}
     check_float(**tensors, bias=bias)

@@ -35,22 +35,21 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     args, given, batch = Arguments(*saved[2:]), _given(saved), saved.q.shape[0]
     grad_out = _strided(grad_results[0], batch)
     statistics = (saved.lse, _row_dot(saved.out, saved.lse, grad_out))
+    incoming = (*statistics, grad_out)
     if grads.q is not None:
         kernel = kernels.prompt_attention_bwd_queries_kernel
         _launch_by_queries(kernel, "bwd_queries", statistics, grads.q, args, given, grad_out)
     if grads.k is not None and grads.v is not None:
-        incoming = (*statistics, grad_out)
-        keys = (given.q, given.k, given.v, given.bias, None)
-        _launch_by_keys((grads.k, grads.v), incoming, args, *keys)
+        of_tokens = (given.q, given.k, given.v, given.bias, None)
+        _launch_by_keys((grads.k, grads.v), incoming, args, *of_tokens)
     if grads.prompt_k is not None and grads.prompt_v is not None:
-        keys = (given.q, given.prompt_k, given.prompt_v, None, given.prompt_lengths)
-        incoming = (*statistics, grad_out)
+        of_prompts = (given.q, given.prompt_k, given.prompt_v, None, given.prompt_lengths)
         if saved.prompt_k.shape[0] == batch:
-            _launch_by_keys((grads.prompt_k, grads.prompt_v), incoming, args, *keys)
+            _launch_by_keys((grads.prompt_k, grads.prompt_v), incoming, args, *of_prompts)
         else:
             # Those of keys that all images share are summed over the images, in the dtype of lse.
             by_image = saved.lse.new_empty((2, batch, *saved.prompt_k.shape[1:]))
-            _launch_by_keys(by_image.unbind(), incoming, args, *keys)
+            _launch_by_keys(by_image.unbind(), incoming, args, *of_prompts)
             for grad, total in zip((grads.prompt_k, grads.prompt_v), by_image.sum(dim=1), strict=True):
                 grad.copy_(total)
 
