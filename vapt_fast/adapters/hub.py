@@ -59,7 +59,7 @@ def push(
         metrics: results for the card, as {"accuracy": 0.91}, of the first of ``datasets`` if there is one.
             None for the accuracy in the adapter's metadata, where ``vapt-fast train`` leaves it.
         replace_card: write the card anew where the repository has one; else that stays.
-        **save_options: as for ``save``: ``metadata``, ``class_names``, ``data_config``,
+        **save_options: as for ``save``: ``name``, ``metadata``, ``class_names``, ``data_config``,
             ``include_backbone``.
 
     Returns:
