@@ -22,7 +22,7 @@ LOAD = Path(__file__).parents[1] / "tools" / "serving_load.py"
 
 @pytest.mark.full
 def test_answers_are_right_while_adapters_come_and_go() -> None:
-    sizes = ["--requests", "480", "--malformed", "60", "--bad-adapters", "30", "--port", "8139", "--loop"]
+    sizes = ["--requests", "480", "--malformed", "60", "--bad-adapters", "30", "--port", "8139"]
     result = subprocess.run([sys.executable, LOAD, *sizes], capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     figures = json.loads(result.stdout[result.stdout.index("{") :])
@@ -43,7 +43,6 @@ def ask(path: str, **request: object) -> dict:
 
 @pytest.mark.full
 def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
-    pytest.importorskip("vapt_fast.adapters.stack")
     save_adapter(tmp_path / "a", 0, 3, include_backbone=True)
     save_adapter(tmp_path / "b", 1, 5)
     adapters = [f"a={tmp_path / 'a'}", f"b={tmp_path / 'b'}"]

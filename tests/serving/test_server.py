@@ -15,9 +15,9 @@ import torch
 from malformed import malformed_adapters
 from PIL import Image
 from replicas import TOKEN, Answer, Server, adapter_form, form, make_server
-from stacks import LoopStack, save_adapter
+from stacks import save_adapter
 
-from vapt_fast import AdaptiveViT
+from vapt_fast import AdapterStack, AdaptiveViT
 from vapt_fast.adapters import CONFIG_NAME, WEIGHTS_NAME
 
 pytest.importorskip("starlette")
@@ -385,22 +385,22 @@ def test_adapters_that_do_not_fit(calm: Server) -> None:
 
 
 def test_prompts_that_the_stack_has_no_place_for(calm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self: LoopStack, folder: Path, *, name: str) -> None:
+    def refuse(self: AdapterStack, folder: Path, *, name: str) -> None:
         raise ValueError("prompts that travel")
 
     save_adapter(calm.folder / "other", 5)
     with monkeypatch.context() as context:
-        context.setattr(LoopStack, "load_adapter", refuse)
+        context.setattr(AdapterStack, "load_adapter", refuse)
         answer = calm("PUT", "/adapters/new", *adapter_form(calm.folder / "other"))
     assert (answer.status, "prompts that travel" in answer.json["error"]) == (422, True)
 
 
 def test_a_fault_is_told_without_details(calm: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(self: LoopStack, *args: Any) -> torch.Tensor:
+    def fail(self: AdapterStack, *args: Any) -> torch.Tensor:
         raise RuntimeError("private")
 
     with monkeypatch.context() as context:
-        context.setattr(LoopStack, "forward", fail)
+        context.setattr(AdapterStack, "forward", fail)
         answer = calm("POST", "/predict?adapter=a", picture(), "image/png")
     assert answer.status == 500
     assert b"private" not in answer.body

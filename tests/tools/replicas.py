@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from stacks import LoopStack
+from stacks import make_stack
 
 from vapt_fast.adapters import CONFIG_NAME, WEIGHTS_NAME
 from vapt_fast.serving import ServeOptions, token_digest
@@ -102,11 +102,11 @@ async def no_metrics() -> str:
     return "up 1\n"
 
 
-def make_server(folder: Path, stack: Any = None, **options: Any) -> Server:
+def make_server(folder: Path, **options: Any) -> Server:
     from vapt_fast.serving.http import make_app
 
     capacity = options.setdefault("capacity", 4)
     options = {"store": folder / "store", "root": folder, "token_sha256": token_digest(TOKEN)} | options
     options = {"first": "unused", "max_classes": 5, "threads": 1} | options
-    service = Service(ServeOptions(**options), stack or LoopStack(capacity).eval())
+    service = Service(ServeOptions(**options), make_stack(capacity))
     return Server(folder, service, make_app(lambda: service, "replica-1", no_metrics))

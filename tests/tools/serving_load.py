@@ -29,7 +29,7 @@ import torch
 from malformed import malformed_adapters, malformed_requests
 from PIL import Image
 from replicas import TOKEN, adapter_form, form
-from stacks import MOST_CLASSES, LoopStack, save_adapter
+from stacks import MOST_CLASSES, save_adapter
 
 from vapt_fast.serving import ServeOptions, token_digest
 from vapt_fast.serving.engine import add_adapters, start, stop
@@ -248,7 +248,7 @@ def _send_raw(port: int, content: bytes) -> str:
 
 
 def measure(
-    folder: Path, *, requests: int, malformed: int, bad_adapters: int, replicas: int, port: int, loop: bool
+    folder: Path, *, requests: int, malformed: int, bad_adapters: int, replicas: int, port: int
 ) -> dict[str, Any]:
     """Start a server, put it under load, attack it, stop it; returns the figures."""
     adapters = Adapters(folder / "made")
@@ -264,7 +264,7 @@ def measure(
     )
     add_adapters(options.store, {"first": options.first})
     begin = time.monotonic()
-    start(options, replicas=replicas, port=port, make=_loop_stack() if loop else None)
+    start(options, replicas=replicas, port=port)
     try:
         started = time.monotonic() - begin
         load = Load(port, adapters)
@@ -301,16 +301,6 @@ def _images_by_metrics(url: str, patience: float = 30.0) -> float:
         if counted or time.monotonic() > end:
             return counted
         time.sleep(1)
-
-
-def _loop_stack() -> Callable[[ServeOptions], LoopStack]:
-    import small_adapters
-    import stacks
-    from ray import cloudpickle
-
-    for module in (stacks, small_adapters):  # replicas don't find these
-        cloudpickle.register_pickle_by_value(module)
-    return lambda options: LoopStack(options.capacity, options.max_classes).eval()
 
 
 def _picture(seed: int) -> bytes:

@@ -16,10 +16,11 @@ import torch
 
 from ..adapters.file import read
 from ..adapters.hub import local_folder
+from ..adapters.stack import AdapterStack
 from ..config import PromptConfig
 from ..model import AdaptiveViT
 from .options import ServeOptions
-from .service import Item, Service, Stack
+from .service import Item, Service
 from .store import Store, read_files
 
 __all__ = ["add_adapters", "check_installed", "make_stack", "start", "stop"]
@@ -48,7 +49,6 @@ def start(
     port: int = 8000,
     timeout: float = 60.0,
     address: str | None = None,
-    make: Callable[[ServeOptions], Stack] | None = None,
 ) -> None:
     """Start the server, and return when all replicas can answer.
 
@@ -59,7 +59,6 @@ def start(
         host, port: where to listen.
         timeout: the seconds that a request may take.
         address: of a Ray cluster that is running, or "auto" for this machine's; None to start one here.
-        make: makes the stack of a replica; None for ``make_stack``.
 
     Raises:
         ModuleNotFoundError: Ray Serve is not installed.
@@ -78,7 +77,7 @@ def start(
         max_queued_requests=64 * options.batch_size,
         ray_actor_options={"num_cpus": 0, "num_gpus": gpus},
         logging_config={"enable_access_log": False},
-    )(_replica(options, make or make_stack))
+    )(_replica(options))
     serve.run(replica.bind(), name=APPLICATION)
 
 
@@ -91,7 +90,7 @@ def stop() -> None:
     ray.shutdown()
 
 
-def _replica(options: ServeOptions, make: Callable[[ServeOptions], Stack]) -> type:
+def _replica(options: ServeOptions) -> type:
     """The class of the replicas; being local, it travels to other machines by value, with the options."""
     from ray import serve
     from ray.serve.metrics import Counter
@@ -108,7 +107,7 @@ def _replica(options: ServeOptions, make: Callable[[ServeOptions], Stack]) -> ty
             logging.getLogger("python_multipart").setLevel(logging.ERROR)  # a line for each malformed form
             if options.threads is not None:
                 torch.set_num_threads(options.threads)
-            self.service = Service(options, make(options))
+            self.service = Service(options, make_stack(options))
             self.service.batch = self.batch
             self.images = Counter("vapt_fast_images", "Images, by version.", tag_keys=("version",))
 
@@ -152,10 +151,8 @@ def add_adapters(store: Path, folders: Mapping[str, str]) -> None:
         place.publish(name, place.add(read_files(local, sys.maxsize)))
 
 
-def make_stack(options: ServeOptions) -> Stack:
+def make_stack(options: ServeOptions) -> AdapterStack:
     """Return a stack on the backbone of the first adapter, for prompts as in all adapters of the store."""
-    from ..adapters.stack import AdapterStack
-
     model = AdaptiveViT.from_adapter(
         options.first,
         backbone=options.backbone,
@@ -169,7 +166,6 @@ def make_stack(options: ServeOptions) -> Stack:
         config = read(store.folder(version)).prompts
         if config not in prompts:
             prompts.append(config)
-    stack = AdapterStack(
+    return AdapterStack(
         model, capacity=options.capacity, prompts=prompts or None, max_classes=options.max_classes
     )
-    return stack.eval()

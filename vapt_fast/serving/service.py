@@ -16,44 +16,26 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..adapters import CONFIG_NAME, WEIGHTS_NAME, AdapterError, AdapterNotFoundError
 from ..adapters.file import read
+from ..adapters.stack import AdapterInfo, AdapterStack
 from .images import decode
 from .options import ServeOptions
 from .refusal import Refusal
 from .store import Store, check_name, files_below
 
-__all__ = ["Item", "Service", "Stack"]
+__all__ = ["Item", "Service"]
 
 SHOWN = 16  # of a version's 64 digits
 MOST = 4096  # prompts and the like: room is made for them before their tensors are looked at
 ATTEMPTS = 5  # to read an adapter that is replaced meanwhile
 
 Result = TypeVar("Result")
-
-
-class Stack(Protocol):
-    """What is needed of vapt_fast.AdapterStack."""
-
-    def load_adapter(self, folder: Path, *, name: str) -> None:
-        """Add an adapter, or raise AdapterError."""
-
-    def delete_adapter(self, name: str) -> None:
-        """Take one away."""
-
-    def info(self, name: str) -> Any:
-        """What is known of one: ``num_classes``, ``class_names``, ``data_config``."""
-
-    def transform(self, name: str) -> Callable[[Any], Tensor]:
-        """From a PIL image to the tensor that the model takes."""
-
-    def __call__(self, images: Tensor, adapter_names: Sequence[str]) -> Tensor:
-        """Logits (B, max_classes)."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +48,7 @@ class Item:
 
 @dataclass(frozen=True)
 class _Loaded:
-    info: Any
+    info: AdapterInfo
     transform: Callable[[Any], Tensor]
 
 
@@ -75,14 +57,14 @@ class Service:
 
     Args:
         options: those of the server.
-        stack: an empty one, in eval mode, with room for ``options.capacity`` adapters.
+        stack: an empty one with room for ``options.capacity`` adapters.
 
     Attributes:
         batch: gives the logits (max_classes) of one item. It may wait for others and call ``run`` for them
             together, as an engine does; by default it does not.
     """
 
-    def __init__(self, options: ServeOptions, stack: Stack) -> None:
+    def __init__(self, options: ServeOptions, stack: AdapterStack) -> None:
         self.options = options
         self.batch: Callable[[Item], Awaitable[Tensor]] = self._run_one
         self._stack = stack
@@ -293,12 +275,12 @@ def _named(name: str, version: str) -> dict[str, str]:
     return {"adapter": name, "version": version[:SHOWN]}
 
 
-def _summary(info: Any) -> dict[str, Any]:
+def _summary(info: AdapterInfo) -> dict[str, Any]:
     names = info.class_names
     return {"num_classes": info.num_classes, "class_names": None if names is None else list(names)}
 
 
-def _best(logits: Tensor, info: Any, top: int) -> list[dict[str, Any]]:
+def _best(logits: Tensor, info: AdapterInfo, top: int) -> list[dict[str, Any]]:
     """The most probable of the adapter's own classes; those beyond are another adapter's."""
     values, indices = logits[: info.num_classes].softmax(0).topk(min(top, info.num_classes))
     names = info.class_names or [str(index) for index in range(info.num_classes)]
