@@ -317,9 +317,6 @@ def main() -> int:
     parser.add_argument("--bad-adapters", type=int, default=50)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--port", type=int, default=8137)
-    parser.add_argument(
-        "--loop", action="store_true", help="a model for each adapter instead of AdapterStack"
-    )
     with tempfile.TemporaryDirectory() as folder:
         figures = measure(Path(folder), **vars(parser.parse_args()))
     print(json.dumps(figures, indent=2))
