@@ -176,7 +176,9 @@ def test_adapters_in_use_stay_in_memory(server: Server, tmp_path: Path) -> None:
         ]
         calls = [asyncio.ensure_future(server.call(*kind)) for kind in kinds]
         await asyncio.wait_for(arrived.wait(), 20)
-        full = await server.call("POST", "/predict?adapter=b", picture(), "image/png")
+        full = await asyncio.wait_for(
+            server.call("POST", "/predict?adapter=b", picture(), "image/png"), timeout=20
+        )
         go.set()
         answers = await asyncio.gather(*calls)
         return [full, *answers, await server.call("POST", "/predict?adapter=b", picture(), "image/png")]
@@ -320,9 +322,8 @@ def test_without_a_token_changes_are_refused(tmp_path: Path) -> None:
 def test_bodies_are_read_no_further_than_the_limit(calm: Server) -> None:
     limited = make_server(calm.folder, max_body=20_000)
 
-    def endless() -> Iterator[bytes]:
-        while True:
-            yield bytes(1000)
+    def long() -> Iterator[bytes]:
+        yield from (bytes(1000) for _ in range(100))
 
     for url, kind in (
         ("/predict?adapter=a", "image/png"),
@@ -331,10 +332,10 @@ def test_bodies_are_read_no_further_than_the_limit(calm: Server) -> None:
         ("/adapters/a", "application/json"),
     ):
         method = "POST" if "predict" in url else "PUT"
-        refused(limited, 413, method, url, endless(), kind)
-        assert limited(method, url, endless(), kind).status == 413
+        refused(limited, 413, method, url, long(), kind)
+        assert limited(method, url, long(), kind).status == 413
         assert limited.read == 21_000
-        assert limited(method, url, endless(), kind, headers={"content-length": "20001"}).status == 413
+        assert limited(method, url, long(), kind, headers={"content-length": "20001"}).status == 413
         assert limited.read == 0
 
 
