@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from torch import nn
 
 from .arguments import integer, size_pair
-from .backbones import TimmViT, adopt, check_supported, copy_heads
+from .backbones import TimmViT, adopt, check_supported, copy_heads, take_heads
 from .config import explain_unexpected
 from .names import create_backbone, is_backbone, similar_names
 from .source import PREFIX
 from .timm_api import TimmModel
 
-__all__ = ["make_backbone", "reset_head"]
+__all__ = ["make_backbone", "make_heads", "reset_head"]
 
 
 def make_backbone(
@@ -83,6 +84,14 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         )
     check_supported(model)
     return model
+
+
+def make_heads(model: TimmViT, num_classes: int) -> dict[str, nn.Module]:
+    """Return new classifiers by name, as timm makes them for ``model``, which others may use meanwhile."""
+    twin = copy.copy(model)
+    vars(twin)["_modules"] = dict(model._modules)
+    reset_head(twin, num_classes, None)
+    return take_heads(twin)
 
 
 def reset_head(model: TimmViT, num_classes: object, global_pool: str | None) -> int:

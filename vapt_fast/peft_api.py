@@ -17,7 +17,7 @@ from .adapters import BASE, Adapter, MissingHead, check_name, find, weighted_sta
 from .arguments import integer
 from .backbones import patch_size, take_heads
 from .config import PromptConfig, split_options
-from .creation import reset_head
+from .creation import make_heads
 from .modules import weights_of
 from .prompts import Geometry, Prompts
 from .timm_api import TimmModel
@@ -170,8 +170,7 @@ class AdapterModel(TimmModel):
         prompts = Prompts(config, self._geometry()).to(weights_of(self.backbone, most=1)[0].device)
         if known := weights_of(self._adapter.prompts, most=1):
             prompts.to(dtype=known[0].dtype)
-        reset_head(self.backbone, number, None)
-        return Adapter(prompts, take_heads(self.backbone), number).train(self.training)
+        return Adapter(prompts, make_heads(self.backbone, number), number).train(self.training)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; if it was the active one, the first of the others is from now on.

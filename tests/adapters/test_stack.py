@@ -226,9 +226,10 @@ def test_graphs_go_on_over_swaps():
         assert "repeated 8 times" in stack._cuda_graphs.report()
 
 
-def test_calls_and_changes_from_several_threads():
+def test_calls_and_changes_from_several_threads(tmp_path):
     """Each answer is that of an adapter as it was before or after a change."""
     model = several(adapters=FOUR)
+    model.save_adapter(tmp_path)
     images = tiny_images(model, batch=1)
     stack = stack_of(model)
     allowed = [model(images, adapter_names=[name])[0, :1].detach() for name in ("default", "more")]
@@ -236,8 +237,11 @@ def test_calls_and_changes_from_several_threads():
 
     def ask():
         while not stop.is_set():
-            with torch.no_grad():
-                logit = stack(images, ["default"])[0, :1]
+            try:
+                logit = stack(images, ["default"])[0, :1].detach()
+            except Exception as error:
+                wrong.append(error)
+                raise
             if not any(torch.allclose(logit, right, rtol=1e-12) for right in allowed):
                 wrong.append(logit)
 
@@ -246,6 +250,8 @@ def test_calls_and_changes_from_several_threads():
         asker.start()
     for i in range(60):
         stack.add_adapter("default", model.adapters[("more", "default")[i % 2]])
+        if i % 6 == 0:
+            stack.load_adapter(tmp_path, name="other")
     stop.set()
     for asker in askers:
         asker.join()

@@ -312,3 +312,14 @@ def test_report_names_every_backend_with_its_reason():
     for op in OPS.values():
         line = next(line for line in text.splitlines() if line.strip().startswith(op.name))
         assert ", ".join(op.implementations) in line
+
+
+def test_images_with_parameters_of_their_own_were_not_measured():
+    """So "auto" does not choose a kernel for a batch of several adapters."""
+    x = torch.randn(2, 5, 8, dtype=torch.bfloat16)
+    shared = {"matrix": torch.randn(3, 4), "weight": torch.ones(8)}
+    own = {"matrix": torch.randn(2, 3, 4), "weight": torch.ones(2, 8)}
+    (pool,) = OPS["prompt_pool"].measured
+    blank = dict.fromkeys(PoolArguments._fields) | {"x": x, "dtype": x.dtype}
+    for changes, fits in ((shared, True), (shared | {"matrix": own["matrix"]}, False), (own, False)):
+        assert pool.fits(PoolArguments(**blank | changes)) is fits

@@ -5,7 +5,7 @@ from .base import BlockPrompts, Geometry, Masks, NoPrompts, Prompts, register_ki
 from .deep import StaticPrompts
 from .fourier import FourierPrompts
 from .kv import KeyValuePrompts
-from .plain import KeysValues
+from .plain import KeysValues, PlainProjector, PlainPrompts, Pooling
 from .projector import Projector
 from .shallow import ShallowPrompts
 
@@ -18,6 +18,9 @@ __all__ = [
     "KeysValues",
     "Masks",
     "NoPrompts",
+    "PlainProjector",
+    "PlainPrompts",
+    "Pooling",
     "Projector",
     "Prompts",
     "ShallowPrompts",

@@ -169,8 +169,9 @@ def _empty_outputs(like: Tensor, batch: int, num_queries: int, heads: int, dim: 
 
 
 def _few_keys(args: Arguments) -> bool:
-    """Whether there are few keys, which cost the more to concatenate; 247 were measured."""
-    return has_half_tokens(args) and args.bias is None and args.k.shape[1] + args.prompt_k.shape[1] <= 400
+    """Whether there are few keys, which cost the more to concatenate; 247 were measured, of every image."""
+    plain = args.bias is None and args.prompt_lengths is None
+    return has_half_tokens(args) and plain and args.k.shape[1] + args.prompt_k.shape[1] <= 400
 
 
 class _PromptAttention(Op):
