@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapters
+from . import adapters, explain
 from .adapters import Adapter
 from .arguments import integer, plain
 from .backbones import (
@@ -34,7 +34,7 @@ from .forward import fused, reference
 from .initialisation import init_from_data
 from .modules import call_within, weights_of
 from .ops.backend import BACKENDS, check_backend, resolve
-from .prompts import Geometry, Prompts
+from .prompts import Geometry, KeysValues, Prompts
 from .source import backbone_source, check_state_names
 from .timm_api import TimmModel, normed_tokens
 
@@ -303,6 +303,10 @@ class AdaptiveViT(TimmModel):
             return call_within(self.backbone, within_backbone, images)
 
         return self.prompts(images, within_prompts)
+
+    def prompt_values(self, images: Tensor) -> list[Tensor | KeysValues | None]:
+        """The prompts of each block for these images; see vapt_fast.explain.prompt_values."""
+        return explain.prompt_values(self, images)
 
     def check_images(self, images: Tensor) -> None:
         """Raise TypeError or ValueError for images that ``forward`` can't take."""

@@ -20,7 +20,7 @@ LAYERS = [
     {"backbones", "names"},
     {"prompts", "cuda_graphs"},
     {"forward"},
-    {"adapters", "creation", "initialisation", "timm_api", "model", "official", "registry"},
+    {"adapters", "creation", "explain", "initialisation", "timm_api", "model", "official", "registry"},
     {"export", "info"},
     {"training", "benchmark", "demo"},
     {"cli", "__main__"},
