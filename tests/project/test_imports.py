@@ -21,7 +21,7 @@ LAYERS = [
     {"prompts", "cuda_graphs"},
     {"forward"},
     {"adapters", "creation", "explain", "initialisation", "timm_api", "model", "official", "registry"},
-    {"export", "info"},
+    {"accounting", "export", "info"},
     {"training", "benchmark", "demo"},
     {"cli", "__main__"},
 ]
