@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data import full_data_config
+from ..modules import evaluating
 from .attention import attention_weights, rollout
 from .contributions import prompt_maps
 from .grad_cam import check_targets, grad_cam, normalise
@@ -61,9 +62,8 @@ def explain_picture(
         ) from error
     weight = next(model.backbone.parameters())
     images = model.transform()(image).unsqueeze(0).to(weight)
-    training = model.training
-    probabilities = model.eval()(images).float().softmax(1)
-    model.train(training)
+    with evaluating(model):
+        probabilities = model(images).float().softmax(1)
     index = int(check_targets(target, probabilities))
     names = class_names or model.class_names or [str(number) for number in range(model.num_classes)]
 
