@@ -32,7 +32,7 @@ from vapt_fast.training import METHODS, Recipe, Splits, build_model, search
 METHODS_COMPARED = ("vapt", "vpt-deep")
 BASE_LRS = (2.5, 1.0, 0.4)
 PARTS = {"train": (0.0, 0.5), "validation": (0.5, 0.7), "test": (0.7, 1.0)}
-SIZE = 48
+SIZE = 64
 SCORES = ("pointing game", "energy", "mask IoU", "deletion", "insertion")
 Maps = Callable[[AdaptiveViT, Tensor, Tensor], Tensor]
 

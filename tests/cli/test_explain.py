@@ -45,7 +45,7 @@ def test_a_picture_of_every_kind(options, rows, digit, tmp_path):
     folder, output = saved(tmp_path, **options), tmp_path / "new" / "picture.png"
     assert str(output) in succeed("explain", folder, digit, "--output", output).stdout
     pixels = np.asarray(Image.open(output).convert("RGB"))
-    assert pixels.shape[0] == pytest.approx((3.6 * rows + 0.2) * 150, abs=2)
+    assert pixels.shape[0] == pytest.approx((3.4 * rows + 0.4) * 150, abs=2)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 200
 
 

@@ -14,8 +14,8 @@ from .digits import NEW_DIGITS, OLD_DIGITS, digit_images
 
 __all__ = ["PlacedDigits", "placed_digits"]
 
-_CELL = 24  # pixels; a picture has 2 x 2 of them, and no two digits in one
-_SIDES = (18, 24)  # of a digit, smallest and largest
+_CELL = 32  # pixels; a picture has 2 x 2 of them, and no two digits in one
+_SIDES = (26, 32)  # of a digit, smallest and largest
 _INK = 100  # brightness from which on a pixel belongs to the digit
 
 
@@ -23,9 +23,9 @@ class PlacedDigits(NamedTuple):
     """Pictures of two digits each.
 
     Attributes:
-        images: RGB, 48 x 48 pixels, white on black.
+        images: RGB, 64 x 64 pixels, white on black.
         labels: the class of each, the place of its digit among those to name.
-        masks: (count, 48, 48), bool, the pixels of the digit to name.
+        masks: (count, 64, 64), bool, the pixels of the digit to name.
     """
 
     images: list[Image.Image]
@@ -46,7 +46,7 @@ def placed_digits(
     Args:
         count: how many.
         digits: those to name, distinct numbers from 0 to 9.
-        others: those to ignore, none of ``digits``.
+        others: those to ignore, none of ``digits``; empty for pictures of one digit.
         part: the share of scikit-learn's images that is used, from where to where. Pictures of parts that
             don't overlap have no digit in common.
         seed: of the choice of images, sizes and places.
@@ -55,12 +55,12 @@ def placed_digits(
         ModuleNotFoundError: scikit-learn is missing; the message says how to install it.
     """
     generator = np.random.default_rng(seed)
-    known = list(digits)
-    drawn = [_drawn(known, count, part, generator), _drawn(list(others), count, part, generator)]
+    known, unnamed = list(digits), list(others)
+    drawn = [_drawn(chosen, count, part, generator) for chosen in (known, unnamed) if chosen]
     images, masks = [], torch.zeros(count, 2 * _CELL, 2 * _CELL, dtype=torch.bool)
     for index, pair in enumerate(zip(*(pictures for pictures, _ in drawn), strict=True)):
         canvas = np.zeros((2 * _CELL, 2 * _CELL), np.uint8)
-        for digit, quarter in zip(pair, generator.choice(4, 2, replace=False), strict=True):
+        for digit, quarter in zip(pair, generator.choice(4, 2, replace=False), strict=False):
             side = int(generator.integers(_SIDES[0], _SIDES[1] + 1))
             top, left = _CELL * np.array(divmod(quarter, 2)) + generator.integers(_CELL - side + 1, size=2)
             pixels = np.asarray(digit.convert("L").resize((side, side), Image.Resampling.BICUBIC))

@@ -36,9 +36,9 @@ def explain_picture(
 ) -> bytes:
     """Draw what speaks for a class in an image, and what the prompts have to do with it.
 
-    The panels: the image as the model sees it with its likeliest classes, Grad-CAM, attention rollout, how
-    much each patch attends to prompts, and for four of the blocks with adaptive prompts which patches shape
-    these. In place of a panel that the model does not allow stands the reason.
+    Above stand the likeliest classes. The panels: the image as the model sees it, Grad-CAM, attention
+    rollout, how much each patch attends to prompts, and for four of the blocks with adaptive prompts which
+    patches shape these. In place of a panel that the model does not allow stands the reason.
 
     Args:
         model: any with a head.
@@ -77,13 +77,14 @@ def explain_picture(
         for block, maps in _spread(prompt_maps(model, images))
     ]
     rows = 2 if shaping else 1
-    figure = Figure(figsize=(3 * _COLUMNS, 3.6 * rows + 0.2), layout="constrained", dpi=150)
+    figure = Figure(figsize=(3 * _COLUMNS, 3.4 * rows + 0.4), layout="constrained", dpi=150)
     axes = figure.subplots(rows, _COLUMNS, squeeze=False)
     pixels = _displayed(model, images)
     for one in axes.flat:
         one.set_axis_off()
     axes[0, 0].imshow(pixels)
-    axes[0, 0].set_title("\n".join(_likeliest(probabilities[0], names)), fontsize=9, loc="left")
+    axes[0, 0].set_title("image", fontsize=10)
+    figure.suptitle("   ".join(_likeliest(probabilities[0], names)), fontsize=11)
     for one, (title, make) in zip([*axes[0, 1:], *axes[1:].flat], [*panels, *shaping], strict=False):
         one.set_title(title, fontsize=10)
         try:
