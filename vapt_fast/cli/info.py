@@ -16,7 +16,7 @@ from ..training import METHODS, UserError, build_model
 from ..training.methods import check_backbone, method_name
 from . import options
 from .console import count, failures, out, say
-from .train_options import ARGUMENTS, MODEL_ARGUMENTS, value_of, with_options
+from .train_options import ARGUMENTS, value_of, with_run_options
 
 __all__ = ["info"]
 
@@ -46,7 +46,12 @@ def info(
         _show(METHODS[method_name(given["method"])].title, account(adapted, batch_size))
 
 
-info.__signature__ = with_options(info, MODEL_ARGUMENTS)  # type: ignore[attr-defined]  # typer reads it
+_OTHERS = [
+    name
+    for name, (owner, _) in ARGUMENTS.items()
+    if owner is not PromptConfig and name not in ("method", "image_size")
+]
+info.__signature__ = with_run_options(info, _OTHERS)  # type: ignore[attr-defined]  # typer reads it
 
 
 def _adapted(name: str, num_classes: int, given: dict[str, Any]) -> AdaptiveViT:

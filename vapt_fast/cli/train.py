@@ -23,7 +23,7 @@ from ..training.run import check_backend
 from ..training.trainer import Epoch
 from . import options
 from .console import count, failures, out, pick_device, progress_bars, say, status
-from .train_options import ARGUMENTS, flag_of, value_of, with_options
+from .train_options import ARGUMENTS, flag_of, value_of, with_run_options
 
 __all__ = ["train"]
 
@@ -82,7 +82,7 @@ def train(
     _report(result, output)
 
 
-train.__signature__ = with_options(train, ARGUMENTS)  # type: ignore[attr-defined]  # typer reads it
+train.__signature__ = with_run_options(train)  # type: ignore[attr-defined]  # typer reads it
 
 
 def _run_options(given: dict[str, Any]) -> dict[str, Any]:

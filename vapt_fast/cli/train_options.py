@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -12,7 +12,7 @@ import typer
 from ..config import KINDS, PromptConfig
 from ..training import Recipe, RunOptions, UserError
 
-__all__ = ["ARGUMENTS", "MODEL_ARGUMENTS", "flag_of", "value_of", "with_options"]
+__all__ = ["ARGUMENTS", "flag_of", "value_of", "with_run_options"]
 
 _OWNERS = (RunOptions, Recipe, PromptConfig)
 
@@ -24,22 +24,16 @@ ARGUMENTS: dict[str, tuple[type, Field]] = {
 }
 """By the command's argument, the dataclass and the field that it sets."""
 
-MODEL_ARGUMENTS = (
-    "method",
-    "image_size",
-    *(name for name, (owner, _) in ARGUMENTS.items() if owner is PromptConfig),
-)
-"""The arguments that decide which model is made from a backbone."""
-
 _METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "full")
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
 
-def with_options(command: Callable, names: Iterable[str]) -> inspect.Signature:
-    """Return the signature of ``command``, with these of ARGUMENTS in place of its ``**given``."""
+def with_run_options(command: Callable, leave_out: Collection[str] = ()) -> inspect.Signature:
+    """Return the signature of ``command``, with ARGUMENTS but for some in place of its ``**given``."""
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    return signature.replace(parameters=[*own, *(_parameter(name, *ARGUMENTS[name]) for name in names)])
+    added = [_parameter(name, *of) for name, of in ARGUMENTS.items() if name not in leave_out]
+    return signature.replace(parameters=[*own, *added])
 
 
 def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
