@@ -1,8 +1,8 @@
-"""How well VAPT and VPT-deep find what they name: digits at random places, by several maps and scores.
+"""How well VAPT and VPT-deep find what they name: a digit at a random place, by several maps and scores.
 
-The demo's small backbone is adapted to name the digit 5 to 9 in pictures that also show one of 0 to 4. The
-learning rate is chosen on validation images. Each map of the true class is then scored on test images, by the
-exact mask of the digit. Example:
+The demo's small backbone is adapted to name the digits 5 to 9, each somewhere on a black canvas. The learning
+rate is chosen on validation images. Maps of the true class are then scored on test images, by the exact mask
+of the digit. Example:
 
     python bench/localisation.py --out localisation.json
 """
@@ -11,13 +11,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -29,10 +33,11 @@ from vapt_fast.files import write_atomically
 from vapt_fast.names import DEMO_BACKBONE
 from vapt_fast.training import METHODS, Recipe, Splits, build_model, search
 
-METHODS_COMPARED = ("vapt", "vpt-deep")
-BASE_LRS = (2.5, 1.0, 0.4)
+COMPARED = ("vapt", "vpt-deep")
+BASE_LRS = (1.0, 0.4)
 PARTS = {"train": (0.0, 0.5), "validation": (0.5, 0.7), "test": (0.7, 1.0)}
 SIZE = 64
+STEPS = 8  # of deletion and insertion
 SCORES = ("pointing game", "energy", "mask IoU", "deletion", "insertion")
 Maps = Callable[[AdaptiveViT, Tensor, Tensor], Tensor]
 
@@ -43,17 +48,22 @@ def shaping(model: AdaptiveViT, images: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([maps / maps.sum((1, 2), keepdim=True) for maps in by_block]).mean(0)
 
 
+def brightness(model: AdaptiveViT, images: Tensor, labels: Tensor) -> Tensor:
+    """The picture itself, which needs no model: digits are white on black."""
+    return F.adaptive_avg_pool2d(images.mean(1) - images.amin(), model.grid)
+
+
 def centre(model: AdaptiveViT, images: Tensor, labels: Tensor) -> Tensor:
-    """A Gaussian in the middle, which knows nothing of the image."""
+    """A Gaussian in the middle, which knows nothing of the picture."""
     rows, columns = (torch.linspace(-1, 1, side) for side in model.grid)
     return torch.exp(-2 * (rows[:, None] ** 2 + columns**2)).expand(len(images), -1, -1)
 
 
 MAPS: dict[str, Maps] = {
     "Grad-CAM": explain.grad_cam,
-    "Grad-CAM, one block earlier": partial(explain.grad_cam, block=-2),
     "attention rollout": lambda model, images, labels: explain.rollout(model, images),
     "patches that shape prompts": shaping,
+    "brightness": brightness,
     "centred Gaussian": centre,
 }
 
@@ -63,13 +73,11 @@ def prepared(data: PlacedDigits, model: AdaptiveViT) -> tuple[Tensor, Tensor]:
     return torch.stack([transform(image) for image in data.images]), torch.tensor(data.labels)
 
 
-def train(
-    method: str, counts: dict[str, int], epochs: int, seed: int
-) -> tuple[AdaptiveViT, float, PlacedDigits]:
+def train(method: str, counts: dict[str, int], epochs: int, seed: int) -> tuple[Any, float, PlacedDigits]:
     """Return the model, its accuracy on test images, and these."""
     make = partial(build_model, method, DEMO_BACKBONE, 5, img_size=SIZE)
     data = {
-        name: placed_digits(count, part=PARTS[name], seed=10 * seed + index)
+        name: placed_digits(count, others=(), part=PARTS[name], seed=10 * seed + index)
         for index, (name, count) in enumerate(counts.items())
     }
     splits = {name: TensorDataset(*prepared(part, make(pretrained=False))) for name, part in data.items()}
@@ -88,42 +96,44 @@ def scores(model: AdaptiveViT, data: PlacedDigits, maps: Maps) -> dict[str, tupl
     images, labels = prepared(data, model)
     found = maps(model, images, labels)
     pixels = explain.to_pixels(found, (SIZE, SIZE))
+    of_masks = [
+        score(pixels, data.masks) for score in (explain.pointing_game, explain.energy, explain.mask_iou)
+    ]
     black = images.amin()
-    results = (
-        *(score(pixels, data.masks) for score in (explain.pointing_game, explain.energy, explain.mask_iou)),
-        *(score(model, images, found, labels, fill=black) for score in (explain.deletion, explain.insertion)),
-    )
+    of_curves = [
+        score(model, images, found, labels, steps=STEPS, fill=black)
+        for score in (explain.deletion, explain.insertion)
+    ]
     return {
         name: (result.value.mean().item(), result.chance.mean().item())
-        for name, result in zip(SCORES, results, strict=True)
+        for name, result in zip(SCORES, [*of_masks, *of_curves], strict=True)
     }
 
 
-def measure(counts: dict[str, int], epochs: int, seeds: int) -> list[dict[str, Any]]:
-    rows = []
-    for method in METHODS_COMPARED:
-        for seed in range(seeds):
-            model, accuracy, data = train(method, counts, epochs, seed)
-            for name, maps in MAPS.items():
-                if maps is shaping and method != "vapt":
-                    continue
-                found = scores(model, data, maps)
-                rows.append(
-                    {"method": method, "seed": seed, "accuracy": accuracy, "maps": name, "scores": found}
-                )
-    return rows
+def measure(job: tuple[str, int], counts: dict[str, int], epochs: int) -> list[dict[str, Any]]:
+    """Return a row for each map of one method with one seed."""
+    torch.set_num_threads(1)  # so small a model has no work for more
+    method, seed = job
+    model, accuracy, data = train(method, counts, epochs, seed)
+    about = {"method": method, "seed": seed, "accuracy": accuracy}
+    return [
+        {**about, "map": name, "scores": scores(model, data, maps)}
+        for name, maps in MAPS.items()
+        if maps is not shaping or method == "vapt"
+    ]
 
 
 def table_of(rows: list[dict[str, Any]]) -> Table:
-    seeds = len({row["seed"] for row in rows})
-    table = Table("method", "map", *SCORES, title=f"Scores of {seeds} models each, and their chance level")
-    for method in METHODS_COMPARED:
+    table = Table("method", "map", *SCORES, title="Mean scores (and chance levels)")
+    for method in COMPARED:
         own = [row for row in rows if row["method"] == method]
         accuracy = sum(row["accuracy"] for row in own) / len(own)
-        for name in dict.fromkeys(row["maps"] for row in own):
-            found = [row["scores"] for row in own if row["maps"] == name]
-            table.add_row(METHODS[method].title, name, *(_mean(found, score) for score in SCORES))
-        table.add_row("", f"accuracy {accuracy:.1%}", end_section=True)
+        title = f"{METHODS[method].title}, accuracy {accuracy:.1%}"
+        for name in dict.fromkeys(row["map"] for row in own):
+            found = [row["scores"] for row in own if row["map"] == name]
+            table.add_row(title, name, *(_mean(found, score) for score in SCORES))
+            title = ""
+        table.add_section()
     return table
 
 
@@ -136,15 +146,23 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--out", type=Path, required=True, help="JSON file")
-    add("--seeds", type=int, default=2, help="models of each method (%(default)s)")
-    add("--epochs", type=int, default=20, help="(%(default)s)")
-    add("--train", type=int, default=400, help="training images (%(default)s)")
-    add("--test", type=int, default=100, help="test images (%(default)s)")
+    add("--seeds", type=int, default=1, help="models of each method (%(default)s)")
+    add("--epochs", type=int, default=16, help="(%(default)s)")
+    add("--train", type=int, default=500, help="training images (%(default)s)")
+    add("--test", type=int, default=100, help="test images, and as many to validate with (%(default)s)")
+    add("--processes", type=int, default=2, help="that share the work (%(default)s)")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)  # so small a model has no work for more
     began = time.monotonic()
     counts = {"train": options.train, "validation": options.test, "test": options.test}
-    rows = measure(counts, options.epochs, options.seeds)
+    job = partial(measure, counts=counts, epochs=options.epochs)
+    jobs = list(product(COMPARED, range(options.seeds)))
+    if options.processes == 1:
+        parts = list(map(job, jobs))
+    else:
+        spawn = multiprocessing.get_context("spawn")  # forked threads of PyTorch can hang
+        with ProcessPoolExecutor(options.processes, spawn) as pool:
+            parts = list(pool.map(job, jobs))
+    rows = [row for part in parts for row in part]
     write_atomically(options.out, (json.dumps(rows, indent=1) + "\n").encode())
     Console(width=140).print(table_of(rows))
     print(f"{time.monotonic() - began:.0f} s; wrote {options.out}")
