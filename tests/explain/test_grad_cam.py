@@ -99,6 +99,14 @@ def test_the_model_is_left_as_it_was(checkpointing):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_compiled_model():
+    model, images = wide_model()
+    expected = explain.grad_cam(model, images, 1)
+    model.compile(backend="eager", fullgraph=True)
+    model(images)
+    assert_same({"maps": explain.grad_cam(model, images, 1)}, {"maps": expected})
+
+
 def test_targets():
     model, images = wide_model()
     by_class = [explain.grad_cam(model, images, number) for number in range(3)]

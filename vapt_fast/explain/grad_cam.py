@@ -90,7 +90,9 @@ def grad_cam(
 
     hook = layer.register_forward_hook(keep)
     try:
-        with evaluating(model), torch.inference_mode(False), torch.enable_grad():
+        # What was compiled before does not call the hook.
+        eager = torch.compiler.set_stance("force_eager")
+        with evaluating(model), torch.inference_mode(False), torch.enable_grad(), eager:
             logits = model(images)
             indices = check_targets(targets, logits)
             chosen = logits.gather(1, indices.unsqueeze(1)).sum()

@@ -52,6 +52,7 @@ def explain_picture(
     Raises:
         ModuleNotFoundError: matplotlib is missing; the message says how to install it.
         TypeError, ValueError: there is no such class.
+        NotImplementedError: as ``prompt_maps`` raises it.
     """
     try:
         # The object-oriented interface: pyplot would choose a window system.
