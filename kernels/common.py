@@ -14,6 +14,35 @@ def block_of(index, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def vector_of(tensor, image):
+    """(pointer, stride) of the vector of an image: of all images or, with two strides, of this one."""
+    if len(tensor) == 3:
+        tensor = tensor[0] + image * tensor[1], tensor[2]
+    return tensor
+
+
+@triton.jit
+def matrix_of(tensor, image):
+    """(pointer, *strides) of the matrix of an image: of all images or, with three strides, of this one."""
+    if len(tensor) == 4:
+        tensor = tensor[0] + image * tensor[1], tensor[2], tensor[3]
+    return tensor
+
+
+@triton.jit
+def length_of(lengths, image, most):
+    """How many of ``most`` rows exist for an image, the first ones.
+
+    ``lengths`` is (pointer, stride) of one integer for each image, of any value, or None: all rows exist.
+    """
+    length = most
+    if lengths is not None:
+        given = tl.load(lengths[0] + tl.cast(image, tl.int64) * lengths[1])
+        length = tl.minimum(tl.maximum(given, 0), most).to(tl.int32)
+    return length
+
+
+@triton.jit
 def sum_chunks_kernel(partial, total, num_chunks, size, BLOCK_CHUNKS: tl.constexpr, BLOCK: tl.constexpr):
     """total (size,) = partial (chunks, size) added up, in the same order every time."""
     position, mask = block_of(tl.program_id(0), size, BLOCK)

@@ -16,6 +16,9 @@ slice of a joint tensor. The bias comes with all four of (B, h, Tq, T). A stride
 contiguous, the strides of T and Tq are below 2^24. lse and row_dot are contiguous. Each result is written by
 one program and summed in a fixed order: it is the same in every run.
 
+Lengths (B,), with their stride, say how many prompts exist for each image. The others are not read, and their
+gradients are 0.
+
 SCALE is a constant since a number given at launch would be rounded to float32; a model has one or two values.
 HEAD_DIM is d, BLOCK_DIM the power of two that holds it; the other blocks say how many queries and keys a
 program holds at a time.
@@ -23,6 +26,7 @@ program holds at a time.
 
 import triton
 import triton.language as tl
+from vapt_fast.kernels.common import length_of
 
 LOG2E = tl.constexpr(1.4426950408889634)
 MINUS_INF = tl.constexpr(float("-inf"))
@@ -169,6 +173,7 @@ def prompt_attention_fwd_kernel(
     prompt_k,
     prompt_v,
     bias,
+    prompt_lengths,
     num_queries,
     num_tokens,
     num_prompts,
@@ -192,7 +197,7 @@ def prompt_attention_fwd_kernel(
     acc, row_sum, row_max = attend(
         acc, row_sum, row_max,
         q_block, head_of(prompt_k, image, kv_head), head_of(prompt_v, image, kv_head), None,
-        first, num_queries, num_prompts, SCALE, HEAD_DIM, BLOCK_PROMPTS,
+        first, num_queries, length_of(prompt_lengths, image, num_prompts), SCALE, HEAD_DIM, BLOCK_PROMPTS,
     )  # fmt: skip
     bias_head = bias
     if bias is not None:
@@ -277,6 +282,7 @@ def prompt_attention_bwd_queries_kernel(
     prompt_k,
     prompt_v,
     bias,
+    prompt_lengths,
     grad_out,
     num_queries,
     num_tokens,
@@ -301,7 +307,7 @@ def prompt_attention_bwd_queries_kernel(
     acc = add_grad_of_queries(
         acc, q_block, do, lse_rows, row_dot_rows,
         head_of(prompt_k, image, kv_head), head_of(prompt_v, image, kv_head), None,
-        first, num_queries, num_prompts, SCALE, HEAD_DIM, BLOCK_PROMPTS,
+        first, num_queries, length_of(prompt_lengths, image, num_prompts), SCALE, HEAD_DIM, BLOCK_PROMPTS,
     )  # fmt: skip
     bias_head = bias
     if bias is not None:
@@ -324,6 +330,7 @@ def prompt_attention_bwd_keys_kernel(
     k,
     v,
     bias,
+    key_lengths,
     grad_out,
     num_queries,
     num_keys,
@@ -338,8 +345,9 @@ def prompt_attention_bwd_keys_kernel(
     """grad_k and grad_v (B, num_keys, g, d). One program: BLOCK_KEYS keys of one kv_head of one image."""
     dtype: tl.constexpr = lse.dtype.element_ty
     image, kv_head, first = block_of(num_keys, num_heads // repeats, BLOCK_KEYS)
-    k_block = load_rows(head_of(k, image, kv_head), first, num_keys, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
-    v_block = load_rows(head_of(v, image, kv_head), first, num_keys, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+    length = length_of(key_lengths, image, num_keys)
+    k_block = load_rows(head_of(k, image, kv_head), first, length, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
+    v_block = load_rows(head_of(v, image, kv_head), first, length, BLOCK_KEYS, HEAD_DIM, BLOCK_DIM)
     dk = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype)
     dv = tl.zeros([BLOCK_KEYS, BLOCK_DIM], dtype)
     for member in range(repeats):
@@ -365,5 +373,8 @@ def prompt_attention_bwd_keys_kernel(
             dv += product(p.to(do.dtype), do, dtype)
             ds = p * (product(v_block, tl.trans(do), dtype) - row_dot_rows[None, :])
             dk += product(ds.to(q_block.dtype), q_block, dtype)
+    if key_lengths is not None:
+        exists = (tl.arange(0, BLOCK_KEYS) < length - first)[:, None]
+        dk, dv = tl.where(exists, dk, 0.0), tl.where(exists, dv, 0.0)
     store_rows(dk * SCALE, head_of(grad_k, image, kv_head), first, num_keys, HEAD_DIM)
     store_rows(dv, head_of(grad_v, image, kv_head), first, num_keys, HEAD_DIM)

@@ -17,14 +17,14 @@ and weights (B, R, 2, T') and grads (B, R, 2, C) come in two halves: blocks go f
 untouched.
 
 Everything else is computed in the dtype of ``mean``: float32, or float64. Tensors that users give are tuples
-of a pointer and all strides; what the launcher allocates is contiguous. Offsets are 64-bit. Grids are
-one-dimensional.
+of a pointer and all strides, M, weight and bias with or without one of images; what the launcher allocates is
+contiguous. Offsets are 64-bit. Grids are one-dimensional.
 """
 
 import triton
 import triton.language as tl
 from vapt_fast.kernels.add_norm import load_channels, rows_of, store_gradients
-from vapt_fast.kernels.common import block_of, halves
+from vapt_fast.kernels.common import block_of, halves, matrix_of, vector_of
 
 
 @triton.jit
@@ -69,10 +69,10 @@ def prompt_pool_weights_kernel(
 
     weights and shift may be None. One program: BLOCK_R rows of one image.
     """
-    matrix, matrix_row, matrix_patch = matrix
     dtype = mean.dtype.element_ty
     row_blocks = tl.cdiv(num_rows, BLOCK_R)
     image = (tl.program_id(0) // row_blocks).to(tl.int64)
+    matrix, matrix_row, matrix_patch = matrix_of(matrix, image)
     row, is_row = block_of(tl.program_id(0) % row_blocks, num_rows, BLOCK_R)
 
     shifts = tl.zeros((BLOCK_R, BLOCK_T), dtype)
@@ -148,8 +148,8 @@ def prompt_pool_fwd_kernel(
     if HALVES:
         sums -= tl.load(shift + at, is_row, 0)[:, None]
 
-    w = load_channels(weight, channel, is_channel)
-    b = load_channels(bias, channel, is_channel)
+    w = load_channels(vector_of(weight, image), channel, is_channel)
+    b = load_channels(vector_of(bias, image), channel, is_channel)
     total = tl.load(row_sums + at, is_row, 0)
     mask = is_row[:, None] & is_channel[None, :]
     at = (at * num_channels)[:, None] + channel[None, :]
@@ -183,8 +183,8 @@ def prompt_pool_bwd_grads_kernel(
     channel_blocks = tl.cdiv(num_channels, BLOCK_C)
     image = (tl.program_id(0) // channel_blocks).to(tl.int64)
     channel, is_channel = block_of(tl.program_id(0) % channel_blocks, num_channels, BLOCK_C)
-    w = load_channels(weight, channel, is_channel)
-    b = load_channels(bias, channel, is_channel)
+    w = load_channels(vector_of(weight, image), channel, is_channel)
+    b = load_channels(vector_of(bias, image), channel, is_channel)
     grad_pooled += image * grad_pooled_image + (channel * grad_pooled_channel)[None, :]
     sums += tl.program_id(0).to(tl.int64) * 2 * num_rows
 
@@ -246,10 +246,10 @@ def prompt_pool_bwd_products_kernel(
     Either may be None; without ``means`` so is grad_normed. One program: BLOCK_T tokens of one image.
     """
     x, x_image, x_token, x_channel = x
-    matrix, matrix_row, matrix_patch = matrix
     dtype = mean.dtype.element_ty
     token_blocks = tl.cdiv(num_tokens, BLOCK_T)
     image = (tl.program_id(0) // token_blocks).to(tl.int64)
+    matrix, matrix_row, matrix_patch = matrix_of(matrix, image)
     token, is_token = block_of(tl.program_id(0) % token_blocks, num_tokens, BLOCK_T)
     patch = token - num_prefix
     is_patch = is_token & (patch >= 0)

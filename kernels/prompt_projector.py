@@ -16,12 +16,14 @@ times, of which the first reads memory and the others caches; raw is made anew e
 needs only a few numbers a row beside ``pooled``.
 
 Everything is computed in ``pooled``'s dtype: float32, or float64. Tensors that users give come as (tensor,
-*strides); what the launcher allocates is contiguous. Offsets are 64-bit. Grids are one-dimensional.
+*strides), bias, down and up, and scale, with or without a stride of images; what the launcher allocates is
+contiguous. Where down and up are those of each image (BY_IMAGE), the rows of a program are of one image.
+Offsets are 64-bit. Grids are one-dimensional.
 """
 
 import triton
 import triton.language as tl
-from vapt_fast.kernels.common import block_of, normal_cdf
+from vapt_fast.kernels.common import block_of, matrix_of, normal_cdf
 
 NORMAL_PEAK = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 MINUS_INF = tl.constexpr(float("-inf"))
@@ -69,6 +71,24 @@ def grad_activate(grad, hidden, active, ACTIVATION: tl.constexpr):
 def rows_of(row, is_row, num_prompts):
     """Rows, from their numbers in (B * P)."""
     return row, row // num_prompts, row % num_prompts, is_row
+
+
+@triton.jit
+def image_of_program(num_prompts, BLOCK_ROWS: tl.constexpr):
+    """The image that the rows of this program are of, where BY_IMAGE."""
+    return (tl.program_id(0) // tl.cdiv(num_prompts, BLOCK_ROWS)).to(tl.int64)
+
+
+@triton.jit
+def rows_of_program(num_rows, num_prompts, BY_IMAGE: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """The rows of this program."""
+    if BY_IMAGE:
+        index = tl.program_id(0) % tl.cdiv(num_prompts, BLOCK_ROWS)
+        prompt, is_row = block_of(index, num_prompts, BLOCK_ROWS)
+        row = image_of_program(num_prompts, BLOCK_ROWS) * num_prompts + prompt
+    else:
+        row, is_row = block_of(tl.program_id(0), num_rows, BLOCK_ROWS)
+    return rows_of(row, is_row, num_prompts)
 
 
 @triton.jit
@@ -124,7 +144,11 @@ def load_t(pooled, bias, channel_mask, rows, channel, is_channel):
     t = load_rows(pooled, rows, channel, is_channel)
     if channel_mask is not None:
         t *= load_rows(channel_mask, rows, channel, is_channel)
-    b = tl.load(bias[0] + rows[2] * bias[1], rows[3], 0)
+    if len(bias) == 3:
+        bias_at = bias[0] + rows[1] * bias[1] + rows[2] * bias[2]
+    else:
+        bias_at = bias[0] + rows[2] * bias[1]
+    b = tl.load(bias_at, rows[3], 0)
     return tl.where(is_channel[None, :], t + b[:, None], 0)
 
 
@@ -138,10 +162,13 @@ def load_factor(feature_mask, rows, feature, is_feature, like, SCALE: tl.constex
 
 
 @triton.jit
-def times(values, scale):
-    """values * scale, a tensor of one number, or None for 1."""
+def times(values, scale, rows):
+    """values (rows, features) * scale, a number or one for each image, or None for 1."""
     if scale is not None:
-        values *= tl.load(scale)
+        if len(scale) == 2:
+            values *= tl.load(scale[0] + rows[1] * scale[1], rows[3], 0)[:, None]
+        else:
+            values *= tl.load(scale[0])
     return values
 
 
@@ -180,14 +207,18 @@ def prompt_projector_fwd_kernel(
     ACTIVATION: tl.constexpr,
     EPS: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_IMAGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """prompts (B, P, C), hidden (B, P, r), mean and rstd (B, P). One program: BLOCK_ROWS rows."""
     dtype = pooled[0].dtype.element_ty
-    row, is_row = block_of(tl.program_id(0), num_rows, BLOCK_ROWS)
-    rows = rows_of(row, is_row, num_prompts)
+    rows = rows_of_program(num_rows, num_prompts, BY_IMAGE, BLOCK_ROWS)
+    row, is_row = rows[0], rows[3]
+    if BY_IMAGE:
+        image = image_of_program(num_prompts, BLOCK_ROWS)
+        down, up = matrix_of(down, image), matrix_of(up, image)
     feature = tl.arange(0, BLOCK_R).to(tl.int64)
     is_feature = feature < width
 
@@ -201,7 +232,7 @@ def prompt_projector_fwd_kernel(
             sums = tl.dot(t, tl.trans(weight), sums, input_precision=PRECISION, out_dtype=dtype)
         store_hidden(sums, hidden, rows, feature, is_feature, width)
         factor = load_factor(feature_mask, rows, feature, is_feature, sums, SCALE)
-        features = times(factor * activate(sums, is_feature, ACTIVATION), scale)
+        features = times(factor * activate(sums, is_feature, ACTIVATION), scale, rows)
 
     mu = tl.zeros((BLOCK_ROWS,), dtype)
     r = tl.full((BLOCK_ROWS,), 1, dtype)
@@ -288,6 +319,7 @@ def prompt_projector_bwd_rows_kernel(
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_IMAGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -298,8 +330,11 @@ def prompt_projector_bwd_rows_kernel(
     row's part of the gradient of bias; ``products`` (B, P), that of the tensor scale.
     """
     dtype = pooled[0].dtype.element_ty
-    row, is_row = block_of(tl.program_id(0), num_rows, BLOCK_ROWS)
-    rows = rows_of(row, is_row, num_prompts)
+    rows = rows_of_program(num_rows, num_prompts, BY_IMAGE, BLOCK_ROWS)
+    row, is_row = rows[0], rows[3]
+    if BY_IMAGE:
+        image = image_of_program(num_prompts, BLOCK_ROWS)
+        down, up = matrix_of(down, image), matrix_of(up, image)
     feature = tl.arange(0, BLOCK_R).to(tl.int64)
     is_feature = feature < width
 
@@ -307,7 +342,7 @@ def prompt_projector_bwd_rows_kernel(
     if up is not None:
         values = load_hidden(hidden, rows, feature, is_feature, width)
         factor = load_factor(feature_mask, rows, feature, is_feature, values, SCALE)
-        features = times(factor * activate(values, is_feature, ACTIVATION), scale)
+        features = times(factor * activate(values, is_feature, ACTIVATION), scale, rows)
 
     norm = None
     if means is not None:
@@ -341,7 +376,7 @@ def prompt_projector_bwd_rows_kernel(
         active = activate(values, is_feature, ACTIVATION)
         if scale is not None:
             tl.store(products + row, tl.sum(grad_features * factor * active, axis=1), is_row)
-        grad_active = times(grad_features * factor, scale)
+        grad_active = times(grad_features * factor, scale, rows)
         grad_inner = grad_activate(grad_active, values, active, ACTIVATION)
         store_hidden(grad_inner, grad_hidden, rows, feature, is_feature, width)
 
@@ -386,6 +421,7 @@ def prompt_projector_bwd_weights_kernel(
     SCALE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
+    BY_IMAGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -393,11 +429,14 @@ def prompt_projector_bwd_weights_kernel(
     """partial (chunks, 2, r, C): the gradients of down and of up, transposed, from each chunk of images.
 
     The sums over the rows of grad_hidden * t and of features * (gradient of raw), to be added up by
-    ``sum_chunks_kernel``. One program: BLOCK_C channels, over the ``rows_per_program`` rows of a chunk.
+    ``sum_chunks_kernel``. One program: BLOCK_C channels, over the ``rows_per_program`` rows of a chunk, which
+    with a projector for each image is an image.
     """
     dtype = pooled[0].dtype.element_ty
     channel_blocks = tl.cdiv(num_channels, BLOCK_C)
     chunk = (tl.program_id(0) // channel_blocks).to(tl.int64)
+    if BY_IMAGE:
+        up = matrix_of(up, chunk)
     channel, is_channel = block_of(tl.program_id(0) % channel_blocks, num_channels, BLOCK_C)
     feature = tl.arange(0, BLOCK_R).to(tl.int64)
     is_feature = feature < width
@@ -414,7 +453,7 @@ def prompt_projector_bwd_weights_kernel(
         grad_down = tl.dot(tl.trans(inner), t, grad_down, input_precision=PRECISION, out_dtype=dtype)
         values = load_hidden(hidden, rows, feature, is_feature, width)
         factor = load_factor(feature_mask, rows, feature, is_feature, values, SCALE)
-        features = times(factor * activate(values, is_feature, ACTIVATION), scale)
+        features = times(factor * activate(values, is_feature, ACTIVATION), scale, rows)
         norm = None
         raw = t
         if means is not None:

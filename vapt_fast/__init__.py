@@ -4,6 +4,7 @@ from . import explain, functional
 from . import registry as registry  # its import gives timm the names vapt_*
 from ._version import __version__
 from .adapters import AdapterError
+from .adapters.stack import AdapterStack
 from .config import PromptConfig
 from .cuda_graphs import CudaGraphError, use_cuda_graphs
 from .model import AdaptiveViT
@@ -12,6 +13,7 @@ from .ops.backend import BackendUnavailableError, use_backend
 
 __all__ = [
     "AdapterError",
+    "AdapterStack",
     "AdaptiveViT",
     "BackendUnavailableError",
     "CudaGraphError",

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from .arguments import integer, size_pair
-from .backbones import TimmViT, adopt, check_supported
+from .backbones import TimmViT, adopt, check_supported, copy_heads
 from .config import explain_unexpected
 from .names import create_backbone, is_backbone, similar_names
 from .source import PREFIX
@@ -16,7 +16,9 @@ from .timm_api import TimmModel
 __all__ = ["make_backbone", "reset_head"]
 
 
-def make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str, Any]) -> TimmViT:
+def make_backbone(
+    backbone: str | nn.Module, pretrained: bool, options: dict[str, Any]
+) -> tuple[TimmViT, dict[str, nn.Module] | None]:
     """Make the backbone as an AdaptiveViT holds it: frozen, with its head.
 
     Args:
@@ -24,11 +26,17 @@ def make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str
         pretrained: load pre-trained weights; only with a name.
         options: keywords for timm.create_model; with a timm model, only num_classes and global_pool.
 
+    Returns:
+        The backbone, and copies of the classifiers that it came with, by name; None if timm has drawn them at
+        random for pre-trained weights.
+
     Raises:
         TypeError, ValueError, NotImplementedError: as AdaptiveViT.
     """
     if isinstance(backbone, str):
-        return adopt(_create(backbone, pretrained, options), shared=False)
+        model = adopt(_create(backbone, pretrained, options), shared=False)
+        trained: object = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
+        return model, None if pretrained and model.num_classes != trained else copy_heads(model)
     if isinstance(backbone, TimmModel):
         raise TypeError("backbone must be a timm model without prompts, got an AdaptiveViT")
     check_supported(backbone)
@@ -41,9 +49,10 @@ def make_backbone(backbone: str | nn.Module, pretrained: bool, options: dict[str
             "num_classes, global_pool and the options of PromptConfig only"
         )
     model = adopt(backbone, shared=True)
+    heads = copy_heads(model)
     if options:
         reset_head(model, options.get("num_classes", model.num_classes), options.get("global_pool"))
-    return model
+    return model, heads
 
 
 def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:

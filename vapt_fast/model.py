@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from os import PathLike
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import adapters, explain
-from .adapters import Adapter
+from .adapters import Adapter, mixing
 from .arguments import integer, plain
 from .backbones import (
     TimmViT,
     check_image_size,
-    grid_size,
     head_inputs,
     image_size,
     num_pooled_rows,
-    patch_size,
     remove_prompts,
     set_image_size,
     take_heads,
@@ -34,17 +31,15 @@ from .forward import fused, reference
 from .initialisation import init_from_data
 from .modules import call_within, weights_of
 from .ops.backend import BACKENDS, check_backend, resolve
-from .prompts import Geometry, KeysValues, Prompts
+from .peft_api import DEFAULT_ADAPTER, AdapterModel, check_pooling
+from .prompts import KeysValues
 from .source import backbone_source, check_state_names
-from .timm_api import TimmModel, normed_tokens
+from .timm_api import normed_tokens
 
 __all__ = ["DEFAULT_ADAPTER", "AdaptiveViT"]
 
-AVERAGING = ("avg", "avgmax", "max")
-DEFAULT_ADAPTER = "default"
 
-
-class AdaptiveViT(TimmModel):
+class AdaptiveViT(AdapterModel):
     """A frozen timm Vision Transformer whose blocks are given prompts: VAPT, VPT-deep or VPT-shallow.
 
     Only the prompts and the head learn. The backbone stays in eval mode, also during training: its dropout,
@@ -110,36 +105,21 @@ class AdaptiveViT(TimmModel):
         if backend is not None:
             check_backend(backend)
         timm_options = plain(options)
-        model = make_backbone(backbone, pretrained, timm_options)
+        model, came_with = make_backbone(backbone, pretrained, timm_options)
         set_precision(model.blocks, backbone_precision)
-        num_classes = integer("backbone.num_classes", model.num_classes)
-        _check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
+        integer("backbone.num_classes", model.num_classes)
+        check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
 
-        self.config = config
         self.backend = backend
         self.cuda_graphs = check_choice(cuda_graphs)
         self._cuda_graphs = Graphs()
         known = pretrained if isinstance(backbone, str) else None
         self.backbone_source = backbone_source(model, timm_options, known)
         self.backbone_name = self.backbone_source["name"]
-        self.adapter_metadata: dict[str, Any] = {}
-        self.class_names: tuple[str, ...] | None = None
-        self.data_config: dict[str, Any] = {}
         self.grad_checkpointing = False
-        self.active_adapter = DEFAULT_ADAPTER
         self._image_size = image_size(model)
-        geometry = Geometry(
-            dim=model.embed_dim,
-            depth=len(model.blocks),
-            grid=grid_size(model, self._image_size),
-            patch_size=patch_size(model),
-            blocks=model.blocks,
-        )
-        own_prompts = Prompts(config, geometry).to(next(model.parameters()).device)
-        heads = take_heads(model)
         self.backbone = model
-        # The head comes last of all parameters: timm's gradient clipping counts on it.
-        self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(own_prompts, heads, num_classes)})
+        self._init_adapters(config, came_with)
         self.train()
 
     @property
@@ -162,23 +142,6 @@ class AdaptiveViT(TimmModel):
 
     # ---- what is learned
 
-    @property
-    def prompts(self) -> Prompts:
-        """The prompts of the active adapter; assigning replaces them."""
-        return self._adapter.prompts
-
-    @property
-    def head(self) -> nn.Module:
-        """The head of the active adapter; assigning replaces it."""
-        return self._adapter.head
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # torch would register a module of that name beside the property, where nobody reads it.
-        if "adapters" in self.__dict__.get("_modules", ()) and name in ("prompts", *self._adapter.head_names):
-            setattr(self._adapter, name, value)
-        else:
-            super().__setattr__(name, value)
-
     def train(self, mode: bool = True) -> AdaptiveViT:
         """Training mode for what is learned; the frozen backbone stays in eval mode. Returns self.
 
@@ -193,14 +156,6 @@ class AdaptiveViT(TimmModel):
                 module.train(mode)
         return self
 
-    def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """The parameters of the active adapter by the names in its file, ``prompts.*`` and ``head.*``."""
-        return self._adapter.named_parameters()
-
-    def adapter_state(self) -> dict[str, Tensor]:
-        """What the file of the active adapter holds: its parameters and buffers themselves, by name."""
-        return self._adapter.state_dict(keep_vars=True)
-
     def transform(self) -> Any:
         """From a PIL image to the tensor (in_chans, H, W) that the model takes; see vapt_fast.data."""
         return eval_transform(full_data_config(self.pretrained_cfg, self.data_config))
@@ -214,7 +169,8 @@ class AdaptiveViT(TimmModel):
 
         timm's own grouping exempts all 1-d parameters instead.
         """
-        biases = [getattr(head, "bias", None) for head in self._adapter.heads()]
+        learned: Any = self.adapters.values()
+        biases = [getattr(head, "bias", None) for adapter in learned for head in adapter.heads()]
         exempt = {id(bias) for bias in biases}
         trainable = list(self.trainable_parameters())
         return [
@@ -232,29 +188,63 @@ class AdaptiveViT(TimmModel):
 
     # ---- forward
 
-    def forward(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor, adapter_names: Sequence[str] | Tensor | None = None) -> Tensor:
         """Images (B, in_chans, height, width) to logits (B, num_classes).
 
         Differentiable in everything that requires a gradient. The dtype of the result is that of the same
         timm model without prompts, also under autocast.
 
+        Args:
+            images: the images.
+            adapter_names: the adapter of each image: B names, ``"__base__"`` for the bare backbone; or
+                integers (B,) on the images' device, the places of the adapters in ``model.adapters``, -1 for
+                the bare backbone. None for the active adapter. A batch for several adapters is computed as
+                one; see vapt_fast.adapters.mixing. Its logits have as many columns as the largest head, and
+                -inf in those that an image's own head does not have; see ``class_counts``.
+
         Raises:
-            TypeError, ValueError: images of a wrong type, dtype, number of channels, size or device.
+            TypeError, ValueError: images of a wrong type, dtype, number of channels, size or device;
+                adapters that are unknown, or not one an image.
         """
         backend = resolve(self.backend)
         self.check_images(images)
+        if adapter_names is not None and not self._num_disabled:
+            return mixing.logits(self, images, adapter_names, backend)
         if torch.compiler.is_compiling():
             return self._logits(images, backend)
         return self._cuda_graphs(_LOGITS[backend], self, images, preferred=self.cuda_graphs)
 
-    def _logits(self, images: Tensor, backend: str) -> Tensor:
-        num_rows = num_pooled_rows(self.backbone)
-        return self._adapter(self._run(images, self._head_inputs, backend, num_rows=num_rows))
+    def _logits(self, images: Tensor, backend: str, adapter: Adapter | None = None, **options: Any) -> Tensor:
+        """The logits by one adapter for all images, the active one if None."""
+        adapter = self._adapter if adapter is None else adapter
+        return adapter(self._head_inputs(images, backend, adapter.prompts, **options))
 
-    def forward_features(self, images: Tensor) -> Tensor:
-        """All tokens after the final norm, without prompts: (B, T, C)."""
+    def _head_inputs(self, images: Tensor, backend: str, prompts: Any, **options: Any) -> tuple[Tensor, ...]:
+        """What each head reads, (B, C)."""
+        pool_prompts = prompts.config.pool_prompts
+
+        def finish(backbone: TimmViT, tokens: Tensor, extra: int) -> tuple[Tensor, ...]:
+            if not pool_prompts:
+                tokens = remove_prompts(tokens, backbone.num_prefix_tokens, extra)
+            return head_inputs(backbone, backbone.norm(tokens))
+
+        num_rows = num_pooled_rows(self.backbone)
+        return self._run(images, finish, backend, prompts=prompts, num_rows=num_rows, **options)
+
+    def forward_features(self, images: Tensor, adapter_names: Sequence[str] | Tensor | None = None) -> Tensor:
+        """All tokens after the final norm, without prompts, (B, T, C); the arguments as in ``forward``."""
         self.check_images(images)
+        if adapter_names is not None and not self._num_disabled:
+            return mixing.features(self, images, adapter_names, resolve(self.backend))
         return self._run(images, normed_tokens)
+
+    def class_counts(self, adapter_names: Sequence[str]) -> list[int]:
+        """The number of classes of each of these adapters: how many logits of a mixed batch are an image's.
+
+        Raises:
+            ValueError: an unknown adapter.
+        """
+        return [self.find_adapter(name).num_classes for name in adapter_names]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, T, C) to logits (B, num_classes), or to pooled features where ``pre_logits``."""
@@ -266,24 +256,22 @@ class AdaptiveViT(TimmModel):
         """Start learned tables at the centres of real tokens; see vapt_fast.initialisation.init_from_data."""
         init_from_data(self, loader, num_images=num_images, seed=seed)
 
-    def _head_inputs(self, backbone: TimmViT, tokens: Tensor, extra: int) -> tuple[Tensor, ...]:
-        if not self.config.pool_prompts:
-            tokens = remove_prompts(tokens, backbone.num_prefix_tokens, extra)
-        return head_inputs(backbone, backbone.norm(tokens))
-
     def _run(
         self,
         images: Tensor,
         finish: Callable[[TimmViT, Tensor, int], Any],
         backend: str | None = None,
         *,
+        prompts: Any = None,
+        masks: list[Any] | None = None,
         num_rows: int | None = None,
         **options: Any,
     ) -> Any:
         """``finish`` of the backbone, the tokens after the last block and the number of prompts among them.
 
-        All of it runs within calls of the prompts and of the backbone, so that hooks on them that gather or
-        move parameters surround every use.
+        ``prompts`` are those of the active adapter if None; without ``masks`` they are drawn. All of it runs
+        within calls of the prompts and of the backbone, so that hooks on them that gather or move parameters
+        surround every use.
         """
         options["checkpointing"] = self.grad_checkpointing and torch.is_grad_enabled()
         backend = backend or resolve(self.backend)
@@ -293,16 +281,19 @@ class AdaptiveViT(TimmModel):
         else:
             forward_tokens = partial(fused.forward_tokens, backend=backend, num_rows=num_rows, **options)
 
-        def within_prompts(prompts: Prompts, images: Tensor) -> Any:
+        def within_prompts(prompts: Any, images: Tensor) -> Any:
             dtype = torch.promote_types(images.dtype, torch.float32)
-            masks = prompts.draw_masks(images.shape[0], dtype=dtype, device=images.device)
+            drawn = masks
+            if drawn is None:
+                drawn = prompts.draw_masks(images.shape[0], dtype=dtype, device=images.device)
 
             def within_backbone(backbone: TimmViT, images: Tensor) -> Any:
-                return finish(backbone, *forward_tokens(backbone, prompts, images, masks))
+                return finish(backbone, *forward_tokens(backbone, prompts, images, drawn))
 
             return call_within(self.backbone, within_backbone, images)
 
-        return self.prompts(images, within_prompts)
+        prompts = self.prompts if prompts is None else prompts
+        return prompts(images, within_prompts)
 
     def prompt_values(self, images: Tensor) -> list[Tensor | KeysValues | None]:
         """The prompts of each block for these images; see vapt_fast.explain.prompt_values."""
@@ -350,10 +341,16 @@ class AdaptiveViT(TimmModel):
             ValueError: a size the backbone or the prompts' convolution can't take; nothing is changed.
         """
         old_grid = self.grid
-        check_grid = self.prompts.check_grid
+        learned: Any = self.adapters.values()
+
+        def check_grid(grid: tuple[int, int]) -> None:
+            for adapter in learned:
+                adapter.prompts.check_grid(grid)
+
         self._image_size = set_image_size(self.backbone, self._image_size, img_size, patch_size, check_grid)
         if self.grid != old_grid:
-            self.prompts.resize(self.grid)
+            for adapter in learned:
+                adapter.prompts.resize(self.grid)
 
     def get_classifier(self) -> Any:
         """The head: a module, or two for a distilled backbone."""
@@ -367,7 +364,7 @@ class AdaptiveViT(TimmModel):
             TypeError, ValueError: not a number of classes, or a pooling that the backbone can't do.
         """
         if global_pool is not None:
-            _check_pooling(self.config, global_pool, global_pool == "map")
+            check_pooling(self.config, global_pool, global_pool == "map")
         num_classes = reset_head(self.backbone, num_classes, global_pool)
         self._adapter.set_heads(take_heads(self.backbone), num_classes)
         self.class_names = None
@@ -378,10 +375,12 @@ class AdaptiveViT(TimmModel):
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        self.prompts.prune(len(self.backbone.blocks))
-        self.config = self.prompts.config
+        learned: Any = self.adapters.values()
+        for adapter in learned:
+            adapter.prompts.prune(len(self.backbone.blocks))
         if prune_head:
-            self._adapter.set_heads(take_heads(self.backbone), num_classes=0)
+            for adapter in learned:
+                adapter.set_heads({name: nn.Identity() for name in adapter.head_names}, num_classes=0)
         return take
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -392,66 +391,13 @@ class AdaptiveViT(TimmModel):
     def _apply(self, *args: Any, **kwargs: Any) -> AdaptiveViT:
         self._cuda_graphs.clear()  # moved tensors would be kept where they were
         super()._apply(*args, **kwargs)
+        self._base._apply(*args, **kwargs)
         return self
 
     def cuda_graph_report(self) -> str:
         """The kinds of calls that were made, a line for each: its graphs and their memory, or why none."""
         return self._cuda_graphs.report()
 
-    # ---- adapters
-
-    def save_adapter(
-        self,
-        folder: str | PathLike[str],
-        *,
-        metadata: dict[str, Any] | None = None,
-        class_names: Sequence[str] | None = None,
-        data_config: Mapping[str, Any] | None = None,
-        include_backbone: bool = False,
-    ) -> None:
-        """Write prompts and head to ``folder``; see vapt_fast.adapters.save."""
-        adapters.save(
-            self,
-            folder,
-            metadata=metadata,
-            class_names=class_names,
-            data_config=data_config,
-            include_backbone=include_backbone,
-        )
-
-    def load_adapter(self, folder: str | PathLike[str], *, check_backbone: bool = True) -> None:
-        """Read prompts and head from ``folder``; see vapt_fast.adapters.load."""
-        adapters.load(self, folder, check_backbone=check_backbone)
-
-    @classmethod
-    def from_adapter(
-        cls,
-        folder: str | PathLike[str],
-        *,
-        backbone: nn.Module | str | None = None,
-        weights: str | PathLike[str] | None = None,
-        check_backbone: bool = True,
-        backend: str | None = None,
-        backbone_precision: str | None = None,
-    ) -> AdaptiveViT:
-        """The model of the adapter in ``folder``, in eval mode; see vapt_fast.adapters.build."""
-        return adapters.build(
-            cls,
-            folder,
-            backbone=backbone,
-            weights=weights,
-            check_backbone=check_backbone,
-            backend=backend,
-            backbone_precision=backbone_precision,
-        )
-
 
 # By backend: the function that a CUDA graph is made of.
 _LOGITS = {name: partial(AdaptiveViT._logits, backend=name) for name in BACKENDS}
-
-
-def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:
-    if config.pool_prompts and (global_pool not in AVERAGING or attention_pool):
-        raise ValueError(
-            f"pool_prompts=True needs a backbone with global_pool in {AVERAGING}, got {global_pool!r}"
-        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.models._features import feature_take_indices
@@ -25,7 +25,6 @@ class TimmModel(nn.Module):
     """
 
     backbone: TimmViT
-    config: PromptConfig
     adapters: nn.ModuleDict
     active_adapter: str
     grad_checkpointing: bool
@@ -112,7 +111,12 @@ class TimmModel(nn.Module):
 
     @property
     def _adapter(self) -> Adapter:
-        return cast(Adapter, self.adapters[self.active_adapter])
+        raise NotImplementedError
+
+    @property
+    def config(self) -> PromptConfig:
+        """The options of the prompts of the active adapter."""
+        return self._adapter.prompts.config
 
     @property
     def num_classes(self) -> int:

@@ -72,6 +72,19 @@ def test_error_is_at_most_that_of_eager_pytorch(op, backend, dtype, scale, sizes
         assert_policy(KERNELS[op].make, cases(), dtype, on_gpu=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN_BIT], ids=str)
+@pytest.mark.parametrize("name", [name for name, op in KERNELS.items() if "lengths" in op.sizes])
+def test_error_where_images_have_different_numbers_of_prompts(name, dtype):
+    def cases():
+        for seed in range(3):
+            torch.manual_seed(seed)
+            yield KERNELS[name].make(batch=4, lengths=(50, 7, 0, 33), **REAL[name])
+
+    run("triton", *converted(name, next(cases()), dtype))  # skips what can't run
+    with use_backend("triton"):
+        assert_policy(KERNELS[name].make, cases(), dtype, on_gpu=True)
+
+
 @pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("dtype", SIXTEEN_BIT, ids=str)
 @pytest.mark.parametrize("name", [name for name, op in KERNELS.items() if op.cuda_sizes])
@@ -162,6 +175,7 @@ def test_more_images_than_a_grid_has_rows(op, backend):
     small = {name: min(of, key=lambda v: (v in (0, None), v)) for name, of in KERNELS[op].sizes.items()}
     small |= {"batch": 65536, "dim": 8} | ({"channels": 8} if "channels" in small else {})
     small |= {"activation": "relu"} if "activation" in small else {}
+    small |= {"lengths": None} if "lengths" in small else {}
     torch.manual_seed(0)
     case = KERNELS[op].make(**small)
     function, tensors, options = converted(op, case, torch.float32)

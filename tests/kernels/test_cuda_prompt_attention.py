@@ -135,7 +135,7 @@ def test_far_from_zero(offset):
     ours = results(partial(prompt_attention, scale=1.0), tensors, {})
     exact = results(attention_formula, [t.double() for t in tensors], {"scale": 1.0})
     assert all(t.isfinite().all() for t in itertools.chain(*ours))
-    alone = backward(Arguments(*tensors, None, 1.0), torch.ones_like(args.q), ("q",))
+    alone = backward(Arguments(*tensors, None, None, 1.0), torch.ones_like(args.q), ("q",))
     assert alone.q.isfinite().all()
     # Keys of this size round the gradients' sums: these are compared where that is not so.
     for actual, expected in ((ours[0][0], exact[0][0]), (ours[1][2], exact[1][2]), (ours[1][4], exact[1][4])):
@@ -336,10 +336,12 @@ def test_what_has_no_kernel_is_refused(reason, sizes):
         prompt_attention(*args[:5], scale=args.scale)
 
 
-def test_biases_and_grouped_queries_are_refused():
+def test_biases_lengths_and_grouped_queries_are_refused():
     args = arguments()
     with pytest.raises(BackendUnavailableError, match="it has no bias, got one"):
         prompt_attention(*args[:5], scale=1.0, bias=torch.zeros(1, 2, 20, 19))
+    with pytest.raises(BackendUnavailableError, match="it has no prompt_lengths, got some"):
+        prompt_attention(*args[:5], scale=1.0, prompt_lengths=torch.tensor([1, 2]))
     grouped = (args.q, *(t[:, :, :1] for t in args[1:5]))
     with pytest.raises(BackendUnavailableError, match="k must have q's 2 heads, got 1"):
         prompt_attention(*grouped, scale=1.0)

@@ -15,7 +15,10 @@ CASES = [
     "add_norm bfloat16 autocast=True",
     "prompt_pool bfloat16",
     "prompt_pool float32 rows=10",
+    "prompt_pool bfloat16 matrix_by_image=True affine_by_image=True",
     "prompt_projector bfloat16 masked=True learned_scale=True prompts=50",
+    "prompt_projector bfloat16 masked=True learned_scale=True "
+    "bias_by_image=True weights_by_image=True scale_by_image=True",
     "prompt_attention_packed bfloat16 dim=64 bias=False",
     "prompt_attention_packed bfloat16 tokens=1 prompts=1 heads=1 groups=1",
     "absorbed_attention bfloat16",

@@ -54,9 +54,9 @@ def replays(monkeypatch: pytest.MonkeyPatch) -> list[AdaptiveViT]:
     counted: list[Any] = []
     repeat = CapturedCall.repeat_forward
 
-    def count(call: CapturedCall, images: Tensor) -> Tensor:
+    def count(call: CapturedCall, *args: Any) -> Tensor:
         counted.append(call)
-        return repeat(call, images)
+        return repeat(call, *args)
 
     monkeypatch.setattr(CapturedCall, "repeat_forward", count)
     return counted

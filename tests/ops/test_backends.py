@@ -277,7 +277,7 @@ def test_auto_takes_kernels_for_what_a_model_computes_in_16_bits(dtype, capabili
 def test_attention_over_many_keys_or_with_a_bias_was_not_measured(num_keys, bias, fits):
     q, k, prompts = (torch.zeros(1, n, 1, 8, dtype=torch.bfloat16) for n in (9, num_keys, 50))
     for entry in OPS["prompt_attention"].measured:
-        assert entry.fits(AttentionArguments(q, k, k, prompts, prompts, bias, 1.0)) == fits
+        assert entry.fits(AttentionArguments(q, k, k, prompts, prompts, bias, None, 1.0)) == fits
 
 
 def test_every_measurement_names_an_implementation_and_says_what_was_compared():

@@ -376,6 +376,11 @@ OPS = [
     (lambda: pool(matrix=(3, 6)), ValueError, "matrix must be (R, N) = ('any', 5), got (3, 6)"),
     (lambda: pool(weight=(5,)), ValueError, "weight must be (C,) = (4,), got (5,)"),
     (lambda: pool(bias=(1, 4)), ValueError, "bias must be (C,) = (4,), got (1, 4)"),
+    (lambda: pool(bias=(2, 4)), ValueError, "bias must be (C,) = (4,), got (2, 4)"),
+    (lambda: pool(weight=(2, 4)), ValueError, "bias must be (B, C) = (2, 4), got (4,)"),
+    (lambda: pool(weight=(3, 4), bias=(3, 4)), ValueError, "weight must be (B, C) = (2, 4), got (3, 4)"),
+    (lambda: pool(matrix=(1, 3, 5)), ValueError, "matrix must be (B, R, N) = (2, 'any', 5), got (1, 3, 5)"),
+    (lambda: pool(matrix=(2, 3, 6)), ValueError, "matrix must be (B, R, N) = (2, 'any', 5), got (2, 3, 6)"),
     (lambda: pool(dtype=torch.int64), TypeError, "x must be of a floating dtype, got torch.int64"),
     (
         lambda: functional.prompt_pool([1.0], Z(1, 1), Z(1), Z(1), num_prefix=0),
@@ -391,6 +396,15 @@ OPS = [
     (lambda: project(up=(5, 4)), ValueError, "up must be (C, r) = (4, 5), got (5, 4)"),
     (lambda: project(pooled=(2, 3)), ValueError, "pooled must be (B, P, C) = ('any', 'any', 'any'), got"),
     (lambda: project(bias=(4,)), ValueError, "bias must be (P,) = (3,), got (4,)"),
+    (lambda: project(bias=(3, 3)), ValueError, "bias must be (B, P) = (2, 3), got (3, 3)"),
+    (lambda: project(down=(1, 5, 4)), ValueError, "down must be (B, r, C) = (2, 'any', 4), got (1, 5, 4)"),
+    (lambda: project(down=(2, 5, 4)), ValueError, "up must be (B, C, r) = (2, 4, 5), got (4, 5)"),
+    (lambda: project(up=(2, 4, 5)), ValueError, "up must be (C, r) = (4, 5), got (2, 4, 5)"),
+    (
+        lambda: project(down=(2, 5, 4), up=(2, 5, 4)),
+        ValueError,
+        "up must be (B, C, r) = (2, 4, 5), got (2, 5, 4)",
+    ),
     (lambda: project(up=None), ValueError, "down and up must be given together, got down alone"),
     (lambda: project(down=None), ValueError, "down and up must be given together, got up alone"),
     (
@@ -408,11 +422,12 @@ OPS = [
         ValueError,
         "feature_mask must be None without down and up",
     ),
-    (lambda: project(scale=Z(2)), ValueError, "scale must be (1,) = (1,), got (2,)"),
+    (lambda: project(scale=Z(3)), ValueError, "scale must be (1,) or (B,) = (2,), got (3,)"),
+    (lambda: project(scale=Z(2, 1)), ValueError, "scale must be (1,) or (B,) = ('any',), got (2, 1)"),
     (
         lambda: project(scale="1"),
         TypeError,
-        "scale must be a finite number or a tensor (1,), got '1'",
+        "scale must be a finite number or a tensor (1,) or (B,), got '1'",
     ),
     (
         lambda: project(dtype=torch.int32),
@@ -594,6 +609,37 @@ OPS += [
         lambda: attend_cls(bias=Z(2, 4, 1, 5)),
         ValueError,
         "bias must be broadcastable to (1, 4, 1, 5), got (",
+    ),
+    # numbers of prompts
+    *(
+        (
+            lambda call=call, lengths=lengths: call(prompt_lengths=lengths),
+            error,
+            f"prompt_lengths must be {message}",
+        )
+        for call in (attend, attend_packed, attend_cls)
+        for lengths, error, message in [
+            ([1, 1], TypeError, "a tensor (B,), got list"),
+            (Z(3, dtype=torch.int64), ValueError, "(B,) = (2,), got (3,)"),
+            (Z(2, 1, dtype=torch.int64), ValueError, "(B,) = (2,), got (2, 1)"),
+            (Z(2), TypeError, "int32 or int64, got torch.float32"),
+            (Z(2, dtype=torch.bool), TypeError, "int32 or int64, got torch.bool"),
+            (torch.tensor([1, 2]), ValueError, "0 to 1, got [1, 2]"),
+            (torch.tensor([-1, 1]), ValueError, "0 to 1, got [-1, 1]"),
+        ]
+    ),
+    *(
+        (
+            lambda call=call: call(prompt_lengths=Z(2, dtype=torch.int64, device="meta")),
+            ValueError,
+            "all tensors must be on one device, got {",
+        )
+        for call in (attend, attend_packed, attend_cls)
+    ),
+    (
+        lambda: attend_cls(x=(2, 0, 6), prompt_lengths=torch.tensor([0, 1])),
+        ValueError,
+        "x must have at least one token where prompt_lengths are given, got none",
     ),
     # dtypes
     *(

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from op_cases import (
+    BY_IMAGE,
     CASES,
     GRADCHECK,
     add_norm_case,
@@ -16,6 +17,7 @@ from op_cases import (
     attention_case,
     cls_case,
     far_from_zero,
+    image_by_image,
     layouts,
     mlp_case,
     packed_case,
@@ -44,6 +46,12 @@ def test_equals_the_formula(make, sizes):
     torch.manual_seed(0)
     op, formula, tensors, options = make(**sizes)
     assert_same_results(results(op, tensors, options), results(formula, tensors, options), 1e-10)
+
+
+@pytest.mark.parametrize(("make", "sizes"), BY_IMAGE, ids=name_of)
+def test_arguments_for_each_image_equal_single_calls(make, sizes):
+    op, calls, tensors, options = image_by_image(make, **sizes)
+    assert_same_results(results(op, tensors, options), results(calls, tensors, options), 1e-9)
 
 
 @pytest.mark.parametrize(("make", "sizes"), GRADCHECK, ids=name_of)
@@ -136,17 +144,32 @@ POOLS = [
     for branch in (False, True)
     for affine in (False, True)
 ]
+ALL_BY_IMAGE = [
+    (pool_case, {"learned": True, "matrix_by_image": True, "affine_by_image": True}),
+    (
+        projector_case,
+        {"eps": 0.1, "learned": True, "learned_scale": True}
+        | {"bias_by_image": True, "weights_by_image": True, "scale_by_image": True},
+    ),
+]
 
 
 def cubes(function, options):
     """A number that depends on all outputs of ``function``."""
-    return lambda *tensors: sum(output.pow(3).sum() for output in function(*tensors, **options))
+
+    def cubed(*tensors):
+        outputs = function(*tensors, **options)
+        return sum(o.pow(3).sum() for o in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    return cubed
 
 
-@pytest.mark.parametrize("sizes", POOLS, ids=str)
-def test_gradients_of_each_sample_and_of_each_set_of_parameters(sizes):
+@pytest.mark.parametrize(
+    ("make", "sizes"), [*((pool_case, sizes) for sizes in POOLS), *ALL_BY_IMAGE], ids=name_of
+)
+def test_gradients_of_each_sample_and_of_each_set_of_parameters(make, sizes):
     torch.manual_seed(0)
-    op, formula, tensors, options = pool_case(batch=2, **sizes)
+    op, formula, tensors, options = make(batch=2, **sizes)
     everything = tuple(range(len(tensors)))
     all_but_one = [tuple(j != i for j in everything) for i in everything]
     only_one = [tuple(j == i for j in everything) for i in everything]
@@ -161,7 +184,7 @@ def test_gradients_of_each_sample_and_of_each_set_of_parameters(sizes):
             assert_same_results([grads[0]], [grads[1]], 1e-9)
 
 
-@pytest.mark.parametrize("sizes", POOLS, ids=str)
+@pytest.mark.parametrize("sizes", [*POOLS, ALL_BY_IMAGE[0][1]], ids=str)
 def test_jacobians(sizes):
     torch.manual_seed(0)
     op, formula, tensors, options = pool_case(patches=3, dim=3, rows=2, **sizes)
@@ -186,12 +209,16 @@ def two_batches(make, **sizes):
     """A case, and its tensors with three times as many images; which tensors are of images."""
     torch.manual_seed(0)
     op, formula, tensors, options = make(batch=2, **sizes)
-    of_images = [t.ndim == 3 for t in tensors]
+    of_images = [t.shape[0] == 2 for t in tensors]
     more = [torch.cat([t, t + 1, 2 * t]) if is_ else t for t, is_ in zip(tensors, of_images, strict=True)]
     return op, formula, tensors, options, more, of_images
 
 
-TRACED = [*((pool_case, sizes) for sizes in POOLS), (projector_case, {"eps": 0.1, "learned": True})]
+TRACED = [
+    *((pool_case, sizes) for sizes in POOLS),
+    (projector_case, {"eps": 0.1, "learned": True}),
+    *ALL_BY_IMAGE,
+]
 
 
 @pytest.mark.parametrize(("make", "sizes"), TRACED, ids=name_of)

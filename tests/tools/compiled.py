@@ -20,7 +20,7 @@ from unittest import mock
 
 import torch
 import triton
-from kernel_cases import KERNELS, REAL, converted
+from kernel_cases import KERNELS, POOL_BY_IMAGE, PROJECTOR_BY_IMAGE, REAL, converted
 from op_cases import results
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
@@ -36,7 +36,7 @@ FP8 = "quantise"  # begins the names of cases with FP8, which needs 89
 # What each op of a ViT-B/16 is compiled with: changes of REAL.
 CHANGES: dict[str, list[dict[str, Any]]] = {
     "add_norm": [{}, {"dim": 1536}, {"dim": 2048}, {"branch": False, "affine": False}, {"autocast": True}],
-    "prompt_pool": [{}, {"rows": 10}, {"affine": False}, {"autocast": True}],
+    "prompt_pool": [{}, {"rows": 10}, {"affine": False}, {"autocast": True}, POOL_BY_IMAGE],
     "prompt_projector": [
         {"masked": True, "learned_scale": True} | change
         for change in (
@@ -44,16 +44,25 @@ CHANGES: dict[str, list[dict[str, Any]]] = {
             *({"width": width} for width in (None, 64)),
             *({"activation": name} for name in ("gelu", "sigmoid", "softmax", "identity")),
             {"eps": None},
+            PROJECTOR_BY_IMAGE,
         )
     ],
     "prompt_attention": [{}],
     "prompt_attention_packed": [
         *({"dim": dim, "bias": bias} for dim in (32, 64, 80, 128) for bias in (False, True)),
         {"prompts": 10},
+        {"lengths": (50,)},
         # Triton makes a constant of every size of 1.
         {"tokens": 1, "prompts": 1, "heads": 1, "groups": 1},
     ],
-    "absorbed_attention": [{}, {"prompts": 10}, {"prompts": 100}, {"shared": True}, {"rows": 5}],
+    "absorbed_attention": [
+        {},
+        {"prompts": 10},
+        {"prompts": 100},
+        {"shared": True},
+        {"rows": 5},
+        {"lengths": (50,)},
+    ],
     "mlp": [{}, {"bias": False}],
 }
 

@@ -19,7 +19,17 @@ from op_cases import (
     projector_case,
 )
 
-__all__ = ["KERNELS", "REAL", "Kernels", "converted", "laid_out", "precision_cases", "random_cases"]
+__all__ = [
+    "KERNELS",
+    "POOL_BY_IMAGE",
+    "PROJECTOR_BY_IMAGE",
+    "REAL",
+    "Kernels",
+    "converted",
+    "laid_out",
+    "precision_cases",
+    "random_cases",
+]
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,13 @@ class Kernels:
 
 
 YES_OR_NO = [False, True]
+LENGTHS = [None, None, (3, 0, 17), (17, 2), (0,)]  # of prompts
 ONE_HEAD = {"heads": 1, "groups": 1, "dim": 2}
+POOL_BY_IMAGE = {"matrix_by_image": True, "affine_by_image": True}
+PROJECTOR_BY_IMAGE = {"bias_by_image": True, "weights_by_image": True} | {
+    "learned_scale": True,
+    "scale_by_image": True,
+}
 THREE_HEADS = {"batch": 1, "queries": 3, "tokens": 3, "heads": 3, "groups": 3, "dim": 2, "prompts": 3}
 
 KERNELS = {
@@ -96,6 +112,8 @@ KERNELS = {
             "branch": YES_OR_NO,
             "layer_scale": YES_OR_NO,
             "affine": YES_OR_NO,
+            "matrix_by_image": YES_OR_NO,
+            "affine_by_image": YES_OR_NO,
         },
         {"batch": 1, "dim": 32},
         [
@@ -103,6 +121,7 @@ KERNELS = {
             {"batch": 1, "prefix": 1, "patches": 33, "dim": 65, "rows": 17, "layer_scale": False},
             {"batch": 5, "prefix": 0, "patches": 4, "dim": 7, "rows": 2, "branch": False, "affine": False},
             {"batch": 1, "prefix": 1, "patches": 3, "dim": 257, "rows": 2},
+            {"batch": 3, "prefix": 1, "patches": 5, "dim": 6, "rows": 17} | POOL_BY_IMAGE,
         ],
         [
             *({"batch": 1, "prefix": 1, "patches": 4, "dim": dim, "rows": 3} for dim in (256, 768, 1280)),
@@ -112,10 +131,15 @@ KERNELS = {
         [
             ({"batch": 3, "prefix": 0, "patches": 3, "dim": 3, "rows": 3, "branch": branch}, dim, 2**30)
             for dim, branch in ((0, False), (1, False), (2, False), (0, True))
+        ]
+        + [
+            ({"batch": 3, "prefix": 0, "patches": 3, "dim": 3, "rows": 3} | POOL_BY_IMAGE, dim, 2**30)
+            for dim in (0, 1, 2)
         ],
         [
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5}, [0, 4], []),
             ({"prefix": 1, "patches": 3, "dim": 64, "rows": 1}, [0, 4], [0, 4]),
+            ({"prefix": 1, "patches": 3, "dim": 64, "rows": 5} | POOL_BY_IMAGE, [0, 4], range(5)),
         ],
     ),
     "prompt_projector": Kernels(
@@ -130,6 +154,9 @@ KERNELS = {
             "eps": [None, 1e-6],
             "affine": YES_OR_NO,
             "learned_scale": YES_OR_NO,
+            "bias_by_image": YES_OR_NO,
+            "weights_by_image": YES_OR_NO,
+            "scale_by_image": YES_OR_NO,
         },
         {"batch": 1, "prompts": 5, "dim": 32, "eps": 1e-6},
         [
@@ -139,6 +166,8 @@ KERNELS = {
             {"batch": 1, "prompts": 2, "dim": 5, "activation": "sigmoid"},
             {"batch": 1, "prompts": 2, "dim": 5, "width": None, "eps": 0.1},
             {"batch": 1, "prompts": 2, "dim": 5, "eps": 0.1, "affine": False},
+            {"batch": 3, "prompts": 17, "dim": 5, "masked": True, "eps": 0.1} | PROJECTOR_BY_IMAGE,
+            {"batch": 3, "prompts": 2, "dim": 5, "weights_by_image": True},
         ],
         [
             *({"batch": 1, "dim": dim, "width": 8, "eps": 0.1} for dim in (192, 768, 1280)),
@@ -146,10 +175,18 @@ KERNELS = {
             {"batch": 9, "width": 64, "learned_scale": True},
         ],
         [
-            ({"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1}, dim, 2**30)
+            (
+                {"batch": 3, "prompts": 3, "dim": 3, "width": 3, "masked": True, "eps": 0.1} | by_image,
+                dim,
+                2**30,
+            )
+            for by_image in ({}, PROJECTOR_BY_IMAGE)
             for dim in (0, 1, 2)
         ],
-        [({"prompts": 4, "dim": 64, "eps": 1e-6}, [], [0])],
+        [
+            ({"prompts": 4, "dim": 64, "eps": 1e-6}, [], [0]),
+            ({"prompts": 4, "dim": 32, "eps": 1e-6} | PROJECTOR_BY_IMAGE, [], range(5)),
+        ],
     ),
     "prompt_attention": Kernels(
         attention_case,
@@ -163,6 +200,7 @@ KERNELS = {
             "prompts": [0, 1, 5, 17],
             "shared": YES_OR_NO,
             "bias": [False, False, True],
+            "lengths": LENGTHS,
         },
         {"batch": 1, "heads": 1, "groups": 1, "queries": 30, "tokens": 28, "dim": 32, "prompts": 5},
         [
@@ -170,7 +208,9 @@ KERNELS = {
             {"batch": 1, "queries": 17, "tokens": 18, "heads": 2, "groups": 2, "dim": 17, "prompts": 17}
             | {"bias": True},
             {"batch": 2, "queries": 3, "tokens": 3, "heads": 3, "groups": 1, "dim": 16, "shared": True}
-            | {"bias": True},
+            | {"bias": True, "prompts": 3, "lengths": (1, 2)},
+            {"batch": 3, "queries": 5, "tokens": 7, "heads": 2, "groups": 1, "dim": 3, "prompts": 18}
+            | {"lengths": (17, 0, 18)},
         ],
         [
             *({"batch": 1, "heads": 1, "groups": 1, "dim": dim} for dim in (32, 64, 72, 80, 88, 96, 128)),
@@ -215,11 +255,13 @@ KERNELS = {
             "prompts": [0, 1, 5, 17],
             "shared": YES_OR_NO,
             "bias": [False, False, True],
+            "lengths": LENGTHS,
         },
         {"batch": 1, "heads": 1, "groups": 1, "tokens": 28, "dim": 32, "prompts": 5},
         [
             {"batch": 2, "tokens": 7, "heads": 2, "groups": 1, "dim": 3},
             {"batch": 1, "tokens": 18, "heads": 2, "groups": 2, "dim": 3, "prompts": 17, "shared": True},
+            {"batch": 2, "tokens": 3, "heads": 1, "groups": 1, "dim": 3, "prompts": 3, "lengths": (2, 0)},
         ],
         [
             {"batch": 1, "tokens": 33, "heads": 1, "groups": 1, "dim": 8, "prompts": 17},
@@ -244,6 +286,7 @@ KERNELS = {
             "prompts": [0, 1, 10, 17],
             "shared": YES_OR_NO,
             "bias": [False, False, True],
+            "lengths": LENGTHS,
         },
         {"batch": 1, "tokens": 28, "heads": 2, "dim": 8, "channels": 32, "prompts": 5},
         [
@@ -251,6 +294,17 @@ KERNELS = {
             {"batch": 1, "rows": 2, "tokens": 65, "heads": 9, "channels": 65, "prompts": 17, "bias": True},
             {"batch": 2, "rows": 1, "tokens": 3, "heads": 1, "channels": 5, "prompts": 3, "shared": True},
             {"batch": 2, "rows": 2, "tokens": 33, "heads": 33, "dim": 1, "channels": 3, "prompts": 1},
+            {
+                "batch": 3,
+                "rows": 1,
+                "tokens": 7,
+                "heads": 3,
+                "channels": 6,
+                "prompts": 34,
+                "lengths": (33, 0, 2),
+            },
+            {"batch": 6, "rows": 1, "tokens": 3, "heads": 1, "channels": 5, "prompts": 3, "shared": True}
+            | {"bias": True, "lengths": (1, 0, 2)},
         ],
         [
             *({"batch": 1, "channels": channels} for channels in (192, 768, 1280)),
@@ -347,7 +401,9 @@ def converted(op: str, case: tuple, dtype: torch.dtype) -> tuple:
     of_tokens = {"prompt_pool": (0, *range(4, 8)), "prompt_projector": ()}.get(op, range(9))
     tensors = [t.to(dtype if i in of_tokens else learned) for i, t in enumerate(tensors)]
     options = {
-        name: value.to(learned if "mask" in name else dtype) if isinstance(value, torch.Tensor) else value
+        name: value.to(learned if "mask" in name else dtype)
+        if isinstance(value, torch.Tensor) and value.is_floating_point()
+        else value
         for name, value in options.items()
     }
     return function, tensors, options

@@ -37,7 +37,10 @@ def check_far_offsets(op: str, sizes: dict[str, Any], dim: int, stride: int) -> 
     """With ``stride`` between neighbours in a dimension of each tensor: no offset is wrong."""
     function, _, tensors, options = made(op, **sizes)
     tensors = [t.float() for t in tensors]
-    options = {k: v.float() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    options = {
+        k: v.float() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in options.items()
+    }
     expected = results(function, tensors, options | {"backend": "torch"})
 
     given = [t for t in (*tensors, *options.values()) if isinstance(t, torch.Tensor) and t.ndim > max(dim, 1)]

@@ -26,13 +26,16 @@ from interpreter import only_last_program, quick_calls
 from kernel_cases import KERNELS
 from kernel_checks import check_far_offsets, check_precision, check_values
 from mutants import PER_FILE, Mutant, chosen
+from op_cases import cls_case
 from shadow import no_overflow
 
 sys.path.append(str(Path(__file__).parents[1] / "kernels" / "interpreted"))
+sys.path.append(str(Path(__file__).parents[1] / "ops"))
 
 import test_attention
 import test_norms
 import test_projector
+import test_prompt_lengths
 import test_quantise
 
 from vapt_fast import functional, use_backend
@@ -46,7 +49,7 @@ FILES = {
     "absorbed_attention": ["absorbed_attention"],
     "mlp": ["mlp"],
     "fp8_linear": ["fp8_linear"],
-    "common": ["prompt_pool", "prompt_projector"],
+    "common": ["prompt_pool", "prompt_projector", "absorbed_attention"],
 }
 CPU_SECONDS = 60
 MOST_SURVIVORS = 0.05
@@ -87,7 +90,11 @@ ALONE: dict[str, list[Check]] = {
         partial(test_attention.test_a_bias_may_be_of_each_image_or_of_all_heads, (2, 2, 5, 7)),
         many_statistics,
     ],
-    "absorbed_attention": [test_attention.test_more_than_2_31_elements_of_absorbed_attention],
+    "absorbed_attention": [
+        partial(test_attention.test_numbers_of_prompts_far_apart_in_memory, cls_case),
+        partial(test_prompt_lengths.test_gradients_of_padding_are_zero_whatever_comes_in, cls_case),
+        test_attention.test_more_than_2_31_elements_of_absorbed_attention,
+    ],
     "add_norm": [partial(test_norms.test_what_is_normalised_is_the_sum_as_it_is_returned, "triton")],
     "fp8_linear": [
         *(

@@ -37,10 +37,42 @@ def pool_formula(
     prompt_eps,
 ):
     total, normed = add_norm_formula(x, branch, norm_weight, norm_bias, layer_scale=layer_scale, eps=eps)
-    z = F.layer_norm(total[:, num_prefix:], x.shape[-1:], weight, bias, prompt_eps)
+    by_image = weight.ndim == 2
+    affine = (None, None) if by_image else (weight, bias)
+    z = F.layer_norm(total[:, num_prefix:], x.shape[-1:], *affine, prompt_eps)
+    if by_image:
+        z = z * weight[:, None] + bias[:, None]
     return total, normed, matrix @ z
 
 
+def with_cut_prompts(num_tensors, num_prompts):
+    """A decorator: with ``prompt_lengths`` the formula is called for each image by itself, its prompts cut.
+
+    Args:
+        num_tensors: how many of the first arguments are of the images.
+        num_prompts: how many after them are (B or 1, P, ...), the prompts.
+    """
+    end = num_tensors + num_prompts
+
+    def decorate(formula):
+        def cut(*args, bias=None, prompt_lengths=None, **options):
+            batch = len(args[0])
+            if prompt_lengths is None or not batch:
+                return formula(*args, bias=bias, **options)
+            prompts = [t.expand(batch, *t.shape[1:]) for t in args[num_tensors:end]]
+            biases = [None] * batch if bias is None else bias.expand(batch, -1, -1, -1).split(1)
+            images = []
+            for i, number in enumerate(prompt_lengths.tolist()):
+                own = [t[i : i + 1] for t in args[:num_tensors]] + [t[i : i + 1, :number] for t in prompts]
+                images.append(formula(*own, *args[end:], bias=biases[i], **options))
+            return torch.cat(images)
+
+        return cut
+
+    return decorate
+
+
+@with_cut_prompts(3, 2)
 def attention_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     batch, groups = q.shape[0], q.shape[2] // k.shape[2]
     keys = torch.cat([prompt_k.expand(batch, -1, -1, -1), k], dim=1).repeat_interleave(groups, dim=2)
@@ -51,14 +83,15 @@ def attention_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), values)
 
 
-def packed_formula(qkv, prompt_kv, *, num_heads, num_kv_heads, scale, bias=None, attention=attention_formula):
+def packed_formula(qkv, prompt_kv, *, num_heads, num_kv_heads, attention=attention_formula, **options):
     dim = qkv.shape[-1] // (num_heads + 2 * num_kv_heads)
     q, kv = qkv.tensor_split([num_heads * dim], dim=-1)
     parts = (q, *kv.chunk(2, dim=-1), *prompt_kv.chunk(2, dim=-1))
-    return attention(*(t.unflatten(-1, (-1, dim)) for t in parts), scale=scale, bias=bias)
+    return attention(*(t.unflatten(-1, (-1, dim)) for t in parts), **options)
 
 
-def cls_formula(q, x, prompts, key_weight, value_weight, *, scale, bias=None):
+@with_cut_prompts(2, 1)
+def cls_formula(q, x, prompts, key_weight, value_weight, **options):
     def heads(weight, rows):
         return torch.einsum("hdc,bnc->bnhd", weight, rows)
 
@@ -68,8 +101,7 @@ def cls_formula(q, x, prompts, key_weight, value_weight, *, scale, bias=None):
         heads(value_weight, x),
         heads(key_weight, prompts),
         heads(value_weight, prompts),
-        scale=scale,
-        bias=bias,
+        **options,
     )
 
 
@@ -87,10 +119,11 @@ def projector_formula(
     norm_weight=None,
     norm_bias=None,
 ):
-    t = (pooled if channel_mask is None else pooled * channel_mask) + bias[:, None]
+    t = (pooled if channel_mask is None else pooled * channel_mask) + bias[..., None]
     if down is not None:
-        features = ACTIVATIONS[activation](t @ down.t())
-        t = t + scale * ((features if feature_mask is None else features * feature_mask) @ up.t())
+        scale = scale[:, None, None] if isinstance(scale, torch.Tensor) else scale
+        features = ACTIVATIONS[activation](t @ down.mT)
+        t = t + scale * ((features if feature_mask is None else features * feature_mask) @ up.mT)
     return t if eps is None else F.layer_norm(t, t.shape[-1:], norm_weight, norm_bias, eps)
 
 
@@ -145,11 +178,25 @@ def add_norm_case(batch=2, tokens=5, dim=6, branch=True, layer_scale=True, affin
 
 
 def pool_case(
-    batch=2, prefix=2, patches=9, dim=6, rows=3, branch=True, layer_scale=True, affine=True, learned=False
+    batch=2,
+    prefix=2,
+    patches=9,
+    dim=6,
+    rows=3,
+    branch=True,
+    layer_scale=True,
+    affine=True,
+    learned=False,
+    matrix_by_image=False,
+    affine_by_image=False,
 ):
-    """With ``learned``, the layer_scale and the affine need gradients too."""
-    tensors = {"x": rand(batch, prefix + patches, dim), "matrix": rand(rows, patches)}
-    tensors |= {"weight": rand(dim), "bias": rand(dim)}
+    """With ``learned``, the layer_scale and the affine need gradients too.
+
+    With ``matrix_by_image`` there is a matrix for each image, with ``affine_by_image`` a weight and a bias.
+    """
+    matrices, affines = (batch,) * matrix_by_image, (batch,) * affine_by_image
+    tensors = {"x": rand(batch, prefix + patches, dim), "matrix": rand(*matrices, rows, patches)}
+    tensors |= {"weight": rand(*affines, dim), "bias": rand(*affines, dim)}
     tensors |= {"branch": rand(batch, prefix + patches, dim) if branch else None}
     tensors |= {"layer_scale": rand(dim) if branch and layer_scale else None}
     tensors |= affine_of(dim if affine else None)
@@ -158,8 +205,35 @@ def pool_case(
     return case_by_name(functional.prompt_pool, pool_formula, tensors, frozen, options)
 
 
+def with_lengths(prompts, lengths, batch):
+    """Numbers of prompts for the images, ``lengths`` over and over; NaN where no image has a prompt.
+
+    Args:
+        prompts: the tensors (B or 1, P, ...) that hold them.
+        lengths: those larger than P are P; None where there are none.
+    """
+    if lengths is None:
+        return None
+    numbers = torch.tensor([lengths[image % len(lengths)] for image in range(batch)], dtype=torch.int64)
+    numbers = numbers.clamp(max=prompts[0].shape[1])
+    for tensor in prompts:
+        most = numbers.tolist() if len(tensor) == batch else [max(numbers.tolist(), default=tensor.shape[1])]
+        for image, number in enumerate(most):
+            tensor[image, number:] = float("nan")
+    return numbers
+
+
 def attention_case(
-    batch=2, queries=5, tokens=7, heads=4, groups=4, dim=3, prompts=2, shared=False, bias=False
+    batch=2,
+    queries=5,
+    tokens=7,
+    heads=4,
+    groups=4,
+    dim=3,
+    prompts=2,
+    shared=False,
+    bias=False,
+    lengths=None,
 ):
     one = 1 if shared else batch
     tensors = [
@@ -169,14 +243,18 @@ def attention_case(
     ]
     tensors += [rand(one, prompts, groups, dim), rand(one, prompts, groups, dim)]
     options = {"scale": 0.7, "bias": rand(1, heads, queries, tokens) if bias else None}
+    options |= {"prompt_lengths": with_lengths(tensors[3:], lengths, batch)}
     return functional.prompt_attention, attention_formula, tensors, options
 
 
-def packed_case(batch=2, tokens=7, heads=4, groups=4, dim=3, prompts=2, shared=False, bias=False):
+def packed_case(
+    batch=2, tokens=7, heads=4, groups=4, dim=3, prompts=2, shared=False, bias=False, lengths=None
+):
     tensors = [rand(batch, tokens, (heads + 2 * groups) * dim)]
     tensors += [rand(1 if shared else batch, prompts, 2 * groups * dim)]
     options = {"num_heads": heads, "num_kv_heads": groups, "scale": 0.7}
     options |= {"bias": rand(1, heads, tokens, tokens) if bias else None}
+    options |= {"prompt_lengths": with_lengths(tensors[1:], lengths, batch)}
     return functional.prompt_attention_packed, packed_formula, tensors, options
 
 
@@ -189,12 +267,25 @@ def mlp_case(batch=2, tokens=5, dim=6, hidden=8, out=6, bias=True, learned=False
     return case_by_name(functional.mlp, mlp_formula, tensors, frozen, {})
 
 
-def cls_case(batch=2, rows=1, tokens=7, heads=3, dim=2, channels=6, prompts=2, shared=False, bias=False):
+def cls_case(
+    batch=2,
+    rows=1,
+    tokens=7,
+    heads=3,
+    dim=2,
+    channels=6,
+    prompts=2,
+    shared=False,
+    bias=False,
+    lengths=None,
+):
     tensors = [rand(batch, rows, heads, dim), rand(batch, tokens, channels)]
     tensors += [rand(1 if shared else batch, prompts, channels)]
+    numbers = with_lengths(tensors[2:], lengths, batch)
     # As a layer's: with larger weights a softmax over scores of 100 and more leaves each query one key.
     tensors += [rand(heads, dim, channels) / math.sqrt(channels) for _ in range(2)]
     options = {"scale": 0.7, "bias": rand(1, heads, rows, tokens) if bias else None}
+    options |= {"prompt_lengths": numbers}
     return functional.absorbed_attention, cls_formula, tensors, options
 
 
@@ -209,15 +300,27 @@ def projector_case(
     affine=True,
     learned_scale=False,
     learned=False,
+    bias_by_image=False,
+    weights_by_image=False,
+    scale_by_image=False,
 ):
-    """A ``width`` of None: no projector. With ``learned``, the affine, if there is one, needs gradients."""
-    tensors = {"pooled": rand(batch, prompts, dim), "bias": rand(prompts)}
+    """A ``width`` of None: no projector. With ``learned``, the affine, if there is one, needs gradients.
+
+    With ``bias_by_image`` there is a bias for each image, with ``weights_by_image`` a projector, and with
+    ``scale_by_image`` a learned scale.
+    """
+    biases, weights, scales = (
+        (batch,) * bias_by_image,
+        (batch,) * weights_by_image,
+        batch if scale_by_image else 1,
+    )
+    tensors = {"pooled": rand(batch, prompts, dim), "bias": rand(*biases, prompts)}
     options = {"activation": activation, "eps": eps}
     if masked:
         options["channel_mask"] = torch.randint(0, 2, (batch, 1, dim)).double() * 2
     if width is not None:
-        tensors |= {"down": rand(width, dim), "up": rand(dim, width)}
-        tensors |= {"scale": rand(1)} if learned_scale else {}
+        tensors |= {"down": rand(*weights, width, dim), "up": rand(*weights, dim, width)}
+        tensors |= {"scale": rand(scales)} if learned_scale else {}
         if masked:
             options["feature_mask"] = torch.randint(0, 2, (batch, prompts, width)).double() * 2
     tensors |= affine_of(dim if affine and eps is not None else None)
@@ -233,11 +336,20 @@ HEADS = {"heads": (4,), "groups": (2, 4), "shared": YES_OR_NO, "bias": YES_OR_NO
 NORMED = {"eps": (None, 1e-6), "affine": YES_OR_NO}
 MASKED = {"masked": YES_OR_NO, "learned_scale": (True,), **LEARNED}
 FROZEN_OR_NOT = {"bias": YES_OR_NO, "learned": YES_OR_NO}
+POOL_BY_IMAGE = ("matrix_by_image", "affine_by_image")
+PROJECTOR_BY_IMAGE = ("bias_by_image", "weights_by_image", "scale_by_image")
 
 
 def grid(make, **axes):
     """A maker and its arguments, for each combination of values of the ``axes``."""
     return [(make, dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def by_image(make, **axes):
+    """A grid of cases with each choice of what may be given for each image, but none of it."""
+    names = {pool_case: POOL_BY_IMAGE, projector_case: PROJECTOR_BY_IMAGE}[make]
+    choices = grid(make, **axes, **dict.fromkeys(names, YES_OR_NO))
+    return [(make, sizes) for make, sizes in choices if any(sizes[name] for name in names)]
 
 
 CASES = [
@@ -247,11 +359,30 @@ CASES = [
     *grid(pool_case, **PREFIXED, **RESIDUAL, **LEARNED),
     *grid(pool_case, batch=(0, 2), rows=(0, 3), **RESIDUAL, **LEARNED),
     *grid(pool_case, patches=(196,), dim=(48,), rows=(50,), branch=YES_OR_NO),
+    *by_image(pool_case, batch=(0, 1, 3), rows=(0, 1, 3), branch=YES_OR_NO, **LEARNED),
     *grid(attention_case, queries=(1, 6), tokens=(6,), dim=(3, 8), prompts=(0, 1, 5), **HEADS),
     *grid(attention_case, queries=(197,), tokens=(197,), heads=(2,), groups=(2,), dim=(32,), prompts=(10,)),
     *grid(packed_case, tokens=(1, 6), dim=(1, 8), prompts=(0, 5), **HEADS),
-    *grid(attention_case, batch=(0,)),
-    *grid(packed_case, batch=(0,)),
+    *grid(attention_case, batch=(0,), lengths=(None, (1,))),
+    *grid(packed_case, batch=(0,), lengths=(None, (1,))),
+    *grid(
+        attention_case, batch=(3,), queries=(1, 6), tokens=(6,), prompts=(5,), lengths=((2, 0, 5),), **HEADS
+    ),
+    *grid(packed_case, batch=(3,), tokens=(6,), prompts=(5,), lengths=((2, 0, 5),), **HEADS),
+    *grid(
+        cls_case,
+        batch=(3,),
+        rows=(1, 2),
+        prompts=(5,),
+        lengths=((2, 0, 5),),
+        shared=YES_OR_NO,
+        bias=YES_OR_NO,
+    ),
+    *(
+        case
+        for make in (attention_case, packed_case, cls_case)
+        for case in grid(make, prompts=(0, 3), lengths=((0,), (3,)))
+    ),
     *(
         case
         for dim, hidden, out in ((1, 1, 1), (6, 24, 6), (5, 3, 7))
@@ -273,20 +404,40 @@ CASES = [
         projector_case, batch=(1, 3), prompts=(1, 10), dim=(5, 64), width=(None, 1, 8), **NORMED, **LEARNED
     ),
     *grid(projector_case, batch=(0, 2), prompts=(0, 3), masked=(True,), **NORMED, **LEARNED),
+    *by_image(projector_case, batch=(0, 1, 3), prompts=(0, 3), eps=(None, 1e-6), **MASKED),
 ]
 
 GRADCHECK = [
     *grid(add_norm_case, batch=(1, 2), **RESIDUAL, **LEARNED),
     *grid(pool_case, prefix=(0, 2), patches=(4,), dim=(5,), rows=(1, 2, 3), **RESIDUAL, **LEARNED),
+    *by_image(pool_case, patches=(4,), dim=(5,), rows=(0, 2), **LEARNED),
     *(
         case
         for make in (attention_case, packed_case)
-        for case in grid(make, prompts=(0, 2), **HEADS | {"heads": (2,), "groups": (1, 2)})
+        for case in grid(
+            make, prompts=(0, 2), lengths=(None, (0, 1)), **HEADS | {"heads": (2,), "groups": (1, 2)}
+        )
     ),
     *grid(mlp_case, batch=(1, 2), tokens=(1, 3), **FROZEN_OR_NOT),
-    *grid(cls_case, rows=(1, 2), prompts=(0, 2), shared=YES_OR_NO, bias=YES_OR_NO),
+    *grid(cls_case, rows=(1, 2), prompts=(0, 2), lengths=(None, (0, 1)), shared=YES_OR_NO, bias=YES_OR_NO),
     *grid(
         projector_case, activation=("gelu", "sigmoid", "softmax"), eps=(None, 0.1), affine=YES_OR_NO, **MASKED
+    ),
+    *by_image(projector_case, activation=("gelu",), eps=(None, 0.1), **MASKED),
+]
+
+
+# For image_by_image. Blocks of the kernels have 16 rows.
+BY_IMAGE = [
+    *by_image(pool_case, batch=(1, 3), patches=(7,), dim=(5,), rows=(0, 17)),
+    *by_image(
+        projector_case,
+        batch=(1, 3),
+        prompts=(0, 17),
+        dim=(5,),
+        masked=(True,),
+        eps=(0.1,),
+        learned_scale=(True,),
     ),
 ]
 
@@ -312,6 +463,35 @@ def assert_same_results(actual, expected, tolerance, message=None):
         torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance, equal_nan=True, msg=message)
 
 
+def image_by_image(make, **sizes):
+    """The op of a case, the same by a call for each image, tensors and options.
+
+    A single call has an image's own part of what is given for each, in the shape of what all share.
+    """
+    torch.manual_seed(0)
+    op, _, tensors, options = make(**sizes)
+    *_, one, options_of_one = make(
+        **{name: value for name, value in sizes.items() if "by_image" not in name} | {"batch": 1}
+    )
+
+    def part(value, like, image):
+        whole = not isinstance(value, torch.Tensor) or value.shape == like.shape
+        return value if whole else value[image].reshape(like.shape)
+
+    def calls(*tensors, **options):
+        outputs = []
+        for image in range(sizes["batch"]):
+            parts = [part(*pair, image) for pair in zip(tensors, one, strict=True)]
+            options_here = {
+                name: part(value, options_of_one.get(name), image) for name, value in options.items()
+            }
+            results = op(*parts, **options_here)
+            outputs.append(results if isinstance(results, tuple) else (results,))
+        return tuple(map(torch.cat, zip(*outputs, strict=True)))
+
+    return op, calls, tensors, options
+
+
 def far_from_zero(seed, make, **sizes):
     """A case of a norm with mean / std = 1e4, and a constant row: variance 0, rstd 1000."""
     torch.manual_seed(seed)
@@ -326,6 +506,7 @@ def far_from_zero(seed, make, **sizes):
 # ---- low precision
 
 
+@with_cut_prompts(3, 2)
 def sdpa_formula(q, k, v, prompt_k, prompt_v, *, scale, bias=None):
     """attention_formula as anyone would run it in low precision."""
     batch, groups = q.shape[0], q.shape[2] // k.shape[2]
@@ -411,10 +592,11 @@ def assert_policy(make, cases, dtype, on_gpu=False):
 def layouts(tensor):
     """The same values in other memory layouts."""
     yield "transposed", tensor.transpose(0, -1).contiguous().transpose(0, -1)
-    padded = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    between = float("nan") if tensor.is_floating_point() else -1
+    padded = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), between, dtype=tensor.dtype)
     padded[..., : tensor.shape[-1]] = tensor
     yield "padded rows", padded[..., : tensor.shape[-1]]
-    flat = torch.full((tensor.numel() + 1,), float("nan"), dtype=tensor.dtype)
+    flat = torch.full((tensor.numel() + 1,), between, dtype=tensor.dtype)
     flat[1:] = tensor.flatten()
     yield "offset by one", flat[1:].view(tensor.shape)
 

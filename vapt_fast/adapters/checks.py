@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..backbones import patch_size
 from .file import AdapterFile
+from .module import Adapter
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
@@ -81,27 +82,27 @@ def backbone_problems(model: AdaptiveViT, adapter: AdapterFile, check_weights: b
         )
 
 
-def prompt_problems(model: AdaptiveViT, adapter: AdapterFile) -> Iterator[str]:
+def prompt_problems(own_adapter: Adapter, adapter: AdapterFile) -> Iterator[str]:
     """Yield the options of the prompts that differ, those of training aside."""
-    saved, own = asdict(adapter.prompts), asdict(model.config)
+    saved, own = asdict(adapter.prompts), asdict(own_adapter.prompts.config)
     for name in own:
         if name not in TRAINING_OPTIONS and saved[name] != own[name]:
             yield f"prompts {name}: the adapter has {saved[name]!r}, the model {own[name]!r}"
 
 
-def head_problems(model: AdaptiveViT, adapter: AdapterFile) -> Iterator[str]:
+def head_problems(own_adapter: Adapter, adapter: AdapterFile) -> Iterator[str]:
     """Yield whether the heads have different numbers of classes."""
-    saved = adapter.num_classes
-    if saved != model.num_classes:
+    saved, own = adapter.num_classes, own_adapter.num_classes
+    if saved != own:
         yield (
-            f"num_classes: the adapter has {saved}, the model {model.num_classes}; call "
+            f"num_classes: the adapter has {saved}, the model {own}; call "
             f"model.reset_classifier({saved}) first"
         )
 
 
-def tensor_problems(model: AdaptiveViT, adapter: AdapterFile) -> Iterator[str]:
+def tensor_problems(model: AdaptiveViT, own_adapter: Adapter, adapter: AdapterFile) -> Iterator[str]:
     """Yield the tensors that the model has not, the adapter has not, or that have another shape or dtype."""
-    own = model.adapter_state()
+    own = own_adapter.state_dict(keep_vars=True)
     yield from (f"{name}: the adapter has no such tensor" for name in own if name not in adapter.tensors)
     other_size = _differing(model, adapter) == ["grid"]  # is told by itself
     for name, value in adapter.tensors.items():

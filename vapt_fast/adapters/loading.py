@@ -17,42 +17,71 @@ from ..ops.backend import BackendUnavailableError
 from ..source import HEADS, LOCAL_ARGS, is_local, load_weights
 from .checks import backbone_problems, head_problems, prompt_problems, tensor_problems
 from .file import AdapterError, AdapterFile, read, read_backbone, unreadable
+from .module import BASE, Adapter, MissingHead, check_name
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
 
-__all__ = ["build", "load", "read_config"]
+__all__ = ["build", "load", "misfit", "new_adapter", "read_config"]
 
 _log = logging.getLogger("vapt_fast")
 
 Made = TypeVar("Made", bound=nn.Module)
 
 
-def load(model: AdaptiveViT, folder: str | os.PathLike[str], *, check_backbone: bool = True) -> None:
-    """Copy the adapter in ``folder`` into ``model``, or change nothing at all.
+def load(
+    model: AdaptiveViT,
+    folder: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    check_backbone: bool = True,
+    is_trainable: bool = False,
+) -> None:
+    """Load the adapter in ``folder`` into ``model``, or change nothing at all.
 
-    The model's tensors keep their dtype and device. ``model.adapter_metadata``, ``class_names`` and
-    ``data_config`` become the adapter's.
+    Into one that the model has, its tensors are copied in place, which keep their dtype and device: with the
+    same optimizer, compiled code and graphs it goes on. Another name adds an adapter, which is not made
+    active. Class names, data config and metadata come along.
 
     Args:
-        model: an AdaptiveViT with the same prompt options (dropout rates aside), geometry and head size.
+        model: an AdaptiveViT of the same geometry; where the adapter replaces one, with the same prompt
+            options (dropout rates aside) and head size.
         folder: what ``save`` wrote.
+        name: of the adapter in the model; None for the active one.
         check_backbone: refuse a model whose frozen weights are not those the adapter was trained on, as told
             by ``backbone_fingerprint``.
+        is_trainable: whether an adapter that is added requires gradients.
 
     Raises:
         AdapterNotFoundError: a file is missing.
         AdapterError: damaged files, or an adapter for another model; lists every mismatch.
+        TypeError, ValueError: not a name.
     """
-    adapter = read(Path(folder))
-    problems = [
-        *backbone_problems(model, adapter, check_backbone),
-        *prompt_problems(model, adapter),
-        *head_problems(model, adapter),
-        *tensor_problems(model, adapter),
-    ]
-    _raise_misfit(adapter, problems)
-    _copy(model, adapter)
+    name = model.active_adapter if name is None else check_name(name)
+    file = read(Path(folder))
+    problems = list(backbone_problems(model, file, check_backbone))
+    if name in model.adapters:
+        adapter: Any = model.adapters[name]
+        problems += [*prompt_problems(adapter, file), *head_problems(adapter, file)]
+        problems += tensor_problems(model, adapter, file)
+        _raise_misfit(file, problems)
+        _copy(model, adapter, file)
+        return
+    _raise_misfit(file, problems)
+    adapter = new_adapter(model, file)
+    model.adapters[name] = adapter.requires_grad_(is_trainable)
+
+
+def new_adapter(model: AdaptiveViT, file: AdapterFile) -> Adapter:
+    """Return the adapter of ``file`` as a module that suits ``model``, which is left as it is.
+
+    Raises:
+        AdapterError: its tensors don't fit.
+    """
+    adapter = model.make_adapter(file.prompts, file.num_classes)
+    _raise_misfit(file, tensor_problems(model, adapter, file))
+    _copy(model, adapter, file)
+    return adapter
 
 
 def build(
@@ -100,11 +129,12 @@ def build(
     _raise_misfit(adapter, backbone_problems(model, adapter, check_backbone))
     if model.num_classes != adapter.num_classes:
         model.reset_classifier(adapter.num_classes)
-    _raise_misfit(adapter, tensor_problems(model, adapter))
+    own: Any = model.adapters[model.active_adapter]
+    _raise_misfit(adapter, tensor_problems(model, own, adapter))
     if backbone is None and adapter.backbone_path is not None:
         for name, tensor in model.adapter_state().items():
             tensor.data = tensor.data.to(adapter.tensors[name].dtype)
-    _copy(model, adapter)
+    _copy(model, own, adapter)
     return model.eval()
 
 
@@ -119,29 +149,34 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return read(Path(folder)).config
 
 
+def misfit(adapter: AdapterFile, problems: Iterable[str]) -> AdapterError:
+    """Return the error that says why an adapter does not fit the model."""
+    return AdapterError(f"the adapter in {adapter.folder} does not fit the model", problems)
+
+
 def _raise_misfit(adapter: AdapterFile, problems: Iterable[str]) -> None:
     if problems := list(problems):
-        raise AdapterError(f"the adapter in {adapter.folder} does not fit the model", problems)
+        raise misfit(adapter, problems)
 
 
-def _copy(model: AdaptiveViT, adapter: AdapterFile) -> None:
-    own = model.adapter_state()
+def _copy(model: AdaptiveViT, adapter: Adapter, file: AdapterFile) -> None:
+    own = adapter.state_dict(keep_vars=True)
     # All conversions first: one that runs out of memory must not leave half an adapter in the model.
-    values = {name: adapter.tensors[name].to(own[name].device, own[name].dtype) for name in own}
+    values = {name: file.tensors[name].to(own[name].device, own[name].dtype) for name in own}
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(values[name])
-    names, config = adapter.config.get("class_names"), adapter.config
-    trained, own_precision = adapter.backbone.get("precision"), model.backbone_precision
+    names, config = file.config.get("class_names"), file.config
+    trained, own_precision = file.backbone.get("precision"), model.backbone_precision
     if trained != own_precision:
         _log.info(
             "the adapter in %s was trained with backbone_precision=%r, the model has %r",
-            *(adapter.folder, trained, own_precision),
+            *(file.folder, trained, own_precision),
         )
-    model.adapter_metadata = config["metadata"]
-    model.class_names = None if names is None else tuple(names)
+    adapter.metadata = config["metadata"]
+    adapter.class_names = None if names is None else tuple(names)
     # The size is the model's own, which may change.
-    model.data_config = {key: value for key, value in config["data"].items() if key != "input_size"}
+    adapter.data_config = {key: value for key, value in config["data"].items() if key != "input_size"}
 
 
 # ---- making the backbone
@@ -169,7 +204,10 @@ def _build_by_name(
             raise _cannot_make(adapter, str(error)) from error
     elif path is not None:
         _assign(made, read_backbone(adapter, path), path)
-    return cls(made, **kwargs)
+    model = cls(made, **kwargs)
+    base = model.find_adapter(BASE)  # timm has drawn its classifier at random
+    base.set_heads({name: MissingHead() for name in base.head_names}, 0)
+    return model
 
 
 def _cannot_make(adapter: AdapterFile, *problems: str) -> AdapterError:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from ..prompts import Prompts
 
-__all__ = ["Adapter", "trainable_summary"]
+__all__ = ["BASE", "Adapter", "MissingHead", "check_name", "find", "mean_logits", "trainable_summary"]
+
+BASE = "__base__"
+"""The name of the backbone without prompts, which no adapter may have."""
 
 
 class Adapter(nn.Module):
@@ -16,6 +21,11 @@ class Adapter(nn.Module):
         prompts: the prompts.
         heads: the classifiers by timm's names, ``head`` and, of a distilled backbone, ``head_dist``.
         num_classes: what they tell apart, 0 without classifier.
+
+    Attributes:
+        class_names: a name for each class, None if unknown.
+        data_config: how images are prepared, where not as the backbone's ``pretrained_cfg`` says.
+        metadata: what the user stored with it.
     """
 
     head: nn.Module
@@ -23,6 +33,9 @@ class Adapter(nn.Module):
     def __init__(self, prompts: Prompts, heads: dict[str, nn.Module], num_classes: int) -> None:
         super().__init__()
         self.head_names = tuple(heads)
+        self.class_names: tuple[str, ...] | None = None
+        self.data_config: dict[str, Any] = {}
+        self.metadata: dict[str, Any] = {}
         self.prompts = prompts
         self.set_heads(heads, num_classes)
 
@@ -38,8 +51,52 @@ class Adapter(nn.Module):
 
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return the logits (B, num_classes) of what each classifier reads, (B, C); the mean of several."""
-        logits = [head(features) for head, features in zip(self.heads(), inputs, strict=True)]
-        return logits[0] if len(logits) == 1 else sum(logits[1:], logits[0]) / len(logits)
+        return mean_logits([head(features) for head, features in zip(self.heads(), inputs, strict=True)])
+
+
+def mean_logits(logits: list[Tensor]) -> Tensor:
+    """Return the mean of what several classifiers give."""
+    return logits[0] if len(logits) == 1 else sum(logits[1:], logits[0]) / len(logits)
+
+
+class MissingHead(nn.Module):
+    """The place of a backbone's own classifier that nobody has trained."""
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Raise ValueError."""
+        raise ValueError(
+            "the bare backbone has no classifier that was trained: it was made with another number of "
+            "classes than its weights have; ask for its features, or make the model from a timm model with "
+            "its own head"
+        )
+
+
+def check_name(name: object) -> str:
+    """Return the name of an adapter.
+
+    Raises:
+        TypeError: not a str.
+        ValueError: empty, that of the bare backbone, or one that a module can't have.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"name of an adapter must be a str, got {name!r}")
+    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
+        raise ValueError(
+            f"name of an adapter must not be empty, contain a dot, or be {BASE!r} or a method of "
+            f"torch.nn.ModuleDict, got {name!r}"
+        )
+    return name
+
+
+def find(adapters: nn.ModuleDict, name: str) -> Adapter:
+    """Return the adapter of that name.
+
+    Raises:
+        ValueError: there is none; lists those there are.
+    """
+    if name not in tuple(adapters):
+        raise ValueError(f"adapter must be one of {tuple(adapters)}, got {name!r}")
+    return cast(Adapter, adapters[name])
 
 
 def trainable_summary(model: nn.Module) -> str:

@@ -17,6 +17,7 @@ from ..names import create_backbone
 from ..source import HEADS
 from .checks import backbone_fingerprint, geometry
 from .file import AdapterError, class_name_problems, write
+from .module import find
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
@@ -27,13 +28,14 @@ __all__ = ["save"]
 def save(
     model: AdaptiveViT,
     folder: str | os.PathLike[str],
+    name: str | None = None,
     *,
     metadata: dict[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
     data_config: Mapping[str, Any] | None = None,
     include_backbone: bool = False,
 ) -> None:
-    """Write the prompts and the head of ``model`` to ``folder``, which is made if it does not exist.
+    """Write the prompts and the head of an adapter to ``folder``, which is made if it does not exist.
 
     An adapter that is there already stays whole until the new one takes its place, in one step.
     Save from one process only.
@@ -41,10 +43,11 @@ def save(
     Args:
         model: an AdaptiveViT; its tensors are written in their own dtypes.
         folder: where to.
-        metadata: anything that JSON can express, kept with the adapter; None for ``model.adapter_metadata``.
-        class_names: a name for each class, in the order of the logits; None for ``model.class_names``.
+        name: of the adapter; None for the active one.
+        metadata: anything that JSON can express, kept with the adapter; None for its ``metadata``.
+        class_names: a name for each class, in the order of the logits; None for its ``class_names``.
         data_config: how images were prepared, if not as the backbone's ``pretrained_cfg`` says: any of timm's
-            ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``. None for ``model.data_config``.
+            ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``. None for its ``data_config``.
         include_backbone: write the frozen backbone too, so that ``build`` needs nothing else. For weights
             that can't be had by a name of timm's.
 
@@ -54,37 +57,38 @@ def save(
             that timm can't make again; lists every problem.
         OSError: the file system's own refusals.
     """
-    metadata = plain(model.adapter_metadata if metadata is None else metadata)
-    names: Any = model.class_names if class_names is None else class_names
+    adapter = find(model.adapters, model.active_adapter if name is None else name)
+    metadata = plain(adapter.metadata if metadata is None else metadata)
+    names: Any = adapter.class_names if class_names is None else class_names
     names = names.tolist() if hasattr(names, "tolist") else names
-    data_config = model.data_config if data_config is None else data_config
+    data_config = adapter.data_config if data_config is None else data_config
     problems = [
         *_metadata_problems(metadata),
-        *class_name_problems(names, model.num_classes),
+        *class_name_problems(names, adapter.num_classes),
         *_data_problems(model, data_config),
         *_trainable_problems(model),
         *(_rebuild_problems(model) if include_backbone else []),
     ]
     if problems:
         raise AdapterError("the adapter can't be saved", problems)
-    args, left_out = _timm_args(model)
+    args, left_out = _timm_args(model, adapter.num_classes)
     config = {
         "backbone": {
             **model.backbone_source,
             "args": args,
             "args_left_out": left_out,
-            "num_classes": model.num_classes,
+            "num_classes": adapter.num_classes,
             **geometry(model),
             "precision": model.backbone_precision,
             "fingerprint": backbone_fingerprint(model),
         },
-        "prompts": asdict(model.config),
+        "prompts": asdict(adapter.prompts.config),
         "class_names": None if names is None else list(map(str, names)),
         "data": full_data_config(model.pretrained_cfg, data_config),
         "metadata": metadata,
     }
     backbone = model.backbone.state_dict() if include_backbone else None
-    write(Path(folder), config, model.adapter_state(), backbone)
+    write(Path(folder), config, adapter.state_dict(keep_vars=True), backbone)
 
 
 def _metadata_problems(metadata: object) -> Iterator[str]:
@@ -102,7 +106,7 @@ def _data_problems(model: AdaptiveViT, data_config: Mapping[str, Any]) -> Iterat
 
 
 def _trainable_problems(model: AdaptiveViT) -> Iterator[str]:
-    saved = {id(parameter) for _, parameter in model.named_adapter_parameters()}
+    saved = {id(parameter) for parameter in model.adapters.parameters()}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and id(parameter) not in saved:
             yield (
@@ -115,7 +119,7 @@ def _rebuild_problems(model: AdaptiveViT) -> Iterator[str]:
     """Yield why ``build`` could not make the backbone again and load its file."""
     advice = "save without include_backbone, and pass backbone=... to from_adapter"
     architecture = model.backbone_source["architecture"]
-    args, left_out = _timm_args(model)
+    args, left_out = _timm_args(model, 0)
     if architecture is None:
         yield f"include_backbone needs a backbone that timm.create_model has made; {advice}"
     elif left_out:
@@ -137,9 +141,9 @@ def _rebuild_problems(model: AdaptiveViT) -> Iterator[str]:
             )
 
 
-def _timm_args(model: AdaptiveViT) -> tuple[dict[str, Any], list[str]]:
+def _timm_args(model: AdaptiveViT, num_classes: int) -> tuple[dict[str, Any], list[str]]:
     """timm's arguments to make the backbone again, and the names of those JSON can't express."""
-    args = model.backbone_args
+    args = model.backbone_args | {"num_classes": num_classes}
     left_out = sorted(name for name, value in args.items() if _json_problem(value) is not None)
     return {name: value for name, value in args.items() if name not in left_out}, left_out
 

@@ -6,6 +6,7 @@ of a model and apply it. All are stateless. What can't be served is refused.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, ClassVar, cast
 
@@ -345,6 +346,11 @@ def take_heads(model: TimmViT) -> dict[str, nn.Module]:
         setattr(model, name, nn.Identity())
     model.num_classes = 0
     return heads
+
+
+def copy_heads(model: TimmViT) -> dict[str, nn.Module]:
+    """Return frozen copies of the classifiers by name."""
+    return {name: copy.deepcopy(getattr(model, name)).requires_grad_(False) for name in head_names(model)}
 
 
 def head_inputs(model: TimmViT, tokens: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ from .state import ModelState, addresses
 
 __all__ = ["CapturedCall", "Logits"]
 
-Logits = Callable[[Any, Tensor], Tensor]
+Logits = Callable[..., Tensor]
 
 
 class CapturedCall:
@@ -27,6 +27,7 @@ class CapturedCall:
         model: the model, as ``state`` says.
         state: what the graphs depend on.
         images: the images of the first call.
+        others: what else the function is given, tensors of the same shapes in each call.
         differentiable: whether a backward pass is captured too.
 
     Attributes:
@@ -43,6 +44,7 @@ class CapturedCall:
         model: nn.Module,
         state: ModelState,
         images: Tensor,
+        others: tuple[Tensor, ...] = (),
         *,
         differentiable: bool,
     ) -> None:
@@ -64,7 +66,7 @@ class CapturedCall:
         with torch.inference_mode(False):
             try:
                 with recorder.recording():
-                    self._capture(model, images)
+                    self._capture(model, images, others)
             finally:
                 recorder.set_rng_state(rng_state)
                 for buffer, value in buffers:
@@ -77,15 +79,16 @@ class CapturedCall:
         self._addresses = addresses(self.constants)
         self.memory = max(0, recorder.memory() - reserved)
 
-    def _capture(self, model: nn.Module, images: Tensor) -> None:
+    def _capture(self, model: nn.Module, images: Tensor, others: tuple[Tensor, ...]) -> None:
         twin, parameters = _twin(model)
         before = ModelState(twin)
         self._images = torch.empty_like(images).copy_(images).requires_grad_(images.requires_grad)
+        self._others = tuple(torch.empty_like(t).copy_(t) for t in others)
         leaves = [self._images, *parameters.values()]
 
         def forward() -> Tensor:
             with torch.set_grad_enabled(self._differentiable), self._autocast():
-                return self._logits(twin, self._images)
+                return self._logits(twin, self._images, *self._others)
 
         def backward(output: Tensor, grad: Tensor) -> list[Tensor | None]:
             # What the forward pass has left behind stays, for another backward pass through it.
@@ -123,19 +126,20 @@ class CapturedCall:
 
     # ---- repeating
 
-    def __call__(self, model: nn.Module, images: Tensor) -> Tensor:
+    def __call__(self, model: nn.Module, images: Tensor, others: tuple[Tensor, ...] = ()) -> Tensor:
         """Return the logits (B, num_classes) of ``images``; as differentiable as those of ``model``."""
         if not self._differentiable:
-            return self.repeat_forward(images)
+            return self.repeat_forward(images, others)
         inputs = [images if given is None else given for given in self._inputs]
-        output: Tensor = _Replay.apply(self, model, images, *inputs)
+        output: Tensor = _Replay.apply(self, model, images, others, *inputs)
         return output
 
-    def repeat_forward(self, images: Tensor) -> Tensor:
+    def repeat_forward(self, images: Tensor, others: tuple[Tensor, ...]) -> Tensor:
         """Repeat the forward pass and return its output, a copy."""
         self.replays += 1
         with self._recorder.lock, self._recorder.repeating(), torch.no_grad():
-            self._images.copy_(images)
+            for own, given in zip((self._images, *self._others), (images, *others), strict=True):
+                own.copy_(given)
             self._forward()
             return self._output.clone()
 
@@ -170,7 +174,8 @@ class CapturedCall:
         now = self._recorder.rng_state()
         self._recorder.set_rng_state(rng_state)
         with self._autocast():
-            output = self._logits(model, self._images.detach().clone() if images is None else images)
+            own = self._images.detach().clone() if images is None else images
+            output = self._logits(model, own, *(t.clone() for t in self._others))
         self._recorder.set_rng_state(now)
         inputs = [cast(Tensor, images) if given is None else given for given in self._inputs]
         return torch.autograd.grad(output, inputs, grad_output, create_graph=True)
@@ -198,7 +203,14 @@ class _Replay(torch.autograd.Function):
     """A captured call in the autograd graph of the user."""
 
     @staticmethod
-    def forward(ctx: Any, call: CapturedCall, model: nn.Module, images: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        call: CapturedCall,
+        model: nn.Module,
+        images: Tensor,
+        others: tuple[Tensor, ...],
+        *inputs: Tensor,
+    ) -> Tensor:
         ctx.call, ctx.model = call, model
         ctx.rng_state = call.recorder.rng_state()
         pending = _Pending(1)
@@ -206,7 +218,7 @@ class _Replay(torch.autograd.Function):
         saved = [images] if images.requires_grad else []
         # That these did not change is checked where they are unpacked.
         ctx.save_for_backward(torch.frombuffer(pending, dtype=torch.uint8), *call.constants, *saved)
-        return call.repeat_forward(images)
+        return call.repeat_forward(images, others)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -222,7 +234,7 @@ class _Replay(torch.autograd.Function):
             grads = call.differentiate_eagerly(ctx.model, images, ctx.rng_state, grad_output)
         else:
             grads = call.repeat_backward(grad_output)
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _twin(model: nn.Module) -> tuple[nn.Module, dict[nn.Parameter, nn.Parameter]]:

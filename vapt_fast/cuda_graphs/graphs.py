@@ -73,13 +73,16 @@ class Graphs:
         self._known.clear()
         self._recorder = None
 
-    def __call__(self, logits: Logits, model: nn.Module, images: Tensor, *, preferred: bool | None) -> Tensor:
-        """Return ``logits(model, images)``, by a graph where that is possible.
+    def __call__(
+        self, logits: Logits, model: nn.Module, images: Tensor, *others: Tensor, preferred: bool | None
+    ) -> Tensor:
+        """Return ``logits(model, images, *others)``, by a graph where that is possible.
 
         Args:
             logits: the function; equal ones compute the same.
             model: its model.
             images: a tensor that it takes.
+            others: more of them, on the same device, which are not differentiated.
             preferred: the model's own choice; see vapt_fast.use_cuda_graphs.
 
         Raises:
@@ -87,18 +90,18 @@ class Graphs:
         """
         enabled = choice(preferred)
         if enabled is False or (enabled is None and images.device.type not in RECORDERS):
-            return logits(model, images)
+            return logits(model, images, *others)
         reasons = _reasons(model, images)
         if not reasons:
-            call, reasons = self._find(logits, model, images, at_once=enabled is True)
+            call, reasons = self._find(logits, model, images, others, at_once=enabled is True)
             if call is not None:
                 return call
         if enabled and reasons:
             raise CudaGraphError("CUDA graphs can't serve this call: " + "; ".join(reasons))
-        return logits(model, images)
+        return logits(model, images, *others)
 
     def _find(
-        self, logits: Logits, model: nn.Module, images: Tensor, *, at_once: bool
+        self, logits: Logits, model: nn.Module, images: Tensor, others: tuple[Tensor, ...], *, at_once: bool
     ) -> tuple[Tensor | None, list[str]]:
         """Return the output by a graph, or None and the reasons why there is none."""
         if self._recorder is None or self._recorder.device != images.device:
@@ -108,7 +111,7 @@ class Graphs:
         if recorder.is_busy():
             return None, ["it is captured by somebody else"]
         with recorder.lock:
-            known = self._look_up(logits, model, images)
+            known = self._look_up(logits, model, images, others)
             if known.reasons:
                 return None, known.reasons
             if recorder.claimed:
@@ -117,7 +120,7 @@ class Graphs:
                 return None, ["another thread is capturing the model"]
             if known.call is not None:
                 self._repeats += 1
-                return known.call(model, images), []
+                return known.call(model, images, others), []
             if known.count <= UNCAPTURED_CALLS and not at_once:
                 return None, ["there were too few calls of this kind"]
             if self._captures >= FREE_CAPTURES and self._repeats < WORTHWHILE * self._captures:
@@ -129,22 +132,24 @@ class Graphs:
             self._recording = True
             self._captures += 1
         try:
-            call = self._capture(known, recorder, logits, model, images)
+            call = self._capture(known, recorder, logits, model, images, others)
         finally:
             self._recording = False
         with recorder.lock:
             if call is None or recorder.claimed:
                 return None, known.reasons
             self._repeats += 1
-            return call(model, images), []
+            return call(model, images, others), []
 
-    def _look_up(self, logits: Logits, model: nn.Module, images: Tensor) -> _Known:
+    def _look_up(
+        self, logits: Logits, model: nn.Module, images: Tensor, others: tuple[Tensor, ...]
+    ) -> _Known:
         """Count the call among those of its kind."""
         device_type = images.device.type
         autocast = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         key = (
             *(logits, images.shape, images.stride(), images.dtype, images.requires_grad),
-            *(torch.is_grad_enabled(), autocast, global_state()),
+            *(torch.is_grad_enabled(), autocast, global_state(), tuple(t.dtype for t in others)),
         )
         known = self._known.get(key)
         if known is None or not known.state.matches(model):
@@ -160,7 +165,13 @@ class Graphs:
         return known
 
     def _capture(
-        self, known: _Known, recorder: Recorder, logits: Logits, model: nn.Module, images: Tensor
+        self,
+        known: _Known,
+        recorder: Recorder,
+        logits: Logits,
+        model: nn.Module,
+        images: Tensor,
+        others: tuple[Tensor, ...],
     ) -> CapturedCall | None:
         differentiable = torch.is_grad_enabled() and (
             images.requires_grad or any(parameter.requires_grad for parameter in model.parameters())
@@ -169,7 +180,9 @@ class Graphs:
         for other in captured[: max(0, len(captured) + 1 - MAX_GRAPHS)]:
             other.call, other.count = None, 0
         try:
-            call = CapturedCall(recorder, logits, model, known.state, images, differentiable=differentiable)
+            call = CapturedCall(
+                recorder, logits, model, known.state, images, others, differentiable=differentiable
+            )
         # Whatever it was: the call can be made as it is.
         except Exception as error:
             known.reasons = [f"capturing it failed: {error}"]
@@ -185,7 +198,7 @@ class Graphs:
         """Return one line for each kind of calls: what it is, its graphs and their memory, or why none."""
         lines = []
         for key, known in self._known.items():
-            _, shape, _, dtype, _, grad, autocast, _ = key
+            _, shape, _, dtype, _, grad, autocast, *_ = key
             what = f"{'x'.join(map(str, shape))} {dtype}".replace("torch.", "")
             what += f", autocast {autocast}".replace("torch.", "") if autocast is not None else ""
             what += ", with gradients" if grad else ""

@@ -145,6 +145,28 @@ class _Stream(NamedTuple):
         )
 
 
+class _Keys(NamedTuple):
+    """The prompts of a block, of which attention has keys and values.
+
+    Attributes:
+        normed: (B or 1, P, C), prompts after the block's norm, whose keys and values are projected.
+        given: keys and values that take their place.
+        is_given: (B,), the images where they do; None for all.
+        lengths: (B,), how many of the P prompts each image has; None for all.
+    """
+
+    normed: Tensor
+    given: KeysValues | None = None
+    is_given: Tensor | None = None
+    lengths: Tensor | None = None
+
+    def choose(self, given: Tensor, projected: Tensor) -> Tensor:
+        """Return what is given, or for the other images what was projected."""
+        if self.is_given is None:
+            return given
+        return torch.where(self.is_given.view(-1, *[1] * (given.ndim - 1)), given, projected)
+
+
 # ---- one block
 
 
@@ -173,10 +195,10 @@ def _run_block(
             tokens, count = insert(tokens, prompts, num_prefix), prompts.shape[1]
         tokens = backbones.call_block(model, index, tokens, positions.with_extra(count))
         return _Stream(backbones.remove_prompts(tokens, num_prefix, count)[:, :num_rows])
-    tokens, normed, prompts, given = _normalise(parts, stream, source, num_prefix, backend)
+    tokens, normed, prompts = _normalise(parts, stream, source, num_prefix, backend)
     bias = score_bias(parts, positions, num_prefix - positions.num_extra, num_rows)
     rope = positions.patch_rope(index)
-    out = _attention(parts, normed, prompts, given, rope, bias, num_prefix, num_rows, backend)
+    out = _attention(parts, normed, prompts, rope, bias, num_prefix, num_rows, backend)
     branch, layer_scale = parts.finish_attention(out)
     stream = _Stream(tokens if num_rows is None else tokens[:, :num_rows], branch, layer_scale)
     tokens, normed = stream.normalised(parts.norm2, block.norm2, backend)
@@ -200,30 +222,30 @@ def _normalise(
     source: Any,
     num_prefix: int,
     backend: str | None,
-) -> tuple[Tensor, Tensor, Tensor, KeysValues | None]:
+) -> tuple[Tensor, Tensor, _Keys]:
     """Normalise the tokens, and the prompts of ``source``, by the block's norm1.
 
     Returns:
-        the tokens (B, T, C) before the norm, the tokens and the prompts (B or 1, P, C) after it, and the keys
-        and values of a source that gives those instead; None elsewhere.
+        the tokens (B, T, C) before the norm; they and the prompts after it.
     """
     norm, module = parts.norm1, parts.block.norm1
+    mixed = {name: getattr(source, name, None) for name in ("given", "is_given", "lengths")}
     if norm is not None and hasattr(source, "pool"):
         branch = {"branch": stream.branch, "layer_scale": stream.layer_scale}
-        return *source.pool(stream.tokens, num_prefix, norm, **branch), None
+        tokens, normed, prompts = source.pool(stream.tokens, num_prefix, norm, **branch)
+        return tokens, normed, _Keys(prompts, **mixed)
     tokens, normed = stream.normalised(norm, module, backend)
-    prompts = None if source is None else source.make(tokens, num_prefix)
-    if prompts is None or isinstance(prompts, KeysValues):
-        return tokens, normed, normed.new_zeros(1, 0, normed.shape[-1]), prompts
-    prompts = module(prompts.to(tokens.dtype)) if norm is None else layer_norm(prompts, norm)
-    return tokens, normed, prompts.to(normed.dtype), None
+    made = None if source is None else source.make(tokens, num_prefix)
+    if made is None or isinstance(made, KeysValues):
+        return tokens, normed, _Keys(normed.new_zeros(1, 0, normed.shape[-1]), **mixed | {"given": made})
+    prompts = module(made.to(tokens.dtype)) if norm is None else layer_norm(made, norm)
+    return tokens, normed, _Keys(prompts.to(normed.dtype), **mixed)
 
 
 def _attention(
     parts: StandardBlock,
     normed: Tensor,
-    prompts: Tensor,
-    given: KeysValues | None,
+    prompts: _Keys,
     rope: Tensor | None,
     bias: Tensor | None,
     num_prefix: int,
@@ -234,24 +256,30 @@ def _attention(
 
     The prompts are projected to keys and values; those that are given already join as they are.
     """
-    heads, kv_heads = parts.num_heads, parts.num_kv_heads
+    heads, kv_heads, given = parts.num_heads, parts.num_kv_heads, prompts.given
     as_projected = rope is None and parts.k_norm is None  # whether keys are what the projection gives
-    options: dict[str, Any] = {"bias": bias, "backend": backend}
+    options: dict[str, Any] = {"bias": bias, "prompt_lengths": prompts.lengths, "backend": backend}
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
         scale = parts.softmax_scale(parts.qkv.weight.shape[0] // (heads + 2 * kv_heads))
-        if given is None and prompts.shape[1] and parts.qkv.fp8:
-            qkv = parts.qkv(torch.cat([prompts.expand(normed.shape[0], -1, -1), normed], dim=1))
-            return _joint_attention(qkv, prompts.shape[1], heads, kv_heads, scale, options).flatten(2)
+        num_prompts = prompts.normed.shape[1]
+        if given is None and num_prompts and parts.qkv.fp8:
+            joint = torch.cat([prompts.normed.expand(normed.shape[0], -1, -1), normed], dim=1)
+            return _joint_attention(parts.qkv(joint), num_prompts, heads, kv_heads, scale, options).flatten(2)
         qkv = parts.qkv(normed)
         of_kv = parts.q_and_kv()[1]
-        prompt_kv = of_kv(prompts) if given is None else torch.cat(given, dim=-1).to(qkv.dtype)
+        if given is None:
+            prompt_kv = of_kv(prompts.normed)
+        else:
+            prompt_kv = torch.cat(given, dim=-1).to(qkv.dtype)
+            if prompts.is_given is not None:
+                prompt_kv = prompts.choose(prompt_kv, of_kv(prompts.normed))
         out = prompt_attention_packed(
             qkv, prompt_kv, num_heads=heads, num_kv_heads=kv_heads, scale=scale, **options
         )
     elif num_rows is not None and as_projected and heads == kv_heads and parts.qkv and given is None:
-        out = _absorbed_attention(parts, normed, prompts, num_rows, options)
+        out = _absorbed_attention(parts, normed, prompts.normed, num_rows, options)
     else:
-        q, k, v, prompt_k, prompt_v = parts.project(normed, prompts, num_rows)
+        q, k, v, prompt_k, prompt_v = parts.project(normed, prompts.normed, num_rows)
         if parts.q_norm is not None:
             q = parts.q_norm(q)
         if parts.k_norm is not None:
@@ -259,7 +287,8 @@ def _attention(
         if rope is not None:
             q, k = (rotate(parts, x, rope, num_prefix).type_as(v) for x in (q, k))
         if given is not None:
-            prompt_k, prompt_v = (torch.unflatten(x, -1, (kv_heads, -1)).type_as(v) for x in given)
+            keys, values = (torch.unflatten(x, -1, (kv_heads, -1)).type_as(v) for x in given)
+            prompt_k, prompt_v = prompts.choose(keys, prompt_k), prompts.choose(values, prompt_v)
         scale = parts.softmax_scale(q.shape[-1])
         out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale, **options)
     return out.flatten(2)
@@ -274,11 +303,13 @@ def _joint_attention(
     """
     by_head = torch.unflatten(qkv, -1, (heads + 2 * kv_heads, -1))
     q, k, v = by_head.split_with_sizes((heads, kv_heads, kv_heads), 2)
-    bias = options["bias"]
-    if bias is not None:
-        options = options | {"bias": F.pad(bias, (num_prompts, 0))}
-    none = k[:, :0]
-    return prompt_attention(q[:, num_prompts:], k, v, none, none, scale=scale, **options)
+    num_keys = num_prompts  # of which each image may have its own number
+    if options["prompt_lengths"] is None:
+        num_keys, bias = 0, options["bias"]
+        if bias is not None:
+            options = options | {"bias": F.pad(bias, (num_prompts, 0))}
+    of_prompts, of_tokens = ((k[:, rows], v[:, rows]) for rows in (slice(num_keys), slice(num_keys, None)))
+    return prompt_attention(q[:, num_prompts:], *of_tokens, *of_prompts, scale=scale, **options)
 
 
 def _absorbed_attention(

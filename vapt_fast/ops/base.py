@@ -84,6 +84,15 @@ class Op:
         """
         raise NotImplementedError
 
+    def check_values(self, args: Any) -> None:
+        """Raise where a tensor of ``args``, which are checked, holds values that it must not.
+
+        Unlike ``check`` it runs in every call.
+
+        Raises:
+            ValueError: values out of range.
+        """
+
     def allocate(self, args: Any) -> Any:
         """The outputs, not yet computed: shapes, dtypes and strides."""
         raise NotImplementedError
@@ -154,6 +163,7 @@ class Op:
 
     def _run(self, implementation: str, args: Any, differentiable: bool) -> tuple[Tensor, ...]:
         """The results in an ordinary call, without autocast."""
+        self.check_values(args)
         if implementation == "torch":
             return self.compute(args)
         if differentiable:

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 
 from .autocast import autocast_dtype
+from .plan import TENSORS, is_watched
 
 __all__ = [
     "check_affine",
     "check_bool",
+    "check_by_image",
     "check_choice",
     "check_dtype",
     "check_float",
     "check_grid",
     "check_integer",
+    "check_lengths",
     "check_number",
     "check_one_dtype",
+    "check_range",
     "check_residual",
     "check_same_device",
     "check_score_bias",
@@ -44,6 +48,26 @@ def check_shape(name: str, tensor: Tensor, layout: str, *sizes: int | None) -> N
     if not fits:
         expected = tuple("any" if size is None else size for size in sizes)
         raise ValueError(f"{name} must be {layout} = {expected}, got {tuple(tensor.shape)}")
+
+
+def check_by_image(
+    name: str, tensor: Tensor, layout: str, batch: int, *sizes: int | None, like: Tensor | None = None
+) -> None:
+    """Raise unless ``tensor`` has ``sizes``, as in ``check_shape``, or (batch, *sizes): them for each image.
+
+    Args:
+        name: of the tensor.
+        tensor: what was given.
+        layout: names the ``sizes`` alone, as "(R, N)".
+        batch: number of images.
+        sizes: without the batch; None: any size.
+        like: a tensor of as many dimensions, which says the form; None: either form.
+    """
+    form = tensor if like is None else like
+    if isinstance(form, Tensor) and form.ndim == len(sizes) + 1:
+        check_shape(name, tensor, f"(B, {layout[1:]}".replace(",)", ")"), batch, *sizes)
+    else:
+        check_shape(name, tensor, layout, *sizes)
 
 
 def check_residual(x: Tensor, branch: Tensor | None, layer_scale: Tensor | None) -> None:
@@ -82,6 +106,26 @@ def check_score_bias(bias: Tensor | None, batch: int, heads: int, num_queries: i
     ):
         shape = (batch, heads, num_queries, num_tokens)
         raise ValueError(f"bias must be broadcastable to {shape}, got {tuple(bias.shape)}")
+
+
+def check_lengths(name: str, lengths: Tensor | None, batch: int) -> None:
+    """Raise unless ``lengths`` is None or one integer for each image; ``check_range`` checks their values."""
+    if lengths is not None:
+        check_shape(name, lengths, "(B,)", batch)
+        if lengths.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
+
+
+def check_range(name: str, tensor: Tensor | None, least: int, most: int) -> None:
+    """Raise unless all integers of ``tensor`` are from ``least`` to ``most``.
+
+    They are not read where that would wait for a device, nor where a call is recorded or transformed.
+    """
+    if tensor is None or tensor.device.type != "cpu" or type(tensor) not in TENSORS or is_watched():
+        return
+    values = tensor.tolist()
+    if values and not (least <= min(values) and max(values) <= most):
+        raise ValueError(f"{name} must be {least} to {most}, got {values}")
 
 
 def check_float(**tensors: Tensor | None) -> None:

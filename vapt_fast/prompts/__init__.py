@@ -1,10 +1,11 @@
 """The kinds of prompts, one a file: parameters, dropouts, literal formula, rewritten form. See ``base``."""
 
 from .adaptive import AdaptivePrompts
-from .base import BlockPrompts, Geometry, KeysValues, Masks, NoPrompts, Prompts, register_kind
+from .base import BlockPrompts, Geometry, Masks, NoPrompts, Prompts, register_kind
 from .deep import StaticPrompts
 from .fourier import FourierPrompts
 from .kv import KeyValuePrompts
+from .plain import KeysValues, PlainProjector, PlainPrompts, Pooling
 from .projector import Projector
 from .shallow import ShallowPrompts
 
@@ -17,6 +18,9 @@ __all__ = [
     "KeysValues",
     "Masks",
     "NoPrompts",
+    "PlainProjector",
+    "PlainPrompts",
+    "Pooling",
     "Projector",
     "Prompts",
     "ShallowPrompts",

@@ -20,6 +20,7 @@ from .base import (
     Geometry,
     Masks,
     Prompts,
+    affine,
     call,
     draw_mask,
     layer_norm,
@@ -27,6 +28,7 @@ from .base import (
     stored_shape,
 )
 from .deep import StaticPrompts, table_bound
+from .plain import PlainProjector, PlainPrompts, Pooling
 from .projector import Projector
 
 __all__ = ["AdaptivePrompts"]
@@ -226,19 +228,41 @@ class AdaptivePrompts(BlockPrompts):
     ) -> list[Any]:
         """Return sources that pool where that can be; one call makes the matrices of equally many prompts."""
         sources = super().sources(prompts, masks, dtype, backend)
-        shared = prompts.shared.get("projector")
-        blocks, can_read = list(prompts.blocks), _can_read_shared(shared)
-        by_number: dict[int, list[int]] = {}
-        for i, block in enumerate(blocks[: len(sources)]):
-            if can_read and isinstance(block, AdaptivePrompts) and _can_read(block):
-                by_number.setdefault(block.num_prompts, []).append(i)
-        for indices in by_number.values():
-            matrices = _matrices([blocks[i] for i in indices], dtype)
-            for i, matrix in zip(indices, matrices.unbind(), strict=True):
-                block = blocks[i]
-                projector = shared if block.projector is None else block.projector
-                sources[i] = _PooledSource(block, projector, masks[i], matrix, backend)
+        for i, projector, matrix in _pooled_blocks(prompts, len(sources), dtype):
+            sources[i] = _PooledSource(prompts.blocks[i], projector, masks[i], matrix, backend)
         return sources
+
+    @classmethod
+    def plain_blocks(cls, prompts: Prompts, dtype: torch.dtype) -> list[PlainPrompts | None]:
+        """Return matrices where all weights may be read."""
+        blocks = super().plain_blocks(prompts, dtype)
+        projectors: dict[Any, PlainProjector | None] = {None: None}  # a shared one stays one
+        for i, projector, matrix in _pooled_blocks(prompts, len(blocks), dtype):
+            if projector not in projectors:
+                projectors[projector] = projector.plain()
+            blocks[i] = prompts.blocks[i].plain_pooling(projectors[projector], matrix)
+        return blocks
+
+    def plain_pooling(self, projector: PlainProjector | None, matrix: Tensor) -> PlainPrompts:
+        """Return the prompts as plain tensors; ``matrix`` (R, N) is the convolution and the projection."""
+        config, kernel = self.config, None
+        if self.kernel is not None and not config.conv_shared:
+            kernel = self.kernel.flatten(1).t()
+        pooling = Pooling(
+            matrix=torch.unflatten(matrix, 0, (-1, self.num_prompts)),
+            offset=self.token_projection.bias,
+            weight=self.norm.weight,
+            bias=self.norm.bias,
+            kernel=kernel,
+            projector=projector,
+            own_projector=self.projector is not None,
+        )
+        rates = (
+            self.rate(config.prompt_dropout),
+            self.rate(config.channel_dropout),
+            self.rate(config.projector_dropout),
+        )
+        return PlainPrompts(self.num_prompts, self.table, pooling, rates=rates)
 
     # ---- the public implementation
 
@@ -322,7 +346,7 @@ class _PooledSource(NamedTuple):
             prompt_eps=own.eps,
             backend=self.backend,
             **residual,
-            **_affine(norm, otherwise=own.eps),
+            **affine(norm, otherwise=own.eps),
         )
 
     def _project(self, pooled: Tensor, norm: nn.LayerNorm | None, dtype: torch.dtype) -> Tensor:
@@ -342,7 +366,7 @@ class _PooledSource(NamedTuple):
             activation="identity" if projector is None else projector.activation,
             dtype=dtype if fused else pooled.dtype,
             backend=self.backend,
-            **_affine(norm if fused else None, otherwise=None),
+            **affine(norm if fused else None, otherwise=None),
         )
         if fused:
             return prompts
@@ -350,11 +374,20 @@ class _PooledSource(NamedTuple):
         return (prompts if norm is None else layer_norm(prompts, norm)).to(dtype)
 
 
-def _affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict[str, Any]:
-    """Return the block's LayerNorm as keywords of the ops; ``otherwise`` is the eps without one."""
-    if norm is None:
-        return {"eps": otherwise}
-    return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
+def _pooled_blocks(
+    prompts: Prompts, num_blocks: int, dtype: torch.dtype
+) -> Iterator[tuple[int, Any, Tensor]]:
+    """Yield index, projector and matrix of each block that can be pooled; one call makes those of equal P."""
+    shared = prompts.shared.get("projector")
+    blocks = list(prompts.blocks)[:num_blocks]
+    by_number: dict[int, list[int]] = {}
+    for i, block in enumerate(blocks if _can_read_shared(shared) else []):
+        if isinstance(block, AdaptivePrompts) and _can_read(block):
+            by_number.setdefault(block.num_prompts, []).append(i)
+    for indices in by_number.values():
+        matrices = _matrices([blocks[i] for i in indices], dtype)
+        for i, matrix in zip(indices, matrices.unbind(), strict=True):
+            yield i, shared if blocks[i].projector is None else blocks[i].projector, matrix
 
 
 def _can_read_shared(projector: Any) -> bool:

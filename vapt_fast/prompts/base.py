@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import KINDS, PromptConfig
-from ..modules import has_global_hooks, is_plain, weights_of
+from ..modules import has_global_hooks, is_ordinary, is_plain, weights_of
+from .plain import KeysValues, PlainPrompts
 
 __all__ = [
     "BlockPrompts",
     "CalledSource",
     "Geometry",
-    "KeysValues",
     "Masks",
     "NoPrompts",
     "Prompts",
+    "affine",
     "call",
     "draw_mask",
     "layer_norm",
@@ -49,13 +50,6 @@ class Geometry:
     blocks: nn.Sequential | None = None
 
 
-class KeysValues(NamedTuple):
-    """Keys and values for the attention of one block, each (B or 1, P, g * d): g heads of d channels."""
-
-    keys: Tensor
-    values: Tensor
-
-
 @dataclass(frozen=True)
 class Masks:
     """Factors 0 or 1 / (1 - rate) of one block's dropouts; None where nothing is dropped.
@@ -69,6 +63,11 @@ class Masks:
     table: Tensor | None = None
     channels: Tensor | None = None
     features: Tensor | None = None
+
+    def take(self, rows: Tensor) -> Masks:
+        """Return the masks of the images ``rows``."""
+        masks = (self.table, self.channels, self.features)
+        return Masks(*(None if mask is None else mask[rows] for mask in masks))
 
 
 class BlockPrompts(nn.Module):
@@ -170,6 +169,28 @@ class BlockPrompts(nn.Module):
             for index, (block, block_masks) in enumerate(zip(prompts.blocks, masks, strict=False))
         ]
 
+    @classmethod
+    def plain_blocks(cls, prompts: Prompts, dtype: torch.dtype) -> list[PlainPrompts | None]:
+        """Return the prompts of each block as plain tensors; None for one that can't be told by them.
+
+        Args:
+            prompts: all prompts of the model.
+            dtype: of the matrices, at least.
+        """
+        return [block.plain() if "plain" in vars(type(block)) else None for block in prompts.blocks]
+
+    def plain(self) -> PlainPrompts | None:
+        """Return the prompts as plain tensors, by which adapters share a batch; None where they can't be.
+
+        A subclass does not inherit this method: it may make its prompts otherwise. Without it, a batch for
+        several adapters is computed adapter by adapter.
+        """
+        return None
+
+    def rate(self, rate: float) -> float:
+        """Return the rate of a dropout, 0 in eval mode."""
+        return rate if self.training else 0.0
+
     def report(self, **shared: Any) -> str:
         """Return how the rewritten pass makes the prompts, if that is worth a word."""
         return ""
@@ -194,6 +215,10 @@ class NoPrompts(BlockPrompts):
 
     def forward(self, patches: Tensor, masks: Any = None, **shared: Any) -> None:
         """Return None."""
+
+    def plain(self) -> PlainPrompts:
+        """Return no prompts."""
+        return PlainPrompts(0)
 
 
 Kind = TypeVar("Kind", bound=type[BlockPrompts])
@@ -300,6 +325,19 @@ class Prompts(nn.Module):
         """Return what the kind's ``sources`` gives."""
         return KINDS[self.config.kind].sources(self, masks, dtype, backend)
 
+    def plain(self, dtype: torch.dtype) -> list[PlainPrompts] | None:
+        """Return the prompts of each block as plain tensors, None if some can't be told by them.
+
+        Args:
+            dtype: of the matrices, at least.
+        """
+        observed = has_global_hooks() or not all(map(is_ordinary, self.parameters()))
+        if observed or self.config.pool_prompts or any(block.travels for block in self.blocks):
+            return None
+        blocks = KINDS[self.config.kind].plain_blocks(self, dtype)
+        known = [block for block in blocks if block is not None]
+        return known if len(known) == len(blocks) else None
+
     def check_grid(self, grid: tuple[int, int]) -> None:
         """Raise ValueError if the prompts can't be made for ``grid``, (H, W) patches."""
         for block in self.blocks:
@@ -386,6 +424,13 @@ def call(module: Any, x: Tensor) -> Tensor:
 def layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
     """Return x normalised by a plain ``norm``, in x's dtype."""
     return F.layer_norm(x, norm.normalized_shape, *_cast(norm, x.dtype), norm.eps)
+
+
+def affine(norm: nn.LayerNorm | None, otherwise: float | None) -> dict[str, Any]:
+    """Return the block's LayerNorm as keywords of the ops; ``otherwise`` is the eps without one."""
+    if norm is None:
+        return {"eps": otherwise}
+    return {"eps": norm.eps, "norm_weight": norm.weight, "norm_bias": norm.bias}
 
 
 def _cast(module: Any, dtype: torch.dtype) -> tuple[Any, Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..config import PromptConfig
 from .base import BlockPrompts, Geometry, Masks, draw_mask, register_kind, stored_shape
+from .plain import PlainPrompts
 
 __all__ = ["StaticPrompts", "table_bound"]
 
@@ -48,6 +49,12 @@ class StaticPrompts(BlockPrompts):
         """Return the prompts (1, P, C), or (B, P, C) where dropout makes them differ by image."""
         prompts = self.table.unsqueeze(0).clone()  # FSDP frees what it gathered when this call ends
         return prompts if masks is None or masks.table is None else prompts * masks.table
+
+    def plain(self) -> PlainPrompts | None:
+        """Return the table."""
+        return PlainPrompts(
+            self.num_prompts, table=self()[0], rates=(self.rate(self.config.prompt_dropout), 0.0, 0.0)
+        )
 
     def official_names(self, number: int) -> dict[str, str | tuple[str, int]]:
         """Return the name of the first table, or the row of the others."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .base import Masks, register_kind
 from .deep import StaticPrompts
+from .plain import PlainPrompts
 
 __all__ = ["FourierPrompts"]
 
@@ -34,3 +35,7 @@ class FourierPrompts(StaticPrompts):
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         transformed = torch.fft.fftn(rows, dim=DIMS[self.config.fourier_dims]).real
         return torch.cat([transformed.to(others.dtype), others], dim=1)
+
+    def plain(self) -> PlainPrompts | None:
+        """Return the transformed table; None with dropout, which acts before the transform."""
+        return None if self.rate(self.config.prompt_dropout) else PlainPrompts(self.num_prompts, self()[0])

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from ..backbones.blocks import split_block
 from ..config import PromptConfig
-from .base import BlockPrompts, Geometry, KeysValues, Masks, draw_mask, register_kind
+from .base import BlockPrompts, Geometry, Masks, draw_mask, register_kind
 from .deep import table_bound
+from .plain import KeysValues, PlainPrompts
 
 __all__ = ["KeyValuePrompts"]
 
@@ -66,3 +67,8 @@ class KeyValuePrompts(BlockPrompts):
         if masks is not None and masks.table is not None:
             both = both * masks.table
         return KeysValues(*both.chunk(2, dim=-1))
+
+    def plain(self) -> PlainPrompts:
+        """Return keys and values."""
+        rates = (self.rate(self.config.prompt_dropout), 0.0, 0.0)
+        return PlainPrompts(self.num_prompts, keys_values=KeysValues(self.keys, self.values), rates=rates)

@@ -11,6 +11,7 @@ from ..activations import ACTIVATIONS
 from ..config import PromptConfig
 from ..modules import is_plain, remember_forward
 from .base import call, stored_shape
+from .plain import PlainProjector
 
 __all__ = ["Projector"]
 
@@ -51,6 +52,10 @@ class Projector(nn.Module):
     def is_plain(self) -> bool:
         """Whether the weights of ``down`` and ``up`` may be read instead of calling them."""
         return all(is_plain(part, nn.Linear) and part.bias is None for part in (self.down, self.up))
+
+    def plain(self) -> PlainProjector:
+        """Return the weights as plain tensors."""
+        return PlainProjector(self.down.weight, self.up.weight.t() * self.scale, self.activation)
 
     def official_names(self, number: int | None = None) -> dict[str, str]:
         """Return the public implementation's names of the tensors; ``number`` is that of its own block."""

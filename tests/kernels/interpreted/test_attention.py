@@ -116,6 +116,15 @@ def test_a_stride_too_long_for_the_kernels():
     assert_same_results(results(op, tensors, options), expected, 0)
 
 
+@attentions
+def test_numbers_of_prompts_far_apart_in_memory(make):
+    op, _, tensors, options = case(make, batch=3, prompts=4, lengths=(2, 0, 4))
+    expected = results(op, tensors, options)
+    memory = torch.empty(2**31 + 1, dtype=torch.int32)  # only the pages that are written take any
+    far = memory.as_strided((3,), (2**30,)).copy_(options["prompt_lengths"])
+    assert_same_results(results(op, tensors, options | {"prompt_lengths": far}), expected, 0)
+
+
 @pytest.mark.full
 def test_more_than_2_31_elements_of_absorbed_attention():
     """Of the kernels alone: the op multiplies all queries by the weights."""
@@ -139,7 +148,7 @@ def test_more_than_2_31_elements_of_absorbed_attention():
     out = Outputs(torch.empty(batch, 1, dim), torch.empty(batch, 1, 2))
     grads = Gradients(*map(torch.empty_like, saved), None)
     with no_overflow(), only_last_program():
-        absorbed.forward(Arguments(*saved, None), out)
-        absorbed.backward(Saved(*saved, out.p), (many(grad_y),), grads)
+        absorbed.forward(Arguments(*saved, None, None), out)
+        absorbed.backward(Saved(*saved, out.p, None), (many(grad_y),), grads)
     assert_same_results([[out.p[-1], out.y[-1]]], [[p, p @ rows]], 1e-5)
     assert_same_results([[grad[-1].float() for grad in grads[:3]]], [expected], 1e-3)

@@ -8,7 +8,7 @@ import torch
 from interpreter import bfloat16
 from kernel_cases import KERNELS, converted, laid_out, random_cases
 from kernel_checks import check_far_offsets, check_precision, check_values, made
-from op_cases import assert_same_results, results
+from op_cases import BY_IMAGE, assert_same_results, image_by_image, results
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +42,8 @@ def as_tuple(outputs):
 
 
 def name_of(value):
+    if callable(value):
+        return value.__name__
     return " ".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
 
@@ -69,6 +71,27 @@ RANDOM = [
 @pytest.mark.parametrize(("op", "sizes"), [*CHOSEN, *RANDOM], ids=name_of)
 def test_equals_the_formula_and_touches_what_it_may(op, sizes):
     check_values(op, sizes)
+
+
+@pytest.mark.parametrize(("make", "sizes"), BY_IMAGE, ids=name_of)
+def test_arguments_for_each_image_equal_single_calls(make, sizes):
+    op, calls, tensors, options = image_by_image(make, **sizes)
+    assert_same_results(results(op, tensors, options), results(calls, tensors, options), 1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op", ["prompt_pool", "prompt_projector"])
+def test_arguments_for_each_image_equal_single_calls_bit_by_bit(op, dtype):
+    """Where nothing is summed over the images, in the dtypes of a model in ``dtype``."""
+    make, sizes = next(
+        (make, sizes)
+        for make, sizes in reversed(BY_IMAGE)
+        if make is KERNELS[op].make and sizes["batch"] == 3 and all(sizes.values())
+    )
+    function, calls, *given = image_by_image(make, **sizes)
+    _, tensors, options = converted(op, (function, None, *given), dtype)
+    with bfloat16():
+        assert_same_results(results(function, tensors, options), results(calls, tensors, options), 0)
 
 
 @for_every_op

@@ -24,6 +24,19 @@ def test_scale_may_be_a_number():
     assert_same_results(actual, (learned[0], learned[1][:-1]), 1e-12)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_without_a_projector_a_scale_has_no_gradient(batch):
+    op, _, tensors, options = case(width=None, learned_scale=False, masked=False, batch=batch)
+    for size in {1, batch}:
+        tensors_and_scale = [*tensors, torch.full((size,), 0.3).double()]
+        actual, expected = (
+            results(lambda *t, b=b, **o: op(*t[:-1], scale=t[-1], backend=b, **o), tensors_and_scale, options)
+            for b in ("triton", "torch")
+        )
+        assert_same_results(actual, expected, 1e-10)
+        assert not actual[1][-1].any()
+
+
 @pytest.mark.parametrize("activation", ["relu", "gelu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 def test_prompts_of_zero(dtype, activation):

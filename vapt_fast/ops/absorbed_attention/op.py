@@ -12,7 +12,9 @@ from ..autocast import without_autocast
 from ..base import Op, Signature, empty_like
 from ..checks import (
     check_float,
+    check_lengths,
     check_number,
+    check_range,
     check_same_device,
     check_score_bias,
     check_shape,
@@ -31,6 +33,7 @@ def absorbed_attention(
     *,
     scale: float,
     bias: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute softmax(scale * q K^T + [0, bias]) V by heads, with K = Wk [prompts, x], V = Wv [prompts, x].
@@ -46,10 +49,11 @@ def absorbed_attention(
             All these tensors may be of any floating dtypes.
         scale: factor of the scores.
         bias: broadcastable to (1, h, R, T), added to the tokens' scores; the prompts' is zero.
+        prompt_lengths: (B,), see prompt_attention.
         backend: "auto", "torch" or "triton"; None for the current one, see use_backend.
 
     Returns:
-        (B, R, h, d) in ``q``'s dtype, computed in float32 at least. Differentiable in all tensors.
+        (B, R, h, d) in ``q``'s dtype, computed in float32 at least. Differentiable in all floating tensors.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
@@ -65,10 +69,13 @@ def absorbed_attention(
     check_shape("key_weight", key_weight, "(h, d, C)", heads, head_dim, dim)
     check_shape("value_weight", value_weight, "(h, d, C)", heads, head_dim, dim)
     check_score_bias(bias, 1, heads, num_queries, num_tokens)
+    check_lengths("prompt_lengths", prompt_lengths, batch)
+    if prompt_lengths is not None and not num_tokens:
+        raise ValueError("x must have at least one token where prompt_lengths are given, got none")
     scale = check_number("scale", scale)
     tensors = {"q": q, "x": x, "prompts": prompts, "key_weight": key_weight, "value_weight": value_weight}
     check_float(**tensors, bias=bias)
-    check_same_device(**tensors, bias=bias)
+    check_same_device(**tensors, bias=bias, prompt_lengths=prompt_lengths)
     # The scores pass through one more product than usual, and there are few of them: at least float32.
     dtype = torch.promote_types(q.dtype, torch.float32)
     with without_autocast(q.device.type):
@@ -76,7 +83,7 @@ def absorbed_attention(
         u = torch.einsum("brhd,hdc->bhrc", q.to(dtype) * scale, key_weight.to(dtype)).flatten(1, 2)
         if bias is not None:
             bias = bias.to(dtype).expand(1, heads, num_queries, -1).flatten(1, 2)
-        (y,) = _OP(backend, Arguments(u, x, prompts, bias))
+        (y,) = _OP(backend, Arguments(u, x, prompts, bias, prompt_lengths))
         y = torch.unflatten(y, 1, (heads, num_queries))
         return torch.einsum("bhrc,hdc->brhd", y, value_weight.to(dtype)).to(q.dtype)
 
@@ -88,6 +95,7 @@ class Arguments(NamedTuple):
     x: Tensor
     prompts: Tensor
     bias: Tensor | None
+    prompt_lengths: Tensor | None
 
 
 class Outputs(NamedTuple):
@@ -104,6 +112,7 @@ class Saved(NamedTuple):
     x: Tensor
     prompts: Tensor
     p: Tensor
+    prompt_lengths: Tensor | None
 
 
 class Gradients(NamedTuple):
@@ -125,12 +134,15 @@ class _AbsorbedAttention(Op):
     def check(self, args: Arguments) -> Arguments:
         return args  # made here: the public function has checked what it was given
 
+    def check_values(self, args: Arguments) -> None:
+        check_range("prompt_lengths", args.prompt_lengths, 0, args.prompts.shape[1])
+
     def allocate(self, args: Arguments) -> Outputs:
         num_keys = args.prompts.shape[1] + args.x.shape[1]
         return Outputs(empty_like(args.u), args.u.new_empty((*args.u.shape[:2], num_keys)))
 
     def save(self, args: Arguments, out: Outputs) -> Saved:
-        return Saved(args.u, args.x, args.prompts, out.p)
+        return Saved(args.u, args.x, args.prompts, out.p, args.prompt_lengths)
 
     def allocate_gradients(self, saved: Saved, needed: Collection[str]) -> Gradients:
         tensors = {"u": saved.u, "x": saved.x, "prompts": saved.prompts}

@@ -25,6 +25,8 @@ def unsupported_reasons(args: Arguments) -> list[str]:
     reasons = unsupported_mixture(*args[:5], known=HALF)
     if args.bias is not None:
         reasons.append("it has no bias, got one")
+    if args.prompt_lengths is not None:
+        reasons.append("it has no prompt_lengths, got some")
     if args.k.shape[2] != heads:
         reasons.append(f"k must have q's {heads} heads, got {args.k.shape[2]}")
     if dim % 8 or not 8 <= dim <= LARGEST_HEAD:

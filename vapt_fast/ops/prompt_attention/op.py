@@ -14,8 +14,10 @@ from ..base import Op, Signature, empty_like
 from ..checks import (
     check_float,
     check_integer,
+    check_lengths,
     check_number,
     check_one_dtype,
+    check_range,
     check_same_device,
     check_score_bias,
     check_shape,
@@ -34,6 +36,7 @@ def prompt_attention(
     *,
     scale: float,
     bias: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute softmax(scale * q [prompt_k, k]^T + [0, bias]) [prompt_v, v], head by head.
@@ -47,17 +50,22 @@ def prompt_attention(
             All these tensors are of one floating dtype, unless autocast casts them.
         scale: factor of the scores.
         bias: broadcastable to (B, h, Tq, T), added to the tokens' scores; the prompts' is zero.
+        prompt_lengths: (B,), int32 or int64: for each image, how many of the first of its P prompts exist,
+            0 to P; None: all. The others have no weight, whatever they hold, NaN too, and gradients of 0.
+            Values out of range raise on a CPU. They are clamped on a GPU, since reading them would wait for
+            it, and where the call is recorded, as by torch.compile.
         backend: "auto", "torch", "triton" or "cuda"; None for the current one, see vapt_fast.use_backend.
 
     Returns:
-        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all tensors; by kernels, whose backward is
+        (B, Tq, h, d) in ``q``'s dtype. Differentiable in all floating tensors; by kernels, whose backward is
         written by hand, only once, and not in ``bias``, which must not require a gradient there.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    (out,) = _ATTENTION(backend, Arguments(q, k, v, prompt_k, prompt_v, bias, scale))
+    args = Arguments(q, k, v, prompt_k, prompt_v, bias, prompt_lengths, scale)
+    (out,) = _ATTENTION(backend, args)
     return out
 
 
@@ -69,6 +77,7 @@ def prompt_attention_packed(
     num_kv_heads: int,
     scale: float,
     bias: Tensor | None = None,
+    prompt_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Compute ``prompt_attention`` of the queries, keys and values that one projection made, in one tensor.
@@ -81,16 +90,17 @@ def prompt_attention_packed(
             g = ``num_kv_heads``; g divides h.
         prompt_kv: (B, P, 2g * d), keys and values of the prompts, or (1, P, 2g * d) where they are the same
             for every image.
-        num_heads, num_kv_heads, scale, bias, backend: see prompt_attention.
+        num_heads, num_kv_heads, scale, bias, prompt_lengths, backend: see prompt_attention.
 
     Returns:
-        (B, T, h, d) in ``qkv``'s dtype. Differentiable in all tensors, as prompt_attention is.
+        (B, T, h, d) in ``qkv``'s dtype. Differentiable as prompt_attention is.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
         BackendUnavailableError: the backend can't run here, or not with these arguments.
     """
-    (out,) = _PACKED(backend, PackedArguments(qkv, prompt_kv, bias, num_heads, num_kv_heads, scale))
+    args = PackedArguments(qkv, prompt_kv, bias, prompt_lengths, num_heads, num_kv_heads, scale)
+    (out,) = _PACKED(backend, args)
     return out
 
 
@@ -116,6 +126,7 @@ class Arguments(NamedTuple):
     prompt_k: Tensor
     prompt_v: Tensor
     bias: Tensor | None
+    prompt_lengths: Tensor | None
     scale: float
 
 
@@ -137,6 +148,7 @@ class Saved(NamedTuple):
     prompt_k: Tensor
     prompt_v: Tensor
     bias: Tensor | None
+    prompt_lengths: Tensor | None
     scale: float
 
 
@@ -182,7 +194,7 @@ class _PromptAttention(Op):
     signature = Signature(Arguments, Outputs, Saved, Gradients)
 
     def check(self, args: Arguments) -> Arguments:
-        q, k, v, prompt_k, prompt_v, bias, scale = args
+        q, k, v, prompt_k, prompt_v, bias, prompt_lengths, scale = args
         check_shape("q", q, "(B, Tq, h, d)", None, None, None, None)
         batch, num_queries, heads, dim = q.shape
         check_shape("k", k, "(B, T, g, d)", batch, None, None, dim)
@@ -195,12 +207,17 @@ class _PromptAttention(Op):
         if prompt_k.shape[0] not in (1, batch):
             raise ValueError(f"prompt_k must have a batch of 1 or {batch}, got {prompt_k.shape[0]}")
         check_score_bias(bias, batch, heads, num_queries, num_tokens)
+        check_lengths("prompt_lengths", prompt_lengths, batch)
         scale = check_number("scale", scale)
         tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
         check_float(**tensors, bias=bias)
-        check_same_device(**tensors, bias=bias)
+        check_same_device(**tensors, bias=bias, prompt_lengths=prompt_lengths)
         check_one_dtype(**tensors)
-        return Arguments(cast(q), cast(k), cast(v), cast(prompt_k), cast(prompt_v), bias, scale)
+        q, k, v, prompt_k, prompt_v = map(cast, tensors.values())
+        return Arguments(q, k, v, prompt_k, prompt_v, bias, prompt_lengths, scale)
+
+    def check_values(self, args: Arguments) -> None:
+        check_range("prompt_lengths", args.prompt_lengths, 0, args.prompt_k.shape[1])
 
     def allocate(self, args: Arguments) -> Outputs:
         return _empty_outputs(args.q, *args.q.shape)
@@ -228,6 +245,7 @@ class PackedArguments(NamedTuple):
     qkv: Tensor
     prompt_kv: Tensor
     bias: Tensor | None
+    prompt_lengths: Tensor | None
     num_heads: int
     num_kv_heads: int
     scale: float
@@ -241,6 +259,7 @@ class PackedSaved(NamedTuple):
     qkv: Tensor
     prompt_kv: Tensor
     bias: Tensor | None
+    prompt_lengths: Tensor | None
     num_heads: int
     num_kv_heads: int
     scale: float
@@ -254,9 +273,9 @@ class PackedGradients(NamedTuple):
 
 
 def _unpacked(args: PackedArguments) -> Arguments:
-    qkv, prompt_kv, bias, num_heads, num_kv_heads, scale = args
+    qkv, prompt_kv, bias, prompt_lengths, num_heads, num_kv_heads, scale = args
     q, k, v, prompt_k, prompt_v = unpack(qkv, prompt_kv, num_heads, num_kv_heads)
-    return Arguments(q, k, v, prompt_k, prompt_v, bias, scale)
+    return Arguments(q, k, v, prompt_k, prompt_v, bias, prompt_lengths, scale)
 
 
 class _PackedAttention(Op):
@@ -268,7 +287,7 @@ class _PackedAttention(Op):
     signature = Signature(PackedArguments, Outputs, PackedSaved, PackedGradients)
 
     def check(self, args: PackedArguments) -> PackedArguments:
-        qkv, prompt_kv, bias, num_heads, num_kv_heads, scale = args
+        qkv, prompt_kv, bias, prompt_lengths, num_heads, num_kv_heads, scale = args
         num_heads = check_integer("num_heads", num_heads, least=1)
         num_kv_heads = check_integer("num_kv_heads", num_kv_heads, least=1)
         if num_heads % num_kv_heads:
@@ -283,11 +302,16 @@ class _PackedAttention(Op):
         if prompt_kv.shape[0] not in (1, batch):
             raise ValueError(f"prompt_kv must have a batch of 1 or {batch}, got {prompt_kv.shape[0]}")
         check_score_bias(bias, batch, num_heads, num_tokens, num_tokens)
+        check_lengths("prompt_lengths", prompt_lengths, batch)
         scale = check_number("scale", scale)
         check_float(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
-        check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
+        check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias, prompt_lengths=prompt_lengths)
         check_one_dtype(qkv=qkv, prompt_kv=prompt_kv)
-        return PackedArguments(cast(qkv), cast(prompt_kv), bias, num_heads, num_kv_heads, scale)
+        options = num_heads, num_kv_heads, scale
+        return PackedArguments(cast(qkv), cast(prompt_kv), bias, prompt_lengths, *options)
+
+    def check_values(self, args: PackedArguments) -> None:
+        check_range("prompt_lengths", args.prompt_lengths, 0, args.prompt_kv.shape[1])
 
     def allocate(self, args: PackedArguments) -> Outputs:
         batch, num_tokens, width = args.qkv.shape

@@ -9,7 +9,7 @@ from torch import Tensor
 from ...kernels import prompt_attention as kernels
 from ..base import empty_like
 from ..checks import unsupported_mixture
-from ..triton_launch import STRIDE_LIMIT, Strided, launch, num_blocks
+from ..triton_launch import STRIDE_LIMIT, Strided, launch, num_blocks, strided
 from . import tuning
 from .op import Arguments, Gradients, Outputs, Saved
 
@@ -35,21 +35,21 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
     args, given, batch = Arguments(*saved[2:]), _given(saved), saved.q.shape[0]
     grad_out = _strided(grad_results[0], batch)
     statistics = (saved.lse, _row_dot(saved.out, saved.lse, grad_out))
+    incoming = (*statistics, grad_out)
     if grads.q is not None:
         kernel = kernels.prompt_attention_bwd_queries_kernel
         _launch_by_queries(kernel, "bwd_queries", statistics, grads.q, args, given, grad_out)
     if grads.k is not None and grads.v is not None:
-        incoming = (*statistics, grad_out)
-        _launch_by_keys((grads.k, grads.v), incoming, args, given.q, given.k, given.v, given.bias)
+        of_tokens = (given.q, given.k, given.v, given.bias, None)
+        _launch_by_keys((grads.k, grads.v), incoming, args, *of_tokens)
     if grads.prompt_k is not None and grads.prompt_v is not None:
-        keys = (given.q, given.prompt_k, given.prompt_v, None)
-        incoming = (*statistics, grad_out)
+        of_prompts = (given.q, given.prompt_k, given.prompt_v, None, given.prompt_lengths)
         if saved.prompt_k.shape[0] == batch:
-            _launch_by_keys((grads.prompt_k, grads.prompt_v), incoming, args, *keys)
+            _launch_by_keys((grads.prompt_k, grads.prompt_v), incoming, args, *of_prompts)
         else:
             # Those of keys that all images share are summed over the images, in the dtype of lse.
             by_image = saved.lse.new_empty((2, batch, *saved.prompt_k.shape[1:]))
-            _launch_by_keys(by_image.unbind(), incoming, args, *keys)
+            _launch_by_keys(by_image.unbind(), incoming, args, *of_prompts)
             for grad, total in zip((grads.prompt_k, grads.prompt_v), by_image.sum(dim=1), strict=True):
                 grad.copy_(total)
 
@@ -84,6 +84,7 @@ class _Given(NamedTuple):
     prompt_k: Strided
     prompt_v: Strided
     bias: Strided | None
+    prompt_lengths: Strided | None
 
 
 def _given(args: Arguments | Saved) -> _Given:
@@ -95,6 +96,7 @@ def _given(args: Arguments | Saved) -> _Given:
         _strided(args.prompt_k, batch),
         _strided(args.prompt_v, batch),
         _strided_bias(args.bias, batch, heads),
+        strided(args.prompt_lengths),
     )
 
 
@@ -157,6 +159,7 @@ def _launch_by_keys(
     k: Strided,
     v: Strided,
     bias: Strided | None,
+    key_lengths: Strided | None,
 ) -> None:
     """Write the gradients of k and v, the tokens' or the prompts', for each image on its own."""
     batch, num_queries, heads, dim = args.q.shape
@@ -169,7 +172,7 @@ def _launch_by_keys(
         kernels.prompt_attention_bwd_keys_kernel,
         config,
         batch * num_kv_heads * num_blocks(config, BLOCK_KEYS=num_keys),
-        *(lse, row_dot, *[_strided(t, batch) for t in results], q, k, v, bias, grad_out),
+        *(lse, row_dot, *[_strided(t, batch) for t in results], q, k, v, bias, key_lengths, grad_out),
         *(num_queries, num_keys, heads, heads // num_kv_heads),
         SCALE=args.scale,
         HEAD_DIM=dim,

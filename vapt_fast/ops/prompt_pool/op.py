@@ -12,6 +12,7 @@ from ..autocast import autocast_dtype
 from ..base import Op, Signature, empty_like, or_zeros
 from ..checks import (
     check_affine,
+    check_by_image,
     check_float,
     check_integer,
     check_number,
@@ -50,8 +51,9 @@ def prompt_pool(
 
     Args:
         x: tokens (B, S + N, C), the S = ``num_prefix`` prefix tokens first; any floating dtype.
-        matrix: M of (R, N), float32 (float64 for float64 tokens); see prompt_matrices.
-        weight, bias: (C,), the affine of the prompts' LayerNorm.
+        matrix: M of (R, N), float32 (float64 for float64 tokens), see prompt_matrices; or (B, R, N), one for
+            each image.
+        weight, bias: (C,), the affine of the prompts' LayerNorm; or both (B, C), one for each image.
         num_prefix: prefix tokens, which are normalised but not pooled.
         norm_weight, norm_bias: (C,), the affine of the block's LayerNorm, any floating dtype; both or none.
         branch: (B, S + N, C), what a branch of a block adds to the tokens; None: nothing.
@@ -65,8 +67,10 @@ def prompt_pool(
         in total's dtype or in that of autocast where it is on, as in add_norm; pooled (B, R, C) in
         ``matrix``'s dtype. Statistics and sums are in ``matrix``'s dtype, also under autocast; the kernels
         round the factors of products to tf32 where normed has 16 bits.
-        Differentiable in all tensors, once: the backward is written by hand. The kernels have no gradient of
-        norm_weight, norm_bias and layer_scale: where gradients are on, these must not require one there.
+        Differentiable in all tensors, once: the backward is written by hand. Gradients have the shapes of the
+        arguments: of what is given for each image they are not summed over the images. The kernels have no
+        gradient of norm_weight, norm_bias and layer_scale: where gradients are on, these must not require one
+        there.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device; no patch token.
@@ -138,15 +142,15 @@ def incoming_gradients(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """The gradients of total, None where it is x itself, of normed and of pooled, zeros for none."""
     grad_total, grad_normed, grad_pooled = grad_results
-    if grad_pooled is None:
-        batch, _, dim = saved.total.shape
-        grad_pooled = saved.matrix.new_zeros((batch, saved.matrix.shape[0], dim))
     grad_total = None if saved.branch_dtype is None else grad_total
-    return grad_total, or_zeros(grad_normed, saved.total, saved.dtype), grad_pooled
+    return grad_total, or_zeros(grad_normed, saved.total, saved.dtype), or_zeros(grad_pooled, saved.raw)
 
 
 class Gradients(NamedTuple):
-    """x and branch (B, T, C), see ``residual_gradients``; matrix (R, N); weight and bias as (2, C)."""
+    """x and branch (B, T, C), see ``residual_gradients``; matrix, in its shape; weight and bias as (2, C).
+
+    (B, 2, C) for weight and bias of each image.
+    """
 
     x: Tensor | None
     branch: Tensor | None
@@ -167,13 +171,13 @@ class _PromptPool(Op):
     def check(self, args: Arguments) -> Arguments:
         x, branch, layer_scale, matrix, weight, bias, norm_weight, norm_bias, *_ = args
         check_shape("x", x, "(B, T, C)", None, None, None)
-        _, num_tokens, dim = x.shape
+        batch, num_tokens, dim = x.shape
         num_prefix = check_integer("num_prefix", args.num_prefix, least=0)
         if num_prefix >= num_tokens:
             raise ValueError(f"num_prefix must leave at least one of {num_tokens} tokens, got {num_prefix}")
-        check_shape("matrix", matrix, "(R, N)", None, num_tokens - num_prefix)
-        check_shape("weight", weight, "(C,)", dim)
-        check_shape("bias", bias, "(C,)", dim)
+        check_by_image("matrix", matrix, "(R, N)", batch, None, num_tokens - num_prefix)
+        check_by_image("weight", weight, "(C,)", batch, dim)
+        check_by_image("bias", bias, "(C,)", batch, dim, like=weight)
         check_affine(dim, norm_weight=norm_weight, norm_bias=norm_bias)
         check_residual(x, branch, layer_scale)
         eps, prompt_eps = (
@@ -189,7 +193,7 @@ class _PromptPool(Op):
 
     def allocate(self, args: Arguments) -> Outputs:
         x, matrix = args.x, args.matrix
-        pooled = matrix.new_empty((x.shape[0], matrix.shape[0], x.shape[2]))
+        pooled = matrix.new_empty((x.shape[0], matrix.shape[-2], x.shape[2]))
         mean, rstd = matrix.new_empty(x.shape[:2]), matrix.new_empty(x.shape[:2])
         return Outputs(
             empty_total(x, args.branch), empty_like(x, args.dtype), pooled, mean, rstd, empty_like(pooled)
@@ -209,12 +213,13 @@ class _PromptPool(Op):
         )
         if not any(name in needed for name in ("matrix", "weight", "bias")):
             return Gradients(*of_tokens, None, None)
-        return Gradients(*of_tokens, empty_like(matrix), matrix.new_empty((2, total.shape[-1])))
+        affine = matrix.new_empty((*saved.weight.shape[:-1], 2, total.shape[-1]))
+        return Gradients(*of_tokens, empty_like(matrix), affine)
 
     def gradients_of_arguments(
         self, saved: Saved, grads: Gradients, needed: Collection[str]
     ) -> dict[str, Tensor | None]:
-        weight, bias = (None, None) if grads.affine is None else grads.affine.unbind()
+        weight, bias = (None, None) if grads.affine is None else grads.affine.unbind(dim=-2)
         learned = {"matrix": grads.matrix, "weight": weight, "bias": bias}
         return residual_gradients(grads.x, grads.branch) | learned
 

@@ -60,7 +60,7 @@ def _pool(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tenso
     # s from r itself: r is a small number where the variance is large, so nothing cancels.
     s = torch.rsqrt(1 + (prompt_eps - eps) * r[:, num_prefix:].square()).squeeze(-1)
     raw = (matrix * s.unsqueeze(1)) @ xhat[:, num_prefix:]
-    pooled = weight * raw + bias * matrix.sum(dim=1, keepdim=True)
+    pooled = weight.unsqueeze(-2) * raw + bias.unsqueeze(-2) * matrix.sum(dim=-1, keepdim=True)
     if norm_weight is None or norm_bias is None:
         return xhat, pooled, None, r, s, raw
     return torch.addcmul(norm_bias, xhat, norm_weight), pooled, xhat, r, s, raw
@@ -69,8 +69,12 @@ def _pool(inputs: _Inputs) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tenso
 def _literal(inputs: _Inputs) -> tuple[Tensor, Tensor]:
     """normed and pooled by operations that autograd knows; it would take r of ``_pool`` for a constant."""
     x, matrix, weight, bias, norm_weight, norm_bias, num_prefix, eps, prompt_eps = inputs
-    z = F.layer_norm(x[:, num_prefix:], x.shape[-1:], weight, bias, prompt_eps)
-    return F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), matrix @ z
+    patches, channels = x[:, num_prefix:], x.shape[-1:]
+    if weight.ndim == 1:
+        z = F.layer_norm(patches, channels, weight, bias, prompt_eps)
+    else:
+        z = weight.unsqueeze(1) * F.layer_norm(patches, channels, eps=prompt_eps) + bias.unsqueeze(1)
+    return F.layer_norm(x, channels, norm_weight, norm_bias, eps), matrix @ z
 
 
 class _PromptPool(torch.autograd.Function):
@@ -114,8 +118,12 @@ class _PromptPool(torch.autograd.Function):
 def _gradients(
     ctx: Any, saved: tuple, grad_normed: Tensor | None, grad_pooled: Tensor | None
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the tensors that _PromptPool takes, None where not needed."""
+    """The gradients of the tensors that _PromptPool takes, None where not needed.
+
+    ``sum_to_size`` sums over the images what all of them share.
+    """
     xhat, r, s, matrix, weight, bias, norm_weight, raw = saved
+    weight, bias = weight.unsqueeze(-2), bias.unsqueeze(-2)
     needed = ctx.needs_input_grad
     grad_x = grad_matrix = grad_weight = grad_bias = grad_norm_weight = grad_norm_bias = None
     weighted = scaled = products = None
@@ -124,12 +132,13 @@ def _gradients(
         # Inner products over the channels: they give dM, and the mean of b * xhat in _grad_x.
         products = scaled @ xhat[:, ctx.num_prefix :].transpose(1, 2)
         if needed[1]:
-            grad_matrix = (products * s.unsqueeze(1)).sum(dim=0)
-            grad_matrix = grad_matrix + (grad_pooled * bias).sum(dim=(0, 2)).unsqueeze(-1)
+            grad_matrix = (products * s.unsqueeze(1)).sum_to_size(matrix.shape)
+            grad_matrix = grad_matrix + (grad_pooled * bias).sum_to_size((*matrix.shape[:-1], 1))
         if needed[2]:
-            grad_weight = (grad_pooled * raw).sum(dim=(0, 1))
+            grad_weight = (grad_pooled * raw).sum_to_size(weight.shape).squeeze(-2)
         if needed[3]:
-            grad_bias = (grad_pooled * matrix.sum(dim=1, keepdim=True)).sum(dim=(0, 1))
+            of_rows = grad_pooled * matrix.sum(dim=-1, keepdim=True)
+            grad_bias = of_rows.sum_to_size(bias.shape).squeeze(-2)
     if grad_normed is not None:
         if needed[4]:
             grad_norm_weight = (grad_normed * xhat).sum(dim=(0, 1))

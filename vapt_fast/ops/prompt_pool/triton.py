@@ -31,7 +31,7 @@ def unsupported_reasons(args: Arguments) -> list[str]:
 def forward(args: Arguments, out: Outputs) -> None:
     """Write all outputs."""
     x, matrix = args.x, args.matrix
-    (batch, num_tokens, dim), num_rows = x.shape, matrix.shape[0]
+    (batch, num_tokens, dim), num_rows = x.shape, matrix.shape[-2]
     norm = (args.norm_weight, args.norm_bias, args.eps)
     launch_forward(x, args.branch, args.layer_scale, *norm, out.total, out.normed, out.mean, out.rstd)
     tokens = x if args.branch is None else out.total
@@ -74,7 +74,7 @@ def _write_weights(
 ) -> Tensor:
     """``weights`` and ``shift`` as the kernel has them, where given; return the sums of M's rows (B, R)."""
     matrix = args.matrix
-    (batch, num_tokens, _), num_rows = tokens.shape, matrix.shape[0]
+    (batch, num_tokens, _), num_rows = tokens.shape, matrix.shape[-2]
     row_sums = matrix.new_empty((batch, num_rows))
     config = tuning.config("weights", matrix.dtype, tokens.dtype, num_rows)
     launch(
@@ -100,7 +100,8 @@ def _write_grads(
     blocks = num_blocks(config, BLOCK_C=dim)
     factor = _empty_factor((batch, num_rows), dim, matrix, halves)
     sums = matrix.new_empty((batch, blocks, 2, num_rows))
-    partial = None if grad_affine is None else matrix.new_empty((batch, 2, dim))
+    by_image = saved.weight.ndim == 2
+    partial = grad_affine if grad_affine is None or by_image else matrix.new_empty((batch, 2, dim))
     launch(
         kernels.prompt_pool_bwd_grads_kernel,
         config,
@@ -109,7 +110,7 @@ def _write_grads(
         *(factor, sums, partial, dim, num_rows),
         HALVES=halves,
     )
-    if partial is not None:
+    if partial is not None and not by_image:
         sum_chunks(partial, out=grad_affine)
     return factor, sums
 
@@ -119,9 +120,10 @@ def _write_products(
 ) -> Tensor | None:
     """The means (2, B, T) for the gradients of the tokens, given ``grad_normed``; and ``grad_matrix``."""
     total, matrix = saved.total, saved.matrix
-    (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[0]
+    (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[-2]
     means = None if grad_normed is None else matrix.new_empty((2, batch, num_tokens))
-    partial = None if grad_matrix is None else matrix.new_empty((batch, *matrix.shape))
+    by_image = matrix.ndim == 3
+    partial = grad_matrix if grad_matrix is None or by_image else matrix.new_empty((batch, *matrix.shape))
     config = tuning.config("bwd_products", matrix.dtype, total.dtype, num_rows)
     launch(
         kernels.prompt_pool_bwd_products_kernel,
@@ -136,7 +138,7 @@ def _write_products(
         HALVES=_halves(total, matrix),
         BLOCKS=triton.next_power_of_2(sums.shape[1]),
     )
-    if partial is not None:
+    if partial is not None and not by_image:
         sum_chunks(partial, out=grad_matrix)
     return means
 
@@ -150,7 +152,7 @@ def _write_grad_tokens(
     grads: Gradients,
 ) -> None:
     total, matrix = saved.total, saved.matrix
-    (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[0]
+    (batch, num_tokens, dim), num_rows = total.shape, matrix.shape[-2]
     config = tuning.config("bwd_tokens", matrix.dtype, total.dtype, num_rows)
     launch(
         kernels.prompt_pool_bwd_tokens_kernel,
@@ -167,7 +169,7 @@ def _write_grad_tokens(
 def _empty_weights(tokens: Tensor, matrix: Tensor) -> Tensor:
     """(B, R, T') in M's dtype or (B, R, 2, T') in bfloat16; rows of whole 32 bytes are loaded at once."""
     batch, num_tokens, _ = tokens.shape
-    rows = (batch, matrix.shape[0])
+    rows = (batch, matrix.shape[-2])
     return _empty_factor(rows, _num_columns(num_tokens), matrix, _halves(tokens, matrix))
 
 

@@ -15,6 +15,7 @@ from ...activations import ACTIVATIONS
 from ..base import Op, Signature, empty_like
 from ..checks import (
     check_affine,
+    check_by_image,
     check_choice,
     check_dtype,
     check_float,
@@ -51,9 +52,10 @@ def prompt_projector(
 
     Args:
         pooled: (B, P, C), float32 or float64; see prompt_pool.
-        bias: (P,), of the projection over positions.
-        down, up: (r, C) and (C, r), the projector, both or none; without it prompts = t.
-        scale: a number or a tensor of (1,).
+        bias: (P,), of the projection over positions; or (B, P), one for each image.
+        down, up: (r, C) and (C, r), the projector, both or none; without it prompts = t. Or (B, r, C) and
+            (B, C, r), one for each image.
+        scale: a number, a tensor of (1,) or one of (B,), one for each image.
         channel_mask: (B, 1, C), dropout factors 0 or 1 / (1 - rate) of whole channels; None drops nothing.
         feature_mask: (B, P, r), those of the projector's features.
         activation: "relu", "gelu" (exact), "sigmoid", "softmax" (over the r features) or "identity".
@@ -67,7 +69,8 @@ def prompt_projector(
         ``dtype`` once. Where ``dtype`` has 16 bits, the Triton kernels may round the factors of products to
         tf32, whose mantissa is that of float16. Differentiable in all tensors; the Triton kernels, whose
         backward is written by hand, only once, and not in the masks, norm_weight and norm_bias: where
-        gradients are on, these must not require one there.
+        gradients are on, these must not require one there. Gradients have the shapes of the arguments: of
+        what is given for each image they are not summed over the images.
 
     Raises:
         TypeError, ValueError: an argument of a wrong type, shape, dtype or device.
@@ -104,14 +107,16 @@ class Arguments(NamedTuple):
 def _check_tensors(args: Arguments) -> None:
     batch, num_prompts, dim = args.pooled.shape
     down, up = args.down, args.up
-    check_shape("bias", args.bias, "(P,)", num_prompts)
+    check_by_image("bias", args.bias, "(P,)", batch, num_prompts)
     if (down is None) != (up is None):
         raise ValueError(f"down and up must be given together, got {'up' if down is None else 'down'} alone")
     if down is not None and up is not None:
-        check_shape("down", down, "(r, C)", None, dim)
-        check_shape("up", up, "(C, r)", dim, down.shape[0])
+        check_by_image("down", down, "(r, C)", batch, None, dim)
+        check_by_image("up", up, "(C, r)", batch, dim, down.shape[-2], like=down)
     if args.scale is not None:
-        check_shape("scale", args.scale, "(1,)", 1)
+        check_shape("scale", args.scale, "(1,) or (B,)", None)
+        if args.scale.shape[0] not in (1, batch):
+            raise ValueError(f"scale must be (1,) or (B,) = ({batch},), got {tuple(args.scale.shape)}")
     affine = {"norm_weight": args.norm_weight, "norm_bias": args.norm_bias}
     given = [name for name, tensor in affine.items() if tensor is not None]
     if args.eps is None and given:
@@ -122,7 +127,7 @@ def _check_tensors(args: Arguments) -> None:
     if args.feature_mask is not None:
         if down is None:
             raise ValueError("feature_mask must be None without down and up, whose features it drops")
-        check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[0])
+        check_shape("feature_mask", args.feature_mask, "(B, P, r)", batch, num_prompts, down.shape[-2])
     tensors: dict[str, Any] = {name: getattr(args, name) for name in _TENSORS}
     check_float(**tensors)
     check_same_device(**tensors)
@@ -162,7 +167,10 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """``weights`` (2, r, C): the gradient of down and, transposed, that of up."""
+    """``weights`` (2, r, C): the gradient of down and, transposed, that of up.
+
+    (B, 2, r, C) for a projector of each image. The others have the shapes of the arguments.
+    """
 
     pooled: Tensor
     bias: Tensor
@@ -188,7 +196,7 @@ class _PromptProjector(Op):
         factor, eps = args.factor, args.eps
         dtype: torch.dtype | None = args.dtype
         if args.scale is None:
-            factor = check_number("scale", factor, "a finite number or a tensor (1,)")
+            factor = check_number("scale", factor, "a finite number or a tensor (1,) or (B,)")
         if eps is not None:
             eps = check_number("eps", eps, "a finite number of at least 0 or None", least=0)
         if dtype is None:
@@ -204,7 +212,7 @@ class _PromptProjector(Op):
     def allocate(self, args: Arguments) -> Outputs:
         pooled = args.pooled
         batch, num_prompts, _ = pooled.shape
-        width = 0 if args.down is None else args.down.shape[0]
+        width = 0 if args.down is None else args.down.shape[-2]
         statistics = pooled.new_empty((0 if args.eps is None else 2, batch, num_prompts))
         return Outputs(
             empty_like(pooled, args.dtype), pooled.new_empty((batch, num_prompts, width)), statistics
@@ -215,15 +223,19 @@ class _PromptProjector(Op):
 
     def allocate_gradients(self, saved: Saved, needed: Collection[str]) -> Gradients:
         pooled, width = saved.pooled, saved.hidden.shape[-1]
-        has_weights = "down" in needed or "up" in needed
-        weights = pooled.new_empty((2, width, pooled.shape[-1])) if has_weights else None
-        scale = pooled.new_empty(1) if "scale" in needed else None
-        return Gradients(empty_like(pooled), pooled.new_empty(pooled.shape[1]), weights, scale)
+        weights = scale = None
+        if saved.down is not None and ("down" in needed or "up" in needed):
+            weights = pooled.new_empty((*saved.down.shape[:-2], 2, width, pooled.shape[-1]))
+        # Without a projector there is nothing to scale.
+        if saved.down is not None and saved.scale is not None and "scale" in needed:
+            scale = empty_like(saved.scale)
+        return Gradients(empty_like(pooled), empty_like(saved.bias), weights, scale)
 
     def gradients_of_arguments(
         self, saved: Saved, grads: Gradients, needed: Collection[str]
     ) -> dict[str, Tensor | None]:
-        down, up = (None, None) if grads.weights is None else (grads.weights[0], grads.weights[1].t())
+        down, up = (None, None) if grads.weights is None else grads.weights.unbind(dim=-3)
+        up = None if up is None else up.mT
         return {"pooled": grads.pooled, "bias": grads.bias, "down": down, "up": up, "scale": grads.scale}
 
 

@@ -16,11 +16,11 @@ def compute(args: Arguments) -> tuple[Tensor]:
     pooled = args.pooled if args.channel_mask is None else args.pooled * args.channel_mask
     prompts = t = pooled + args.bias.unsqueeze(-1)
     if args.down is not None and args.up is not None:
-        features = ACTIVATIONS[args.activation](F.linear(t, args.down))
+        features = ACTIVATIONS[args.activation](t @ args.down.mT)
         if args.feature_mask is not None:
             features = features * args.feature_mask
-        scale: Tensor | float = args.factor if args.scale is None else args.scale
-        prompts = t + F.linear(features, args.up) * scale
+        scale: Tensor | float = args.factor if args.scale is None else args.scale.view(-1, 1, 1)
+        prompts = t + (features @ args.up.mT) * scale
     if args.eps is not None:
         affine = (args.norm_weight, args.norm_bias)
         weight, bias = (None if t is None else t.to(pooled.dtype) for t in affine)

@@ -8,7 +8,15 @@ from torch import Tensor
 from ...kernels import prompt_projector as kernels
 from ..base import empty_like
 from ..checks import KERNEL_DTYPES, unsupported_dtypes
-from ..triton_launch import images_per_program, launch, num_blocks, product_precision, strided, sum_chunks
+from ..triton_launch import (
+    Config,
+    images_per_program,
+    launch,
+    num_blocks,
+    product_precision,
+    strided,
+    sum_chunks,
+)
 from . import tuning
 from .op import Arguments, Gradients, Outputs, Saved
 
@@ -21,8 +29,8 @@ def unsupported_reasons(args: Arguments) -> list[str]:
     reasons += unsupported_dtypes((torch.float32, torch.float64), pooled=args.pooled)
     if args.dtype not in KERNEL_DTYPES:
         reasons.append(f"dtype must be float16, bfloat16, float32 or float64, got {args.dtype}")
-    if args.down is not None and args.down.shape[0] > tuning.LARGEST_PROJECTOR:
-        reasons.append(f"down must have at most {tuning.LARGEST_PROJECTOR} rows, got {args.down.shape[0]}")
+    if args.down is not None and args.down.shape[-2] > tuning.LARGEST_PROJECTOR:
+        reasons.append(f"down must have at most {tuning.LARGEST_PROJECTOR} rows, got {args.down.shape[-2]}")
     return reasons
 
 
@@ -34,7 +42,7 @@ def forward(args: Arguments, out: Outputs) -> None:
     launch(
         kernels.prompt_projector_fwd_kernel,
         config,
-        num_blocks(config, BLOCK_ROWS=num_rows),
+        _num_row_blocks(args, config),
         *(out.prompts, out.hidden, *_mean_and_rstd(out.statistics)),
         *_learned(args),
         *_masks(args),
@@ -44,59 +52,87 @@ def forward(args: Arguments, out: Outputs) -> None:
         ACTIVATION=args.activation,
         EPS=args.eps,
         PRECISION=product_precision(arithmetic),
+        BY_IMAGE=_by_image(args),
     )
 
 
 def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
     """Write the gradients of pooled and of all that is learned."""
-    (grad_prompts,), pooled = grad_results, saved.pooled
-    num_rows, num_prompts, dim, width = _sizes(saved)
-    arithmetic = _arithmetic(pooled, grad_prompts.dtype)
-    options = {
-        "SCALE": saved.factor,
-        "ACTIVATION": saved.activation,
-        "PRECISION": product_precision(arithmetic),
-    }
-    statistics = _mean_and_rstd(saved.statistics)
+    (grad_prompts,), pooled, statistics = grad_results, saved.pooled, _mean_and_rstd(saved.statistics)
+    sizes, arithmetic = _sizes(saved), _arithmetic(pooled, grad_prompts.dtype)
     grad_hidden = empty_like(saved.hidden)
     means = empty_like(saved.statistics) if saved.statistics.shape[0] else None
-    sums = pooled.new_empty(pooled.shape[:2])
-    products = None if saved.scale is None else empty_like(sums)
-    config = tuning.config("bwd_rows", arithmetic, width)
+    sums = grads.bias if saved.bias.ndim == 2 else pooled.new_empty(pooled.shape[:2])
+    products = None if saved.scale is None else pooled.new_empty(pooled.shape[:2])
+    config = tuning.config("bwd_rows", arithmetic, sizes[-1])
     launch(
         kernels.prompt_projector_bwd_rows_kernel,
         config,
-        num_blocks(config, BLOCK_ROWS=num_rows),
+        _num_row_blocks(saved, config),
         *(grads.pooled, grad_hidden, means, sums, products),
         *(strided(grad_prompts), *_learned(saved), *_masks(saved), strided(saved.norm_weight)),
         *(saved.hidden, *statistics),
-        *(num_rows, num_prompts, dim, width),
-        **options,
+        *sizes,
+        SCALE=saved.factor,
+        ACTIVATION=saved.activation,
+        PRECISION=product_precision(arithmetic),
+        BY_IMAGE=_by_image(saved),
     )
-    torch.sum(sums, dim=0, out=grads.bias)
+    if sums is not grads.bias:
+        torch.sum(sums, dim=0, out=grads.bias)
     if grads.scale is not None and products is not None:
-        grads.scale.copy_(products.sum())
-    if grads.weights is None:
-        return
+        grads.scale.copy_(products.sum() if grads.scale.shape[0] == 1 else products.sum(dim=1))
+    if grads.weights is not None:
+        kept = (saved.hidden, grad_hidden, *statistics, means)
+        _write_grad_weights(saved, grad_prompts, kept, grads.weights)
+
+
+def _write_grad_weights(saved: Saved, grad_prompts: Tensor, kept: tuple, grad_weights: Tensor) -> None:
+    """Write the gradients of down and up, from what the kernels before have ``kept``."""
+    sizes, arithmetic = _sizes(saved), _arithmetic(saved.pooled, grad_prompts.dtype)
+    _, num_prompts, dim, width = sizes
     config = tuning.config("bwd_weights", arithmetic, width)
-    batch = pooled.shape[0]
-    images = images_per_program(batch)
-    partial = pooled.new_empty((-(-batch // images), *grads.weights.shape))
+    batch = saved.pooled.shape[0]
+    images = 1 if _by_image(saved) else images_per_program(batch)
+    partial = grad_weights
+    if not _by_image(saved):
+        partial = grad_weights.new_empty((-(-batch // images), *grad_weights.shape))
+    pooled, bias, _, up, scale = _learned(saved)
     launch(
         kernels.prompt_projector_bwd_weights_kernel,
         config,
         partial.shape[0] * num_blocks(config, BLOCK_C=dim),
-        *(partial, *map(strided, (grad_prompts, pooled, saved.bias, saved.up)), saved.scale),
+        *(partial, strided(grad_prompts), pooled, bias, up, scale),
         *(*_masks(saved), strided(saved.norm_weight)),
-        *(saved.hidden, grad_hidden, *statistics, means),
-        *(num_rows, num_prompts, dim, width, images * num_prompts),
-        **options,
+        *(*kept, *sizes, images * num_prompts),
+        SCALE=saved.factor,
+        ACTIVATION=saved.activation,
+        PRECISION=product_precision(arithmetic),
+        BY_IMAGE=_by_image(saved),
     )
-    sum_chunks(partial, out=grads.weights)
+    if partial is not grad_weights:
+        sum_chunks(partial, out=grad_weights)
 
 
 def _learned(args: Arguments | Saved) -> tuple:
-    return *map(strided, (args.pooled, args.bias, args.down, args.up)), args.scale
+    """pooled, bias, down, up and scale; a scale of all images without a stride."""
+    scale = args.scale
+    of_all = scale is not None and scale.shape[0] == 1
+    weights = map(strided, (args.pooled, args.bias, args.down, args.up))
+    return *weights, (scale,) if of_all else strided(scale)
+
+
+def _by_image(args: Arguments | Saved) -> bool:
+    """Whether each image has a projector of its own, so that the rows of a program are of one image."""
+    return args.down is not None and args.down.ndim == 3
+
+
+def _num_row_blocks(args: Arguments | Saved, config: Config) -> int:
+    """How many programs take all rows."""
+    batch, num_prompts, _ = args.pooled.shape
+    if _by_image(args):
+        return batch * num_blocks(config, BLOCK_ROWS=num_prompts)
+    return num_blocks(config, BLOCK_ROWS=batch * num_prompts)
 
 
 def _masks(args: Arguments | Saved) -> tuple:
@@ -113,7 +149,7 @@ def _arithmetic(pooled: Tensor, dtype: torch.dtype) -> torch.dtype:
 def _sizes(args: Arguments | Saved) -> tuple[int, int, int, int]:
     """B * P, P, C and r."""
     batch, num_prompts, dim = args.pooled.shape
-    return batch * num_prompts, num_prompts, dim, 0 if args.down is None else args.down.shape[0]
+    return batch * num_prompts, num_prompts, dim, 0 if args.down is None else args.down.shape[-2]
 
 
 def _mean_and_rstd(statistics: Tensor) -> tuple[Tensor | None, Tensor | None]:

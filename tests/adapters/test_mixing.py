@@ -1,0 +1,245 @@
+"""A batch in which each image has an adapter of its own: the same as each image by itself."""
+
+import pytest
+import torch
+from several import BASE, OTHERS, STACKABLE, mixed_batch, one_by_one, outcome, places, several
+from tiny import assert_same, tiny_images
+
+from vapt_fast import use_backend
+from vapt_fast.adapters import mixing
+from vapt_fast.ops.base import OPS
+
+FAMILIES = [
+    "vit_small_patch14_reg4_dinov2",  # layer scale and registers
+    "deit_tiny_distilled_patch16_224",  # two heads
+    "eva02_tiny_patch14_224",  # rotation, no bias of the keys
+    "beit_base_patch16_224",  # a bias of the scores
+    "vit_base_patch16_siglip_224",  # attention pooling
+]
+
+
+def check(model, images, names, backend):
+    expected = outcome(model, lambda: one_by_one(model, images, names))
+    with use_backend(backend):
+        assert_same(outcome(model, lambda: model(images, adapter_names=names)), expected)
+        assert_same(outcome(model, lambda: model(images, adapter_names=places(model, names))), expected)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_every_kind_in_one_batch(backend):
+    model = several(adapters=STACKABLE | OTHERS)
+    check(model, *mixed_batch(model), backend)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+def test_64_images_with_64_adapters(backend):
+    kinds = list(STACKABLE.values())
+    model = several(adapters={"default": kinds[0]} | {f"a{i}": kinds[i % len(kinds)] for i in range(63)})
+    names = list(model.adapters)
+    check(model, tiny_images(model, batch=64), names, backend)
+
+
+@pytest.mark.parametrize(
+    "names", [("default", "more"), ("deep", "fourier"), ("kv", "kv2"), ("more", "softmax")]
+)
+def test_adapters_of_one_kind(names):
+    """So that some blocks have only tables, only keys and values, or only pooled prompts."""
+    model = several(adapters={name: STACKABLE[name.rstrip("2")] for name in names})
+    check(model, *mixed_batch(model), "torch")
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families(name):
+    model = several(name, {name: STACKABLE[name] for name in ("default", "more", "kv", "none")})
+    check(model, *mixed_batch(model), "torch")
+
+
+def test_tokens():
+    model = several(adapters=STACKABLE | OTHERS)
+    images, names = mixed_batch(model)
+    rows = []
+    for image, name in zip(images, names, strict=True):
+        if name == BASE:
+            with model.disable_adapter():
+                rows.append(model.forward_features(image[None]))
+        else:
+            model.set_adapter(name)
+            rows.append(model.forward_features(image[None]))
+    for backend in ("torch", "reference"):
+        with use_backend(backend):
+            assert_same(
+                {"tokens": model.forward_features(images, names).detach()},
+                {"tokens": torch.cat(rows).detach()},
+            )
+
+
+def test_dropouts_are_the_same_for_every_backend():
+    model = several(adapters=STACKABLE | OTHERS).train()
+    images, names = mixed_batch(model)
+    names = [name for name in names if name != "shallow"]
+    images = images[: len(names)]
+    outcomes = {}
+    for backend in ("torch", "reference"):
+        torch.manual_seed(0)
+        with use_backend(backend):
+            outcomes[backend] = outcome(model, lambda: model(images, adapter_names=names))
+    assert_same(outcomes["torch"], outcomes["reference"])
+    still = outcome(model.eval(), lambda: model(images, adapter_names=names))
+    assert (still["logits"] - outcomes["torch"]["logits"]).abs().amax(1).count_nonzero() >= 7
+
+
+def test_a_frozen_adapter_drops_nothing_in_eval_mode():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "sum")}).train()
+    images, names = mixed_batch(model)
+    model.adapters["more"].eval()
+    own = [i for i, name in enumerate(names) if name == "more"]
+    first, second = (model(images, adapter_names=names) for _ in range(2))
+    assert first[own].equal(second[own])
+    assert not first.equal(second)
+
+
+def test_only_what_was_used_gets_a_gradient():
+    model = several()
+    images, _ = mixed_batch(model, 4)
+    model(images, adapter_names=["deep", "sum", "deep", "sum"]).nan_to_num(neginf=0).sum().backward()
+    used = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None}
+    assert used == {"deep", "sum"}
+
+
+def test_an_adapter_with_no_numbers_left_spoils_no_other():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep", "kv")})
+    images, names = mixed_batch(model)
+    expected = model(images, adapter_names=names)
+    with torch.no_grad():
+        for parameter in model.adapters["more"].parameters():
+            parameter.fill_(torch.nan)
+    own = [i for i, name in enumerate(names) if name != "more"]
+    got = model(images, adapter_names=names)
+    assert got[own].equal(expected[own])
+    got[own][got[own].isfinite()].sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and ".more." not in name:
+            assert parameter.grad.isfinite().all(), name
+
+
+def test_one_call_of_each_op_however_many_adapters(monkeypatch):
+    """No loop over adapters."""
+    calls, op = [], type(OPS["prompt_pool"])
+    compute = op.compute
+    monkeypatch.setattr(op, "compute", lambda self, args: calls.append(len(args.x)) or compute(self, args))
+    for number in (2, 8):
+        model = several(adapters={f"a{i}": STACKABLE["default"] for i in range(number)})
+        with use_backend("torch"), torch.no_grad():
+            model(tiny_images(model, batch=8), adapter_names=[f"a{i % number}" for i in range(8)])
+    assert calls == [8] * 4  # two blocks pool
+
+
+def test_a_head_that_is_more_than_a_linear():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep")})
+    model.adapters["more"].head = torch.nn.Sequential(torch.nn.Tanh(), model.adapters["more"].head)
+    check(model, *mixed_batch(model), "torch")
+
+
+def test_prompts_with_hooks_run_their_hooks():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep")})
+    model.adapters["more"].prompts.projector.register_forward_hook(lambda module, args, out: 2 * out)
+    check(model, *mixed_batch(model), "torch")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_low_precision(dtype):
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep", "kv")})
+    images, names = mixed_batch(model)
+    expected = model(images, adapter_names=names)
+    for prepare in (lambda: model.to(dtype), lambda: model.backbone.to(dtype)):
+        prepare()
+        for name in (BASE, *model.adapters):
+            model.find_adapter(name).head.to(dtype)
+        got = model(images.to(dtype), adapter_names=names)
+        assert got.dtype == dtype
+        known = expected.isfinite()
+        assert (got - expected)[known].abs().max() < (0.15 if dtype == torch.bfloat16 else 1e-4)
+        model.double()
+
+
+def test_autocast():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep")}).float()
+    images, names = mixed_batch(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, expected = model(images, adapter_names=names), one_by_one(model, images, names)
+    assert got.dtype == expected.dtype == torch.bfloat16
+    known = expected.isfinite()
+    assert (got - expected)[known].abs().max() < 0.1
+
+
+def test_gradient_checkpointing():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep")})
+    images, names = mixed_batch(model)
+    expected = outcome(model, lambda: model(images, adapter_names=names))
+    model.set_grad_checkpointing()
+    assert_same(outcome(model, lambda: model(images, adapter_names=names)), expected)
+
+
+def test_compiled_with_integers():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep", "kv")})
+    images, names = mixed_batch(model)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    given = places(model, names)
+    expected = outcome(model, lambda: model(images, adapter_names=given))
+    assert_same(outcome(model, lambda: compiled(images, adapter_names=given)), expected)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        other = given.flip(0)
+        got, wanted = compiled(images, adapter_names=other), model(images, adapter_names=other)
+    assert got.isfinite().equal(wanted.isfinite())
+
+
+def test_no_images():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more")})
+    assert model(tiny_images(model, batch=0), adapter_names=[]).shape[0] == 0
+
+
+def test_a_disabled_adapter_wins():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more")})
+    images, names = mixed_batch(model)
+    with model.disable_adapter():
+        assert model(images, adapter_names=names).equal(model(images))
+
+
+def test_class_counts():
+    model = several()
+    assert model.class_counts(["more", BASE, "default"]) == [7, 6, 3]
+    images, names = mixed_batch(model)
+    logits = model(images, adapter_names=names)
+    assert logits.isfinite().sum(1).tolist() == model.class_counts(names)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        ("default", TypeError, "sequence of names or a tensor of integers, got 'default'"),
+        (3, TypeError, "sequence of names"),
+        (["default"], ValueError, "must be 2, one an image, got 1"),
+        (["default", "mroe"], ValueError, "got 'mroe'"),
+        (["default", None], ValueError, "got None"),
+        (torch.tensor([0.0, 1.0]), TypeError, "got a tensor of torch.float32"),
+        (torch.tensor([True, False]), TypeError, "got a tensor of torch.bool"),
+        (torch.tensor([0, 1, 2]), ValueError, r"must be \(2,\), one an image, got \(3,\)"),
+        (torch.tensor([0, 2]), ValueError, r"in \[-1, 2\), got \[0, 2\]"),
+        (torch.tensor([0, -2]), ValueError, r"in \[-1, 2\)"),
+        (torch.tensor([0, 1], device="meta"), ValueError, "on the images' device cpu, got meta"),
+    ],
+)
+def test_bad_names(names, error, message):
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more")})
+    with pytest.raises(error, match=message):
+        model(tiny_images(model), adapter_names=names)
+
+
+def test_what_can_be_stacked():
+    model = several(adapters=STACKABLE | OTHERS)
+    stackable = {
+        name
+        for name, a in model.adapters.items()
+        if mixing.plain_adapter(model, a, torch.float64) is not None
+    }
+    assert stackable == set(STACKABLE)

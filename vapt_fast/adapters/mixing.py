@@ -1,0 +1,320 @@
+"""A batch in which each image has an adapter of its own.
+
+The frozen products are the same for all images. What differs between adapters is small, so it is stacked, one
+row an adapter, and each image takes its own row: no loop over adapters, and one call of each op. See
+vapt_fast.prompts.mixed. Adapters that rows can't tell (prompts that travel or are pooled, kinds from outside,
+modules with hooks), and the literal method, are computed adapter by adapter instead.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..backbones.blocks import standard_block
+from ..modules import has_global_hooks, is_plain
+from ..prompts import Masks
+from ..prompts.mixed import Layout, MixedPrompts, cut_masks, flatten
+from ..prompts.plain import PlainPrompts
+from ..timm_api import normed_tokens
+from .module import BASE, Adapter, mean_logits
+
+if TYPE_CHECKING:
+    from ..model import AdaptiveViT
+
+__all__ = [
+    "Heads",
+    "check_index",
+    "check_names",
+    "features",
+    "head_fields",
+    "head_row",
+    "logits",
+    "plain_adapter",
+]
+
+
+def logits(model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor, backend: str) -> Tensor:
+    """Return the logits (B, K) as AdaptiveViT.forward does, K the classes of the largest head in use."""
+    batch = Batch.of(model, images, adapter_names)
+    adapters = batch.adapters
+
+    def of_one(images: Tensor, i: int, masks: list[Any] | None) -> Tensor:
+        return model._logits(images, backend, adapters[i], masks=masks)
+
+    def of_several(images: Tensor, prompts: MixedPrompts, masks: list[Any], batch: Batch) -> Tensor:
+        inputs = model._head_inputs(images, backend, prompts, masks=masks)
+        heads = Heads.of(adapters)
+        if heads is not None:
+            return heads(inputs, batch.places)
+        parts = []
+        for i, adapter in enumerate(adapters):
+            rows = batch.rows_of([i])
+            parts.append((rows, adapter(tuple(x[rows] for x in inputs))))
+        return _together(parts, pad=True)
+
+    return _run(model, images, batch, of_one, of_several, mixed=backend != "reference", pad=True)
+
+
+def features(
+    model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor, backend: str
+) -> Tensor:
+    """Return all tokens (B, T, C) as AdaptiveViT.forward_features does."""
+    batch = Batch.of(model, images, adapter_names)
+
+    def of_one(images: Tensor, i: int, masks: list[Any] | None) -> Tensor:
+        return of_several(images, batch.adapters[i].prompts, masks)
+
+    def of_several(images: Tensor, prompts: Any, masks: list[Any] | None, batch: Any = None) -> Tensor:
+        return model._run(images, normed_tokens, backend, prompts=prompts, masks=masks)
+
+    return _run(model, images, batch, of_one, of_several, mixed=backend != "reference", pad=False)
+
+
+def _run(
+    model: AdaptiveViT,
+    images: Tensor,
+    batch: Batch,
+    of_one: Callable[[Tensor, int, list[Any] | None], Tensor],
+    of_several: Callable[[Tensor, MixedPrompts, list[Any], Batch], Tensor],
+    *,
+    mixed: bool,
+    pad: bool,
+) -> Tensor:
+    """Return what the adapters give of their images: of those that rows can tell at once, if ``mixed``.
+
+    Args:
+        model: the model.
+        images: of the batch.
+        batch: whose adapters they have.
+        of_one: of images, one adapter and masks.
+        of_several: of images, their prompts, masks, and the batch that they are.
+        mixed: whether there may be several at once.
+        pad: whether rows are filled up with -inf.
+    """
+    if len(batch.adapters) == 1:
+        return of_one(images, 0, None)
+    stacked = _stack(model, images, batch)
+    known = {} if stacked is None else stacked.plain
+    masks = None if stacked is None else stacked.draw_masks(images)
+    if mixed and stacked is not None and masks is not None and len(known) == len(batch.adapters):
+        return of_several(images, stacked.prompts, masks, batch)
+    parts = []
+    for group in _groups(batch, known, mixed):
+        rows = batch.rows_of(group)
+        if not len(rows) and len(batch.places):
+            continue
+        part = images[rows]
+        if stacked is None or masks is None or group[0] not in known:
+            out = of_one(part, group[0], None)
+        elif len(group) == 1:
+            out = of_one(part, group[0], cut_masks(masks, rows, known[group[0]]))
+        else:
+            own = [mask.take(rows) for mask in masks]
+            out = of_several(part, stacked.prompts.take(rows), own, batch.take(rows))
+        parts.append((rows, out))
+    return _together(parts, pad=pad)
+
+
+def _groups(batch: Batch, known: Mapping[int, Any], mixed: bool) -> list[list[int]]:
+    """Return which adapters are computed at once."""
+    together = list(known) if mixed and len(known) > 1 else []
+    alone = [[i] for i in range(len(batch.adapters)) if i not in together]
+    return [together, *alone] if together else alone
+
+
+def _together(parts: list[tuple[Tensor, Tensor]], *, pad: bool) -> Tensor:
+    """Return the outputs of some images each, in the images' order; with ``pad`` filled up with -inf."""
+    order, outputs = torch.cat([rows for rows, _ in parts]).argsort(), [output for _, output in parts]
+    if pad:
+        width = max(output.shape[-1] for output in outputs)
+        outputs = [nn.functional.pad(out, (0, width - out.shape[-1]), value=-torch.inf) for out in outputs]
+    return torch.cat(outputs)[order]
+
+
+class Batch(NamedTuple):
+    """Which adapter each image has: ``places`` (B,) in ``names`` and ``adapters``.
+
+    ``rows`` are the images of each, None where only the device knows them.
+    """
+
+    names: list[str]
+    adapters: list[Adapter]
+    places: Tensor
+    rows: list[list[int]] | None
+
+    def rows_of(self, group: Sequence[int]) -> Tensor:
+        """Return the images, in order, of some adapters, by place."""
+        device = self.places.device
+        if self.rows is None:
+            return torch.isin(self.places, torch.tensor(group, device=device)).nonzero().squeeze(1)
+        rows = sorted(row for place in group for row in self.rows[place])
+        return torch.tensor(rows, dtype=torch.long, device=device)
+
+    def take(self, rows: Tensor) -> Batch:
+        """Return the batch of some images."""
+        return self._replace(places=self.places[rows], rows=None)
+
+    @classmethod
+    def of(cls, model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor) -> Batch:
+        """Return the batch of AdaptiveViT.forward's arguments.
+
+        Raises:
+            TypeError, ValueError: not one adapter an image, or one that is unknown.
+        """
+        if isinstance(adapter_names, Tensor):
+            index = check_index(adapter_names, images, len(model.adapters), least=-1)
+            names = [BASE, *model.adapters]
+            return cls(names, list(map(model.find_adapter, names)), index + 1, None)
+        given = check_names(adapter_names, len(images), (BASE, *model.adapters))
+        places: dict[str, list[int]] = {}
+        for i, name in enumerate(given):
+            places.setdefault(name, []).append(i)
+        names = [name for name in (BASE, *model.adapters) if name in places] or [model.active_adapter]
+        numbers = {name: i for i, name in enumerate(names)}
+        index = torch.tensor([numbers[name] for name in given], dtype=torch.long, device=images.device)
+        return cls(
+            names, list(map(model.find_adapter, names)), index, [places.get(name, []) for name in names]
+        )
+
+
+def check_names(adapter_names: Any, batch: int, known: Sequence[str]) -> list[str]:
+    """Return one name for each image.
+
+    Raises:
+        TypeError: not a sequence of str.
+        ValueError: another number than ``batch``, or names that are not among ``known``.
+    """
+    if isinstance(adapter_names, str) or not isinstance(adapter_names, Sequence):
+        raise TypeError(
+            f"adapter_names must be a sequence of names or a tensor of integers, got {adapter_names!r}"
+        )
+    names = list(adapter_names)
+    if len(names) != batch:
+        raise ValueError(f"adapter_names must be {batch}, one an image, got {len(names)}")
+    unknown = sorted({repr(name) for name in names if name not in known})
+    if unknown:
+        raise ValueError(f"adapter_names must be among {tuple(known)}, got {', '.join(unknown)}")
+    return names
+
+
+def check_index(index: Tensor, images: Tensor, count: int, *, least: int) -> Tensor:
+    """Return the integers (B,) as int64; their values are checked where that needs no synchronisation.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: another shape or device, or a value out of range.
+    """
+    if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
+        raise TypeError(f"adapter_names must be integers, got a tensor of {index.dtype}")
+    if index.shape != images.shape[:1]:
+        raise ValueError(f"adapter_names must be ({len(images)},), one an image, got {tuple(index.shape)}")
+    if index.device != images.device:
+        raise ValueError(f"adapter_names must be on the images' device {images.device}, got {index.device}")
+    known = index.device.type == "cpu" and not torch.compiler.is_compiling()
+    if known and len(index) and not (least <= int(index.min()) and int(index.max()) < count):
+        raise ValueError(f"adapter_names must be in [{least}, {count}), got {index.tolist()}")
+    return index.long()
+
+
+def plain_adapter(model: AdaptiveViT, adapter: Adapter, dtype: torch.dtype) -> list[PlainPrompts] | None:
+    """Return the prompts as plain tensors; None if rows can't tell them, or the blocks not be rewritten."""
+    plain = adapter.prompts.plain(dtype)
+    blocks = list(model.backbone.blocks)[: 0 if plain is None else len(plain)]
+    return None if any(standard_block(block) is None for block in blocks) else plain
+
+
+class _Stacked(NamedTuple):
+    """The prompts of a batch, and of the adapters that rows can tell, by place, their plain tensors."""
+
+    prompts: MixedPrompts
+    plain: dict[int, list[PlainPrompts]]
+
+    def draw_masks(self, images: Tensor) -> list[Masks]:
+        """Return masks for all images, before they are parted: every backend sees the same numbers."""
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        return self.prompts.draw_masks(len(images), dtype=dtype, device=images.device)
+
+
+def _stack(model: AdaptiveViT, images: Tensor, batch: Batch) -> _Stacked | None:
+    """Return the prompts of the batch; None where rows can tell no adapter."""
+    dtype = torch.promote_types(images.dtype, torch.float32)
+    found = [plain_adapter(model, adapter, dtype) for adapter in batch.adapters]
+    plain = {i: blocks for i, blocks in enumerate(found) if blocks is not None}
+    if not plain:
+        return None
+    for i in plain:
+        for parameter in batch.adapters[i].prompts.parameters():
+            dtype = torch.promote_types(dtype, parameter.dtype)
+    layout = Layout.of(list(plain.values()), model.embed_dim, math.prod(model.grid))
+    like = torch.empty(0, dtype=dtype, device=images.device)
+    rows = torch.stack([layout.row(plain.get(i, []), like) for i in range(len(found))])
+    facts = layout.facts([plain.get(i, []) for i in range(len(found))], images.device)
+    return _Stacked(MixedPrompts(layout, rows, facts, batch.places), plain)
+
+
+class Heads:
+    """The classifiers of several adapters as one row each, of which every image takes its own.
+
+    Args:
+        num_classes: K, those of the largest.
+        fields: the shape of each tensor of a row.
+        rows: (A, F); differentiable.
+        counts: (A,), the numbers of classes.
+        varying: whether they differ.
+    """
+
+    def __init__(
+        self, num_classes: int, fields: dict[Any, Any], rows: Tensor, counts: Tensor, varying: bool
+    ) -> None:
+        self.num_classes, self.fields, self.rows = num_classes, fields, rows
+        self.counts, self.varying = counts, varying
+
+    @classmethod
+    def of(cls, adapters: Sequence[Adapter]) -> Heads | None:
+        """Return the heads of ``adapters``; None if one is more than a Linear whose weights may be read."""
+        if has_global_hooks() or not all(is_plain(head, nn.Linear) for a in adapters for head in a.heads()):
+            return None
+        num_classes = max(adapter.num_classes for adapter in adapters)
+        fields = head_fields(adapters[0], num_classes)
+        like = cast(Tensor, adapters[0].heads()[0].weight)
+        rows = torch.stack([head_row(adapter, fields, like) for adapter in adapters])
+        counts = [adapter.num_classes for adapter in adapters]
+        differ = len(set(counts)) > 1
+        return cls(num_classes, fields, rows, torch.tensor(counts, device=like.device), differ)
+
+    def __call__(self, inputs: tuple[Tensor, ...], index: Tensor) -> Tensor:
+        """Return the logits (B, K) of what the heads read, each (B, C), by the adapters at ``index`` (B,)."""
+        sizes = [torch.Size(shape).numel() for shape in self.fields.values()]
+        parts = nn.functional.embedding(index, self.rows).split(sizes, 1)
+        logits = []
+        for j, x in enumerate(inputs):
+            weight, bias = parts[2 * j].unflatten(1, (self.num_classes, -1)), parts[2 * j + 1]
+            logits.append(torch.baddbmm(bias.unsqueeze(2), weight, x.unsqueeze(2)).squeeze(2))
+        out = mean_logits(logits)
+        if not self.varying:
+            return out
+        classes = torch.arange(self.num_classes, device=out.device)
+        return out.masked_fill(classes >= self.counts[index].unsqueeze(1), -torch.inf)
+
+
+def head_fields(adapter: Adapter, num_classes: int) -> dict[Any, tuple[int, ...]]:
+    """Return the shape of each tensor of the heads, with room for ``num_classes``."""
+    fields: dict[Any, tuple[int, ...]] = {}
+    heads: list[Any] = adapter.heads()
+    for j, head in enumerate(heads):
+        fields["weight", j] = (num_classes, head.in_features)
+        fields["bias", j] = (num_classes,)
+    return fields
+
+
+def head_row(adapter: Adapter, fields: dict[Any, tuple[int, ...]], like: Tensor) -> Tensor:
+    """Return the heads end to end, differentiable."""
+    tensors: dict[Any, Any] = {}
+    for j, head in enumerate(adapter.heads()):
+        tensors["weight", j], tensors["bias", j] = head.weight, head.bias
+    return flatten(tensors, fields, like)

@@ -1,0 +1,318 @@
+"""What AdaptiveViT has of PEFT's models: several adapters by name, one of them active, or one an image."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from os import PathLike
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from . import adapters
+from .adapters import BASE, Adapter, MissingHead, check_name, find, weighted_state
+from .arguments import integer
+from .backbones import patch_size, take_heads
+from .config import PromptConfig, split_options
+from .creation import reset_head
+from .modules import weights_of
+from .prompts import Geometry, Prompts
+from .timm_api import TimmModel
+
+__all__ = ["DEFAULT_ADAPTER", "AdapterModel", "check_pooling"]
+
+AVERAGING = ("avg", "avgmax", "max")
+DEFAULT_ADAPTER = "default"
+
+
+class AdapterModel(TimmModel):
+    """The part of AdaptiveViT that holds adapters.
+
+    AdaptiveViT adds the attributes that are declared here without a value.
+    """
+
+    backend: str | None
+    _base: Adapter
+    _num_disabled: int
+
+    def _init_adapters(self, config: PromptConfig, came_with: dict[str, nn.Module] | None) -> None:
+        """Make the first adapter; ``came_with`` are the classifiers that the backbone came with."""
+        num_classes = integer("backbone.num_classes", self.backbone.num_classes)
+        heads, device = take_heads(self.backbone), weights_of(self.backbone, most=1)[0].device
+        base: dict[str, nn.Module] = {name: MissingHead() for name in heads}
+        base = base if came_with is None else came_with
+        empty = Prompts(PromptConfig(num_prompts=0), self._geometry())
+        # Not as a submodule: it is neither trained nor saved.
+        self.__dict__["_base"] = Adapter(empty, base, _num_classes(base))
+        self._num_disabled = 0
+        self.active_adapter = DEFAULT_ADAPTER
+        prompts = Prompts(config, self._geometry()).to(device)
+        # The head comes last of all parameters: timm's gradient clipping counts on it.
+        self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(prompts, heads, num_classes)})
+
+    def _geometry(self) -> Geometry:
+        blocks = self.backbone.blocks
+        return Geometry(self.embed_dim, len(blocks), self.grid, patch_size(self.backbone), blocks)
+
+    @property
+    def _adapter(self) -> Adapter:
+        """The active adapter; the bare backbone within ``disable_adapter``."""
+        return self._base if self._num_disabled else cast(Adapter, self.adapters[self.active_adapter])
+
+    # ---- the active adapter
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of the active adapter; assigning replaces them."""
+        return self._adapter.prompts
+
+    @property
+    def head(self) -> nn.Module:
+        """The head of the active adapter; assigning replaces it."""
+        return self._adapter.head
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """A name for each class of the active adapter, as stored with it; None if unknown."""
+        return self._adapter.class_names
+
+    @class_names.setter
+    def class_names(self, names: tuple[str, ...] | None) -> None:
+        self._adapter.class_names = names
+
+    @property
+    def data_config(self) -> dict[str, Any]:
+        """How images are prepared for the active adapter, where not as ``pretrained_cfg`` says."""
+        return self._adapter.data_config
+
+    @data_config.setter
+    def data_config(self, config: dict[str, Any]) -> None:
+        self._adapter.data_config = config
+
+    @property
+    def adapter_metadata(self) -> dict[str, Any]:
+        """What the user stored with the active adapter."""
+        return self._adapter.metadata
+
+    @adapter_metadata.setter
+    def adapter_metadata(self, metadata: dict[str, Any]) -> None:
+        self._adapter.metadata = metadata
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # torch would register a module of that name beside the property, where nobody reads it.
+        if "adapters" in self.__dict__.get("_modules", ()) and name in ("prompts", *self._adapter.head_names):
+            setattr(self._adapter, name, value)
+        else:
+            super().__setattr__(name, value)
+
+    def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters of the active adapter by the names in its file, ``prompts.*`` and ``head.*``."""
+        return self._adapter.named_parameters()
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """What the file of the active adapter holds: its parameters and buffers themselves, by name."""
+        return self._adapter.state_dict(keep_vars=True)
+
+    # ---- several adapters
+
+    def set_adapter(self, name: str) -> None:
+        """Make another adapter the active one. What requires gradients stays as it is.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        find(self.adapters, name)
+        self.active_adapter = name
+
+    def add_adapter(
+        self,
+        name: str,
+        config: PromptConfig | None = None,
+        *,
+        num_classes: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Add an untrained adapter, trainable and not active.
+
+        Args:
+            name: of the adapter.
+            config: the options of its prompts. None for those of the active adapter with the changes in
+                ``options``.
+            num_classes: of its head; None for as many as the active adapter has.
+            options: options of PromptConfig.
+
+        Raises:
+            TypeError, ValueError: not a new name, or options that contradict each other or the backbone;
+                nothing is added.
+            NotImplementedError: the backbone can't take prompts of this kind.
+        """
+        if check_name(name) in self.adapters:
+            raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
+        if config is None:
+            config = replace(self.config, **_prompt_options(options))
+        elif options or not isinstance(config, PromptConfig):
+            raise TypeError(f"config must be a PromptConfig, alone, got {config!r} and {options}")
+        self.adapters[name] = self.make_adapter(
+            config, self.num_classes if num_classes is None else num_classes
+        )
+
+    def make_adapter(self, config: PromptConfig, num_classes: int) -> Adapter:
+        """Return an untrained adapter that suits the model, on its device and in the active one's dtype.
+
+        Raises:
+            TypeError, ValueError, NotImplementedError: as ``add_adapter``.
+        """
+        check_pooling(config, self.global_pool, getattr(self.backbone, "attn_pool", None) is not None)
+        number = integer("num_classes", num_classes, minimum=0)
+        prompts = Prompts(config, self._geometry()).to(weights_of(self.backbone, most=1)[0].device)
+        if known := weights_of(self._adapter.prompts, most=1):
+            prompts.to(dtype=known[0].dtype)
+        reset_head(self.backbone, number, None)
+        return Adapter(prompts, take_heads(self.backbone), number).train(self.training)
+
+    def delete_adapter(self, name: str) -> None:
+        """Remove an adapter; if it was the active one, the first of the others is from now on.
+
+        Raises:
+            ValueError: there is no such adapter, or no other.
+        """
+        find(self.adapters, name)
+        others = [other for other in self.adapters if other != name]
+        if not others:
+            raise ValueError(f"adapter {name!r} is the only one, and a model has one at least")
+        if self.active_adapter == name:
+            self.active_adapter = others[0]
+            warnings.warn(
+                f"adapter {name!r} was the active one and is deleted: {others[0]!r} is active now",
+                stacklevel=2,
+            )
+        del self.adapters[name]
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """A context in which the model is the bare backbone, with the classifier that it came with.
+
+        It holds for all threads; ``adapter_names=["__base__", ...]`` holds for one call. A head of another
+        number of classes than the pre-trained one is nobody's: then logits raise ValueError, features don't.
+        """
+        self._num_disabled += 1
+        try:
+            yield
+        finally:
+            self._num_disabled -= 1
+
+    def find_adapter(self, name: str) -> Adapter:
+        """Return the adapter of that name; ``"__base__"`` has no prompts, and the backbone's own classifier.
+
+        Raises:
+            ValueError: there is none; lists those there are.
+        """
+        return self._base if name == BASE else find(self.adapters, name)
+
+    def add_weighted_adapter(self, names: Sequence[str], weights: Sequence[float] | None, name: str) -> None:
+        """Add the weighted sum of adapters of equal options, parameter by parameter; not made active.
+
+        A learned table of the sum is the sum of the tables. Computed prompts are not the sum of the prompts:
+        they are products of parameters (norm, kernel, projection, projector), and attention and what follows
+        are not linear either. So it is a guess, as for the weights of any network: good for adapters that
+        were trained from the same start, to be checked on data for all others. The logits' heads are summed
+        too, so that the classes must be the same.
+
+        Args:
+            names: of the adapters.
+            weights: a factor for each; None for their mean.
+            name: of the new adapter.
+
+        Raises:
+            TypeError, ValueError: not a new name, no adapters, another number of weights, weights that are
+                not finite, or adapters of other options, shapes or classes; nothing is added.
+        """
+        if check_name(name) in self.adapters:
+            raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
+        summed = [find(self.adapters, each) for each in names]
+        state = weighted_state(dict(zip(names, summed, strict=True)), weights)
+        adapter = copy.deepcopy(summed[0])
+        adapter.metadata = {}
+        adapter.load_state_dict(state)
+        self.adapters[name] = adapter
+
+    # ---- files
+
+    def save_adapter(
+        self,
+        folder: str | PathLike[str],
+        name: str | None = None,
+        *,
+        metadata: dict[str, Any] | None = None,
+        class_names: Sequence[str] | None = None,
+        data_config: Mapping[str, Any] | None = None,
+        include_backbone: bool = False,
+    ) -> None:
+        """Write prompts and head of an adapter to ``folder``; see vapt_fast.adapters.save."""
+        adapters.save(
+            cast(Any, self),
+            folder,
+            name,
+            metadata=metadata,
+            class_names=class_names,
+            data_config=data_config,
+            include_backbone=include_backbone,
+        )
+
+    def load_adapter(
+        self,
+        folder: str | PathLike[str],
+        name: str | None = None,
+        *,
+        check_backbone: bool = True,
+        is_trainable: bool = False,
+    ) -> None:
+        """Read prompts and head from ``folder``; see vapt_fast.adapters.load."""
+        adapters.load(cast(Any, self), folder, name, check_backbone=check_backbone, is_trainable=is_trainable)
+
+    @classmethod
+    def from_adapter(
+        cls,
+        folder: str | PathLike[str],
+        *,
+        backbone: nn.Module | str | None = None,
+        weights: str | PathLike[str] | None = None,
+        check_backbone: bool = True,
+        backend: str | None = None,
+        backbone_precision: str | None = None,
+    ) -> Any:
+        """The model of the adapter in ``folder``, in eval mode; see vapt_fast.adapters.build."""
+        return adapters.build(
+            cast(Any, cls),
+            folder,
+            backbone=backbone,
+            weights=weights,
+            check_backbone=check_backbone,
+            backend=backend,
+            backbone_precision=backbone_precision,
+        )
+
+
+def _num_classes(heads: Mapping[str, nn.Module]) -> int:
+    """Return how many classes the first classifier tells apart, as far as it says so."""
+    return int(getattr(next(iter(heads.values())), "out_features", 0))
+
+
+def _prompt_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return keywords of PromptConfig; others are a TypeError."""
+    _, others = split_options(None, options)
+    if others:
+        raise TypeError(f"options must be those of PromptConfig, got {sorted(others)}")
+    zeros = {key: None for key in ("conv_kernel", "projector_dim") if options.get(key) == 0}
+    return {**options, **zeros}
+
+
+def check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:
+    """Raise ValueError for prompts that the backbone's pooling can't average."""
+    if config.pool_prompts and (global_pool not in AVERAGING or attention_pool):
+        raise ValueError(
+            f"pool_prompts=True needs a backbone with global_pool in {AVERAGING}, got {global_pool!r}"
+        )
