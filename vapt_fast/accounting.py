@@ -143,9 +143,14 @@ def _without_numbers(model: AdaptiveViT) -> AdaptiveViT:
 
 
 def _costs(model: AdaptiveViT, images: Tensor, backend: str) -> Costs:
+    def step() -> None:
+        logits = model.train()(images)
+        if logits.requires_grad:  # else nothing is trained
+            logits.sum().backward()
+
     with use_backend(backend):
-        forward = _operations(lambda: model.eval()(images).detach())
-        training = _operations(lambda: model.train()(images).sum().backward())
+        forward = _operations(lambda: model.eval()(images))
+        training = _operations(step)
         activations = _kept(model.train(), images)
     return Costs(*(number / len(images) for number in (forward, training, activations)))
 

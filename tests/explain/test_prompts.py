@@ -55,6 +55,20 @@ def test_blocks_without_prompts_have_none():
     assert [None if value is None else value.shape[1] for value in values] == [None, 2, None]
 
 
+def test_prompts_are_those_of_the_active_adapter():
+    model = model_of()
+    model.add_adapter("second", num_classes=4, kind="deep", num_prompts=5)
+    images = tiny_images(model)
+    assert model.prompt_values(images)[1].shape == (2, 3, 32)
+    model.set_adapter("second")
+    assert_same(
+        {"table": model.prompt_values(images)[1][0]}, {"table": model.prompts.blocks[1].table.detach()}
+    )
+    assert explain.prompt_maps(model, images) == {}
+    with model.disable_adapter():
+        assert model.prompt_values(images) == [None] * 3
+
+
 def test_tokens_that_enter_the_blocks():
     model = model_of()
     images = tiny_images(model)

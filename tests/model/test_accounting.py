@@ -142,6 +142,26 @@ def test_every_family_is_counted(name):
     assert costs.bare.training < costs.rewritten.training
 
 
+def test_the_active_adapter_is_counted():
+    model = tiny_model(VIT, prompts=PromptConfig(num_prompts=3)).float()
+    model.add_adapter("second", num_classes=4, kind="deep", num_prompts=5)
+    first = account(model, batch_size=1)
+    model.set_adapter("second")
+    second = account(model, batch_size=1)
+    assert first.backbone == second.backbone
+    assert (second.prompts, second.head) == (3 * 5 * 32, 4 * 33)
+    assert first.prompts == sum(p.numel() for p in model.adapters["default"].prompts.parameters())
+    with model.disable_adapter():
+        assert account(model, batch_size=1).prompts == 0
+
+
+def test_a_model_of_which_nothing_is_trained():
+    costs = account(tiny_model(VIT).float().requires_grad_(False), batch_size=1)
+    assert costs.gradients == costs.literal.activations == costs.rewritten.activations == 0
+    assert costs.literal.training == costs.literal.forward
+    assert costs.full.training > 2 * costs.full.forward
+
+
 def test_memory_of_a_step():
     model = tiny_model(VIT, prompts=PromptConfig(num_prompts=3)).float()
     costs = account(model, batch_size=4)
