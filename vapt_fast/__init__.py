@@ -1,6 +1,6 @@
 """Visual Adaptive Prompt Tuning (VAPT, arXiv 2501.18936) for frozen timm Vision Transformers."""
 
-from . import functional
+from . import explain, functional
 from . import registry as registry  # its import gives timm the names vapt_*
 from ._version import __version__
 from .adapters import AdapterError
@@ -19,6 +19,7 @@ __all__ = [
     "CudaGraphError",
     "PromptConfig",
     "__version__",
+    "explain",
     "from_official",
     "functional",
     "to_official",

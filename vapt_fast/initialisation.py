@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from . import backbones
 from .arguments import integer
-from .modules import call_within, weights_of
+from .modules import call_within, evaluating, weights_of
 
 if TYPE_CHECKING:
     from .model import AdaptiveViT
@@ -49,13 +49,8 @@ def init_from_data(
             f"kind {model.config.kind!r} with these options has no tables of prompt tokens; expected "
             "'deep', 'shallow', or 'adaptive' with static_depth > 0 or add_table=True"
         )
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
+    with evaluating(model):
         tokens = _sample(model, loader, sorted(tables), num_images, generator)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     centres = {i: _k_means(tokens[i], len(table), generator) for i, table in tables.items()}
     with torch.no_grad():
         for i, table in tables.items():

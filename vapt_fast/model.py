@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import adapters
+from . import adapters, explain
 from .adapters import Adapter, mixing
 from .arguments import integer, plain
 from .backbones import (
@@ -32,6 +32,7 @@ from .initialisation import init_from_data
 from .modules import call_within, weights_of
 from .ops.backend import BACKENDS, check_backend, resolve
 from .peft_api import DEFAULT_ADAPTER, AdapterModel, check_pooling
+from .prompts import KeysValues
 from .source import backbone_source, check_state_names
 from .timm_api import normed_tokens
 
@@ -293,6 +294,10 @@ class AdaptiveViT(AdapterModel):
 
         prompts = self.prompts if prompts is None else prompts
         return prompts(images, within_prompts)
+
+    def prompt_values(self, images: Tensor) -> list[Tensor | KeysValues | None]:
+        """The prompts of each block for these images; see vapt_fast.explain.prompt_values."""
+        return explain.prompt_values(self, images)
 
     def check_images(self, images: Tensor) -> None:
         """Raise TypeError or ValueError for images that ``forward`` can't take."""

@@ -11,7 +11,8 @@ import copy
 import operator
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Generic, SupportsIndex, TypeVar
 from weakref import WeakKeyDictionary
@@ -42,6 +43,7 @@ __all__ = [
     "call_within",
     "class_of",
     "enclosing",
+    "evaluating",
     "has_global_hooks",
     "has_user_hooks",
     "has_weight_hooks",
@@ -244,6 +246,18 @@ def weights_of(module: nn.Module, most: int | None = None) -> list[Tensor]:
         if most is not None and len(found) >= most:
             return found[:most]
     return found
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Have ``module`` in eval mode within the ``with`` block; then each part gets its own mode back."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
 
 
 class Once(Generic[Answer]):

@@ -3,13 +3,10 @@
 import importlib.util
 
 import pytest
-import torch
 from command import error_of
 
-from vapt_fast import PromptConfig
 from vapt_fast.demo.experiment import Experiment, run_experiment
-from vapt_fast.demo.picture import draw, prompt_maps
-from vapt_fast.training import build_model
+from vapt_fast.demo.picture import draw
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "sklearn"])
@@ -42,20 +39,3 @@ def test_experiment_and_picture(tmp_path):
         assert 0 < outcome.mean < 1
     draw(outcomes, tmp_path / "vapt-10", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.parametrize("conv", [{}, {"conv_kernel": None}, {"conv_kernel": 3, "conv_padding": 1}])
-def test_prompt_maps_are_of_the_right_patches(conv):
-    """A projection that looks at one place gives a map that is zero out of the convolution's reach."""
-    model = build_model("vapt", "vit_digits_patch4_32", 5, prompts=PromptConfig(num_prompts=2, **conv)).eval()
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for block in model.prompts.blocks[1:]:
-            block.token_projection.weight[:, 10] = 1.0
-    maps = prompt_maps(model, torch.randn(3, 3, 32, 32))
-    reach = 1 if model.config.conv_kernel is None else model.config.conv_kernel**2
-    assert sorted(maps) == [1, 2, 3]
-    for strength in maps.values():
-        assert strength.shape == (3, 8, 8)
-        assert torch.allclose(strength.sum((1, 2)), torch.ones(3))
-        assert ((strength > 0).flatten(1).sum(1) == reach).all()

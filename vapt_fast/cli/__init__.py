@@ -1,4 +1,4 @@
-"""The command ``vapt-fast``: train, predict, evaluate, export, serve, demo, bench, info; timm's scripts."""
+"""The command ``vapt-fast`` and its subcommands; timm's scripts among them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .._version import __version__
 from .bench import bench
 from .demo import demo
 from .evaluate import evaluate
+from .explain import explain
 from .export import export
 from .info import info
 from .predict import predict
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, evaluate, export, serve, demo, bench, info, timm_adapter):
+for command in (train, predict, evaluate, explain, export, serve, demo, bench, info, timm_adapter):
     app.command()(command)
 # Whatever comes after the script's name is the script's, its --help too.
 app.command(context_settings={"allow_interspersed_args": False})(timm)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import Field, fields
 from typing import Annotated, Any, Literal, get_type_hints
 
@@ -28,11 +28,12 @@ _METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "ful
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
 
-def with_run_options(command: Callable) -> inspect.Signature:
-    """Return the signature of ``command``, with ARGUMENTS in place of its ``**given``."""
+def with_run_options(command: Callable, leave_out: Collection[str] = ()) -> inspect.Signature:
+    """Return the signature of ``command``, with ARGUMENTS but for some in place of its ``**given``."""
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    return signature.replace(parameters=[*own, *(_parameter(name, *of) for name, of in ARGUMENTS.items())])
+    added = [_parameter(name, *of) for name, of in ARGUMENTS.items() if name not in leave_out]
+    return signature.replace(parameters=[*own, *added])
 
 
 def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:

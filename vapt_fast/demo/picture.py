@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch import Tensor
 
-from .. import functional
+from ..explain import prompt_maps
 from ..files import write_atomically
 from ..model import AdaptiveViT
-from ..prompts import AdaptivePrompts
 from ..training import METHODS, eval_transform, load_model
 from .digits import NEW_DIGITS, digit_images
 from .experiment import Outcome
@@ -20,39 +18,7 @@ from .experiment import Outcome
 if TYPE_CHECKING:
     from matplotlib.figure import SubFigure
 
-__all__ = ["draw", "prompt_maps"]
-
-
-@torch.no_grad()
-def prompt_maps(model: AdaptiveViT, images: Tensor) -> dict[int, Tensor]:
-    """Measure how much each patch of each image shapes the prompts of every adaptive block.
-
-    The prompts before the projector are t = M z, with M the projection over positions and the convolution in
-    one matrix and z the normalised patch tokens. Moving patch n to the average patch of its image changes t
-    by the norm |M[:, n]| * |z_n - mean z|. That is the map.
-
-    Args:
-        model: with adaptive prompts and, if any, a shared convolution.
-        images: (B, 3, height, width), as the model takes them.
-
-    Returns:
-        By the block's index, maps (B, H, W) over the patch grid, each with a sum of 1.
-    """
-    config, maps = model.config, {}
-    adaptive = [
-        i for i, block in enumerate(model.prompts.blocks) if isinstance(block, AdaptivePrompts) and i > 0
-    ]
-    entering = model.forward_intermediates(images, [i - 1 for i in adaptive], intermediates_only=True)
-    for index, tokens in zip(adaptive, entering, strict=True):
-        block = cast(AdaptivePrompts, model.prompts.blocks[index])
-        kernel = None if block.kernel is None else block.kernel.flatten(0, 1)
-        matrix = functional.prompt_matrices(
-            block.token_projection.weight[None], kernel, model.grid, padding=config.conv_padding
-        )[0]
-        z = block.norm(tokens.flatten(2).transpose(1, 2))
-        strength = matrix.norm(dim=0) * (z - z.mean(1, keepdim=True)).norm(dim=2)
-        maps[index] = (strength / strength.sum(1, keepdim=True)).unflatten(1, model.grid)
-    return maps
+__all__ = ["draw"]
 
 
 def draw(outcomes: list[Outcome], vapt_folder: Path, path: Path) -> None:
@@ -104,7 +70,9 @@ def _draw_maps(figure: SubFigure, vapt_folder: Path) -> None:
     shown = [digits[labels.index(digit)] for digit in NEW_DIGITS]
     transform = eval_transform(metadata["data_config"])
     pixels = torch.stack([transform(image) for image in shown])
-    maps = prompt_maps(cast(AdaptiveViT, model), pixels)
+    with torch.no_grad():
+        of_prompts = prompt_maps(cast(AdaptiveViT, model), pixels)
+    maps = {index: each.norm(dim=1) for index, each in of_prompts.items()}
     axes = figure.subplots(len(maps) + 1, len(shown), squeeze=False)
     for column in range(len(shown)):
         gray = pixels[column].mean(0).numpy()

@@ -7,6 +7,7 @@ same function, rewritten to be cheap.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..backbones.blocks import StandardBlock, split_block
 from ..modules import call_within
 from ..prompts import KeysValues, Prompts
 
-__all__ = ["add_branch", "forward_tokens", "insert", "rotate", "score_bias"]
+__all__ = ["add_branch", "attention_inputs", "forward_tokens", "insert", "rotate", "score_bias"]
 
 
 def forward_tokens(
@@ -34,6 +35,7 @@ def forward_tokens(
     num_blocks: int | None = None,
     taps: dict[int, Tensor] | None = None,
     checkpointing: bool = False,
+    observe: Callable[[int, Tensor, Positions, Any], None] | None = None,
 ) -> tuple[Tensor, int]:
     """All tokens after the last block, before the final norm.
 
@@ -45,6 +47,8 @@ def forward_tokens(
         num_blocks: run only this many first blocks.
         taps: the tokens (B, T, C) after block i, without prompts, are stored under each key i that is there.
         checkpointing: recompute each block in the backward pass instead of keeping its activations.
+        observe: called before each block with its index, the tokens that enter it (prompts among them), their
+            positions, and its own prompts: tokens, KeysValues or None.
 
     Returns:
         tokens (B, S + Q + N, C) and Q, the number of prompt tokens they hold after the S prefix tokens.
@@ -65,6 +69,8 @@ def forward_tokens(
             elif given is not None:
                 tokens, count = insert(tokens, given, start), given.shape[1]
             arguments = (model, index, tokens, positions.with_extra(travelling + count))
+            if observe is not None:
+                observe(*arguments[1:], given)
             tokens = checkpoint(call, *arguments, use_reentrant=False) if checkpointing else call(*arguments)
             if count and prompts.travels(index, depth):
                 travelling += count
@@ -93,27 +99,50 @@ def _call_block_with(
     attention's bias is zero for them.
     """
     parts = split_block(model.blocks[index])
-    block, num_prefix = parts.block, model.num_prefix_tokens
-    normed = block.norm1(tokens)
+    block = parts.block
+    inputs = attention_inputs(parts, index, block.norm1(tokens), positions, model.num_prefix_tokens, given)
+    q, k, v, bias, scale = inputs
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+    tokens = add_branch(tokens, *parts.finish_attention(out.transpose(1, 2).flatten(2)))
+    return add_branch(tokens, *parts.scaled(block.mlp(block.norm2(tokens)), 2))
+
+
+def attention_inputs(
+    parts: StandardBlock,
+    index: int,
+    normed: Tensor,
+    positions: Positions,
+    num_prefix: int,
+    given: KeysValues | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
+    """Return what the attention of block ``index`` computes with, for softmax(scale * q k^T + bias) v.
+
+    Args:
+        parts: the block.
+        index: its number.
+        normed: (B, T, C), all tokens after norm1, prompts among them.
+        positions: where they are.
+        num_prefix: the number of prefix tokens, without prompts.
+        given: K further keys and values.
+
+    Returns:
+        q (B, h, T, d), k and v (B, h, T + K, d); bias (1, h, T, T + K) or None; scale.
+    """
     q, k, v, *_ = parts.project(normed, normed[:1, :0], None)
     q = q if parts.q_norm is None else parts.q_norm(q)
     k = k if parts.k_norm is None else parts.k_norm(k)
     rope = positions.patch_rope(index)
     if rope is not None:
         q, k = (rotate(parts, x, rope, num_prefix + positions.num_extra).type_as(v) for x in (q, k))
-    keys, values = (torch.unflatten(x, -1, (parts.num_kv_heads, -1)).type_as(v) for x in given)
-    k, v = (torch.cat([x, new.expand(len(x), -1, -1, -1)], dim=1) for x, new in ((k, keys), (v, values)))
     bias = score_bias(parts, positions, num_prefix, None)
-    if bias is not None:
-        bias = F.pad(bias, (0, keys.shape[1])).type_as(v)
+    if given is not None:
+        new = [torch.unflatten(x, -1, (parts.num_kv_heads, -1)).type_as(v) for x in given]
+        k, v = (torch.cat([x, y.expand(len(x), -1, -1, -1)], dim=1) for x, y in zip((k, v), new, strict=True))
+        bias = None if bias is None else F.pad(bias, (0, new[0].shape[1]))
     repeats = parts.num_heads // parts.num_kv_heads
-    q, k, v = (
-        x.transpose(1, 2) for x in (q, k.repeat_interleave(repeats, 2), v.repeat_interleave(repeats, 2))
-    )
-    scale = parts.softmax_scale(q.shape[-1])
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-    tokens = add_branch(tokens, *parts.finish_attention(out.transpose(1, 2).flatten(2)))
-    return add_branch(tokens, *parts.scaled(block.mlp(block.norm2(tokens)), 2))
+    k, v = (x.repeat_interleave(repeats, 2) for x in (k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return q, k, v, None if bias is None else bias.type_as(v), parts.softmax_scale(q.shape[-1])
 
 
 def add_branch(tokens: Tensor, branch: Tensor, layer_scale: Tensor | None) -> Tensor:

@@ -201,6 +201,19 @@ class AdaptivePrompts(BlockPrompts):
 
     # ---- rewritten
 
+    def pooling_matrix(self) -> Tensor:
+        """Return the convolution and the projection over positions as one matrix, in float32 at least.
+
+        Returns:
+            M of (P, N, 1), or (P, N, C) with a kernel for each channel: the prompts before the projector are
+            t[p, c] = sum_n M[p, n, c] z[n, c] + bias[p]. Differentiable in the weights.
+        """
+        (matrix,) = _matrices([self], self.token_projection.weight.dtype)
+        if self.kernel is None or self.config.conv_shared:
+            return matrix.unsqueeze(-1)
+        by_shift = torch.unflatten(matrix, 0, (-1, self.num_prompts))
+        return torch.einsum("spn,cs->pnc", by_shift, self.kernel.flatten(1).to(matrix.dtype))
+
     def can_pool(self, projector: Any) -> bool:
         """Whether the prompts can be pooled from the tokens, because all weights may be read."""
         return _can_read_shared(projector) and _can_read(self)

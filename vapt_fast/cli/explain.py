@@ -1,0 +1,52 @@
+"""``vapt-fast explain``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..explain import explain_picture
+from ..files import write_atomically
+from ..model import AdaptiveViT
+from ..training import UserError, load_model, open_image
+from ..training.run import check_backend
+from . import options
+from .console import failures, pick_device, say
+
+__all__ = ["explain"]
+
+
+def explain(
+    adapter: options.Adapter,
+    image: Annotated[Path, typer.Argument(help="Image file.")],
+    output: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("explanation.png"),
+    target: Annotated[
+        str | None, typer.Option(help="Name of the class to explain (default: the one that is predicted).")
+    ] = None,
+    device: options.Device = "auto",
+    backbone: options.AdapterBackbone = None,
+    weights: options.AdapterWeights = None,
+    backend: options.Backend = None,
+) -> None:
+    """Draw what a trained model looks at in an image, and what its prompts have to do with it."""
+    with failures():
+        check_backend(backend, "--backend")
+        device = pick_device(device)
+        model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
+        if not isinstance(model, AdaptiveViT):
+            raise UserError(
+                f"{adapter} holds a model without prompts, trained by full fine-tuning; expected an adapter"
+            )
+        names = metadata["class_names"]
+        if target is not None and target not in names:
+            raise UserError(f"--target must be one of the classes {', '.join(names)}, got {target!r}")
+        picture = explain_picture(
+            model.to(device),
+            open_image(image),
+            None if target is None else names.index(target),
+            class_names=names,
+        )
+        write_atomically(output, picture)
+    say(f"wrote {output}")
