@@ -11,7 +11,7 @@ from tiny import tiny_backbone, tiny_images
 
 from vapt_fast import AdapterError, AdaptiveViT, PromptConfig
 from vapt_fast.adapters import BASE as BASE_NAME
-from vapt_fast.adapters import MissingHead
+from vapt_fast.adapters import MissingHead, file
 
 THREE = {name: STACKABLE[name] for name in ("default", "more", "deep")}
 
@@ -247,6 +247,28 @@ def test_a_wrong_file_changes_nothing(name, tmp_path):
         model.load_adapter(tmp_path, name)
     assert list(model.adapters) == list(THREE)
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_prompts": 10**9}, {"projector_dim": 10**9}, {"num_classes": 10**9}]
+)
+def test_a_config_that_asks_for_more_than_the_file_has(option, tmp_path):
+    """It costs no memory: what an adapter says is a stranger's."""
+    model = make_model()
+    model.save_adapter(tmp_path)
+    saved = file.read(tmp_path)
+    config = {
+        "class_names": None,
+        **{key: saved.config[key] for key in ("backbone", "prompts", "data", "metadata")},
+    }
+    config["prompts"] |= {key: value for key, value in changes.items() if key != "num_classes"}
+    config["backbone"] |= {key: value for key, value in changes.items() if key == "num_classes"}
+    file.write(tmp_path, config, saved.tensors, None)
+    with pytest.raises(AdapterError, match="its config makes it"):
+        model.load_adapter(tmp_path, "new")
+    with pytest.raises(AdapterError, match="does not fit the model"):
+        model.load_adapter(tmp_path)
+    assert list(model.adapters) == ["default"]
 
 
 def test_another_size_is_that_of_all_adapters():

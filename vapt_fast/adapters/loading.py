@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..names import create_backbone
 from ..ops.backend import BackendUnavailableError
+from ..prompts import Prompts
 from ..source import HEADS, LOCAL_ARGS, is_local, load_weights
 from .checks import backbone_problems, head_problems, prompt_problems, tensor_problems
 from .file import AdapterError, AdapterFile, read, read_backbone, unreadable
@@ -79,10 +80,25 @@ def new_adapter(model: AdaptiveViT, file: AdapterFile) -> Adapter:
     Raises:
         AdapterError: its tensors don't fit.
     """
+    _raise_misfit(file, _size_problems(model, file))
     adapter = model.make_adapter(file.prompts, file.num_classes)
     _raise_misfit(file, tensor_problems(model, adapter, file))
     _copy(model, adapter, file)
     return adapter
+
+
+def _size_problems(model: AdaptiveViT, file: AdapterFile) -> Iterator[str]:
+    """Yield where the config asks for other tensors than there are: for more, maybe, than there is room."""
+    with torch.device("meta"):
+        prompts = Prompts(file.prompts, model._geometry())
+    shapes: dict[str, Any] = {f"prompts.{name}": value.shape for name, value in prompts.state_dict().items()}
+    if file.num_classes:
+        shapes |= {f"{name}.weight": (file.num_classes, None) for name in model.find_adapter(BASE).head_names}
+    for name, shape in shapes.items():
+        found = file.tensors.get(name)
+        if found is None or any(n not in (m, None) for m, n in zip(found.shape, shape, strict=False)):
+            size = "missing" if found is None else f"shape {tuple(found.shape)}"
+            yield f"{name}: {size}, its config makes it {tuple(shape)}"
 
 
 def build(
