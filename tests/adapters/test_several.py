@@ -249,9 +249,7 @@ def test_a_wrong_file_changes_nothing(name, tmp_path):
     assert all(value.equal(before[key]) for key, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    "changes", [{"num_prompts": 10**9}, {"projector_dim": 10**9}, {"num_classes": 10**9}]
-)
+@pytest.mark.parametrize("option", ["num_prompts", "projector_dim", "num_classes"])
 def test_a_config_that_asks_for_more_than_the_file_has(option, tmp_path):
     """It costs no memory: what an adapter says is a stranger's."""
     model = make_model()
