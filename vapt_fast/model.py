@@ -442,8 +442,12 @@ class AdaptiveViT(TimmModel):
         )
 
 
+def _logits(model: AdaptiveViT, images: Tensor, backend: str) -> Tensor:
+    return model._logits(images, backend)
+
+
 # By backend: the function that a CUDA graph is made of.
-_LOGITS = {name: partial(AdaptiveViT._logits, backend=name) for name in BACKENDS}
+_LOGITS = {name: partial(_logits, backend=name) for name in BACKENDS}
 
 
 def _check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -23,12 +23,23 @@ class Score:
     """The accuracy and the loss of a model on a data set.
 
     Attributes:
-        accuracy: share of the images whose class is named right, 0 to 1.
+        accuracy: share of the images whose class is named right, 0 to 1; of the pixels in segmentation.
         loss: mean cross-entropy, nats.
+        mean_iou: of segmentation, the mean intersection over union of the classes, 0 to 1.
     """
 
     accuracy: float
     loss: float
+    mean_iou: float | None = None
+
+    @property
+    def merit(self) -> float:
+        """What validation chooses by: ``mean_iou`` where there is one, else ``accuracy``."""
+        return self.accuracy if self.mean_iou is None else self.mean_iou
+
+    def entries(self, split: str) -> dict[str, float]:
+        """Return what files of a run keep: ``validation_accuracy``, ``validation_loss``, ..."""
+        return {f"{split}_{name}": value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
