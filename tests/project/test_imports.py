@@ -23,6 +23,7 @@ LAYERS = [
     {"adapters", "creation", "initialisation", "timm_api", "model", "official", "registry"},
     {"export", "info"},
     {"training", "benchmark", "demo"},
+    {"tasks"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -12,13 +12,15 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from ..tasks.segmentation import Segmenter
 from ..training import UserError, eval_transform, load_model, open_image
 from ..training.images import IMAGE_EXTENSIONS
 from ..training.run import check_backend
 from . import options
 from .console import cell, failures, out, pick_device, say, status
+from .segment import predict_masks, show_masks
 
-__all__ = ["predict"]
+__all__ = ["image_files", "predict"]
 
 
 def predict(
@@ -26,6 +28,9 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     as_json: options.AsJson = False,
     top: Annotated[int, typer.Option(min=1, help="How many classes to name for each image.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for masks and overlays, of a model for segmentation.")
+    ] = None,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     backbone: options.AdapterBackbone = None,
@@ -33,7 +38,7 @@ def predict(
     backend: options.Backend = None,
     backbone_precision: options.BackbonePrecision = None,
 ) -> None:
-    """Name the class of images with a trained model.
+    """Name the class of images with a trained model, or of each pixel with a model for segmentation.
 
     Files that are no images are reported and left out; the exit code is then 2.
     """
@@ -43,19 +48,28 @@ def predict(
         model, metadata = load_model(
             adapter, backend, backbone=backbone, weights=weights, backbone_precision=backbone_precision
         )
-        paths = _image_files(images)
-        predictions, errors = _predict(model.to(device), metadata, paths, top, batch_size, device)
+        paths = image_files(images)
+        show = _print_table
+        if isinstance(model, Segmenter):
+            if output is None:
+                raise UserError("--output is missing: the model is for segmentation and writes pictures")
+            predictions, errors = predict_masks(model.to(device), metadata, paths, output, batch_size)
+            show = show_masks
+        elif output is not None:
+            raise UserError("--output is for models for segmentation, and this one names the class of images")
+        else:
+            predictions, errors = _predict(model.to(device), metadata, paths, top, batch_size, device)
     if as_json:
         print(json.dumps(predictions, indent=2))
     else:
-        _print_table(predictions)
+        show(predictions)
     for error in errors:
         say(f"error: {error}", status, "red")
     if errors:
         raise typer.Exit(2)
 
 
-def _image_files(given: list[Path]) -> list[Path]:
+def image_files(given: list[Path]) -> list[Path]:
     """Return the files themselves, and the images in the folders, sorted."""
     paths: list[Path] = []
     for path in given:

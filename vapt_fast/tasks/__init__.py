@@ -1,1 +1,1 @@
-"""Tasks besides classification: segmentation and retrieval. Each is a package of its own, imported by name."""
+"""Tasks besides classification: segmentation and retrieval. Each is imported by its name."""

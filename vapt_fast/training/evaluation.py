@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -50,15 +50,17 @@ class Evaluation:
         class_names: of the model, by index.
         confusion: (C, C), int64: how many images of the row's class were taken for the column's.
         loss: mean cross-entropy, nats.
+        unit: what is counted.
     """
 
     class_names: tuple[str, ...]
     confusion: Tensor
     loss: float
+    unit: ClassVar[str] = "images"
 
     @property
     def num_images(self) -> int:
-        """The number of images."""
+        """The number of images, or whatever else the unit is."""
         return int(self.confusion.sum())
 
     @property
@@ -93,12 +95,12 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON takes it."""
         return {
-            "images": self.num_images,
+            self.unit: self.num_images,
             "accuracy": self.accuracy,
             "mean_class_accuracy": self.mean_class_accuracy,
             "loss": self.loss if math.isfinite(self.loss) else None,
             "classes": [
-                {"class": name, "images": count, "accuracy": accuracy}
+                {"class": name, self.unit: count, "accuracy": accuracy}
                 for name, count, accuracy in self.by_class
             ],
             "confusion": self.confusion.tolist(),

@@ -34,7 +34,7 @@ class LabelledImages(Protocol):
 def in_memory(dataset: LabelledImages) -> TensorDataset:
     """Return a data set with all images decoded and transformed once, by transforms that draw nothing."""
     images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
-    return TensorDataset(torch.stack(images), default_collate(labels))
+    return TensorDataset(torch.stack(images), default_collate(list(labels)))
 
 
 class Batches:

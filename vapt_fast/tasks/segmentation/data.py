@@ -57,7 +57,7 @@ class Preparation:
         self.size: tuple[int, int] = (size[0], size[1])
         self._interpolation = InterpolationMode(config["interpolation"])
         self._random_scale = augmentation.kind == "random-resized-crop"
-        self._crop = v2.Compose(self._crops(config["mean"], augmentation) if training else [])
+        self._crop = v2.Compose([*self._crops(config["mean"], augmentation)]) if training else None
         self._normalise = v2.Compose(
             [
                 *([v2.Grayscale()] if channels == 1 else []),
@@ -66,7 +66,6 @@ class Preparation:
                 v2.Normalize(config["mean"], config["std"]),
             ]
         )
-        self._training = training
 
     def _crops(self, mean: Sequence[float], augmentation: Augmentation) -> Iterator[Any]:
         if augmentation.kind in ("none", "flip"):
@@ -86,7 +85,7 @@ class Preparation:
 
     def __call__(self, image: Image.Image, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Return an image (C, H, W) and labels, of the same size in training, else (h, w) as given."""
-        if not self._training:
+        if self._crop is None:
             return self.image(image), labels
         scale = float(torch.empty(()).uniform_(*_SCALES)) if self._random_scale else 1.0
         image = self._resized(image, scale)
@@ -107,7 +106,7 @@ class MaskedImages:
     Args:
         files: pairs of an image's path and its mask's.
         prepare: makes the tensors of an image and its labels (h, w).
-        num_classes: labels must be below; None if that is unknown yet.
+        num_classes: labels must be below.
         reduce_zero_label: 0 in masks is no class, and all others are one less.
     """
 
@@ -115,7 +114,7 @@ class MaskedImages:
         self,
         files: Sequence[tuple[Path, Path]],
         prepare: Callable[[Image.Image, Tensor], tuple[Tensor, Tensor]],
-        num_classes: int | None = None,
+        num_classes: int,
         reduce_zero_label: bool = False,
     ) -> None:
         self.files = list(files)
@@ -142,11 +141,12 @@ class MaskedImages:
                 f"{printable(mask_path)} must be of its image's size, {image.width}x{image.height} pixels, "
                 f"got {labels.shape[1]}x{labels.shape[0]}"
             )
-        top = int(labels.max())
-        if self._num_classes is not None and top >= self._num_classes:
+        known = labels[labels != IGNORED]
+        wrong = known[(known < 0) | (known >= self._num_classes)]
+        if len(wrong):
             raise UserError(
-                f"{printable(mask_path)} has pixels of class {top}, but there are {self._num_classes} classes; "
-                f"expected 0 to {self._num_classes - 1}, and 255 for what has no label"
+                f"{printable(mask_path)} has pixels of class {int(wrong[0])}, but there are "
+                f"{self._num_classes} classes; expected 0 to {self._num_classes - 1}, and 255 for no label"
             )
         return image, labels
 
@@ -165,7 +165,7 @@ def open_mask(path: Path, reduce_zero_label: bool = False) -> Tensor:
         with open(path, "rb") as file, Image.open(file) as image:
             numbers = np.array(image)
     except OSError as error:
-        raise UserError(f"{printable(path)} can't be read as a mask: {printable(error)}") from error
+        raise UserError(f"{printable(path)} can't be read as a mask: {printable(str(error))}") from error
     if numbers.ndim != 2 or numbers.dtype.kind not in "biu":
         raise UserError(
             f"{printable(path)} must have one channel of integers, the numbers of classes, got "
@@ -188,9 +188,9 @@ def mask_splits(
 ) -> Splits:
     """Open the images and masks of a folder with ``train/``, and ``val/`` and ``test/`` if there are any.
 
-    Each has ``images/`` and ``masks/``, with a mask for every image: the same path but for the ending, ``.png``
-    or another. ``classes.txt`` in ``root`` names the classes, one a line; without it they are numbered, up to
-    the largest number in the training masks. Without ``val/``, a share of ``train/`` is split off.
+    Each has ``images/`` and ``masks/``, with a mask for every image: the same path but for the ending
+    (``.png``, ...). ``classes.txt`` in ``root`` names the classes, one a line; without it they are numbered,
+    up to the largest number in the training masks. Without ``val/``, a share of ``train/`` is split off.
 
     Args:
         root: the folder.
@@ -234,7 +234,9 @@ def mask_splits(
         for name, part in parts.items()
         if part is not None
     }
-    return Splits(class_names, cast(Any, parts["train"]), cast(Any, parts["validation"]), parts["test"], files)
+    return Splits(
+        class_names, cast(Any, parts["train"]), cast(Any, parts["validation"]), parts["test"], files
+    )
 
 
 def split_data(

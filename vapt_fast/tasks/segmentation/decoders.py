@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DECODERS", "Decoder", "DPTDecoder", "LinearDecoder", "PUPDecoder"]
+from ...training.options import DECODER_NAMES
+
+__all__ = ["DECODERS", "DPTDecoder", "Decoder", "LinearDecoder", "PUPDecoder"]
 
 CHANNELS = 256  # of PUP's convolutions and of what DPT fuses, as published
 
@@ -93,7 +96,7 @@ class PUPDecoder(Decoder):
                     nn.ReLU(inplace=True),
                     nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False),
                 )
-                for width_in, width_out in zip(widths, widths[1:], strict=False)
+                for width_in, width_out in pairwise(widths)
             )
         )
         self.classifier = nn.Conv2d(widths[-1], num_classes, kernel_size=1)
@@ -124,8 +127,8 @@ class DPTDecoder(Decoder):
             from segmentation_models_pytorch.decoders.dpt import decoder as smp
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                "the decoder 'dpt' is that of segmentation_models_pytorch, which is not installed; install it "
-                "with: pip install 'vapt_fast[segmentation]'"
+                "the decoder 'dpt' needs segmentation_models_pytorch, which is not installed; "
+                "install it with: pip install 'vapt_fast[segmentation]'"
             ) from error
         if num_taps != self.NUM_TAPS:
             raise ValueError(f"taps must be {self.NUM_TAPS} blocks for the decoder 'dpt', got {num_taps}")
@@ -154,7 +157,9 @@ class DPTDecoder(Decoder):
         return self.classifier(self.fusion(patches, prefixes))
 
 
-DECODERS: dict[str, type[Decoder]] = {"linear": LinearDecoder, "pup": PUPDecoder, "dpt": DPTDecoder}
+DECODERS: dict[str, type[Decoder]] = dict(
+    zip(DECODER_NAMES, (LinearDecoder, PUPDecoder, DPTDecoder), strict=True)
+)
 """The decoders by name."""
 
 

@@ -30,11 +30,13 @@ def confusion_matrix(predicted: Tensor, labels: Tensor, num_classes: int, ignore
         ValueError: another shape, or a class out of range.
     """
     if predicted.shape != labels.shape:
-        raise ValueError(f"predicted must be of the labels' shape {tuple(labels.shape)}, got {tuple(predicted.shape)}")
+        raise ValueError(
+            f"predicted must be of the labels' shape {tuple(labels.shape)}, got {tuple(predicted.shape)}"
+        )
     counted = labels != ignored
     true, taken = labels[counted].long(), predicted[counted].long()
     for name, classes in (("labels", true), ("predicted", taken)):
-        if classes.numel() and not (0 <= int(classes.min()) and int(classes.max()) < num_classes):
+        if classes.numel() and not (int(classes.min()) >= 0 and int(classes.max()) < num_classes):
             raise ValueError(
                 f"{name} must be classes from 0 to {num_classes - 1}, or {ignored} (ignored) in labels, got "
                 f"some from {int(classes.min())} to {int(classes.max())}"
@@ -53,12 +55,16 @@ class PixelEvaluation(Evaluation):
         loss: mean cross-entropy, nats.
     """
 
+    unit = "pixels"
+
     @property
     def ious(self) -> list[float | None]:
         """The intersection over union TP / (TP + FP + FN) of each class; None of one that appears nowhere."""
         hits = self.confusion.diagonal()
         unions = self.confusion.sum(0) + self.confusion.sum(1) - hits
-        return [hit / union if union else None for hit, union in zip(hits.tolist(), unions.tolist(), strict=True)]
+        return [
+            hit / union if union else None for hit, union in zip(hits.tolist(), unions.tolist(), strict=True)
+        ]
 
     @property
     def mean_iou(self) -> float:
@@ -68,10 +74,6 @@ class PixelEvaluation(Evaluation):
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON takes it."""
-        content = super().as_dict()
-        classes = [
-            {"class": entry["class"], "pixels": entry["images"], "accuracy": entry["accuracy"], "iou": iou}
-            for entry, iou in zip(content["classes"], self.ious, strict=True)
-        ]
-        pixels = {"pixels": content.pop("images"), "mean_iou": self.mean_iou}
-        return {**pixels, **content, "classes": classes}
+        content = {"mean_iou": self.mean_iou, **super().as_dict()}
+        classes = zip(content["classes"], self.ious, strict=True)
+        return content | {"classes": [entry | {"iou": iou} for entry, iou in classes]}

@@ -13,12 +13,10 @@ from ...adapters import Adapter, AdapterError, build, read_config
 from ...arguments import choice, integer
 from ...backbones import patch_size
 from ...model import DEFAULT_ADAPTER, AdaptiveViT
+from ...training.saved import SEGMENTATION
 from .decoders import DECODERS, resized
 
-__all__ = ["METADATA_KEY", "Segmenter"]
-
-METADATA_KEY = "segmentation"
-"""Where an adapter's metadata have the decoder and its taps."""
+__all__ = ["Segmenter"]
 
 
 class Segmenter(AdaptiveViT):
@@ -132,7 +130,7 @@ class Segmenter(AdaptiveViT):
         The metadata have the decoder's name and its taps beside what the user gives.
         """
         own = self.adapter_metadata if metadata is None else metadata
-        super().save_adapter(folder, metadata={**own, METADATA_KEY: self._described()}, **options)
+        super().save_adapter(folder, metadata={**own, SEGMENTATION: self._described()}, **options)
 
     def load_adapter(self, folder: str | PathLike[str], *, check_backbone: bool = True) -> None:
         """Read prompts and decoder from ``folder``; arguments as for AdaptiveViT.
@@ -144,7 +142,7 @@ class Segmenter(AdaptiveViT):
         if described != self._described():
             raise AdapterError(
                 f"the adapter in {folder} does not fit the model",
-                [f"{METADATA_KEY}: the adapter has {described}, the model {self._described()}"],
+                [f"{SEGMENTATION}: the adapter has {described}, the model {self._described()}"],
             )
         super().load_adapter(folder, check_backbone=check_backbone)
 
@@ -165,11 +163,11 @@ class Segmenter(AdaptiveViT):
 
 def _description(folder: str | PathLike[str]) -> dict[str, Any]:
     """Return the decoder and the taps of the adapter in ``folder``."""
-    described = read_config(folder)["metadata"].get(METADATA_KEY)
+    described = read_config(folder)["metadata"].get(SEGMENTATION)
     if not isinstance(described, dict) or described.keys() != {"decoder", "taps"}:
         raise AdapterError(
             f"the adapter in {folder} is none of a Segmenter",
-            [f"its metadata have no {METADATA_KEY!r} with decoder and taps; try AdaptiveViT.from_adapter"],
+            [f"its metadata have no {SEGMENTATION!r} with decoder and taps; try AdaptiveViT.from_adapter"],
         )
     return described
 
