@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torchvision import tv_tensors
@@ -89,8 +90,7 @@ class Preparation:
             return self.image(image), labels
         scale = float(torch.empty(()).uniform_(*_SCALES)) if self._random_scale else 1.0
         image = self._resized(image, scale)
-        mask = v2.functional.resize(tv_tensors.Mask(labels), [image.height, image.width])
-        image, mask = self._crop(image, mask)
+        image, mask = self._crop(image, tv_tensors.Mask(_nearest(labels, (image.height, image.width))))
         return cast(Tensor, self._normalise(image)), cast(Tensor, mask).as_subclass(Tensor)
 
     def _resized(self, image: Image.Image, scale: float = 1.0) -> Image.Image:
@@ -98,6 +98,14 @@ class Preparation:
         scale *= max(height / image.height, width / image.width)
         size = [round(image.height * scale), round(image.width * scale)]
         return cast(Image.Image, v2.functional.resize(image, size, interpolation=self._interpolation))
+
+
+def _nearest(labels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Return labels (H, W) resized as Pillow does, each from the pixel that is nearest to its centre.
+
+    torchvision resizes masks by the pixel above and to the left.
+    """
+    return F.interpolate(labels[None, None].double(), size, mode="nearest-exact")[0, 0].long()
 
 
 class MaskedImages:
