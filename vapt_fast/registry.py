@@ -74,7 +74,8 @@ def _entrypoint(name: str) -> Callable[..., AdaptiveViT | FeatureGetterNet]:
 
 def _features_of(model: AdaptiveViT, out_indices: int | Sequence[int]) -> FeatureGetterNet:
     """Return the model as timm's ``features_only`` has it: without head and what follows the last index."""
-    features = FeatureGetterNet(model, out_indices=out_indices)
+    indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
+    features: Any = FeatureGetterNet(model, out_indices=indices)
     features.pretrained_cfg = features.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
     return features
 
