@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,7 +11,7 @@ import torch
 import typer
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
 from ..tasks.segmentation import Segmenter
 from ..training import UserError, eval_transform, load_model, open_image
@@ -20,7 +21,7 @@ from . import options
 from .console import cell, failures, out, pick_device, say, status
 from .segment import predict_masks, show_masks
 
-__all__ = ["image_files", "predict"]
+__all__ = ["image_files", "predict", "readable_batches"]
 
 
 def predict(
@@ -83,13 +84,11 @@ def image_files(given: list[Path]) -> list[Path]:
     return paths
 
 
-def _predict(
-    model: nn.Module, metadata: dict[str, Any], paths: list[Path], top: int, batch_size: int, device: str
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the ``top`` classes of each image with their probabilities, and the errors of other files."""
-    class_names = metadata["class_names"]
-    transform = eval_transform(metadata["data_config"])
-    predictions, errors = [], []
+def readable_batches(
+    paths: list[Path], data_config: dict[str, Any], batch_size: int, errors: list[str]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield names and images (B, C, H, W) of files; of those that are no images, add the errors."""
+    transform = eval_transform(data_config)
     for start in range(0, len(paths), batch_size):
         names, tensors = [], []
         for path in paths[start : start + batch_size]:
@@ -99,10 +98,20 @@ def _predict(
                 errors.append(str(error))
             else:
                 names.append(str(path))
-        if not tensors:
-            continue
+        if tensors:
+            yield names, torch.stack(tensors)
+
+
+def _predict(
+    model: nn.Module, metadata: dict[str, Any], paths: list[Path], top: int, batch_size: int, device: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the ``top`` classes of each image with their probabilities, and the errors of other files."""
+    class_names = metadata["class_names"]
+    predictions: list[dict[str, Any]] = []
+    errors: list[str] = []
+    for names, images in readable_batches(paths, metadata["data_config"], batch_size, errors):
         with torch.inference_mode():
-            probabilities = model(torch.stack(tensors).to(device)).float().softmax(1)
+            probabilities = model(images.to(device)).float().softmax(1)
         best = probabilities.topk(min(top, len(class_names)), dim=1)
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             classes = [
