@@ -1,4 +1,4 @@
-"""The command ``vapt-fast``: train, predict, evaluate, retrieve, export, demo, bench, info; timm's scripts."""
+"""The command ``vapt-fast``: train, predict, evaluate, retrieve, export, demo, bench, info, and timm's."""
 
 from __future__ import annotations
 

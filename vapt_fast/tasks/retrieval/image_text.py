@@ -73,7 +73,8 @@ class ImageTextModel(nn.Module):
         else:
             visual.trunk = tower
             if tower.num_classes == 0:  # then open_clip projects; as the tower's head, an adapter holds it
-                tower.head, visual.head = visual.head, nn.Identity()
+                setattr(tower, "head", visual.head)  # noqa: B010, the property says that it is read-only
+                visual.head = nn.Identity()
         tower.head.requires_grad_(train_head)
         self.clip = clip
         self.train_head = train_head
@@ -170,8 +171,8 @@ def evaluate_image_text(
         TypeError, ValueError: as for ``image_text_retrieval``.
     """
     model.eval()
-    features = [
+    of_images, of_texts = (
         torch.cat([encode(batch).float().cpu() for batch in batches])
         for encode, batches in ((model.encode_image, images), (model.encode_text, texts))
-    ]
-    return image_text_retrieval(*features, image_of_text, **options)
+    )
+    return image_text_retrieval(of_images, of_texts, image_of_text, **options)

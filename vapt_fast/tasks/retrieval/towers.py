@@ -24,7 +24,7 @@ def as_timm_model(visual: Any) -> nn.Module:
     problems = _differences(visual)
     if not problems:
         blocks = visual.transformer.resblocks
-        model = timm.create_model(
+        model: Any = timm.create_model(
             _NAMES[type(blocks[0].mlp.gelu).__name__],
             img_size=tuple(visual.image_size),
             patch_size=tuple(visual.patch_size),
