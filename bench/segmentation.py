@@ -31,10 +31,10 @@ from vapt_fast.tasks.segmentation.task import TASK
 from vapt_fast.training import METHODS, Recipe, Splits, build_model, search
 
 CLASS_NAMES = ("background", *map(str, vapt_fast.demo.NEW_DIGITS))
-SIZE = 64  # pixels along each side
-COUNTS = {"train": 100, "val": 50, "test": 200}
+SIZE = 48  # pixels along each side
+COUNTS = {"train": 300, "val": 50, "test": 200}
 EPOCHS, BATCH_SIZE = 20, 16
-BASE_LRS = (10.0, 2.5, 0.6)
+BASE_LRS = (0.16, 0.04, 0.01)
 SEEDS = (0, 1, 2)
 JOBS = ("vapt", "vpt-deep", "linear")
 
@@ -68,7 +68,13 @@ def run_method(method):
     for seed in SEEDS:
         # The test images are the same for every seed.
         splits = Splits(CLASS_NAMES, Canvases("train", seed), Canvases("val", seed), Canvases("test", 0))
-        options = {"epochs": EPOCHS, "warmup_epochs": 2, "batch_size": BATCH_SIZE, "seed": seed}
+        options = {
+            "epochs": EPOCHS,
+            "warmup_epochs": 2,
+            "batch_size": BATCH_SIZE,
+            "seed": seed,
+            "optimizer": "adamw",
+        }
         recipes = [Recipe(lr, **options) for lr in base_lrs]
         found = search(make_model, splits, recipes, validate_every=EPOCHS, evaluate=TASK.evaluate)
         base_lrs = (found.recipe.base_lr,)

@@ -22,6 +22,7 @@ import vapt_fast.demo  # noqa: F401, gives timm the digits' backbone
 from vapt_fast import AdapterError, AdaptiveViT, use_backend
 from vapt_fast.data import full_data_config
 from vapt_fast.demo.canvases import digit_canvases, write_canvases
+from vapt_fast.export import export_model
 from vapt_fast.tasks.segmentation import (
     DECODERS,
     IGNORED,
@@ -262,6 +263,15 @@ def test_adapters_of_other_models_are_refused(tmp_path):
     AdaptiveViT(tiny_backbone(VIT), num_prompts=1).save_adapter(tmp_path / "classifier")
     with pytest.raises(AdapterError, match="none of a Segmenter"):
         Segmenter.from_adapter(tmp_path / "classifier")
+
+
+def test_exported_program(tmp_path):
+    """The file gives logits for every pixel, and its description names the classes."""
+    model, images = tiny_segmenter().float(), noise(3, 3, 32, 32).float()
+    export_model(model, tmp_path, class_names=["sky", "sea", "land"])
+    program = torch.export.load(tmp_path / "model.pt2").module()
+    torch.testing.assert_close(program(images), model(images), rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "export.json").read_text())["class_names"] == ["sky", "sea", "land"]
 
 
 # ---- windows
