@@ -427,7 +427,7 @@ def test_masks_hold_numbers(tmp_path, mode):
     values = np.asarray([[0, 1, 2], [255, 7, 3]])
     image = Image.fromarray(values.astype(np.uint16 if mode == "I;16" else np.uint8))
     if mode == "P":
-        image = Image.fromarray(values.astype(np.uint8), mode="P")
+        image = Image.fromarray(values.astype(np.uint8))
         image.putpalette([value for index in range(256) for value in (255 - index, 0, index)])
     image.save(tmp_path / "mask.png")
     assert open_mask(tmp_path / "mask.png").tolist() == [[0, 1, 2], [IGNORED, 7, 3]]
@@ -658,6 +658,8 @@ def test_command_line_refuses(canvases, trained, tmp_path):
     assert "several images" in twice
     base = ["train", "--task", "segmentation", "--output", tmp_path / "out"]
     assert "train/images" in error_of(*base)
+    assert "cache" in error_of(*base, "--data", canvases, "--cache")
+    assert "crop_pct" in error_of(*base, "--data", canvases, "--crop-pct", 0.9)
     assert "frozen backbone" in error_of(*base, "--data", canvases, "--method", "full", "--image-size", 64)
 
 

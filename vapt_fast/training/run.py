@@ -150,11 +150,10 @@ def _result(options: RunOptions, splits: Splits, found: Found) -> dict[str, Any]
 
 
 def _mean_ious(found: Found) -> dict[str, float | None]:
-    """Return the mean IoU of segmentation, nothing for other tasks."""
-    if found.validation.mean_iou is None:
-        return {}
-    test = None if found.test is None else found.test.mean_iou
-    return {"validation_mean_iou": found.validation.mean_iou, "test_mean_iou": test}
+    """Return the mean IoUs of segmentation, nothing for other tasks."""
+    scores = {"validation": found.validation, "test": found.test}
+    known = {f"{split}_mean_iou": score and score.mean_iou for split, score in scores.items()}
+    return {} if set(known.values()) == {None} else known
 
 
 def _prompts(options: RunOptions) -> PromptConfig:

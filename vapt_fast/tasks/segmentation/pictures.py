@@ -50,7 +50,7 @@ def mask_picture(labels: Tensor, colours: list[tuple[int, int, int]]) -> Image.I
     """
     if len(colours) > 256:
         return Image.fromarray(labels.numpy().astype(np.uint16))
-    picture = Image.fromarray(labels.numpy().astype(np.uint8), mode="P")
+    picture = Image.fromarray(labels.numpy().astype(np.uint8))
     picture.putpalette([value for colour in colours for value in colour])
     return picture
 

@@ -35,6 +35,11 @@ class Segmentation:
         """Open a folder of images and masks."""
         if options.data == "digits":
             raise UserError("segmentation needs data, a folder with train/images and train/masks")
+        for name, default in (("cache", False), ("crop_mode", None), ("crop_pct", None)):
+            if getattr(options, name) != default:
+                raise UserError(
+                    f"{name} is for classification: windows slide over images of any size; leave it out"
+                )
         return mask_splits(
             options.data,
             config,
