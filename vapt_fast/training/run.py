@@ -152,7 +152,9 @@ def _result(options: RunOptions, splits: Splits, found: Found) -> dict[str, Any]
 def _mean_ious(found: Found) -> dict[str, float | None]:
     """Return the mean IoUs of segmentation, nothing for other tasks."""
     scores = {"validation": found.validation, "test": found.test}
-    known = {f"{split}_mean_iou": score and score.mean_iou for split, score in scores.items()}
+    known = {
+        f"{split}_mean_iou": None if score is None else score.mean_iou for split, score in scores.items()
+    }
     return {} if set(known.values()) == {None} else known
 
 
