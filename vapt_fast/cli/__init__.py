@@ -16,6 +16,7 @@ from .explain import explain
 from .export import export
 from .info import info
 from .predict import predict
+from .retrieve import retrieve
 from .scripts import timm
 from .serve import serve
 from .timm_adapter import timm_adapter
@@ -29,7 +30,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, evaluate, explain, export, serve, demo, bench, info, timm_adapter):
+COMMANDS = (
+    *(train, predict, evaluate, explain, export, serve),
+    *(retrieve, demo, bench, info, timm_adapter),
+)
+for command in COMMANDS:
     app.command()(command)
 # Whatever comes after the script's name is the script's, its --help too.
 app.command(context_settings={"allow_interspersed_args": False})(timm)

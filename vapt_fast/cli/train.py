@@ -176,7 +176,7 @@ class _Progress:
     def __call__(self, candidate: int, epoch: Epoch, score: Score | None) -> None:
         if candidate not in self._tasks:
             self._tasks[candidate] = self.bars.add_task("", total=self._recipes[candidate].epochs)
-        validation = "" if score is None else f", validation {score.accuracy:.1%}"
+        validation = "" if score is None else f", validation {score.merit:.1%}"
         self.bars.update(
             self._tasks[candidate],
             completed=epoch.epoch,
@@ -191,12 +191,18 @@ def _report(result: dict[str, Any], output: Path) -> None:
         table.add_row(
             f"{candidate['base_lr']:g}",
             f"{candidate['weight_decay']:g}",
-            "diverged" if diverged else f"{candidate['validation_accuracy']:.1%}",
+            "diverged" if diverged else f"{_merit(candidate, 'validation'):.1%}",
         )
     out.print(table)
     chosen = result["recipe"]
     say(f"chosen: learning rate {chosen['base_lr']:g}, weight decay {chosen['weight_decay']:g}")
     if result["test_accuracy"] is not None:
+        what = "accuracy" if "test_mean_iou" not in result else "mean IoU"
         tested = count(result["num_images"]["test"], "image")
-        say(f"test accuracy: {result['test_accuracy']:.1%} of {tested}")
+        say(f"test {what}: {_merit(result, 'test'):.1%} of {tested}")
     say(f"wrote {output}")
+
+
+def _merit(scores: dict[str, Any], split: str) -> float:
+    """Return the mean IoU of segmentation, the accuracy of other tasks."""
+    return scores.get(f"{split}_mean_iou", scores[f"{split}_accuracy"])

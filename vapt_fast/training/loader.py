@@ -24,7 +24,7 @@ __all__ = ["LabelledImages", "in_memory", "make_loader"]
 
 
 class LabelledImages(Protocol):
-    """A data set of known size, of (image (3, H, W), index of its class)."""
+    """A data set of known size, of (image (3, H, W), index of its class, or of each pixel's (H, W))."""
 
     def __len__(self) -> int: ...
 
@@ -34,7 +34,7 @@ class LabelledImages(Protocol):
 def in_memory(dataset: LabelledImages) -> TensorDataset:
     """Return a data set with all images decoded and transformed once, by transforms that draw nothing."""
     images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
-    return TensorDataset(torch.stack(images), torch.tensor(labels))
+    return TensorDataset(torch.stack(images), default_collate(list(labels)))
 
 
 class Batches:

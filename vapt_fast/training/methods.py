@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -105,6 +105,7 @@ def build_model(
     backend: str | None = None,
     backbone_precision: str | None = None,
     weights: str | Path | None = None,
+    make: Callable[..., nn.Module] = AdaptiveViT,
     **timm_options: Any,
 ) -> nn.Module:
     """Make the model that a method trains: an AdaptiveViT, or for "full" a plain timm model.
@@ -118,6 +119,7 @@ def build_model(
         backend, backbone_precision: as for AdaptiveViT; "full" has no frozen backbone, and so no precision.
         weights: a file with the backbone's weights, in the place of pre-trained ones; see
             vapt_fast.source.load_weights.
+        make: what makes a model with prompts: AdaptiveViT, or a function with its arguments.
         **timm_options: for ``timm.create_model``.
 
     Raises:
@@ -138,11 +140,11 @@ def build_model(
     config = None if changes is None else replace(prompts or PromptConfig(), **changes)
     kwargs: dict[str, Any] = {"backend": backend, "backbone_precision": backbone_precision}
     if config is not None and weights is None:
-        return AdaptiveViT(backbone, prompts=config, **kwargs, **timm_options)
+        return make(backbone, prompts=config, **kwargs, **timm_options)
     model = create_backbone(backbone, **timm_options)
     if weights is not None:
         load_weights(model, weights)
-    return model if config is None else AdaptiveViT(model, prompts=config, **kwargs)
+    return model if config is None else make(model, prompts=config, **kwargs)
 
 
 def param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -20,9 +20,11 @@ from .recipe import Recipe
 from .search import METRICS_NAME
 from .transforms import AUGMENTATIONS, Augmentation
 
-__all__ = ["OPTIONS_NAME", "RESULT_NAME", "RunOptions"]
+__all__ = ["DECODER_NAMES", "OPTIONS_NAME", "RESULT_NAME", "TASKS", "RunOptions"]
 
 OPTIONS_NAME = "run.json"
+TASKS = ("classification", "segmentation")
+DECODER_NAMES = ("linear", "pup", "dpt")
 RESULT_NAME = "result.json"
 
 
@@ -34,8 +36,13 @@ _data, _model = (partial(option, panel=panel) for panel in ("Data", "Model"))
 class RunOptions:
     """The options that decide what a run computes, kept in its folder so that a stopped run can go on."""
 
+    task: str = _data(
+        "classification", "name the class of each image, or of each pixel (segmentation)", choices=TASKS
+    )
     data: str = _data(
-        "digits", "'digits', or a folder with train/, val/ and test/ or with one folder of images a class"
+        "digits",
+        "'digits', or a folder with train/, val/ and test/ or with one folder of images a class; for "
+        "segmentation, train/, val/ and test/ have images/ and masks/",
     )
     train_images: int | None = _data(
         None, "how many images to train on, spread over the classes (default: all)"
@@ -67,6 +74,11 @@ class RunOptions:
     crop_pct: float | None = _data(
         None, "side of the crop, as a share (default: as the backbone was trained)"
     )
+    reduce_zero_label: bool = _data(
+        False,
+        "0 in masks is no class, and all other numbers are one less, as in ADE20K",
+        flags=("--reduce-zero-label",),
+    )
     cache: bool = _data(False, "keep all images decoded in memory; not with augmentation", flags=("--cache",))
     backbone: str = _model(DEMO_BACKBONE, "name of the backbone in timm")
     pretrained: bool = _model(True, "start from pre-trained weights")
@@ -77,6 +89,11 @@ class RunOptions:
         type=Path | None,
     )
     method: str = _model("vapt", "what to train")
+    decoder: str = _model(
+        "linear",
+        "of segmentation, trained with the prompts: one linear map, SETR's progressive upsampling, or DPT's",
+        choices=DECODER_NAMES,
+    )
     backend: str | None = _model(None, "one of auto, reference, torch, triton and cuda; see vapt-fast info")
     backbone_precision: str | None = _model(
         None,
@@ -113,6 +130,9 @@ class RunOptions:
     def __post_init__(self) -> None:
         check_types(self)
         object.__setattr__(self, "method", method_name(self.method))
+        for name, value, choices in (("task", self.task, TASKS), ("decoder", self.decoder, DECODER_NAMES)):
+            if value not in choices:
+                raise UserError(f"{name} must be one of {choices}, got {value!r}")
         if self.augmentation.random and self.cache:
             raise UserError(f"cache keeps every image as it is first read: not with {self.augmentation}")
         if self.image_size is not None and self.image_size < 1:
@@ -205,6 +225,12 @@ class RunOptions:
     def augmentation(self) -> Augmentation:
         """The random changes of training images."""
         return Augmentation(self.augment, self.crop_scale, self.color_jitter, self.random_erasing)
+
+    @property
+    def model(self) -> dict[str, Any]:
+        """The keywords for ``build_model`` beside method, backbone, classes and prompts."""
+        names = ("pretrained", "backend", "backbone_precision", "weights")
+        return {name: getattr(self, name) for name in names} | self.timm_options
 
     @property
     def timm_options(self) -> dict[str, Any]:

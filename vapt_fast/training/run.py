@@ -21,14 +21,14 @@ from ..files import write_atomically
 from ..names import create_backbone
 from ..ops import backend as backends
 from .errors import UserError
-from .images import check_images
 from .inputs import check_inputs, describe_inputs, write_inputs
 from .loader import in_memory
-from .methods import build_model, check_backbone, trained_state
+from .methods import check_backbone, trained_state
 from .options import RESULT_NAME, RunOptions
 from .saved import load_model, save_model
 from .search import CHECKPOINT_NAME, Found, Progress, Start, search
-from .splits import Splits, digit_splits, folder_splits, image_files
+from .splits import Splits
+from .task import find_task
 from .trainer import autocast, seed_everything
 
 __all__ = ["run"]
@@ -71,19 +71,9 @@ def run(
     check_backend(options.backend)
     recipes, prompts, config = options.recipes(), _prompts(options), _data_config(options)
     _check_image_size(options)
-    splits = _splits(options, config, recipes[0].seed)
-    make_model = partial(
-        build_model,
-        options.method,
-        options.backbone,
-        len(splits.class_names),
-        prompts=prompts,
-        pretrained=options.pretrained,
-        backend=options.backend,
-        backbone_precision=options.backbone_precision,
-        weights=options.weights,
-        **options.timm_options,
-    )
+    task = find_task(options.task)
+    splits = task.splits(options, config, recipes[0].seed)
+    make_model = partial(task.make_model, options, len(splits.class_names), prompts)
     # One model is made early: what is wrong with the options shows before anything is written.
     seed_everything(recipes[0].seed)
     with _user_errors(options):
@@ -91,7 +81,7 @@ def run(
     inputs = describe_inputs(splits, config, first)
     if resume:
         check_inputs(folder, inputs)
-    check_images(image_files(splits.train, splits.validation, splits.test), workers, on_check)
+    task.check_data(splits, workers, on_check)
     start = _start(options, folder)
     _try_first_image(first, splits, options, device)
     if options.cache:
@@ -103,9 +93,11 @@ def run(
         _begin(options, folder, inputs)
     resume = resume and (folder / CHECKPOINT_NAME).exists()
     places: dict[str, Any] = {"device": device, "workers": workers, "folder": folder}
+    places["evaluate"] = task.evaluate
     found = search(make_model, splits, recipes, **places, resume=resume, start=start, progress=progress)
     result = _result(options, splits, found)
-    metadata = {**result, "class_names": list(splits.class_names), "data_config": config}
+    known = {"class_names": list(splits.class_names), "data_config": config}
+    metadata = {**result, **task.metadata(options), **known}
     save_model(found.model, folder, metadata, include_backbone=options.needs_backbone_file)
     write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
     (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
@@ -148,12 +140,22 @@ def _result(options: RunOptions, splits: Splits, found: Found) -> dict[str, Any]
         "recipe": asdict(found.recipe),
         "validation_accuracy": found.validation.accuracy,
         "test_accuracy": None if found.test is None else found.test.accuracy,
+        **_mean_ious(found),
         "candidates": found.candidates,
         "num_images": {name: 0 if part is None else len(part) for name, part in parts.items()},
     }
     if options.extends is not None:
         result["extended_from_epochs"] = options.extends["epochs"]
     return result
+
+
+def _mean_ious(found: Found) -> dict[str, float | None]:
+    """Return the mean IoUs of segmentation, nothing for other tasks."""
+    scores = {"validation": found.validation, "test": found.test}
+    known = {
+        f"{split}_mean_iou": None if score is None else score.mean_iou for split, score in scores.items()
+    }
+    return {} if set(known.values()) == {None} else known
 
 
 def _prompts(options: RunOptions) -> PromptConfig:
@@ -191,20 +193,6 @@ def _check_image_size(options: RunOptions) -> None:
                 f"image_size must be a multiple of the patch size of {options.backbone!r}, "
                 f"{patch[0]}x{patch[1]} pixels, got {size}"
             )
-
-
-def _splits(options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
-    if options.data == "digits":
-        return digit_splits(config, seed, options.train_images, options.augmentation)
-    return folder_splits(
-        options.data,
-        config,
-        seed,
-        num_train=options.train_images,
-        validation_share=options.validation_share,
-        test_share=options.test_share,
-        augmentation=options.augmentation,
-    )
 
 
 def _cached(splits: Splits) -> Splits:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,6 +11,7 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
+from ..adapters import read_config
 from ..data import full_data_config
 from ..files import write_atomically
 from ..model import AdaptiveViT
@@ -21,6 +23,8 @@ __all__ = ["FULL_MODEL_NAME", "load_model", "save_model"]
 
 FULL_MODEL_NAME = "model.safetensors"
 _HEADER_KEY = "vapt_fast_model"
+SEGMENTATION = "segmentation"
+"""The key in an adapter's metadata that says that it is of a Segmenter."""
 
 
 def save_model(
@@ -89,7 +93,7 @@ def load_model(
             )
         return _load_full(whole)
     try:
-        model = AdaptiveViT.from_adapter(
+        model = _class_of(folder).from_adapter(
             folder,
             backbone=backbone,
             weights=weights,
@@ -101,6 +105,14 @@ def load_model(
     names = model.class_names or [str(index) for index in range(model.num_classes)]
     config = full_data_config(model.pretrained_cfg, model.data_config)
     return model, {**model.adapter_metadata, "class_names": list(names), "data_config": config}
+
+
+def _class_of(folder: Path) -> type[AdaptiveViT]:
+    """Return the class of the model that an adapter belongs to."""
+    if SEGMENTATION in read_config(folder)["metadata"]:
+        # It stands above this layer, and is needed by its own adapters only.
+        return import_module("vapt_fast.tasks.segmentation").Segmenter
+    return AdaptiveViT
 
 
 def _load_full(path: Path) -> tuple[nn.Module, dict[str, Any]]:

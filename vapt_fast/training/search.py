@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,12 @@ def search(
     resume: bool = False,
     start: Start | None = None,
     progress: Progress | None = None,
+    evaluate: Callable[..., Score] = evaluate,
 ) -> Found:
     """Train a new model by each recipe, take the best in validation, and test that one.
 
     Every candidate is judged after its last epoch, so that validation chooses the recipe and nothing else.
-    The higher accuracy wins, then the lower loss, then the earlier recipe.
+    The higher accuracy (of segmentation: mean IoU) wins, then the lower loss, then the earlier recipe.
 
     Args:
         make_model: makes an untrained model; called with all random generators seeded by the recipe's seed.
@@ -90,6 +92,7 @@ def search(
         resume: go on from the checkpoint in ``folder``, to the same bits as without the stop.
         start: where the recipe, which then must be the only one, starts from; None for the beginning.
         progress: see Progress.
+        evaluate: scores a model on a data set, as vapt_fast.training.evaluate does.
 
     Raises:
         UserError: nothing to resume, a checkpoint of another search, or no recipe that didn't diverge.
@@ -110,6 +113,7 @@ def search(
             raise UserError(f"{folder / CHECKPOINT_NAME} was written with other options: resume with those")
     log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
     options: dict[str, Any] = {"device": device, "workers": workers}
+    score_of = partial(_score, evaluate, options)
 
     for index in range(len(state["candidates"]), len(recipes)):
         recipe = recipes[index]
@@ -118,7 +122,7 @@ def search(
             trainer.load_state_dict(state["current"])
         elif start is not None:
             trainer.start_from(start.model, start.epochs)
-        for epoch, score in _epochs(trainer, splits, validate_every, options):
+        for epoch, score in _epochs(trainer, splits.validation, validate_every, score_of):
             log.write(_metrics(index, recipe, epoch, score))
             if trainer.finished and score is not None:
                 _finish_candidate(state, trainer, score)
@@ -129,29 +133,36 @@ def search(
                 save_checkpoint(folder / CHECKPOINT_NAME, state)
             if progress is not None:
                 progress(index, epoch, score)
-    return _best(state, make_model, splits, recipes, options)
+    return _best(state, make_model, splits.test, recipes, score_of, device)
 
 
 def _epochs(
-    trainer: Trainer, splits: Splits, validate_every: int, options: dict[str, Any]
+    trainer: Trainer, validation: LabelledImages, validate_every: int, score_of: Callable[..., Score]
 ) -> Iterator[tuple[Epoch, Score | None]]:
     """Train to the end; yield every epoch with its score in validation, which the last always has."""
     while not trainer.finished:
         epoch = trainer.run_epoch()
         validated = trainer.finished or trainer.epoch % validate_every == 0
-        yield epoch, _score(trainer.model, splits.validation, trainer.recipe, options) if validated else None
+        yield epoch, score_of(trainer.model, validation, trainer.recipe) if validated else None
 
 
-def _score(model: nn.Module, dataset: LabelledImages, recipe: Recipe, options: dict[str, Any]) -> Score:
+def _score(
+    evaluate: Callable[..., Score],
+    options: dict[str, Any],
+    model: nn.Module,
+    dataset: LabelledImages,
+    recipe: Recipe,
+) -> Score:
     return evaluate(model, dataset, batch_size=recipe.batch_size, amp=recipe.amp, **options)
 
 
 def _best(
     state: dict[str, Any],
     make_model: Callable[[], nn.Module],
-    splits: Splits,
+    test_data: LabelledImages | None,
     recipes: Sequence[Recipe],
-    options: dict[str, Any],
+    score_of: Callable[..., Score],
+    device: torch.device | str,
 ) -> Found:
     """Make the best candidate's model again, and test it."""
     best = state["best"]
@@ -161,11 +172,12 @@ def _best(
             "give lower ones"
         )
     recipe = recipes[best["index"]]
-    model = _seeded(make_model, recipe).to(options["device"])
+    model = _seeded(make_model, recipe).to(device)
     load_trained_state(model, best["model"])
-    test = None if splits.test is None else _score(model, splits.test, recipe, options)
+    test = None if test_data is None else score_of(model, test_data, recipe)
     chosen = state["candidates"][best["index"]]
-    validation = Score(chosen["validation_accuracy"], chosen["validation_loss"])
+    names = ("validation_accuracy", "validation_loss", "validation_mean_iou")
+    validation = Score(*(chosen.get(name) for name in names))
     return Found(model.eval(), recipe, validation, test, state["candidates"])
 
 
@@ -180,14 +192,13 @@ def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score) -> 
         "base_lr": trainer.recipe.base_lr,
         "weight_decay": trainer.recipe.weight_decay,
         "diverged": trainer.diverged,
-        "validation_accuracy": score.accuracy,
-        "validation_loss": score.loss,
+        **score.entries("validation"),
     }
     state["candidates"].append(candidate)
     state["current"] = None
     if trainer.diverged:
         return
-    merit = [score.accuracy, -score.loss]
+    merit = [score.merit, -score.loss]
     if state["best"] is None or merit > state["best"]["merit"]:
         tensors = {name: tensor.cpu().clone() for name, tensor in trained_state(trainer.model).items()}
         state["best"] = {"index": len(state["candidates"]) - 1, "merit": merit, "model": tensors}
@@ -199,6 +210,7 @@ def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score | None) -> d
         "base_lr": recipe.base_lr,
         "weight_decay": recipe.weight_decay,
         **asdict(epoch),
-        "validation_loss": score and score.loss,
-        "validation_accuracy": score and score.accuracy,
+        "validation_loss": None,
+        "validation_accuracy": None,
+        **({} if score is None else score.entries("validation")),
     }

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .loader import LabelledImages, make_loader
+from .loss import cross_entropy, num_right
 from .methods import param_groups, trained_state
 from .recipe import Recipe
 
@@ -28,7 +28,7 @@ class Epoch:
         epoch: counted from 1.
         lr: learning rate of the last step.
         train_loss: mean over the images, nats, with dropout and label smoothing.
-        train_accuracy: of the same outputs, 0 to 1.
+        train_accuracy: of the same outputs, 0 to 1; share of the pixels in segmentation.
         seconds: wall-clock time.
     """
 
@@ -103,7 +103,7 @@ class Trainer:
         with autocast(self._device, self.recipe.amp):
             logits = self.model(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        loss = cross_entropy(logits, labels, self.recipe.label_smoothing)
         self._optimizer.zero_grad()
         self._scaler.scale(loss).backward()
         if self.recipe.clip_grad is not None:
@@ -112,8 +112,7 @@ class Trainer:
             nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        right = (logits.detach().argmax(1) == labels).sum()
-        return torch.stack([loss.detach().double() * len(labels), right.double()])
+        return torch.stack([loss.detach().double() * len(labels), num_right(logits.detach(), labels)])
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here: plain numbers and copies of tensors."""
