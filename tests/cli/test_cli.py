@@ -86,7 +86,7 @@ def test_help_and_version():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["train", "--output", "out", "--method", "lora"], "--method"),
+        (["train", "--output", "out", "--method", "adapter"], "--method"),
         (["train"], "--output"),
         (["predict", "folder"], "images"),
     ],

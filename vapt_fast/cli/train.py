@@ -20,6 +20,7 @@ from ..training import Recipe, RunOptions, Score, UserError, run
 from ..training.methods import method_name
 from ..training.options import OPTIONS_NAME, RESULT_NAME
 from ..training.run import check_backend
+from ..training.suites import is_suite_data
 from ..training.trainer import Epoch
 from . import options
 from .console import count, failures, out, pick_device, progress_bars, say, status
@@ -91,10 +92,11 @@ def _run_options(given: dict[str, Any]) -> dict[str, Any]:
     for name, (owner, option) in ARGUMENTS.items():
         by_owner[owner][option.name] = value_of(name, given[name])
     options = by_owner[RunOptions]
-    if options["data"] != "digits":
+    if options["data"] != "digits" and not is_suite_data(options["data"]):
         options["data"] = str(Path(options["data"]).resolve())
-    if options["weights"] is not None:
-        options["weights"] = str(options["weights"].resolve())
+    for path in ("root", "weights"):
+        if options[path] is not None:
+            options[path] = str(options[path].resolve())
     options["method"] = method_name(options["method"])
     for candidates in ("base_lrs", "weight_decays"):
         options[candidates] = list(options[candidates]) if options[candidates] else None
@@ -140,9 +142,10 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 def _describe(model: Any, splits: Any, options: RunOptions) -> None:
     test = "none" if splits.test is None else f"{len(splits.test):,}"
+    chosen_with = "none" if splits.validation is None else f"{len(splits.validation):,}"
     say(
         f"{count(len(splits.class_names), 'class', 'classes')}; {count(len(splits.train), 'image')} to train "
-        f"on, {len(splits.validation):,} to choose the learning rate with, {test} to test on",
+        f"on, {chosen_with} to choose the learning rate with, {test} to test on",
         status,
     )
     say(trainable_summary(model), status)
@@ -187,15 +190,18 @@ class _Progress:
 def _report(result: dict[str, Any], output: Path) -> None:
     table = Table("learning rate", "weight decay", "validation", title="Candidates")
     for candidate in result["candidates"]:
-        diverged = candidate["diverged"]
+        accuracy = candidate["validation_accuracy"]
+        scored = "none" if accuracy is None else f"{accuracy:.1%}"
         table.add_row(
             f"{candidate['base_lr']:g}",
             f"{candidate['weight_decay']:g}",
-            "diverged" if diverged else f"{candidate['validation_accuracy']:.1%}",
+            "diverged" if candidate["diverged"] else scored,
         )
     out.print(table)
     chosen = result["recipe"]
     say(f"chosen: learning rate {chosen['base_lr']:g}, weight decay {chosen['weight_decay']:g}")
+    for deviation in result["data"].get("deviations", []):
+        say(f"note: this is not the benchmark's data: {deviation}")
     if result["test_accuracy"] is not None:
         tested = count(result["num_images"]["test"], "image")
         say(f"test accuracy: {result['test_accuracy']:.1%} of {tested}")

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import typer
 
 from ..config import KINDS, PromptConfig
-from ..training import Recipe, RunOptions, UserError
+from ..training import METHODS, Recipe, RunOptions, UserError
 
 __all__ = ["ARGUMENTS", "flag_of", "value_of", "with_run_options"]
 
@@ -24,7 +24,6 @@ ARGUMENTS: dict[str, tuple[type, Field]] = {
 }
 """By the command's argument, the dataclass and the field that it sets."""
 
-_METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "full")
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
 
@@ -42,7 +41,7 @@ def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
         kind, default = str, str(default)  # numbers, which ``value_of`` reads
     if name == "method":
         # Those of the registered kinds, so no type checker can know them.
-        choices = tuple(dict.fromkeys([*_METHODS, *KINDS]))
+        choices = tuple(dict.fromkeys([*METHODS, *KINDS]))
         help += f". The kinds of PromptConfig are other names: {_OTHER_NAMES}"
     if choices:
         literal: Any = Literal[choices]

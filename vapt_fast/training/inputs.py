@@ -40,6 +40,7 @@ def describe_inputs(splits: Splits, config: dict[str, Any], model: nn.Module) ->
         "data_config": config,
         "weights": weights,
         "files": splits.files,
+        "source": splits.source,
     }
     return json.loads(json.dumps(inputs))
 
@@ -83,6 +84,8 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield f"{word} images: {shown}{more}"
     if before == after and then["files"] != now["files"]:
         yield "the images are split in another way"
+    if then["source"] != now["source"]:
+        yield f"the lists of images were {then['source']} and are {now['source']}"
     if then["data_config"] != now["data_config"]:
         yield f"images were prepared by {then['data_config']} and are by {now['data_config']}"
     if then["weights"] != now["weights"]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoint import load_checkpoint, save_checkpoint
-from .errors import UserError
+from .errors import DivergedError, UserError
 from .evaluation import Score, evaluate
 from .loader import LabelledImages
 from .methods import trained_state
@@ -36,16 +36,19 @@ class Found:
     Attributes:
         model: trained by the best recipe, in eval mode.
         recipe: the best one.
-        validation: its score on the validation images after the last epoch; by this it was chosen.
+        validation: its score on the validation images after the last epoch; by this it was chosen. None
+            without validation images.
         test: its score on the test images, which were not looked at before; None without test images.
         candidates: for every recipe tried, base_lr, weight_decay, and accuracy and loss in validation.
+        seconds: what training took, of all recipes and without validation.
     """
 
     model: nn.Module
     recipe: Recipe
-    validation: Score
+    validation: Score | None
     test: Score | None
     candidates: list[dict[str, Any]]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -83,7 +86,7 @@ def search(
 
     Args:
         make_model: makes an untrained model; called with all random generators seeded by the recipe's seed.
-        splits, recipes: the images, and the candidates, at least one.
+        splits, recipes: the images, and the candidates, at least one; exactly one without validation images.
         device, workers: as for Trainer.
         validate_every: epochs between scores in validation. The last is always taken and alone decides.
         folder: where the checkpoint and the metrics go, every epoch; None to keep nothing.
@@ -92,15 +95,20 @@ def search(
         progress: see Progress.
 
     Raises:
-        UserError: nothing to resume, a checkpoint of another search, or no recipe that didn't diverge.
+        UserError: nothing to resume, a checkpoint of another search, or several recipes without validation
+            images.
+        DivergedError: no recipe that didn't diverge.
         OSError: the disk is full, or the like; the checkpoint in ``folder`` is still good.
     """
+    if splits.validation is None and len(recipes) != 1:
+        raise UserError(f"without validation images there must be one recipe, got {len(recipes)}")
     state: dict[str, Any] = {
         "recipes": [asdict(recipe) for recipe in recipes],
         "candidates": [],
         "best": None,
         "current": None,
         "metrics_size": 0 if start is None else start.metrics_size,
+        "seconds": 0.0,
     }
     if resume:
         if folder is None:
@@ -120,7 +128,8 @@ def search(
             trainer.start_from(start.model, start.epochs)
         for epoch, score in _epochs(trainer, splits, validate_every, options):
             log.write(_metrics(index, recipe, epoch, score))
-            if trainer.finished and score is not None:
+            state["seconds"] += epoch.seconds
+            if trainer.finished:
                 _finish_candidate(state, trainer, score)
             else:
                 state["current"] = trainer.state_dict()
@@ -135,11 +144,12 @@ def search(
 def _epochs(
     trainer: Trainer, splits: Splits, validate_every: int, options: dict[str, Any]
 ) -> Iterator[tuple[Epoch, Score | None]]:
-    """Train to the end; yield every epoch with its score in validation, which the last always has."""
+    """Train to the end; yield every epoch with its score in validation, which the last has if any has."""
     while not trainer.finished:
-        epoch = trainer.run_epoch()
-        validated = trainer.finished or trainer.epoch % validate_every == 0
-        yield epoch, _score(trainer.model, splits.validation, trainer.recipe, options) if validated else None
+        epoch, score = trainer.run_epoch(), None
+        if splits.validation is not None and (trainer.finished or trainer.epoch % validate_every == 0):
+            score = _score(trainer.model, splits.validation, trainer.recipe, options)
+        yield epoch, score
 
 
 def _score(model: nn.Module, dataset: LabelledImages, recipe: Recipe, options: dict[str, Any]) -> Score:
@@ -156,7 +166,7 @@ def _best(
     """Make the best candidate's model again, and test it."""
     best = state["best"]
     if best is None:
-        raise UserError(
+        raise DivergedError(
             f"training diverged with every learning rate of {[recipe.base_lr for recipe in recipes]}: "
             "give lower ones"
         )
@@ -165,8 +175,9 @@ def _best(
     load_trained_state(model, best["model"])
     test = None if splits.test is None else _score(model, splits.test, recipe, options)
     chosen = state["candidates"][best["index"]]
-    validation = Score(chosen["validation_accuracy"], chosen["validation_loss"])
-    return Found(model.eval(), recipe, validation, test, state["candidates"])
+    scored = splits.validation is not None
+    validation = Score(chosen["validation_accuracy"], chosen["validation_loss"]) if scored else None
+    return Found(model.eval(), recipe, validation, test, state["candidates"], state["seconds"])
 
 
 def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
@@ -174,20 +185,20 @@ def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
     return make_model()
 
 
-def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score) -> None:
+def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score | None) -> None:
     """List a trained candidate, and keep its tensors if it is the best so far."""
     candidate = {
         "base_lr": trainer.recipe.base_lr,
         "weight_decay": trainer.recipe.weight_decay,
         "diverged": trainer.diverged,
-        "validation_accuracy": score.accuracy,
-        "validation_loss": score.loss,
+        "validation_accuracy": score and score.accuracy,
+        "validation_loss": score and score.loss,
     }
     state["candidates"].append(candidate)
     state["current"] = None
     if trainer.diverged:
         return
-    merit = [score.accuracy, -score.loss]
+    merit = [] if score is None else [score.accuracy, -score.loss]
     if state["best"] is None or merit > state["best"]["merit"]:
         tensors = {name: tensor.cpu().clone() for name, tensor in trained_state(trainer.model).items()}
         state["best"] = {"index": len(state["candidates"]) - 1, "merit": merit, "model": tensors}
