@@ -12,7 +12,7 @@ from torch import nn
 
 from .errors import UserError
 
-__all__ = ["LoraOptions", "add_lora", "has_lora", "merged_lora"]
+__all__ = ["LoraOptions", "add_lora", "has_lora", "import_peft", "merged_lora"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,21 @@ class LoraOptions:
             raise UserError("lora_targets must name at least one module, as qkv")
 
 
+def import_peft() -> Any:
+    """Return the package peft.
+
+    Raises:
+        ModuleNotFoundError: it is missing; the message says how to install it.
+    """
+    try:
+        import peft
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "method 'lora' needs PEFT, which is not installed; install it with: pip install 'vapt_fast[lora]'"
+        ) from error
+    return peft
+
+
 def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str]) -> None:
     """Freeze a timm model but for its head, and put trainable low-rank matrices beside some of its weights.
 
@@ -50,12 +65,7 @@ def add_lora(model: nn.Module, *, rank: int, alpha: float, targets: Sequence[str
         ModuleNotFoundError: PEFT is missing; the message says how to install it.
         UserError: a target that the model doesn't have.
     """
-    try:
-        import peft
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "method 'lora' needs PEFT, which is not installed; install it with: pip install 'vapt_fast[lora]'"
-        ) from error
+    peft = import_peft()
     config = peft.LoraConfig(r=rank, lora_alpha=cast(Any, alpha), target_modules=list(targets))
     try:
         peft.inject_adapter_in_model(config, model)
