@@ -1,4 +1,4 @@
-"""The command ``vapt-fast``: train, predict, evaluate, export, demo, bench, info; timm's scripts."""
+"""The command ``vapt-fast``: train, sweep, predict, evaluate, export, demo, bench, info; timm's scripts."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from .export import export
 from .info import info
 from .predict import predict
 from .scripts import timm
+from .sweep import sweep
 from .timm_adapter import timm_adapter
 from .train import train
 
@@ -27,7 +28,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, evaluate, export, demo, bench, info, timm_adapter):
+for command in (train, sweep, predict, evaluate, export, demo, bench, info, timm_adapter):
     app.command()(command)
 # Whatever comes after the script's name is the script's, its --help too.
 app.command(context_settings={"allow_interspersed_args": False})(timm)

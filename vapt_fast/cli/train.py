@@ -14,17 +14,14 @@ import typer
 from rich.table import Table
 
 from ..adapters import trainable_summary
-from ..config import PromptConfig
 from ..names import DEMO_BACKBONE
 from ..training import Recipe, RunOptions, Score, UserError, run
-from ..training.methods import method_name
 from ..training.options import OPTIONS_NAME, RESULT_NAME
 from ..training.run import check_backend
-from ..training.suites import is_suite_data
 from ..training.trainer import Epoch
 from . import options
 from .console import count, failures, out, pick_device, progress_bars, say, status
-from .train_options import ARGUMENTS, flag_of, value_of, with_run_options
+from .train_options import ARGUMENTS, flag_of, is_given, run_options, with_run_options
 
 __all__ = ["train"]
 
@@ -61,7 +58,7 @@ def train(
     """
     with failures(f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"):
         check_backend(given["backend"], "--backend")
-        chosen = _resumed(context, given, output) if resume else RunOptions(**_run_options(given))
+        chosen = _resumed(context, given, output) if resume else RunOptions(**run_options(given))
         if not resume:
             _check_free(output, overwrite)
         if threads is None and chosen.backbone == DEMO_BACKBONE:
@@ -86,46 +83,23 @@ def train(
 train.__signature__ = with_run_options(train)  # type: ignore[attr-defined]  # typer reads it
 
 
-def _run_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of RunOptions from those of the command."""
-    by_owner: dict[type, dict[str, Any]] = {RunOptions: {}, Recipe: {}, PromptConfig: {}}
-    for name, (owner, option) in ARGUMENTS.items():
-        by_owner[owner][option.name] = value_of(name, given[name])
-    options = by_owner[RunOptions]
-    if options["data"] != "digits" and not is_suite_data(options["data"]):
-        options["data"] = str(Path(options["data"]).resolve())
-    for path in ("root", "weights"):
-        if options[path] is not None:
-            options[path] = str(options[path].resolve())
-    options["method"] = method_name(options["method"])
-    for candidates in ("base_lrs", "weight_decays"):
-        options[candidates] = list(options[candidates]) if options[candidates] else None
-    return {**options, "recipe": by_owner[Recipe], "prompts": by_owner[PromptConfig]}
-
-
 def _resumed(context: typer.Context, given: dict[str, Any], output: Path) -> RunOptions:
     """Return the options of the run in ``output``; those on the command line must agree with them."""
     options = RunOptions.read(output)
     if (output / RESULT_NAME).exists():
-        if not _is_given(context, "epochs"):
+        if not is_given(context, "epochs"):
             raise UserError(
                 f"the run in {output} is finished: there is nothing to resume. To train on, give --epochs too"
             )
         options = options.extended(given["epochs"], output)
-    now, then = _flat(_run_options(given)), _flat(asdict(options))
+    now, then = _flat(run_options(given)), _flat(asdict(options))
     for name, (_, option) in ARGUMENTS.items():
-        if _is_given(context, name) and now[option.name] != then[option.name]:
+        if is_given(context, name) and now[option.name] != then[option.name]:
             raise UserError(
                 f"{flag_of(name)} was {then[option.name]} when the run in {output} started, got "
                 f"{now[option.name]}; leave it out"
             )
     return options
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Return whether an option is on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from ..config import KINDS, PromptConfig
 from ..training import METHODS, Recipe, RunOptions, UserError
+from ..training.methods import method_name
+from ..training.suites import is_suite_data
 
-__all__ = ["ARGUMENTS", "flag_of", "value_of", "with_run_options"]
+__all__ = ["ARGUMENTS", "flag_of", "is_given", "run_options", "with_run_options"]
 
 _OWNERS = (RunOptions, Recipe, PromptConfig)
 
@@ -27,11 +30,12 @@ ARGUMENTS: dict[str, tuple[type, Field]] = {
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
 
-def with_run_options(command: Callable) -> inspect.Signature:
-    """Return the signature of ``command``, with ARGUMENTS in place of its ``**given``."""
+def with_run_options(command: Callable, leave_out: Collection[str] = ()) -> inspect.Signature:
+    """Return the signature of ``command``, with ARGUMENTS but for some in place of its ``**given``."""
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    return signature.replace(parameters=[*own, *(_parameter(name, *of) for name, of in ARGUMENTS.items())])
+    added = [_parameter(name, *of) for name, of in ARGUMENTS.items() if name not in leave_out]
+    return signature.replace(parameters=[*own, *added])
 
 
 def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
@@ -55,7 +59,34 @@ def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def value_of(name: str, given: Any) -> Any:
+def run_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of RunOptions from the command's ``given``, which may be some of ARGUMENTS."""
+    by_owner: dict[type, dict[str, Any]] = {owner: {} for owner in _OWNERS}
+    for name, value in given.items():
+        owner, option = ARGUMENTS[name]
+        by_owner[owner][option.name] = _value_of(name, value)
+    options = by_owner[RunOptions]
+    data = options.get("data", "digits")
+    if data != "digits" and not is_suite_data(data):
+        options["data"] = str(Path(data).resolve())
+    for path in ("root", "weights"):
+        if options.get(path) is not None:
+            options[path] = str(options[path].resolve())
+    if "method" in options:
+        options["method"] = method_name(options["method"])
+    for candidates in ("base_lrs", "weight_decays"):
+        if candidates in options:
+            options[candidates] = list(options[candidates]) if options[candidates] else None
+    return {**options, "recipe": by_owner[Recipe], "prompts": by_owner[PromptConfig]}
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Return whether an option is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _value_of(name: str, given: Any) -> Any:
     """Return the value of a field from that of the command's argument, where numbers of prompts are text."""
     owner, option = ARGUMENTS[name]
     if owner is not PromptConfig or not isinstance(given, str) or option.metadata["choices"]:

@@ -22,6 +22,9 @@ __all__ = ["SWEEP_NAME", "Cell", "Run", "SweepOptions"]
 
 SWEEP_NAME = "sweep.json"
 
+BACKBONE = "vit_base_patch16_224.orig_in21k"
+"""The default: the published checkpoint, of which ``augreg_in21k`` is another that scores differently."""
+
 
 @dataclass(frozen=True)
 class Run:
@@ -68,9 +71,8 @@ class SweepOptions:
 
     def __post_init__(self) -> None:
         check_types(self)
-        object.__setattr__(
-            self, "data", _unique("data", [name for of in self.data for name in _expanded(of)])
-        )
+        data = [name for given in self.data for name in _expanded(given)]
+        object.__setattr__(self, "data", _unique("data", data))
         object.__setattr__(self, "methods", _unique("methods", [method_name(name) for name in self.methods]))
         object.__setattr__(self, "train_shares", _unique("train_shares", map(float, self.train_shares)))
         if self.protocol not in PROTOCOLS:
@@ -137,8 +139,10 @@ class Cell:
         given, training = self.sweep.run, PROTOCOLS[self.sweep.protocol].training(self.method)
         base_lrs = given.get("base_lrs") or training.base_lrs
         weight_decays = given.get("weight_decays") or training.weight_decays
-        numbers = self.sweep.num_prompts if _has_prompts(self.method) else None
-        return [self._candidate(*of) for of in product(base_lrs, weight_decays, numbers or [None])]
+        numbers: list[int | None] = [None]
+        if self.sweep.num_prompts is not None and _has_prompts(self.method):
+            numbers = [*self.sweep.num_prompts]
+        return [self._candidate(*of) for of in product(base_lrs, weight_decays, numbers)]
 
     def last(self, chosen: Run) -> list[Run]:
         """Return the trainings that are tested, one for each seed, of the candidate that was chosen."""
@@ -162,7 +166,8 @@ class Cell:
         protocol, given = PROTOCOLS[self.sweep.protocol], self.sweep.run
         training, suite = protocol.training(self.method), find_data_set(self.data)[0].name
         number = {} if num_prompts is None else {"num_prompts": num_prompts}
-        prompts = {**training.prompts, **given.get("prompts", {}), **number}
+        default = {"num_prompts": PromptConfig.num_prompts}
+        prompts = {**default, **training.prompts, **given.get("prompts", {}), **number}
         changes = {
             "data": self.data,
             "method": self.method,
@@ -174,7 +179,7 @@ class Cell:
             "test": False,
         }
         try:
-            options = RunOptions(**{**protocol.suites[suite], **given, **changes})
+            options = RunOptions(**{"backbone": BACKBONE, **protocol.suites[suite], **given, **changes})
             options.recipes()
             PromptConfig(**options.prompts)
         except (TypeError, ValueError) as error:

@@ -96,8 +96,8 @@ class Table:
     def means(self) -> list[tuple[dict[str, Any], dict[str, Spread | None]]]:
         """Return the means over each suite: suite, method and share, and the means by their names.
 
-        They are ``mean_of_tasks``, one by the name of each group, and ``mean_of_groups``; None where the result
-        of a task is missing. They are over those of the suite's data sets that the sweep has.
+        They are ``mean_of_tasks``, one by the name of each group, and ``mean_of_groups``; None where the
+        result of a task is missing. They are over those of the suite's data sets that the sweep has.
         """
         options = self.options
         suites = dict.fromkeys(find_data_set(data)[0].name for data in options.data)

@@ -1,8 +1,8 @@
 """The work of a sweep: runs that several processes share, each of which is computed once.
 
 A run is claimed by a lock on a file in its folder, which the system releases when the process that holds it
-ends, however it ends. What it leaves is a checkpoint, from which another process goes on to the same bits. Its
-result is one file, which is there whole or not at all.
+ends, however it ends. What it leaves is a checkpoint, from which another process goes on to the same bits.
+Its result is one file, which is there whole or not at all.
 """
 
 from __future__ import annotations
