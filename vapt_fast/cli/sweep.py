@@ -19,76 +19,86 @@ from ..training.sweep import Places, Row, Spread, SweepOptions, Table, sweep_tab
 from ..training.sweep import sweep as run_sweep
 from . import options
 from .console import cell, failures, out, pick_device, progress_bars, say
-from .train_options import ARGUMENTS, flag_of, is_given, run_options, with_run_options
+from .train_options import flag_of, is_given, run_options, with_run_options
 
 __all__ = ["sweep"]
 
 # What a sweep decides by itself, or has several of.
-_LEFT_OUT = ("data", "method", "seed", "num_prompts", "train_share", "train_images", "train_on_validation")
-_LEFT_OUT += ("test", "validation_share", "test_share")
-_OWN = ("data", "method", "protocol", "seed", "train_share", "num_prompts", "threads")
+_LEFT_OUT = (
+    *("data", "method", "seed", "num_prompts", "train_share", "train_images", "train_on_validation", "test"),
+    *("validation_share", "test_share"),
+)
+_OWN = ("method", "protocol", "seed", "train_share", "num_prompts", "threads")
+
+Data = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="vtab, fgvc, or one of their data sets as vtab:cifar; may be given several times. Not needed "
+        "for a sweep that is in --output already."
+    ),
+]
+Method = Annotated[
+    list[str] | None,
+    typer.Option(help=f"What to compare, of {', '.join(METHODS)}; several times (default: vapt)."),
+]
+Protocol = Annotated[
+    Literal["paper", "adamw"],
+    typer.Option(
+        help="paper: SGD, a grid of learning rates and weight decays for each data set and method, five "
+        "seeds, as VPT and VAPT. adamw: one recipe for all, three seeds, as Adapter+. Options change it."
+    ),
+]
+Seed = Annotated[
+    list[int] | None,
+    typer.Option(help="A seed to test with; may be given several times (default: the protocol's)."),
+]
+TrainShare = Annotated[
+    list[float] | None,
+    typer.Option(help="A share of the training images; may be given several times (default: 1)."),
+]
+NumPrompts = Annotated[
+    list[int] | None,
+    typer.Option(
+        "--num-prompts",
+        "--prompts",
+        help="A number of prompts to try; may be given several times (default: 10).",
+    ),
+]
+ShowTable = Annotated[
+    bool, typer.Option("--table", help="Show the table of what is finished, and compute nothing.")
+]
+SaveModels = Annotated[bool, typer.Option("--save-models", help="Keep the models that are tested.")]
+Engine = Annotated[
+    Literal["joblib", "ray"], typer.Option(help="What spreads the runs: joblib on this machine, or Ray.")
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Runs at the same time (default: one a device; with Ray, all it has)."),
+]
+Devices = Annotated[
+    list[str] | None,
+    typer.Option(help="cpu, cuda, cuda:1, ...; may be given several times (default: all GPUs, or cpu)."),
+]
+Threads = Annotated[
+    int, typer.Option(min=1, help="Threads of each run on the CPU; the last bits depend on it.")
+]
 
 
 def sweep(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the runs and the table.")],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="vtab, fgvc, or one of their data sets as vtab:cifar; may be given several times. Not needed "
-            "for a sweep that is in --output already."
-        ),
-    ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help=f"What to compare, of {', '.join(METHODS)}; may be given several times."),
-    ] = None,
-    protocol: Annotated[
-        Literal["paper", "adamw"],
-        typer.Option(
-            help="paper: SGD, a grid of learning rates and weight decays for each data set and method, five "
-            "seeds, as VPT and VAPT. adamw: one recipe for all, three seeds, as Adapter+. What differs from "
-            "it can be given."
-        ),
-    ] = "paper",
-    seed: Annotated[
-        list[int] | None,
-        typer.Option(help="A seed to test with; may be given several times (default: the protocol's)."),
-    ] = None,
-    train_share: Annotated[
-        list[float] | None,
-        typer.Option(help="A share of the training images; may be given several times (default: 1)."),
-    ] = None,
-    num_prompts: Annotated[
-        list[int] | None,
-        typer.Option(
-            "--num-prompts",
-            "--prompts",
-            help="A number of prompts to try; may be given several times (default: 10).",
-        ),
-    ] = None,
-    table: Annotated[
-        bool, typer.Option("--table", help="Show the table of what is finished, and compute nothing.")
-    ] = False,
-    save_models: Annotated[
-        bool, typer.Option("--save-models", help="Keep the models that are tested.")
-    ] = False,
-    engine: Annotated[
-        Literal["joblib", "ray"], typer.Option(help="What spreads the runs: joblib on this machine, or Ray.")
-    ] = "joblib",
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Runs at the same time (default: one a device; with Ray, all it has)."),
-    ] = None,
-    device: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="cpu, cuda, cuda:1, ...; may be given several times (default: all GPUs, or the CPU)."
-        ),
-    ] = None,
-    threads: Annotated[
-        int, typer.Option(min=1, help="Threads of each run on the CPU; the last bits depend on it.")
-    ] = 1,
+    data: Data = None,
+    method: Method = None,
+    protocol: Protocol = "paper",
+    seed: Seed = None,
+    train_share: TrainShare = None,
+    num_prompts: NumPrompts = None,
+    table: ShowTable = False,
+    save_models: SaveModels = False,
+    engine: Engine = "joblib",
+    jobs: Jobs = None,
+    device: Devices = None,
+    threads: Threads = 1,
     workers: options.Workers = 0,
     **given: Any,
 ) -> None:
@@ -98,7 +108,7 @@ def sweep(
     several at a time share the work, also from other machines that have the folder.
     """
     with failures(f"Go on with: vapt-fast sweep --output {shlex.quote(str(output))}"):
-        named = [name for name in (*_OWN, *given) if name != "data" and is_given(context, name)]
+        named = [name for name in (*_OWN, *given) if is_given(context, name)]
         if data is None:
             if named:
                 raise UserError(f"--data must be given with {flag_of(named[0])}, as vtab or vtab:cifar")
@@ -111,7 +121,7 @@ def sweep(
                 seeds=seed,
                 train_shares=train_share or [1.0],
                 num_prompts=num_prompts,
-                run=run_options({name: given[name] for name in named if name in ARGUMENTS and name in given}),
+                run=run_options({name: given[name] for name in named if name in given}),
                 threads=threads,
             )
         if not table:
@@ -144,8 +154,8 @@ def _show(table: Table) -> None:
         _show_means(table, suite)
         _show_data_sets(table, suite)
     for data, deviations in dict.fromkeys((row.data, row.deviations) for row in table.rows):
-        for deviation in deviations:
-            say(f"note: {data} is not the benchmark's: {deviation}")
+        if deviations:
+            say(f"note: {data} is not the benchmark's: {'; '.join(deviations)}")
 
 
 def _show_means(table: Table, suite: str) -> None:

@@ -99,18 +99,9 @@ def run(
         _begin(options, folder, inputs)
     resume = resume and (folder / CHECKPOINT_NAME).exists()
     _reset_peak_memory(device)
-    found = search(
-        make_model,
-        splits,
-        recipes,
-        device=device,
-        workers=workers,
-        validate_every=validate_every,
-        folder=folder,
-        resume=resume,
-        start=start,
-        progress=progress,
-    )
+    places: dict[str, Any] = {"device": device, "workers": workers, "folder": folder}
+    going: dict[str, Any] = {"validate_every": validate_every, "resume": resume, "progress": progress}
+    found = search(make_model, splits, recipes, **places, **going, start=start)
     result = _result(options, splits, found, inputs) | {"peak_memory": _peak_memory(device)}
     if save:
         metadata = {**result, "class_names": list(splits.class_names)}

@@ -33,7 +33,7 @@ from ..suites import open_data_set
 from .engines import ENGINES, spread
 from .options import SWEEP_NAME, Cell, Run, SweepOptions
 
-__all__ = ["Places", "chosen_run", "is_finished", "perform", "read_result", "sweep"]
+__all__ = ["Places", "chosen_run", "free_device", "is_finished", "perform", "read_result", "sweep"]
 
 CLAIM_NAME = "claim.lock"
 
@@ -139,7 +139,7 @@ def perform(folder: Path, places: Places, threads: int, slots: Path, run: Run) -
         if not mine or is_finished(run, folder):
             return False
         torch.set_num_threads(threads)
-        with _free_device(places, slots) as device:
+        with free_device(places, slots) as device:
             try:
                 _compute(run, place, places, device)
             except UserError as error:
@@ -169,7 +169,7 @@ def _compute(run: Run, place: Path, places: Places, device: str) -> None:
 
 
 @contextmanager
-def _free_device(places: Places, slots: Path) -> Iterator[str]:
+def free_device(places: Places, slots: Path) -> Iterator[str]:
     """Give a device that no other run of this command has; Ray gives a run's process the one it may use."""
     if places.engine == "ray":
         yield places.devices[0]
