@@ -502,6 +502,6 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     script, command = (re.search(rf"```{language}\n(.*?)```", text, re.S)[1] for language in ("python", "sh"))
     monkeypatch.chdir(tmp_path)
     exec(compile(script, "example", "exec"), {})
-    name, *arguments = shlex.split(command)
+    name, *arguments = shlex.split(command.replace("\\\n", " "))
     assert name == "vapt-fast"
     assert "linear probe" in succeed(*arguments).output
