@@ -381,6 +381,18 @@ def test_joblib_shares_a_sweep(whole, tmp_path):
     pytest.importorskip("joblib")
     chosen, _, table = whole
     assert table_of(chosen, tmp_path, replace(PLACES, jobs=2)) == table
+    with pytest.raises(UserError, match="a process was ended from outside"):
+        list(spread("joblib", os._exit, [(1,), (1,)], jobs=2, gpu=False))
+
+
+@pytest.mark.full
+def test_processes_of_torchrun_share_a_sweep(whole, tmp_path):
+    chosen, _, table = whole
+    chosen.write(tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "vapt_fast"]
+    shared = subprocess.run([*command, "sweep", "--output", tmp_path], capture_output=True, check=False)
+    assert shared.returncode == 0, shared.stderr.decode()
+    assert table_of(chosen, tmp_path) == table
 
 
 @contextmanager
@@ -494,6 +506,13 @@ def test_the_command(root, tmp_path):
     assert [cell["method"] for cell in written["cells"]] == ["linear", "vapt"] * 2
     assert (tmp_path / "table.csv").read_text().count("\n") == 5
     assert torch.get_num_threads() == 1
+
+
+def test_several_processes_do_not_train_one_model(tmp_path, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    assert "torchrun has started 2" in error_of("train", "--output", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.full

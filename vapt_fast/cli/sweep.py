@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import statistics
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 from rich.table import Table as RichTable
+from torch.distributed import is_torchelastic_launched
 
 from ..training import UserError
 from ..training.methods import METHODS
@@ -144,6 +146,8 @@ def _devices(given: list[str] | None, engine: str) -> tuple[str, ...]:
     if given:
         # Ray's machines may have what this one lacks.
         return tuple(given if engine == "ray" else map(pick_device, given))
+    if is_torchelastic_launched() and torch.cuda.is_available():
+        return (f"cuda:{os.environ['LOCAL_RANK']}",)
     count = torch.cuda.device_count()
     return tuple(f"cuda:{index}" for index in range(count)) or ("cpu",)
 

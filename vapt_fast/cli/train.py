@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shlex
 import time
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
+from torch.distributed import is_torchelastic_launched
 
 from ..adapters import trainable_summary
 from ..names import DEMO_BACKBONE
@@ -58,6 +60,7 @@ def train(
     """
     with failures(f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"):
         check_backend(given["backend"], "--backend")
+        _check_alone()
         chosen = _resumed(context, given, output) if resume else RunOptions(**run_options(given))
         if not resume:
             _check_free(output, overwrite)
@@ -104,6 +107,16 @@ def _resumed(context: typer.Context, given: dict[str, Any], output: Path) -> Run
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **options["prompts"], **options["recipe"]}
+
+
+def _check_alone() -> None:
+    """Check that torchrun has not started several processes, which would all write the same files."""
+    number = int(os.environ.get("WORLD_SIZE", 1))
+    if is_torchelastic_launched() and number > 1:
+        raise UserError(
+            f"vapt-fast train is one process, and torchrun has started {number}: start it by itself, train "
+            "the model in a script of your own (DDP), or have vapt-fast sweep share several runs"
+        )
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
