@@ -508,13 +508,6 @@ def test_the_command(root, tmp_path):
     assert torch.get_num_threads() == 1
 
 
-def test_several_processes_do_not_train_one_model(tmp_path, monkeypatch):
-    for name, value in {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2"}.items():
-        monkeypatch.setenv(name, value)
-    assert "torchrun has started 2" in error_of("train", "--output", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.full
 def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 import time
 from dataclasses import asdict
@@ -13,12 +12,12 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.table import Table
-from torch.distributed import is_torchelastic_launched
 
 from ..adapters import trainable_summary
 from ..names import DEMO_BACKBONE
 from ..training import Recipe, RunOptions, Score, UserError, run
 from ..training.options import OPTIONS_NAME, RESULT_NAME
+from ..training.parallel import joined, rank
 from ..training.run import check_backend
 from ..training.trainer import Epoch
 from . import options
@@ -60,7 +59,6 @@ def train(
     """
     with failures(f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"):
         check_backend(given["backend"], "--backend")
-        _check_alone()
         chosen = _resumed(context, given, output) if resume else RunOptions(**run_options(given))
         if not resume:
             _check_free(output, overwrite)
@@ -68,19 +66,22 @@ def train(
             threads = 1  # so small a model has no work for more, which would wait for each other
         if threads is not None:
             torch.set_num_threads(threads)
-        progress = _Progress(chosen.recipes())
-        with progress.bars:
-            result = run(
-                chosen,
-                output,
-                resume=resume,
-                device=pick_device(device),
-                workers=workers,
-                on_check=progress.check,
-                on_start=lambda model, splits: _describe(model, splits, chosen),
-                progress=progress,
-            )
-    _report(result, output)
+        with joined(pick_device(device)) as place:
+            shows = rank() == 0
+            progress = _Progress(chosen.recipes(), shows)
+            with progress.bars:
+                result = run(
+                    chosen,
+                    output,
+                    resume=resume,
+                    device=place,
+                    workers=workers,
+                    on_check=progress.check,
+                    on_start=lambda model, splits: _describe(model, splits, chosen) if shows else None,
+                    progress=progress,
+                )
+    if shows:
+        _report(result, output)
 
 
 train.__signature__ = with_run_options(train)  # type: ignore[attr-defined]  # typer reads it
@@ -107,16 +108,6 @@ def _resumed(context: typer.Context, given: dict[str, Any], output: Path) -> Run
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
     return {**options, **options["prompts"], **options["recipe"]}
-
-
-def _check_alone() -> None:
-    """Check that torchrun has not started several processes, which would all write the same files."""
-    number = int(os.environ.get("WORLD_SIZE", 1))
-    if is_torchelastic_launched() and number > 1:
-        raise UserError(
-            f"vapt-fast train is one process, and torchrun has started {number}: start it by itself, train "
-            "the model in a script of your own (DDP), or have vapt-fast sweep share several runs"
-        )
 
 
 def _check_free(output: Path, overwrite: bool) -> None:
@@ -148,8 +139,8 @@ def _describe(model: Any, splits: Any, options: RunOptions) -> None:
 class _Progress:
     """The bars for reading the images and for the epochs of all candidates."""
 
-    def __init__(self, recipes: list[Recipe]) -> None:
-        self.bars = progress_bars()
+    def __init__(self, recipes: list[Recipe], shown: bool) -> None:
+        self.bars = progress_bars(disable=not shown)
         self._recipes = recipes
         self._tasks: dict[int, Any] = {}
         self._check: Any = None

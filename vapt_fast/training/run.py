@@ -20,6 +20,7 @@ from ..data import NORMALIZATIONS, full_data_config
 from ..files import write_atomically
 from ..names import create_backbone
 from ..ops import backend as backends
+from . import parallel
 from .errors import UserError
 from .images import check_images
 from .inputs import check_inputs, describe_inputs, write_inputs
@@ -95,19 +96,23 @@ def run(
     if on_start is not None:
         on_start(first, splits)
     del first
-    if not resume or (start is not None and (folder / RESULT_NAME).exists()):
+    begins = not resume or (start is not None and (folder / RESULT_NAME).exists())
+    resume = not begins and (folder / CHECKPOINT_NAME).exists()
+    writes = parallel.rank() == 0
+    parallel.wait()  # until all processes have read what is in the folder
+    if begins and writes:
         _begin(options, folder, inputs)
-    resume = resume and (folder / CHECKPOINT_NAME).exists()
     _reset_peak_memory(device)
     places: dict[str, Any] = {"device": device, "workers": workers, "folder": folder}
     going: dict[str, Any] = {"validate_every": validate_every, "resume": resume, "progress": progress}
     found = search(make_model, splits, recipes, **places, **going, start=start)
     result = _result(options, splits, found, inputs) | {"peak_memory": _peak_memory(device)}
-    if save:
+    if save and writes:
         metadata = {**result, "class_names": list(splits.class_names)}
         save_model(found.model, folder, metadata, include_backbone=options.needs_backbone_file)
-    write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
-    (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    if writes:
+        write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
+        (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
     return result
 
 
@@ -148,7 +153,7 @@ def _result(options: RunOptions, splits: Splits, found: Found, inputs: dict[str,
         "recipe": asdict(found.recipe),
         "data": splits.source or {"name": options.data},
         "normalize": options.normalize,
-        **{name: inputs[name] for name in ("library_version", "data_config", "weights")},
+        **{name: inputs[name] for name in ("library_version", "data_config", "weights", "processes")},
         "validation_accuracy": None if found.validation is None else found.validation.accuracy,
         "test_accuracy": None if found.test is None else found.test.accuracy,
         "candidates": found.candidates,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .checkpoint import load_checkpoint, save_checkpoint
 from .errors import DivergedError, UserError
 from .evaluation import Score, evaluate
@@ -116,6 +117,8 @@ def search(
         expected, state = state["recipes"], load_checkpoint(folder / CHECKPOINT_NAME)
         if state["recipes"] != expected:
             raise UserError(f"{folder / CHECKPOINT_NAME} was written with other options: resume with those")
+    if parallel.rank():
+        folder = None  # the first process writes
     log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
     options: dict[str, Any] = {"device": device, "workers": workers}
 
