@@ -100,14 +100,11 @@ def sweep(
     gpu = places.devices[0].startswith("cuda")
     with tempfile.TemporaryDirectory() as slots:
         work = partial(perform, folder, places, options.threads, Path(slots))
-        while True:
-            runs = [run for cell in cells for run in _known_runs(cell, folder)]
-            done = sum(is_finished(run, folder) for run in runs)
-            if done == len(runs):
-                return
+        while any(_open_runs(cell, folder) for cell in cells):
+            done = sum(is_finished(run, folder) for cell in cells for run in _known_runs(cell, folder))
             computed = False
-            # Runs are listed anew while others are computed: a choice that is made has runs to follow.
-            calls = ((run,) for run in _open_runs(cells, folder))
+            # Twice, and each cell when its turn comes: a choice that is made has runs to follow.
+            calls = ((run,) for cell in cells * 2 for run in _open_runs(cell, folder))
             for mine in spread(places.engine, work, calls, jobs=jobs, gpu=gpu):
                 computed, done = computed or mine, done + mine
                 if progress is not None:
@@ -253,11 +250,13 @@ def _known_runs(cell: Cell, folder: Path) -> list[Run]:
     return [*_to_choose_by(cell), *([] if chosen is None else cell.last(chosen))]
 
 
-def _open_runs(cells: list[Cell], folder: Path) -> Iterator[Run]:
-    """Yield the runs without a result, those to choose by first."""
-    for runs_of in (lambda cell: _to_choose_by(cell), lambda cell: _known_runs(cell, folder)):
-        for cell in cells:
-            yield from (run for run in runs_of(cell) if not is_finished(run, folder))
+def _open_runs(cell: Cell, folder: Path) -> list[Run]:
+    """Return the runs without a result: those to choose by, or when there are none left, the tested ones."""
+    searched = [run for run in _to_choose_by(cell) if not is_finished(run, folder)]
+    if searched:
+        return searched
+    chosen = chosen_run(cell, folder)
+    return [] if chosen is None else [run for run in cell.last(chosen) if not is_finished(run, folder)]
 
 
 def _check_inputs(cells: list[Cell]) -> None:
