@@ -26,7 +26,8 @@ def spread(
         gpu: whether each call needs a GPU, which Ray gives to no other call.
 
     Raises:
-        ModuleNotFoundError: the engine is missing; the message says how to install it.
+        ModuleNotFoundError: the engine is missing (joblib is not needed for one job); the message says how to
+            install it.
         UserError: a process was ended from outside.
         Exception: that of the first call that fails.
     """
@@ -34,6 +35,9 @@ def spread(
 
 
 def _joblib(function: Callable[..., Any], calls: Iterable[tuple], jobs: int) -> Iterator[Any]:
+    if jobs == 1:
+        yield from (function(*call) for call in calls)
+        return
     try:
         import joblib
     except ModuleNotFoundError as error:
