@@ -15,7 +15,7 @@ from ..training import METHODS, Recipe, RunOptions, UserError
 from ..training.methods import method_name
 from ..training.suites import is_suite_data
 
-__all__ = ["ARGUMENTS", "flag_of", "is_given", "run_options", "with_run_options"]
+__all__ = ["ARGUMENTS", "flag_of", "is_given", "run_options", "value_of", "with_run_options"]
 
 _OWNERS = (RunOptions, Recipe, PromptConfig)
 
@@ -64,7 +64,7 @@ def run_options(given: Mapping[str, Any]) -> dict[str, Any]:
     by_owner: dict[type, dict[str, Any]] = {owner: {} for owner in _OWNERS}
     for name, value in given.items():
         owner, option = ARGUMENTS[name]
-        by_owner[owner][option.name] = _value_of(name, value)
+        by_owner[owner][option.name] = value_of(name, value)
     options = by_owner[RunOptions]
     data = options.get("data", "digits")
     if data != "digits" and not is_suite_data(data):
@@ -86,7 +86,7 @@ def is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _value_of(name: str, given: Any) -> Any:
+def value_of(name: str, given: Any) -> Any:
     """Return the value of a field from that of the command's argument, where numbers of prompts are text."""
     owner, option = ARGUMENTS[name]
     if owner is not PromptConfig or not isinstance(given, str) or option.metadata["choices"]:
