@@ -677,3 +677,23 @@ def test_pictures_show_the_labels():
     assert few.convert("RGB").getpixel((1, 0)) == colours[1]
     painted = np.asarray(overlay(Image.new("RGB", (2, 2), "white"), labels, colours))
     assert painted[0, 0].tolist() == [127, 127, 127]
+
+
+def test_several_adapters_by_name(tmp_path):
+    model, other = tiny_segmenter(), tiny_segmenter(seed=1)
+    images = noise(2, *model.pretrained_cfg["input_size"])
+    other.save_adapter(tmp_path)
+    model.load_adapter(tmp_path, "other", check_backbone=False)
+    model.add_adapter("more", num_classes=7)
+    before = model(images)
+    model.set_adapter("more")
+    assert model(images).shape[1] == 7
+    model.set_adapter("other")
+    assert torch.equal(
+        model.head.state_dict()["classifier.weight"], other.head.state_dict()["classifier.weight"]
+    )
+    assert not model(images).equal(before)
+    with pytest.raises(NotImplementedError, match="call set_adapter"):
+        model(images, adapter_names=["other", "default"])
+    with model.disable_adapter(), pytest.raises(ValueError, match="has no classifier that was trained"):
+        model(images)

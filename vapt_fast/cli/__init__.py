@@ -19,6 +19,7 @@ from .predict import predict
 from .retrieve import retrieve
 from .scripts import timm
 from .serve import serve
+from .sweep import sweep
 from .timm_adapter import timm_adapter
 from .train import train
 
@@ -31,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 COMMANDS = (
-    *(train, predict, evaluate, explain, export, serve),
+    *(train, sweep, predict, evaluate, explain, export, serve),
     *(retrieve, demo, bench, info, timm_adapter),
 )
 for command in COMMANDS:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from . import parallel
 from .errors import UserError
 from .loader import LabelledImages, make_loader
 from .trainer import autocast
@@ -138,11 +140,18 @@ def classify(
 
 
 def evaluate(model: nn.Module, dataset: LabelledImages, **options: Any) -> Score:
-    """Return the accuracy and the loss of a model on a data set; arguments as for ``classify``."""
+    """Return the accuracy and the loss of a model on a data set; arguments as for ``classify``.
+
+    Of several processes that train together, each takes a part of the images, and all return the same.
+    """
+    part: LabelledImages = dataset
+    if parallel.world_size() > 1:
+        part = Subset(cast(Any, dataset), range(parallel.rank(), len(dataset), parallel.world_size()))
     totals = torch.zeros(2, dtype=torch.float64, device=options.get("device", "cpu"))  # images right, loss
-    for logits, labels in classify(model, dataset, **options):
+    for logits, labels in classify(model, part, **options):
         right = (logits.argmax(1) == labels).sum()
         totals += torch.stack([right.double(), _total_loss(logits, labels)])
+    parallel.add_up(totals)
     accuracy, loss = (totals / len(dataset)).tolist()
     return Score(accuracy, loss)
 

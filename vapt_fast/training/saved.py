@@ -18,6 +18,7 @@ from ..model import AdaptiveViT
 from ..names import create_backbone
 from ..source import rebuild_args
 from .errors import UserError
+from .lora import has_lora, merged_lora
 
 __all__ = ["FULL_MODEL_NAME", "load_model", "save_model"]
 
@@ -33,7 +34,8 @@ def save_model(
     """Write a model as ``load_model`` reads it.
 
     Args:
-        model: an AdaptiveViT, of which only prompts and head are written, or a timm model, written whole.
+        model: an AdaptiveViT, of which only prompts and head are written, or a timm model, written whole,
+            with LoRA merged into its weights.
         folder: where to; an earlier model in it stays whole until this one takes its place.
         metadata: what JSON can express; of it, ``class_names`` and ``data_config`` are kept where
             ``AdaptiveViT.save_adapter`` keeps them.
@@ -47,6 +49,8 @@ def save_model(
         own = {name: value for name, value in metadata.items() if name not in known}
         model.save_adapter(folder, metadata=own, include_backbone=include_backbone, **known)
         return
+    if has_lora(model):
+        model = merged_lora(model)
     cfg: dict[str, Any] = cast(Any, model).pretrained_cfg
     tag = cfg.get("tag")
     description = {

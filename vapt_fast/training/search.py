@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import parallel
 from .checkpoint import load_checkpoint, save_checkpoint
-from .errors import UserError
+from .errors import DivergedError, UserError
 from .evaluation import Score, evaluate
 from .loader import LabelledImages
 from .methods import trained_state
@@ -37,16 +38,19 @@ class Found:
     Attributes:
         model: trained by the best recipe, in eval mode.
         recipe: the best one.
-        validation: its score on the validation images after the last epoch; by this it was chosen.
+        validation: its score on the validation images after the last epoch; by this it was chosen. None
+            without validation images.
         test: its score on the test images, which were not looked at before; None without test images.
         candidates: for every recipe tried, base_lr, weight_decay, and accuracy and loss in validation.
+        seconds: what training took, of all recipes and without validation.
     """
 
     model: nn.Module
     recipe: Recipe
-    validation: Score
+    validation: Score | None
     test: Score | None
     candidates: list[dict[str, Any]]
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -85,7 +89,7 @@ def search(
 
     Args:
         make_model: makes an untrained model; called with all random generators seeded by the recipe's seed.
-        splits, recipes: the images, and the candidates, at least one.
+        splits, recipes: the images, and the candidates, at least one; exactly one without validation images.
         device, workers: as for Trainer.
         validate_every: epochs between scores in validation. The last is always taken and alone decides.
         folder: where the checkpoint and the metrics go, every epoch; None to keep nothing.
@@ -95,15 +99,20 @@ def search(
         evaluate: scores a model on a data set, as vapt_fast.training.evaluate does.
 
     Raises:
-        UserError: nothing to resume, a checkpoint of another search, or no recipe that didn't diverge.
+        UserError: nothing to resume, a checkpoint of another search, or several recipes without validation
+            images.
+        DivergedError: no recipe that didn't diverge.
         OSError: the disk is full, or the like; the checkpoint in ``folder`` is still good.
     """
+    if splits.validation is None and len(recipes) != 1:
+        raise UserError(f"without validation images there must be one recipe, got {len(recipes)}")
     state: dict[str, Any] = {
         "recipes": [asdict(recipe) for recipe in recipes],
         "candidates": [],
         "best": None,
         "current": None,
         "metrics_size": 0 if start is None else start.metrics_size,
+        "seconds": 0.0,
     }
     if resume:
         if folder is None:
@@ -111,6 +120,8 @@ def search(
         expected, state = state["recipes"], load_checkpoint(folder / CHECKPOINT_NAME)
         if state["recipes"] != expected:
             raise UserError(f"{folder / CHECKPOINT_NAME} was written with other options: resume with those")
+    if parallel.rank():
+        folder = None  # the first process writes
     log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
     options: dict[str, Any] = {"device": device, "workers": workers}
     score_of = partial(_score, evaluate, options)
@@ -124,7 +135,8 @@ def search(
             trainer.start_from(start.model, start.epochs)
         for epoch, score in _epochs(trainer, splits.validation, validate_every, score_of):
             log.write(_metrics(index, recipe, epoch, score))
-            if trainer.finished and score is not None:
+            state["seconds"] += epoch.seconds
+            if trainer.finished:
                 _finish_candidate(state, trainer, score)
             else:
                 state["current"] = trainer.state_dict()
@@ -137,13 +149,14 @@ def search(
 
 
 def _epochs(
-    trainer: Trainer, validation: LabelledImages, validate_every: int, score_of: Callable[..., Score]
+    trainer: Trainer, validation: LabelledImages | None, validate_every: int, score_of: Callable[..., Score]
 ) -> Iterator[tuple[Epoch, Score | None]]:
-    """Train to the end; yield every epoch with its score in validation, which the last always has."""
+    """Train to the end; yield every epoch with its score in validation, which the last has if any has."""
     while not trainer.finished:
-        epoch = trainer.run_epoch()
-        validated = trainer.finished or trainer.epoch % validate_every == 0
-        yield epoch, score_of(trainer.model, validation, trainer.recipe) if validated else None
+        epoch, score = trainer.run_epoch(), None
+        if validation is not None and (trainer.finished or trainer.epoch % validate_every == 0):
+            score = score_of(trainer.model, validation, trainer.recipe)
+        yield epoch, score
 
 
 def _score(
@@ -167,7 +180,7 @@ def _best(
     """Make the best candidate's model again, and test it."""
     best = state["best"]
     if best is None:
-        raise UserError(
+        raise DivergedError(
             f"training diverged with every learning rate of {[recipe.base_lr for recipe in recipes]}: "
             "give lower ones"
         )
@@ -177,8 +190,9 @@ def _best(
     test = None if test_data is None else score_of(model, test_data, recipe)
     chosen = state["candidates"][best["index"]]
     names = ("validation_accuracy", "validation_loss", "validation_mean_iou")
-    validation = Score(*(chosen.get(name) for name in names))
-    return Found(model.eval(), recipe, validation, test, state["candidates"])
+    scores = [chosen.get(name) for name in names]
+    validation = None if scores[0] is None else Score(*scores)
+    return Found(model.eval(), recipe, validation, test, state["candidates"], state["seconds"])
 
 
 def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
@@ -186,19 +200,26 @@ def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
     return make_model()
 
 
-def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score) -> None:
+_UNSCORED = {"validation_accuracy": None, "validation_loss": None}
+
+
+def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score | None) -> None:
     """List a trained candidate, and keep its tensors if it is the best so far."""
     candidate = {
         "base_lr": trainer.recipe.base_lr,
         "weight_decay": trainer.recipe.weight_decay,
         "diverged": trainer.diverged,
-        **score.entries("validation"),
+        **(
+            {"validation_accuracy": None, "validation_loss": None}
+            if score is None
+            else score.entries("validation")
+        ),
     }
     state["candidates"].append(candidate)
     state["current"] = None
     if trainer.diverged:
         return
-    merit = [score.merit, -score.loss]
+    merit = [] if score is None else [score.merit, -score.loss]
     if state["best"] is None or merit > state["best"]["merit"]:
         tensors = {name: tensor.cpu().clone() for name, tensor in trained_state(trainer.model).items()}
         state["best"] = {"index": len(state["candidates"]) - 1, "merit": merit, "model": tensors}

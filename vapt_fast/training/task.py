@@ -15,6 +15,7 @@ from .loader import LabelledImages
 from .methods import build_model
 from .options import RunOptions
 from .splits import Splits, digit_splits, folder_splits, image_files
+from .suites import is_suite_data, open_data_set, suite_splits
 
 __all__ = ["Classification", "Task", "find_task"]
 
@@ -49,7 +50,17 @@ class Classification:
     """One class an image."""
 
     def splits(self, options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
-        """Open the digits, or a folder with one folder of images a class."""
+        """Open the digits, a benchmark's data set, or a folder with one folder of images a class."""
+        if is_suite_data(options.data):
+            return suite_splits(
+                open_data_set(options.data, options.root, other_sizes=options.other_sizes),
+                config,
+                seed,
+                num_train=options.train_images,
+                train_share=options.train_share,
+                train_on_validation=options.train_on_validation,
+                augmentation=options.augmentation,
+            )
         if options.data == "digits":
             return digit_splits(config, seed, options.train_images, options.augmentation)
         return folder_splits(
