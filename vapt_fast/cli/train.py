@@ -168,8 +168,8 @@ class _Progress:
 def _report(result: dict[str, Any], output: Path) -> None:
     table = Table("learning rate", "weight decay", "validation", title="Candidates")
     for candidate in result["candidates"]:
-        merit = _merit(candidate, "validation")
-        scored = "none" if merit is None else f"{merit:.1%}"
+        score = _merit(candidate, "validation")
+        scored = "none" if score is None else f"{score:.1%}"
         table.add_row(
             f"{candidate['base_lr']:g}",
             f"{candidate['weight_decay']:g}",
@@ -187,6 +187,6 @@ def _report(result: dict[str, Any], output: Path) -> None:
     say(f"wrote {output}")
 
 
-def _merit(scores: dict[str, Any], split: str) -> Any:
-    """Return the mean IoU of segmentation, the accuracy of other tasks; None without such images."""
+def _merit(scores: dict[str, Any], split: str) -> float | None:
+    """Return the mean IoU of segmentation, the accuracy of other tasks."""
     return scores.get(f"{split}_mean_iou", scores[f"{split}_accuracy"])

@@ -95,21 +95,19 @@ class RunOptions:
     crop_pct: float | None = _data(
         None, "side of the crop, as a share (default: as the backbone was trained)"
     )
+    reduce_zero_label: bool = _data(
+        False,
+        "0 in masks is no class, and all other numbers are one less, as in ADE20K",
+        flags=("--reduce-zero-label",),
+    )
     normalize: str = _data(
         "model",
         "mean and standard deviation of images: those that the backbone was trained with; ImageNet's; or "
         "none, which leaves brightness between 0 and 1",
         choices=tuple(NORMALIZATIONS),
     )
-    reduce_zero_label: bool = _data(
-        False,
-        "0 in masks is no class, and all other numbers are one less, as in ADE20K",
-        flags=("--reduce-zero-label",),
-    )
     cache: bool = _data(
-        False,
-        "keep the images for training and validation decoded in memory; not with augmentation",
-        flags=("--cache",),
+        False, "keep the images for training and validation decoded in memory; not with augmentation"
     )
     backbone: str = _model(DEMO_BACKBONE, "name of the backbone in timm")
     pretrained: bool = _model(True, "start from pre-trained weights")
@@ -185,6 +183,8 @@ class RunOptions:
             raise UserError(f"train_share must be in (0, 1], got {self.train_share}")
         if self.train_share is not None and self.train_images is not None:
             raise UserError("train_share and train_images say the same in two ways: give one of them")
+        if is_suite_data(self.data) and self.task != "classification":
+            raise UserError(f"data {self.data!r} is for classification, got task {self.task!r}")
         if not is_suite_data(self.data):
             for name in ("root", "other_sizes", "train_share", "train_on_validation"):
                 if getattr(self, name) not in (None, False):

@@ -78,8 +78,9 @@ def run(
     check_backend(options.backend)
     recipes, prompts, config = options.recipes(), _prompts(options), _data_config(options)
     _check_image_size(options)
+    _check_processes(options)
     task = find_task(options.task)
-    splits = _without_test(options, task.splits(options, config, recipes[0].seed))
+    splits = _splits(options, task.splits(options, config, recipes[0].seed))
     make_model = partial(task.make_model, options, len(splits.class_names), prompts)
     # One model is made early: what is wrong with the options shows before anything is written.
     seed_everything(recipes[0].seed)
@@ -105,13 +106,11 @@ def run(
         _begin(options, folder, inputs)
     _reset_peak_memory(device)
     places: dict[str, Any] = {"device": device, "workers": workers, "folder": folder}
-    places["evaluate"] = task.evaluate
     going: dict[str, Any] = {"validate_every": validate_every, "resume": resume, "progress": progress}
-    found = search(make_model, splits, recipes, **places, **going, start=start)
+    found = search(make_model, splits, recipes, **places, **going, start=start, evaluate=task.evaluate)
     result = _result(options, splits, found, inputs) | {"peak_memory": _peak_memory(device)}
     if save and writes:
-        known = {"class_names": list(splits.class_names), "data_config": config}
-        metadata = {**result, **task.metadata(options), **known}
+        metadata = {**result, **task.metadata(options), "class_names": list(splits.class_names)}
         save_model(found.model, folder, metadata, include_backbone=options.needs_backbone_file)
     if writes:
         write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
@@ -228,7 +227,14 @@ def _check_image_size(options: RunOptions) -> None:
             )
 
 
-def _without_test(options: RunOptions, splits: Splits) -> Splits:
+def _check_processes(options: RunOptions) -> None:
+    if parallel.world_size() > 1 and options.task != "classification":
+        # A batch's loss is a mean over its labelled pixels, of which each part has another number.
+        raise UserError(f"task {options.task!r} is trained by one process, got {parallel.world_size()}")
+
+
+def _splits(options: RunOptions, splits: Splits) -> Splits:
+    """Return the splits without the test images, if the options leave them out."""
     if options.test:
         return splits
     return replace(splits, test=None, files={name: of for name, of in splits.files.items() if name != "test"})

@@ -190,8 +190,8 @@ def _best(
     test = None if test_data is None else score_of(model, test_data, recipe)
     chosen = state["candidates"][best["index"]]
     names = ("validation_accuracy", "validation_loss", "validation_mean_iou")
-    scores = [chosen.get(name) for name in names]
-    validation = None if scores[0] is None else Score(*scores)
+    scored = chosen["validation_accuracy"] is not None
+    validation = Score(*(chosen.get(name) for name in names)) if scored else None
     return Found(model.eval(), recipe, validation, test, state["candidates"], state["seconds"])
 
 
@@ -200,20 +200,13 @@ def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
     return make_model()
 
 
-_UNSCORED = {"validation_accuracy": None, "validation_loss": None}
-
-
 def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score | None) -> None:
     """List a trained candidate, and keep its tensors if it is the best so far."""
     candidate = {
         "base_lr": trainer.recipe.base_lr,
         "weight_decay": trainer.recipe.weight_decay,
         "diverged": trainer.diverged,
-        **(
-            {"validation_accuracy": None, "validation_loss": None}
-            if score is None
-            else score.entries("validation")
-        ),
+        **_entries(score),
     }
     state["candidates"].append(candidate)
     state["current"] = None
@@ -231,7 +224,14 @@ def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score | None) -> d
         "base_lr": recipe.base_lr,
         "weight_decay": recipe.weight_decay,
         **asdict(epoch),
-        "validation_loss": None,
+        **_entries(score),
+    }
+
+
+def _entries(score: Score | None) -> dict[str, float | None]:
+    """Return what files keep of a score in validation, if there is one."""
+    return {
         "validation_accuracy": None,
+        "validation_loss": None,
         **({} if score is None else score.entries("validation")),
     }

@@ -50,7 +50,7 @@ class Classification:
     """One class an image."""
 
     def splits(self, options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
-        """Open the digits, a benchmark's data set, or a folder with one folder of images a class."""
+        """Open the digits, a folder with one folder of images a class, or a benchmark's data set."""
         if is_suite_data(options.data):
             return suite_splits(
                 open_data_set(options.data, options.root, other_sizes=options.other_sizes),

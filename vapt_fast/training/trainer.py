@@ -121,7 +121,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        counted = torch.stack([loss.detach().double() * len(labels), num_right(logits.detach(), labels)])
+        right = num_right(logits.detach(), labels)
+        counted = torch.stack([loss.detach().double() * len(labels), right])
         return counted if share else torch.zeros_like(counted)
 
     def state_dict(self) -> dict[str, Any]:
