@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo-out
 
-.PHONY: help demo test test-rest test-all test-nightly mutants lint lint-only bench gpu gpu-dry clean
+.PHONY: help demo test test-rest test-all test-nightly mutants lint lint-only docs docs-only bench gpu gpu-dry clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -51,6 +51,12 @@ lint-only: # with what BIN holds, installing nothing
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(STYLED)
 
+docs: $(BIN)/.installed ## the documentation, in docs/_build/index.html; warnings and broken links are errors
+	@$(MAKE) --no-print-directory docs-only
+
+docs-only: # with what BIN holds, installing nothing
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+
 bench: $(BIN)/.installed ## the backends on this machine, whole models and single ops
 	$(BIN)/vapt-fast bench
 	$(BIN)/python -m pytest bench --benchmark-group-by=group --benchmark-columns=min,median,iqr,rounds
@@ -65,4 +71,4 @@ gpu-dry: $(BIN)/.installed ## the same on a CPU with tiny sizes, to see that it 
 	$(BIN)/python bench/gpu.py --out $(OUT) --dry
 
 clean: ## remove what the targets above made
-	rm -rf $(VENV) build dist *.egg-info $(OUT) gpu-out .pytest_cache .ruff_cache .benchmarks
+	rm -rf $(VENV) build dist docs/_build *.egg-info $(OUT) gpu-out .pytest_cache .ruff_cache .benchmarks

@@ -1,6 +1,6 @@
-"""Tables of results, for results.md of bench/gpu.py and for the README.
+"""Tables of results, for results.md of bench/gpu.py and for docs/backends.md.
 
-``python bench/report.py`` rewrites the README's section on speed from the results in bench/results/;
+``python bench/report.py`` rewrites the page's section on speed from the results in bench/results/;
 ``python bench/report.py FOLDER`` writes tables and pictures of FOLDER/results.json beside it.
 """
 
@@ -18,12 +18,12 @@ from floors import CEILINGS
 from vapt_fast.benchmark import LINEAR_PROBE, MODES, Row, Spread
 
 ROOT = Path(__file__).resolve().parent.parent
-README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "backends.md"
 RESULTS = ROOT / "bench" / "results"
 BEGIN = "<!-- written by bench/report.py from bench/results/ -->\n"
 END = "<!-- end of what bench/report.py writes -->\n"
 
-WIDTH = 118  # of the README's lines
+WIDTH = 118  # of the page's lines
 
 OURS = ("triton", "cuda", "auto")
 LONGEST = 20  # kernels and operations that are shown of a profile
@@ -228,11 +228,11 @@ def _ops(ops: list[dict[str, Any]]) -> str:
     return table(header, rows)
 
 
-# ---- the README's section
+# ---- the section of the page
 
 
 def section() -> str:
-    """Return the README's section on speed, from what is in bench/results/."""
+    """Return the section on speed of docs/backends.md, from what is in bench/results/."""
     reports = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     cpu = [report for name, report in reports.items() if name.startswith("cpu")]
     gpu = [report for name, report in reports.items() if name.startswith("gpu")]
@@ -392,22 +392,22 @@ def _steps(report: dict[str, Any]) -> list[str]:
 
 
 WHERE = paragraph(
-    "[`bench/results`](bench/results) has every timing, [`bench/README.md`](bench/README.md) says what is in "
-    "them and what is not. `vapt-fast bench` measures your own model on your own machine; `make gpu "
-    "OUT=folder` everything on a GPU, against every rival, and runs the tests that need one."
+    "`bench/results` has every timing, `bench/README.md` says what is in them and what is not. `vapt-fast "
+    "bench` measures your own model on your own machine; `make gpu OUT=folder` everything on a GPU, against "
+    "every rival, and runs the tests that need one."
 )
 
 
-def rewrite(readme: str, new: str) -> str:
-    """Return ``readme`` with ``new`` between the markers."""
-    before, rest = readme.split(BEGIN)
+def rewrite(page: str, new: str) -> str:
+    """Return ``page`` with ``new`` between the markers."""
+    before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{new}\n{END}{after}"
 
 
 def main() -> None:
     if len(sys.argv) == 1:
-        README.write_text(rewrite(README.read_text(), section()))
+        PAGE.write_text(rewrite(PAGE.read_text(), section()))
         return
     folder = Path(sys.argv[1])
     results = json.loads((folder / "results.json").read_text())

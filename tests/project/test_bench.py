@@ -324,13 +324,13 @@ def test_a_loop_whose_losses_are_wrong_is_noticed(load, monkeypatch, tmp_path):
     assert len(json.loads((tmp_path / "loop.json").read_text())["rows"]) == 3
 
 
-# ---- the README
+# ---- the page
 
 
-def test_readme_says_what_the_results_say(load):
+def test_page_says_what_the_results_say(load):
     report = load("report")
-    readme = report.README.read_text()
-    assert readme == report.rewrite(readme, report.section()), "run python bench/report.py"
+    page = report.PAGE.read_text()
+    assert page == report.rewrite(page, report.section()), "run python bench/report.py"
 
 
 def test_tables_hold_whatever_is_missing(load):

@@ -81,7 +81,7 @@ class BlockPrompts(nn.Module):
         num_prompts: P, prompts of this block.
         geometry: what they have to suit.
 
-    Class attributes:
+    Attributes:
         travels: the prompt tokens stay in the sequence of all later blocks; otherwise they are thrown away
             after their block.
         token_table: name of the parameter (P, C) whose rows are prompt tokens, which data may initialise.
