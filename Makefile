@@ -55,7 +55,7 @@ docs: $(BIN)/.installed ## the documentation, in docs/_build/index.html; warning
 	@$(MAKE) --no-print-directory docs-only
 
 docs-only: # with what BIN holds, installing nothing
-	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --fresh-env --quiet docs docs/_build
 
 bench: $(BIN)/.installed ## the backends on this machine, whole models and single ops
 	$(BIN)/vapt-fast bench
