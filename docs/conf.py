@@ -21,6 +21,7 @@ myst_heading_anchors = 4  # links to headings, as on GitHub
 autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 add_module_names = False
+smartquotes = False  # strings in docstrings stay strings
 napoleon_use_ivar = True  # attributes of a docstring are no members that are documented again
 
 

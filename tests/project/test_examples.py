@@ -13,7 +13,6 @@ from vapt_fast import AdaptiveViT
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDED = {"accelerate_loop": "accelerate", "lightning_loop": "lightning"}
 
-
 pytest.importorskip("sklearn", reason="the digits come with scikit-learn")
 
 
@@ -49,6 +48,7 @@ def test_export():
 
 
 @pytest.mark.full
+@pytest.mark.skipif(sys.platform == "win32", reason="PyTorch for Windows has no libuv, which torchrun wants")
 @pytest.mark.parametrize("option", [[], ["--fsdp"]], ids=["DDP", "FSDP2"])
 def test_distributed(option):
     script = [str(EXAMPLES / "distributed.py"), *option]
