@@ -22,7 +22,7 @@ autodoc_typehints_format = "short"
 autodoc_member_order = "bysource"
 add_module_names = False
 smartquotes = False  # strings in docstrings stay strings
-napoleon_use_ivar = True  # attributes of a docstring are no members that are documented again
+napoleon_custom_sections = [("Attributes", "params_style")]  # a list, in which "prompts, head" may be a name
 
 
 def setup(app):
