@@ -65,3 +65,11 @@ def test_distributed(option):
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert result.returncode == 0, result.stderr
     check_trained()
+
+
+@pytest.mark.parametrize("name", ["attention", "pooling", "steps"])
+def test_pictures_of_the_documentation(name, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.syspath_prepend(EXAMPLES.parent / "docs")
+    getattr(importlib.import_module("figures"), name)().savefig("picture.svg")
