@@ -364,10 +364,12 @@ class AdaptiveViT(AdapterModel):
             TypeError, ValueError: not a number of classes, or a pooling that the backbone can't do.
         """
         if global_pool is not None:
-            check_pooling(self.config, global_pool, global_pool == "map")
+            learned: Any = self.adapters.values()
+            for adapter in learned:
+                check_pooling(adapter.prompts.config, global_pool, global_pool == "map")
         num_classes = reset_head(self.backbone, num_classes, global_pool)
-        self._adapter.set_heads(take_heads(self.backbone), num_classes)
-        self.class_names = None
+        self._active.set_heads(take_heads(self.backbone), num_classes)
+        self._active.class_names = None
         self.train(self.training)
 
     def prune_intermediate_layers(
@@ -375,7 +377,7 @@ class AdaptiveViT(AdapterModel):
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        learned: Any = self.adapters.values()
+        learned: list[Any] = [*self.adapters.values(), self._base]
         for adapter in learned:
             adapter.prompts.prune(len(self.backbone.blocks))
         if prune_head:

@@ -42,7 +42,8 @@ def test_names():
         ("", ValueError, "must not be empty"),
         ("a.b", ValueError, "a dot"),
         (BASE_NAME, ValueError, "__base__"),
-        ("keys", ValueError, "method of torch.nn.ModuleDict"),
+        ("keys", ValueError, "attribute of torch.nn.ModuleDict"),
+        ("training", ValueError, "attribute of torch.nn.ModuleDict"),
         ("default", ValueError, "exists already"),
     ],
 )
@@ -177,6 +178,18 @@ def test_what_is_learned_leaves_the_bare_model_alone():
         torch.testing.assert_close(twin(images.float()).double(), before, rtol=1e-4, atol=1e-4)
 
 
+def test_changes_within_disable_adapter_are_those_of_the_active_one():
+    model = several(adapters=THREE)
+    images = tiny_images(model)
+    with model.disable_adapter():
+        before = model(images)
+        model.add_adapter("new")
+        model.reset_classifier(8)
+        assert model(images).equal(before)
+    assert model.adapters["new"].prompts.config == model.config
+    assert (model.adapters["new"].num_classes, model.num_classes) == (3, 8)
+
+
 def test_no_classifier_is_invented():
     """That of pre-trained weights is gone where timm has made another one; so is that of a loaded adapter."""
     model = several(adapters=THREE)
@@ -281,6 +294,22 @@ def test_fewer_blocks_are_those_of_all_adapters():
 
 
 # ---- merging
+
+
+def test_pruned_blocks_leave_no_classifier_of_the_bare_backbone():
+    model = several(adapters=THREE)
+    model.prune_intermediate_layers([0])
+    with model.disable_adapter():
+        assert model.num_classes == 0
+        assert model(tiny_images(model)).shape == model.forward_features(tiny_images(model)).shape
+
+
+def test_a_pooling_must_suit_all_adapters():
+    pooled = {"pooled": ({"num_prompts": 2, "pool_prompts": True}, 3)}
+    model = several(adapters=THREE | pooled, global_pool="avg")
+    with pytest.raises(ValueError, match="pool_prompts=True needs"):
+        model.reset_classifier(4, "token")
+    assert (model.global_pool, model.num_classes) == ("avg", 3)
 
 
 def test_weighted_adapters():
