@@ -185,6 +185,22 @@ def test_what_is_not_reserved(options, classes, problem):
     assert stack.adapters == ("default",)
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompts": []}, TypeError, "one PromptConfig or several"),
+        ({"prompts": ["deep"]}, TypeError, "one PromptConfig or several"),
+        ({"capacity": 0}, ValueError, "capacity must be"),
+        ({"max_classes": 0}, ValueError, "max_classes must be"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        AdapterStack(several(adapters=FOUR), **{"capacity": 2} | options)
+    with pytest.raises(TypeError, match="one of a model's adapters, got Linear"):
+        stack_of(several(adapters=FOUR)).add_adapter("new", torch.nn.Linear(2, 2))
+
+
 def test_what_can_not_be_stacked():
     model = several(adapters=STACKABLE | OTHERS)
     with pytest.raises(ValueError, match="got kind 'shallow'"):

@@ -106,9 +106,12 @@ class AdapterStack(nn.Module):
     ) -> None:
         super().__init__()
         number = integer("capacity", capacity, minimum=1)
-        classes = model.num_classes if max_classes is None else integer("max_classes", max_classes, minimum=1)
+        most = model.num_classes if max_classes is None else max_classes
+        classes = integer("max_classes", most, minimum=1)
         prompts = model.config if prompts is None else prompts
         configs = [prompts] if isinstance(prompts, PromptConfig) else list(prompts)
+        if not configs or not all(isinstance(config, PromptConfig) for config in configs):
+            raise TypeError(f"prompts must be one PromptConfig or several, got {prompts!r}")
         reserved = [model.make_adapter(config, classes) for config in configs]
         _check_blocks(model)
         plain = [self._plain(model, adapter) for adapter in reserved]
@@ -206,11 +209,13 @@ class AdapterStack(nn.Module):
             adapter: of a model with the same backbone; None for ``model.adapters[name]``.
 
         Raises:
-            TypeError, ValueError: not a name, or no such adapter in the model.
+            TypeError, ValueError: not a name, no such adapter in the model, or one of another backbone.
             AdapterError: it does not fit what is reserved, or all places are taken; nothing is changed.
         """
         check_name(name)
         adapter = self.model.find_adapter(name) if adapter is None else adapter
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"adapter must be one of a model's adapters, got {type(adapter).__name__}")
         self._write(name, copy.deepcopy(adapter))  # to be put into eval mode
 
     def load_adapter(self, folder: str | os.PathLike[str], *, name: str, check_backbone: bool = True) -> None:
