@@ -249,6 +249,16 @@ def test_compiled_with_integers():
     assert got.isfinite().equal(wanted.isfinite())
 
 
+def test_exported_for_batches_of_any_size():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "kv")})
+    images, given = tiny_images(model, batch=5), torch.tensor([0, 1, 2, -1, 0])
+    sizes = {name: {0: torch.export.Dim("batch", min=2)} for name in ("images", "adapter_names")}
+    exported = torch.export.export(model, (images,), {"adapter_names": given}, dynamic_shapes=sizes)
+    images, given = tiny_images(model, batch=3), torch.tensor([2, -1, 1])
+    got, expected = exported.module()(images, adapter_names=given), model(images, adapter_names=given)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 def test_no_images():
     model = several(adapters={name: STACKABLE[name] for name in ("default", "more")})
     assert model(tiny_images(model, batch=0), adapter_names=[]).shape[0] == 0

@@ -247,7 +247,7 @@ class _Stacked(NamedTuple):
     def draw_masks(self, images: Tensor) -> list[Masks]:
         """Return masks for all images, before they are parted: every backend sees the same numbers."""
         dtype = torch.promote_types(images.dtype, torch.float32)
-        return self.prompts.draw_masks(len(images), dtype=dtype, device=images.device)
+        return self.prompts.draw_masks(images.shape[0], dtype=dtype, device=images.device)
 
 
 def _stack(model: AdaptiveViT, images: Tensor, batch: Batch) -> _Stacked | None:
