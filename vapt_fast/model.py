@@ -210,7 +210,8 @@ class AdaptiveViT(AdapterModel):
         self.check_images(images)
         if adapter_names is not None and not self._num_disabled:
             return mixing.logits(self, images, adapter_names, backend)
-        if torch.compiler.is_compiling():
+        # Graphs don't know the bare backbone's classifier, which is none of the model's modules.
+        if torch.compiler.is_compiling() or self._num_disabled:
             return self._logits(images, backend)
         return self._cuda_graphs(_LOGITS[backend], self, images, preferred=self.cuda_graphs)
 

@@ -53,6 +53,10 @@ class AdapterModel(TimmModel):
         # The head comes last of all parameters: timm's gradient clipping counts on it.
         self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(prompts, heads, num_classes)})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._num_disabled = 0  # a copy that was made within disable_adapter is in none
+
     def _geometry(self) -> Geometry:
         blocks = self.backbone.blocks
         return Geometry(self.embed_dim, len(blocks), self.grid, patch_size(self.backbone), blocks)

@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from replaying import replaying_on_cpu
 from several import BASE, STACKABLE, one_by_one, several
 from small_adapters import SMALL, make_model, timm_model
 from tiny import tiny_backbone, tiny_images
@@ -188,6 +189,35 @@ def test_changes_within_disable_adapter_are_those_of_the_active_one():
         assert model(images).equal(before)
     assert model.adapters["new"].prompts.config == model.config
     assert (model.adapters["new"].num_classes, model.num_classes) == (3, 8)
+
+
+def test_a_copy_is_disabled_no_longer():
+    model = several(adapters=THREE)
+    images = tiny_images(model)
+    expected = model(images)
+    with model.disable_adapter():
+        twin = copy.deepcopy(model)
+        assert model(images).shape != expected.shape
+        assert twin(images).equal(expected)
+    assert model(images).equal(expected)
+
+
+def test_graphs_see_another_classifier_of_the_bare_backbone():
+    model = several(adapters=THREE)
+    images = tiny_images(model)
+    with torch.no_grad(), replaying_on_cpu(), model.disable_adapter():
+        model.cuda_graphs = True
+        before = model(images)
+        model.find_adapter(BASE).head = torch.nn.Linear(32, 4).double()
+        assert (before.shape[1], model(images).shape[1]) == (6, 4)
+
+
+def test_a_random_classifier_is_none():
+    """Weights that are loaded later have none for it."""
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 3}
+    model = AdaptiveViT("vit_tiny_patch16_224", num_prompts=2, **options)
+    with model.disable_adapter(), pytest.raises(ValueError, match="no classifier that was trained"):
+        model(torch.zeros(1, 3, 32, 32))
 
 
 def test_no_classifier_is_invented():

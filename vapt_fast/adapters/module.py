@@ -70,9 +70,9 @@ class MissingHead(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Raise ValueError."""
         raise ValueError(
-            "the bare backbone has no classifier that was trained: it was made with another number of "
-            "classes than its weights have; ask for its features, or make the model from a timm model with "
-            "its own head"
+            "the bare backbone has no classifier that was trained: it was made without weights, or with "
+            "another number of classes than they have; ask for its features, or make the model from a timm "
+            "model with its own head"
         )
 
 
