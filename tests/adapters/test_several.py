@@ -365,6 +365,7 @@ def test_weighted_adapters():
         (["default", "twin"], [1], "new", r"must be 2 finite numbers, one an adapter, got \[1\]"),
         (["default", "twin"], [1, float("nan")], "new", "2 finite numbers"),
         (["default", "named"], [1, 1], "new", "class_names: 'default' has None"),
+        (["default", "gray"], [1, 1], "new", "data_config: 'default' has {}, 'gray' {'mean'"),
         (["default", "twin"], [1, 1], "twin", "exists already"),
         (["default", "nobody"], [1, 1], "new", "got 'nobody'"),
     ],
@@ -374,6 +375,8 @@ def test_what_can_not_be_merged(names, weights, new, message):
     model.add_adapter("twin")
     model.add_adapter("named")
     model.adapters["named"].class_names = ("a", "b", "c")
+    model.add_adapter("gray")
+    model.adapters["gray"].data_config = {"mean": (0.5, 0.5, 0.5)}
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(names, weights, new)
     assert "new" not in model.adapters

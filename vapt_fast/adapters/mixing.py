@@ -206,7 +206,8 @@ def check_names(adapter_names: Any, batch: int, known: Sequence[str]) -> list[st
     names = list(adapter_names)
     if len(names) != batch:
         raise ValueError(f"adapter_names must be {batch}, one an image, got {len(names)}")
-    unknown = sorted({repr(name) for name in names if name not in known})
+    hashed = frozenset(known)
+    unknown = sorted({repr(name) for name in names if not isinstance(name, str) or name not in hashed})
     if unknown:
         raise ValueError(f"adapter_names must be among {tuple(known)}, got {', '.join(unknown)}")
     return names
