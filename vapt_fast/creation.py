@@ -64,7 +64,10 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             f"use {name.removeprefix(PREFIX)!r} here, or timm.create_model({name!r})"
         )
     if options.get("features_only"):
-        raise ValueError("features_only=True has no prompts; use AdaptiveViT.forward_intermediates()")
+        raise ValueError(
+            f"features_only=True is for timm.create_model({PREFIX + name!r}, features_only=True); of an "
+            "AdaptiveViT, use forward_intermediates()"
+        )
     if not is_backbone(name) and ":" not in name:
         raise ValueError(f"backbone {name!r} is no timm model; similar names: {similar_names(name)}")
     if options.get("num_classes") is not None:

@@ -7,17 +7,24 @@ from collections.abc import Mapping
 from typing import Any
 
 from timm.data import create_transform, resolve_data_config
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
 from .arguments import choice, integer, plain, real
 
-__all__ = ["DATA_KEYS", "eval_transform", "full_data_config"]
+__all__ = ["DATA_KEYS", "NORMALIZATIONS", "eval_transform", "full_data_config"]
 
 # timm's names, which its create_transform takes as keywords
 DATA_KEYS = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 CROP_MODES = ("center", "squash", "border")
+NORMALIZATIONS: dict[str, dict[str, list[float]]] = {
+    "model": {},
+    "imagenet": {"mean": list(IMAGENET_DEFAULT_MEAN), "std": list(IMAGENET_DEFAULT_STD)},
+    "none": {"mean": [0.0] * 3, "std": [1.0] * 3},
+}
+"""By name, the mean and the standard deviation that a data config is given; "model" keeps its own."""
 
 
 def full_data_config(

@@ -92,7 +92,7 @@ def export_model(
     batches = _random_images((1, 3) if batch_size is None else (batch_size,), data["input_size"], weight)
     with use_backend("reference"), torch.no_grad():
         expected = [model(images) for images in batches]
-    names = _class_names(model, class_names, expected[0].shape[-1])
+    names = _class_names(model, class_names, expected[0].shape[1])
 
     program = _program(model, batches[-1], batch_size is None)
     description: dict[str, Any] = {

@@ -403,5 +403,9 @@ class AdaptiveViT(AdapterModel):
         return self._cuda_graphs.report()
 
 
+def _logits(model: AdaptiveViT, images: Tensor, backend: str) -> Tensor:
+    return model._logits(images, backend)
+
+
 # By backend: the function that a CUDA graph is made of.
-_LOGITS = {name: partial(AdaptiveViT._logits, backend=name) for name in BACKENDS}
+_LOGITS = {name: partial(_logits, backend=name) for name in BACKENDS}

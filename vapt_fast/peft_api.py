@@ -178,7 +178,11 @@ class AdapterModel(TimmModel):
         prompts = Prompts(config, self._geometry()).to(weights_of(self.backbone, most=1)[0].device)
         if known := weights_of(self._active.prompts, most=1):
             prompts.to(dtype=known[0].dtype)
-        return Adapter(prompts, make_heads(self.backbone, number), number).train(self.training)
+        return Adapter(prompts, self._make_heads(number), number).train(self.training)
+
+    def _make_heads(self, num_classes: int) -> dict[str, nn.Module]:
+        """Return new classifiers by name."""
+        return make_heads(self.backbone, num_classes)
 
     def delete_adapter(self, name: str) -> None:
         """Remove an adapter; if it was the active one, the first of the others is from now on.

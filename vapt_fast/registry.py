@@ -7,9 +7,9 @@ those of the backbone's pre-trained weights, so ``timm.list_pretrained("vapt_*")
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, cast
 
 import timm
 from timm.models import (
@@ -20,6 +20,8 @@ from timm.models import (
     register_model,
     split_model_name_tag,
 )
+from timm.models._builder import pretrained_cfg_for_features
+from timm.models._features import FeatureGetterNet
 
 from .backbones import timm_modules
 from .config import PromptConfig
@@ -36,13 +38,18 @@ __all__: list[str] = []
 default_cfgs: dict[str, DefaultCfg] = {}
 
 
-def _entrypoint(name: str) -> Callable[..., AdaptiveViT]:
+def _entrypoint(name: str) -> Callable[..., AdaptiveViT | FeatureGetterNet]:
     def create(
         pretrained: bool = False,
         pretrained_cfg: str | dict[str, Any] | PretrainedCfg | None = None,
         prompts: PromptConfig | None = None,
+        features_only: bool = False,
+        out_indices: int | Sequence[int] = 3,
         **options: Any,
-    ) -> AdaptiveViT:
+    ) -> AdaptiveViT | FeatureGetterNet:
+        if features_only:
+            model = create(pretrained, pretrained_cfg, prompts, **options)
+            return _features_of(cast(AdaptiveViT, model), out_indices)
         options = {key: value for key, value in options.items() if value is not None}
         if isinstance(pretrained_cfg, PretrainedCfg):
             pretrained_cfg = asdict(pretrained_cfg)
@@ -59,9 +66,18 @@ def _entrypoint(name: str) -> Callable[..., AdaptiveViT]:
     create.__doc__ = (
         f"{name} with prompts, as an AdaptiveViT. Takes the options of PromptConfig (or ``prompts=``, a "
         "PromptConfig), ``backend=`` and whatever timm takes for the backbone. conv_kernel=0 means no "
-        "convolution and projector_dim=0 no projector."
+        "convolution and projector_dim=0 no projector. With ``features_only=True`` it gives the patch tokens "
+        "(B, C, H, W) after the blocks ``out_indices``, or after that many of the last, and has no head."
     )
     return create
+
+
+def _features_of(model: AdaptiveViT, out_indices: int | Sequence[int]) -> FeatureGetterNet:
+    """Return the model as timm's ``features_only`` has it: without head and what follows the last index."""
+    indices = out_indices if isinstance(out_indices, int) else tuple(out_indices)
+    features: Any = FeatureGetterNet(model, out_indices=indices)
+    features.pretrained_cfg = features.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+    return features
 
 
 def _published(

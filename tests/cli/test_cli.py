@@ -86,7 +86,7 @@ def test_help_and_version():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["train", "--output", "out", "--method", "lora"], "--method"),
+        (["train", "--output", "out", "--method", "adapter"], "--method"),
         (["train"], "--output"),
         (["predict", "folder"], "images"),
     ],
@@ -311,7 +311,7 @@ def test_precision_of_the_backbone(tmp_path, digit_files):
     assert json_of("evaluate", tmp_path, "--data", "digits", *in_fp8)["images"] == 400
     assert "fp8-gradients" in error_of("predict", tmp_path, digit_files, "--backbone-precision", "int8")
     full = error_of("train", "--output", tmp_path / "none", *QUICK, *in_fp8, "--method", "full")
-    assert "'full' trains it" in full
+    assert "'full' runs timm's own forward pass" in full
 
 
 def test_predict_prints_probabilities(trained, digit_files):

@@ -203,8 +203,27 @@ def test_create_model_refuses() -> None:
         timm.create_model(f"vapt_{VIT}", **TINY, num_prompt=3)
     with pytest.raises(ValueError, match="num_prompts must be at least 0"):
         timm.create_model(f"vapt_{VIT}", **TINY, num_prompts=-1)
-    with pytest.raises(ValueError, match="features_only"):
-        timm.create_model(f"vapt_{VIT}", **TINY, features_only=True)
+
+
+def test_features_only() -> None:
+    """timm's feature extractor gives the taps of the same model, and nothing that isn't needed for them."""
+    torch.manual_seed(0)
+    options = {**TINY, "prompts": KINDS["deep"]}
+    features = timm.create_model(f"vapt_{VIT}", **options, features_only=True, out_indices=[0, 1])
+    assert features.feature_info.channels() == [32, 32]
+    assert features.feature_info.reduction() == [16, 16]
+    model = timm.create_model(f"vapt_{VIT}", **options)
+    known = features.model.state_dict()
+    assert not model.load_state_dict(known, strict=False).unexpected_keys
+    images = torch.randn(2, 3, 32, 48)
+    expected = model.forward_intermediates(images, [0, 1], intermediates_only=True)
+    got = features.train()(images)
+    assert [tuple(feature.shape) for feature in got] == [(2, 32, 2, 3)] * 2
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(got, expected, strict=True))
+    sum(feature.square().sum() for feature in got).backward()
+    learned = [parameter for parameter in features.parameters() if parameter.requires_grad]
+    assert len(learned) == 2
+    assert all(parameter.grad is not None for parameter in learned)
 
 
 def test_pretrained_weights(tmp_path: Path) -> None:

@@ -140,7 +140,7 @@ MODELS = [
         "prompts must be a PromptConfig, got dict",
     ),
     (lambda: AdaptiveViT("test_vit", prompts=10), TypeError, "prompts must be a PromptConfig, got int"),
-    (lambda: AdaptiveViT("test_vit", features_only=True), ValueError, "features_only=True has no prompts"),
+    (lambda: AdaptiveViT("test_vit", features_only=True), ValueError, "use forward_intermediates"),
     (
         lambda: AdaptiveViT(timm.create_model("test_vit"), img_size=64),
         TypeError,

@@ -33,7 +33,7 @@ LAYERS = [
     },
     {"accounting", "export", "info"},
     {"training", "benchmark", "demo"},
-    {"serving"},
+    {"serving", "tasks"},
     {"cli", "__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
+from peft_import import peft
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_cases import BACKBONE, Stop, assert_same_training, make_model, recipes, stop
@@ -26,7 +28,7 @@ from vapt_fast.training import (
     run,
     save_model,
 )
-from vapt_fast.training.methods import trained_state
+from vapt_fast.training.methods import LoraOptions, trained_state
 from vapt_fast.training.splits import evaluation_data
 
 
@@ -57,7 +59,11 @@ def read_weights(folder):
 # ---- saved models
 
 
-@pytest.mark.parametrize("method", ["vapt", "linear", "full"])
+needs_peft = pytest.mark.skipif(peft is None, reason="needs peft")
+lora = pytest.param("lora", marks=needs_peft)
+
+
+@pytest.mark.parametrize("method", ["vapt", "linear", "full", lora])
 def test_saved_models_come_back(method, toy, tmp_path):
     model = make_model(method)
     Trainer(model, recipes(0.1)[0], toy.train).run_epoch()
@@ -66,7 +72,9 @@ def test_saved_models_come_back(method, toy, tmp_path):
     assert metadata["class_names"] == ["a", "b", "c"]
     assert not loaded.training
     with torch.no_grad():
-        assert torch.equal(loaded(toy.test.tensors[0]), model.eval()(toy.test.tensors[0]))
+        logits, expected = loaded(toy.test.tensors[0]), model.eval()(toy.test.tensors[0])
+    # LoRA's products are added to the weights, which rounds them once.
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 if method == "lora" else 0)
 
 
 def test_damaged_or_missing_models(tmp_path):
@@ -96,7 +104,7 @@ def test_an_adapter_of_the_users_own_is_loaded(tmp_path):
 
 
 @pytest.mark.parametrize("size", [None, 40])
-@pytest.mark.parametrize("method", ["vapt", "full"])
+@pytest.mark.parametrize("method", ["vapt", "full", lora])
 def test_a_run_and_its_model(method, size, tmp_path):
     chosen = options(method=method, base_lrs=[0.05], image_size=size)
     result = run(chosen, tmp_path)
@@ -127,6 +135,38 @@ def test_what_was_trained_on_other_weights_needs_nothing_to_be_loaded(tmp_path, 
     model, metadata = load_model(tmp_path / "out")
     test = evaluation_data("digits", metadata["data_config"], metadata["class_names"])
     assert evaluate(model, test, batch_size=5).accuracy == result["test_accuracy"]
+
+
+@needs_peft
+def test_lora_trains_its_matrices_and_the_head_and_nothing_else(toy):
+    """On qkv alone, as many as rank * (inputs + outputs) a block; the weights that are frozen stay."""
+    model = build_model("lora", BACKBONE, 3, lora=LoraOptions(rank=2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = Trainer(model, recipes(1.0)[0], toy.train)
+    state = trainer.state_dict()
+    trainer.run_epoch()
+    changed = {name for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
+    assert changed == set(trained_state(model)) == set(state["model"])
+    dim, depth = model.embed_dim, len(model.blocks)
+    assert sum(t.numel() for t in trained_state(model).values()) == depth * 2 * 4 * dim + 3 * (dim + 1)
+    trainer.load_state_dict(state)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+
+
+@needs_peft
+def test_what_lora_is_not_for(tmp_path):
+    with pytest.raises(UserError, match=r"lora_targets \['query'\] do not fit VisionTransformer"):
+        build_model("lora", BACKBONE, 3, lora=LoraOptions(targets=("query",)))
+    with pytest.raises(UserError, match=r"backbone_precision='fp8'"):
+        build_model("lora", BACKBONE, 3, backbone_precision="fp8")
+    with pytest.raises(UserError, match="a run of 'lora' can't be trained on"):
+        options(method="lora").extended(5, tmp_path)
+
+
+def test_lora_without_peft(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vapt_fast\[lora\]'"):
+        build_model("lora", BACKBONE, 3)
 
 
 def test_images_in_a_folder(image_folder, tmp_path):
@@ -264,7 +304,7 @@ def test_a_finished_run_is_trained_on(tmp_path, method):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method": "lora"}, "method must be one of"),
+        ({"method": "adapter"}, "method must be one of"),
         ({"backbone": "vit_digit"}, "backbone must be the name of a timm model, got 'vit_digit'; similar:"),
         ({"backbone": "vit_tiny_patch16_224.augreg_in21"}, "similar: vit_tiny_patch16_224.augreg_in21k, "),
         ({"backbone": "resnet18", "pretrained": False}, "vapt with backbone 'resnet18'"),

@@ -91,14 +91,15 @@ def _size_problems(model: AdaptiveViT, file: AdapterFile) -> Iterator[str]:
     """Yield where the config asks for other tensors than there are: for more, maybe, than there is room."""
     with torch.device("meta"):
         prompts = Prompts(file.prompts, model._geometry())
-    shapes: dict[str, Any] = {f"prompts.{name}": value.shape for name, value in prompts.state_dict().items()}
-    if file.num_classes:
-        shapes |= {f"{name}.weight": (file.num_classes, None) for name in model.find_adapter(BASE).head_names}
+    shapes = {f"prompts.{name}": value.shape for name, value in prompts.state_dict().items()}
     for name, shape in shapes.items():
         found = file.tensors.get(name)
-        if found is None or any(n not in (m, None) for m, n in zip(found.shape, shape, strict=False)):
+        if found is None or found.shape != shape:
             size = "missing" if found is None else f"shape {tuple(found.shape)}"
             yield f"{name}: {size}, its config makes it {tuple(shape)}"
+    heads = [value for name, value in file.tensors.items() if name.startswith("head")]
+    if file.num_classes and not any(value.ndim and len(value) == file.num_classes for value in heads):
+        yield f"head: no tensor with a row for each class, its config makes them {file.num_classes}"
 
 
 def build(

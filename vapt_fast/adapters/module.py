@@ -67,7 +67,7 @@ def mean_logits(logits: list[Tensor]) -> Tensor:
 class MissingHead(nn.Module):
     """The place of a backbone's own classifier that nobody has trained."""
 
-    def forward(self, features: Tensor) -> Tensor:
+    def forward(self, *inputs: Any) -> Tensor:
         """Raise ValueError."""
         raise ValueError(
             "the bare backbone has no classifier that was trained: it was made without weights, or with "

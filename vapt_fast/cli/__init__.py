@@ -16,8 +16,10 @@ from .explain import explain
 from .export import export
 from .info import info
 from .predict import predict
+from .retrieve import retrieve
 from .scripts import timm
 from .serve import serve
+from .sweep import sweep
 from .timm_adapter import timm_adapter
 from .train import train
 
@@ -29,7 +31,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (train, predict, evaluate, explain, export, serve, demo, bench, info, timm_adapter):
+COMMANDS = (
+    *(train, sweep, predict, evaluate, explain, export, serve),
+    *(retrieve, demo, bench, info, timm_adapter),
+)
+for command in COMMANDS:
     app.command()(command)
 # Whatever comes after the script's name is the script's, its --help too.
 app.command(context_settings={"allow_interspersed_args": False})(timm)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,13 +15,16 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from ..files import write_atomically
+from ..tasks.segmentation import PixelEvaluation, Segmenter, evaluate_pixels
 from ..training import RunOptions, UserError, load_model
 from ..training.evaluation import Evaluation, evaluate_by_class
+from ..training.loader import LabelledImages
 from ..training.options import OPTIONS_NAME
 from ..training.run import check_backend
 from ..training.splits import evaluation_data
 from . import options
 from .console import cell, count, failures, out, pick_device, progress_bars, say, status
+from .segment import mask_data, show_pixels
 
 __all__ = ["evaluate"]
 
@@ -59,6 +63,8 @@ def evaluate(
 ) -> None:
     """Test a trained model on labelled images: accuracy, also by class, and which classes are confused.
 
+    A model for segmentation needs images/ and masks/ in test/ (or val/), and gives its mean IoU.
+
     A folder with one folder a class is taken as a whole. If vapt-fast train has split the same folder, most
     of its images were trained on, and the numbers say nothing about new ones.
     """
@@ -71,12 +77,17 @@ def evaluate(
             adapter, backend, backbone=backbone, weights=weights, backbone_precision=backbone_precision
         )
         chosen = "validation" if split == "val" else split
-        dataset = evaluation_data(data, metadata["data_config"], metadata["class_names"], chosen)
+        dataset: LabelledImages
+        counts: Callable[..., Evaluation] = evaluate_by_class
+        if isinstance(model, Segmenter):
+            counts, dataset = evaluate_pixels, mask_data(data, metadata, chosen)
+        else:
+            dataset = evaluation_data(data, metadata["data_config"], metadata["class_names"], chosen)
         if split is None and _was_trained_on(adapter, data):
             say(f"note: {data} was split for the training of this model, which saw most of it", status)
         with progress_bars(transient=True, disable=not status.is_terminal) as bars:
             task = bars.add_task("images", total=len(dataset))
-            result = evaluate_by_class(
+            result = counts(
                 model.to(device),
                 dataset,
                 metadata["class_names"],
@@ -93,6 +104,8 @@ def evaluate(
     _note_absent(result)
     if as_json:
         print(as_json_text)
+    elif isinstance(result, PixelEvaluation):
+        show_pixels(result)
     else:
         _show(result)
     if output is not None:
@@ -112,7 +125,10 @@ def _was_trained_on(adapter: Path, data: str) -> bool:
 def _note_absent(result: Evaluation) -> None:
     absent = [name for name, images, _ in result.by_class if not images]
     if absent:
-        say(f"without images here: {count(len(absent), 'class', 'classes')}: {', '.join(absent)}", status)
+        say(
+            f"without {result.unit} here: {count(len(absent), 'class', 'classes')}: {', '.join(absent)}",
+            status,
+        )
 
 
 def _show(result: Evaluation) -> None:
@@ -154,7 +170,7 @@ def _csv(result: Evaluation) -> str:
     """Return a line for each class: its images, its accuracy, and how many were taken for each class."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["class", "images", "accuracy", *result.class_names])
+    writer.writerow(["class", result.unit, "accuracy", *result.class_names])
     for (name, images, accuracy), said in zip(result.by_class, result.confusion.tolist(), strict=True):
         writer.writerow([name, images, "" if accuracy is None else accuracy, *said])
     return text.getvalue()

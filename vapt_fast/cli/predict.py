@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,15 +11,17 @@ import torch
 import typer
 from rich.table import Table
 from rich.text import Text
-from torch import nn
+from torch import Tensor, nn
 
+from ..tasks.segmentation import Segmenter
 from ..training import UserError, eval_transform, load_model, open_image
 from ..training.images import IMAGE_EXTENSIONS
 from ..training.run import check_backend
 from . import options
 from .console import cell, failures, out, pick_device, say, status
+from .segment import predict_masks, show_masks
 
-__all__ = ["predict"]
+__all__ = ["image_files", "predict", "readable_batches"]
 
 
 def predict(
@@ -26,6 +29,9 @@ def predict(
     images: Annotated[list[Path], typer.Argument(help="Image files, or folders of them.")],
     as_json: options.AsJson = False,
     top: Annotated[int, typer.Option(min=1, help="How many classes to name for each image.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for masks and overlays, of a model for segmentation.")
+    ] = None,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     backbone: options.AdapterBackbone = None,
@@ -33,7 +39,7 @@ def predict(
     backend: options.Backend = None,
     backbone_precision: options.BackbonePrecision = None,
 ) -> None:
-    """Name the class of images with a trained model.
+    """Name the class of images with a trained model, or of each pixel with a model for segmentation.
 
     Files that are no images are reported and left out; the exit code is then 2.
     """
@@ -43,19 +49,28 @@ def predict(
         model, metadata = load_model(
             adapter, backend, backbone=backbone, weights=weights, backbone_precision=backbone_precision
         )
-        paths = _image_files(images)
-        predictions, errors = _predict(model.to(device), metadata, paths, top, batch_size, device)
+        paths = image_files(images)
+        show = _print_table
+        if isinstance(model, Segmenter):
+            if output is None:
+                raise UserError("--output is missing: the model is for segmentation and writes pictures")
+            predictions, errors = predict_masks(model.to(device), metadata, paths, output, batch_size)
+            show = show_masks
+        elif output is not None:
+            raise UserError("--output is for models for segmentation, and this one names the class of images")
+        else:
+            predictions, errors = _predict(model.to(device), metadata, paths, top, batch_size, device)
     if as_json:
         print(json.dumps(predictions, indent=2))
     else:
-        _print_table(predictions)
+        show(predictions)
     for error in errors:
         say(f"error: {error}", status, "red")
     if errors:
         raise typer.Exit(2)
 
 
-def _image_files(given: list[Path]) -> list[Path]:
+def image_files(given: list[Path]) -> list[Path]:
     """Return the files themselves, and the images in the folders, sorted."""
     paths: list[Path] = []
     for path in given:
@@ -69,13 +84,11 @@ def _image_files(given: list[Path]) -> list[Path]:
     return paths
 
 
-def _predict(
-    model: nn.Module, metadata: dict[str, Any], paths: list[Path], top: int, batch_size: int, device: str
-) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the ``top`` classes of each image with their probabilities, and the errors of other files."""
-    class_names = metadata["class_names"]
-    transform = eval_transform(metadata["data_config"])
-    predictions, errors = [], []
+def readable_batches(
+    paths: list[Path], data_config: dict[str, Any], batch_size: int, errors: list[str]
+) -> Iterator[tuple[list[str], Tensor]]:
+    """Yield names and images (B, C, H, W) of files; of those that are no images, add the errors."""
+    transform = eval_transform(data_config)
     for start in range(0, len(paths), batch_size):
         names, tensors = [], []
         for path in paths[start : start + batch_size]:
@@ -85,10 +98,20 @@ def _predict(
                 errors.append(str(error))
             else:
                 names.append(str(path))
-        if not tensors:
-            continue
+        if tensors:
+            yield names, torch.stack(tensors)
+
+
+def _predict(
+    model: nn.Module, metadata: dict[str, Any], paths: list[Path], top: int, batch_size: int, device: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the ``top`` classes of each image with their probabilities, and the errors of other files."""
+    class_names = metadata["class_names"]
+    predictions: list[dict[str, Any]] = []
+    errors: list[str] = []
+    for names, images in readable_batches(paths, metadata["data_config"], batch_size, errors):
         with torch.inference_mode():
-            probabilities = model(torch.stack(tensors).to(device)).float().softmax(1)
+            probabilities = model(images.to(device)).float().softmax(1)
         best = probabilities.topk(min(top, len(class_names)), dim=1)
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             classes = [

@@ -14,16 +14,15 @@ import typer
 from rich.table import Table
 
 from ..adapters import trainable_summary
-from ..config import PromptConfig
 from ..names import DEMO_BACKBONE
 from ..training import Recipe, RunOptions, Score, UserError, run
-from ..training.methods import method_name
 from ..training.options import OPTIONS_NAME, RESULT_NAME
+from ..training.parallel import joined, rank
 from ..training.run import check_backend
 from ..training.trainer import Epoch
 from . import options
 from .console import count, failures, out, pick_device, progress_bars, say, status
-from .train_options import ARGUMENTS, flag_of, value_of, with_run_options
+from .train_options import ARGUMENTS, flag_of, is_given, run_options, with_run_options
 
 __all__ = ["train"]
 
@@ -60,70 +59,51 @@ def train(
     """
     with failures(f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"):
         check_backend(given["backend"], "--backend")
-        chosen = _resumed(context, given, output) if resume else RunOptions(**_run_options(given))
+        chosen = _resumed(context, given, output) if resume else RunOptions(**run_options(given))
         if not resume:
             _check_free(output, overwrite)
         if threads is None and chosen.backbone == DEMO_BACKBONE:
             threads = 1  # so small a model has no work for more, which would wait for each other
         if threads is not None:
             torch.set_num_threads(threads)
-        progress = _Progress(chosen.recipes())
-        with progress.bars:
-            result = run(
-                chosen,
-                output,
-                resume=resume,
-                device=pick_device(device),
-                workers=workers,
-                on_check=progress.check,
-                on_start=lambda model, splits: _describe(model, splits, chosen),
-                progress=progress,
-            )
-    _report(result, output)
+        with joined(pick_device(device)) as place:
+            shows = rank() == 0
+            progress = _Progress(chosen.recipes(), shows)
+            with progress.bars:
+                result = run(
+                    chosen,
+                    output,
+                    resume=resume,
+                    device=place,
+                    workers=workers,
+                    on_check=progress.check,
+                    on_start=lambda model, splits: _describe(model, splits, chosen) if shows else None,
+                    progress=progress,
+                )
+    if shows:
+        _report(result, output)
 
 
 train.__signature__ = with_run_options(train)  # type: ignore[attr-defined]  # typer reads it
-
-
-def _run_options(given: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of RunOptions from those of the command."""
-    by_owner: dict[type, dict[str, Any]] = {RunOptions: {}, Recipe: {}, PromptConfig: {}}
-    for name, (owner, option) in ARGUMENTS.items():
-        by_owner[owner][option.name] = value_of(name, given[name])
-    options = by_owner[RunOptions]
-    if options["data"] != "digits":
-        options["data"] = str(Path(options["data"]).resolve())
-    if options["weights"] is not None:
-        options["weights"] = str(options["weights"].resolve())
-    options["method"] = method_name(options["method"])
-    for candidates in ("base_lrs", "weight_decays"):
-        options[candidates] = list(options[candidates]) if options[candidates] else None
-    return {**options, "recipe": by_owner[Recipe], "prompts": by_owner[PromptConfig]}
 
 
 def _resumed(context: typer.Context, given: dict[str, Any], output: Path) -> RunOptions:
     """Return the options of the run in ``output``; those on the command line must agree with them."""
     options = RunOptions.read(output)
     if (output / RESULT_NAME).exists():
-        if not _is_given(context, "epochs"):
+        if not is_given(context, "epochs"):
             raise UserError(
                 f"the run in {output} is finished: there is nothing to resume. To train on, give --epochs too"
             )
         options = options.extended(given["epochs"], output)
-    now, then = _flat(_run_options(given)), _flat(asdict(options))
+    now, then = _flat(run_options(given)), _flat(asdict(options))
     for name, (_, option) in ARGUMENTS.items():
-        if _is_given(context, name) and now[option.name] != then[option.name]:
+        if is_given(context, name) and now[option.name] != then[option.name]:
             raise UserError(
                 f"{flag_of(name)} was {then[option.name]} when the run in {output} started, got "
                 f"{now[option.name]}; leave it out"
             )
     return options
-
-
-def _is_given(context: typer.Context, name: str) -> bool:
-    """Return whether an option is on the command line."""
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
 
 
 def _flat(options: dict[str, Any]) -> dict[str, Any]:
@@ -140,9 +120,10 @@ def _check_free(output: Path, overwrite: bool) -> None:
 
 def _describe(model: Any, splits: Any, options: RunOptions) -> None:
     test = "none" if splits.test is None else f"{len(splits.test):,}"
+    chosen_with = "none" if splits.validation is None else f"{len(splits.validation):,}"
     say(
         f"{count(len(splits.class_names), 'class', 'classes')}; {count(len(splits.train), 'image')} to train "
-        f"on, {len(splits.validation):,} to choose the learning rate with, {test} to test on",
+        f"on, {chosen_with} to choose the learning rate with, {test} to test on",
         status,
     )
     say(trainable_summary(model), status)
@@ -158,8 +139,8 @@ def _describe(model: Any, splits: Any, options: RunOptions) -> None:
 class _Progress:
     """The bars for reading the images and for the epochs of all candidates."""
 
-    def __init__(self, recipes: list[Recipe]) -> None:
-        self.bars = progress_bars()
+    def __init__(self, recipes: list[Recipe], shown: bool) -> None:
+        self.bars = progress_bars(disable=not shown)
         self._recipes = recipes
         self._tasks: dict[int, Any] = {}
         self._check: Any = None
@@ -176,7 +157,7 @@ class _Progress:
     def __call__(self, candidate: int, epoch: Epoch, score: Score | None) -> None:
         if candidate not in self._tasks:
             self._tasks[candidate] = self.bars.add_task("", total=self._recipes[candidate].epochs)
-        validation = "" if score is None else f", validation {score.accuracy:.1%}"
+        validation = "" if score is None else f", validation {score.merit:.1%}"
         self.bars.update(
             self._tasks[candidate],
             completed=epoch.epoch,
@@ -187,16 +168,25 @@ class _Progress:
 def _report(result: dict[str, Any], output: Path) -> None:
     table = Table("learning rate", "weight decay", "validation", title="Candidates")
     for candidate in result["candidates"]:
-        diverged = candidate["diverged"]
+        score = _merit(candidate, "validation")
+        scored = "none" if score is None else f"{score:.1%}"
         table.add_row(
             f"{candidate['base_lr']:g}",
             f"{candidate['weight_decay']:g}",
-            "diverged" if diverged else f"{candidate['validation_accuracy']:.1%}",
+            "diverged" if candidate["diverged"] else scored,
         )
     out.print(table)
     chosen = result["recipe"]
     say(f"chosen: learning rate {chosen['base_lr']:g}, weight decay {chosen['weight_decay']:g}")
+    for deviation in result["data"].get("deviations", []):
+        say(f"note: this is not the benchmark's data: {deviation}")
     if result["test_accuracy"] is not None:
+        what = "accuracy" if "test_mean_iou" not in result else "mean IoU"
         tested = count(result["num_images"]["test"], "image")
-        say(f"test accuracy: {result['test_accuracy']:.1%} of {tested}")
+        say(f"test {what}: {_merit(result, 'test'):.1%} of {tested}")
     say(f"wrote {output}")
+
+
+def _merit(scores: dict[str, Any], split: str) -> float | None:
+    """Return the mean IoU of segmentation, the accuracy of other tasks."""
+    return scores.get(f"{split}_mean_iou", scores[f"{split}_accuracy"])

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
+from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 import typer
 
 from ..config import KINDS, PromptConfig
-from ..training import Recipe, RunOptions, UserError
+from ..training import METHODS, Recipe, RunOptions, UserError
+from ..training.methods import method_name
+from ..training.suites import is_suite_data
 
-__all__ = ["ARGUMENTS", "flag_of", "value_of", "with_run_options"]
+__all__ = ["ARGUMENTS", "flag_of", "is_given", "run_options", "value_of", "with_run_options"]
 
 _OWNERS = (RunOptions, Recipe, PromptConfig)
 
@@ -24,7 +27,6 @@ ARGUMENTS: dict[str, tuple[type, Field]] = {
 }
 """By the command's argument, the dataclass and the field that it sets."""
 
-_METHODS = (*dict.fromkeys(cls.method for cls in KINDS.values()), "linear", "full")
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
 
@@ -43,7 +45,7 @@ def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
         kind, default = str, str(default)  # numbers, which ``value_of`` reads
     if name == "method":
         # Those of the registered kinds, so no type checker can know them.
-        choices = tuple(dict.fromkeys([*_METHODS, *KINDS]))
+        choices = tuple(dict.fromkeys([*METHODS, *KINDS]))
         help += f". The kinds of PromptConfig are other names: {_OTHER_NAMES}"
     if choices:
         literal: Any = Literal[choices]
@@ -55,6 +57,33 @@ def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
     )
     annotation = Annotated[kind, described]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def run_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of RunOptions from the command's ``given``, which may be some of ARGUMENTS."""
+    by_owner: dict[type, dict[str, Any]] = {owner: {} for owner in _OWNERS}
+    for name, value in given.items():
+        owner, option = ARGUMENTS[name]
+        by_owner[owner][option.name] = value_of(name, value)
+    options = by_owner[RunOptions]
+    data = options.get("data", "digits")
+    if data != "digits" and not is_suite_data(data):
+        options["data"] = str(Path(data).resolve())
+    for path in ("root", "weights"):
+        if options.get(path) is not None:
+            options[path] = str(options[path].resolve())
+    if "method" in options:
+        options["method"] = method_name(options["method"])
+    for candidates in ("base_lrs", "weight_decays"):
+        if candidates in options:
+            options[candidates] = list(options[candidates]) if options[candidates] else None
+    return {**options, "recipe": by_owner[Recipe], "prompts": by_owner[PromptConfig]}
+
+
+def is_given(context: typer.Context, name: str) -> bool:
+    """Return whether an option is on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def value_of(name: str, given: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from ..arguments import plain
 
-__all__ = ["UserError", "check_types", "printable"]
+__all__ = ["DivergedError", "UserError", "check_types", "printable"]
 
 # Control characters, undecodable bytes of file names (surrogates), and what else would end a line.
 _UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
@@ -17,6 +17,10 @@ _UNPRINTABLE = {"Cc", "Cs", "Zl", "Zp"}
 
 class UserError(ValueError):
     """A mistake in the arguments or the files of a run; one line: which, what was given, what is expected."""
+
+
+class DivergedError(UserError):
+    """Training diverged with every recipe: the losses are no longer finite numbers."""
 
 
 def printable(text: str | os.PathLike[str]) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
+from . import parallel
 from .errors import UserError
 from .loader import LabelledImages, make_loader
 from .trainer import autocast
@@ -23,12 +25,23 @@ class Score:
     """The accuracy and the loss of a model on a data set.
 
     Attributes:
-        accuracy: share of the images whose class is named right, 0 to 1.
+        accuracy: share of the images whose class is named right, 0 to 1; of the pixels in segmentation.
         loss: mean cross-entropy, nats.
+        mean_iou: of segmentation, the mean intersection over union of the classes, 0 to 1.
     """
 
     accuracy: float
     loss: float
+    mean_iou: float | None = None
+
+    @property
+    def merit(self) -> float:
+        """What validation chooses by: ``mean_iou`` where there is one, else ``accuracy``."""
+        return self.accuracy if self.mean_iou is None else self.mean_iou
+
+    def entries(self, split: str) -> dict[str, float]:
+        """Return what files of a run keep: ``validation_accuracy``, ``validation_loss``, ..."""
+        return {f"{split}_{name}": value for name, value in asdict(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -39,15 +52,17 @@ class Evaluation:
         class_names: of the model, by index.
         confusion: (C, C), int64: how many images of the row's class were taken for the column's.
         loss: mean cross-entropy, nats.
+        unit: what is counted.
     """
 
     class_names: tuple[str, ...]
     confusion: Tensor
     loss: float
+    unit: ClassVar[str] = "images"
 
     @property
     def num_images(self) -> int:
-        """The number of images."""
+        """The number of images, or whatever else the unit is."""
         return int(self.confusion.sum())
 
     @property
@@ -82,12 +97,12 @@ class Evaluation:
     def as_dict(self) -> dict[str, Any]:
         """Return everything as JSON takes it."""
         return {
-            "images": self.num_images,
+            self.unit: self.num_images,
             "accuracy": self.accuracy,
             "mean_class_accuracy": self.mean_class_accuracy,
             "loss": self.loss if math.isfinite(self.loss) else None,
             "classes": [
-                {"class": name, "images": count, "accuracy": accuracy}
+                {"class": name, self.unit: count, "accuracy": accuracy}
                 for name, count, accuracy in self.by_class
             ],
             "confusion": self.confusion.tolist(),
@@ -125,11 +140,18 @@ def classify(
 
 
 def evaluate(model: nn.Module, dataset: LabelledImages, **options: Any) -> Score:
-    """Return the accuracy and the loss of a model on a data set; arguments as for ``classify``."""
+    """Return the accuracy and the loss of a model on a data set; arguments as for ``classify``.
+
+    Of several processes that train together, each takes a part of the images, and all return the same.
+    """
+    part: LabelledImages = dataset
+    if parallel.world_size() > 1:
+        part = Subset(cast(Any, dataset), range(parallel.rank(), len(dataset), parallel.world_size()))
     totals = torch.zeros(2, dtype=torch.float64, device=options.get("device", "cpu"))  # images right, loss
-    for logits, labels in classify(model, dataset, **options):
+    for logits, labels in classify(model, part, **options):
         right = (logits.argmax(1) == labels).sum()
         totals += torch.stack([right.double(), _total_loss(logits, labels)])
+    parallel.add_up(totals)
     accuracy, loss = (totals / len(dataset)).tolist()
     return Score(accuracy, loss)
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -31,7 +32,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..arguments import listing
 from .errors import UserError, printable
 
-__all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image", "read_image"]
+__all__ = ["IMAGE_EXTENSIONS", "check_images", "check_readable", "open_image", "read_image"]
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 """Endings, in lower case, of the files in a folder that are taken for images."""
@@ -103,25 +104,35 @@ def check_images(
     Raises:
         UserError: some can't be read; the message names the first 20, each in a line, and how many more.
     """
-    errors, files = [], cast(Any, paths)  # a data set, of which collate_fn is given one at a time
-    loader = DataLoader(files, batch_size=None, num_workers=workers, collate_fn=_error_of)
+    check_readable(paths, open_image, workers, progress)
+
+
+def check_readable(
+    sources: Sequence[Any],
+    read: Callable[[Any], object],
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Call ``read`` with each of ``sources`` once; else as ``check_images``."""
+    errors, data = [], cast(Any, sources)  # a data set, of which collate_fn is given one at a time
+    loader = DataLoader(data, batch_size=None, num_workers=workers, collate_fn=partial(_error_of, read))
     for index, error in enumerate(loader):
         if error:
             errors.append(error)
         if progress is not None:
-            progress(index + 1, len(paths))
+            progress(index + 1, len(sources))
     if len(errors) == 1:
         raise UserError(errors[0])
     if errors:
         more = len(errors) - _SHOWN
         lines = [*errors[:_SHOWN], *([f"and {more:,} more"] if more > 0 else [])]
-        raise UserError(listing(f"{len(errors):,} of {len(paths):,} images can't be read", lines))
+        raise UserError(listing(f"{len(errors):,} of {len(sources):,} images can't be read", lines))
 
 
-def _error_of(path: Any) -> str:
+def _error_of(read: Callable[[Any], object], source: Any) -> str:
     """Return why an image can't be read; empty if it can."""
     try:
-        open_image(path)
+        read(source)
     except UserError as error:
         return str(error)
     return ""

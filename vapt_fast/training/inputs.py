@@ -13,6 +13,7 @@ from .._version import __version__
 from ..adapters import backbone_fingerprint, fingerprint
 from ..files import write_atomically
 from ..model import AdaptiveViT
+from . import parallel
 from .errors import UserError
 from .splits import Splits
 
@@ -40,6 +41,8 @@ def describe_inputs(splits: Splits, config: dict[str, Any], model: nn.Module) ->
         "data_config": config,
         "weights": weights,
         "files": splits.files,
+        "source": splits.source,
+        "processes": parallel.world_size(),
     }
     return json.loads(json.dumps(inputs))
 
@@ -83,6 +86,10 @@ def _differences(then: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
             yield f"{word} images: {shown}{more}"
     if before == after and then["files"] != now["files"]:
         yield "the images are split in another way"
+    if then["processes"] != now["processes"]:
+        yield f"it was trained by {then['processes']} processes and is by {now['processes']}"
+    if then["source"] != now["source"]:
+        yield f"the lists of images were {then['source']} and are {now['source']}"
     if then["data_config"] != now["data_config"]:
         yield f"images were prepared by {then['data_config']} and are by {now['data_config']}"
     if then["weights"] != now["weights"]:

@@ -24,7 +24,7 @@ __all__ = ["LabelledImages", "in_memory", "make_loader"]
 
 
 class LabelledImages(Protocol):
-    """A data set of known size, of (image (3, H, W), index of its class)."""
+    """A data set of known size, of (image (3, H, W), index of its class, or of each pixel's (H, W))."""
 
     def __len__(self) -> int: ...
 
@@ -34,7 +34,7 @@ class LabelledImages(Protocol):
 def in_memory(dataset: LabelledImages) -> TensorDataset:
     """Return a data set with all images decoded and transformed once, by transforms that draw nothing."""
     images, labels = zip(*(dataset[index] for index in range(len(dataset))), strict=True)
-    return TensorDataset(torch.stack(images), torch.tensor(labels))
+    return TensorDataset(torch.stack(images), default_collate(list(labels)))
 
 
 class Batches:
@@ -64,8 +64,27 @@ def _read(dataset: LabelledImages, indices: list[int]) -> Any:
         return error
 
 
+class _Parts(Sampler[list[int]]):
+    """The part of each batch that a process takes; of a batch that is too small for that, its first image."""
+
+    def __init__(self, batches: BatchSampler, index: int, count: int) -> None:
+        self._batches, self._index, self._count = batches, index, count
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._batches:
+            yield batch[self._index :: self._count] or batch[:1]
+
+
 def make_loader(
-    dataset: LabelledImages, batch_size: int, *, shuffle_seed: int | None = None, workers: int = 0
+    dataset: LabelledImages,
+    batch_size: int,
+    *,
+    shuffle_seed: int | None = None,
+    workers: int = 0,
+    part: tuple[int, int] = (0, 1),
 ) -> Batches:
     """Return batches of (images (B, 3, H, W), labels (B,)).
 
@@ -74,6 +93,7 @@ def make_loader(
         batch_size: images a batch; the last batch may have fewer.
         shuffle_seed: of the order and of the workers' own randomness; None for the stored order.
         workers: processes that read images; 0 reads in this one. Data in memory needs none.
+        part: (i, n) for the images i, i + n, ... of each batch; its first, where there is none of these.
 
     Raises:
         UserError: while iterating, an image that can't be read; the message names it.
@@ -82,15 +102,16 @@ def make_loader(
     if shuffle_seed is not None:
         sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(shuffle_seed))
     # A generator of its own, for the workers: the order and the global generator stay out of it.
-    generator = torch.Generator().manual_seed(shuffle_seed or 0)
+    generator = torch.Generator().manual_seed((shuffle_seed or 0) + part[0])
+    batches: Sampler[list[int]] = BatchSampler(sampler, batch_size, drop_last=False)
+    if part[1] > 1:
+        batches = _Parts(cast(BatchSampler, batches), *part)
     if isinstance(dataset, TensorDataset):
         # One indexing a batch instead of one an image.
-        batches = BatchSampler(sampler, batch_size, drop_last=False)
         return Batches(DataLoader(dataset, batch_size=None, sampler=batches, generator=generator))
     loader = DataLoader(
         cast(Any, range(len(dataset))),
-        batch_size=batch_size,
-        sampler=sampler,
+        batch_sampler=batches,
         generator=generator,
         num_workers=workers,
         collate_fn=partial(_read, dataset),

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -16,19 +16,21 @@ from torch import nn
 
 from ..backbones import find_family, patch_size
 from ..config import PromptConfig
-from ..data import full_data_config
+from ..data import NORMALIZATIONS, full_data_config
 from ..files import write_atomically
 from ..names import create_backbone
 from ..ops import backend as backends
+from . import parallel
 from .errors import UserError
-from .images import check_images
 from .inputs import check_inputs, describe_inputs, write_inputs
 from .loader import in_memory
-from .methods import build_model, check_backbone, trained_state
+from .methods import check_backbone, trained_state
 from .options import RESULT_NAME, RunOptions
 from .saved import load_model, save_model
 from .search import CHECKPOINT_NAME, Found, Progress, Start, search
-from .splits import Splits, digit_splits, folder_splits, image_files
+from .splits import Splits
+from .suites import find_data_set, is_suite_data
+from .task import find_task
 from .trainer import autocast, seed_everything
 
 __all__ = ["run"]
@@ -41,6 +43,9 @@ def run(
     resume: bool = False,
     device: torch.device | str = "cpu",
     workers: int = 0,
+    validate_every: int = 1,
+    check: bool = True,
+    save: bool = True,
     on_check: Callable[[int, int], None] | None = None,
     on_start: Callable[[nn.Module, Splits], None] | None = None,
     progress: Progress | None = None,
@@ -55,35 +60,28 @@ def run(
         folder: where to write; a model that is there stays until the new one is whole.
         resume: go on from the checkpoint; a run that was stopped before the first one starts anew. With
             options of ``RunOptions.extended``, start from the finished run's model.
-        device, workers: as for Trainer.
-        on_check: told how many images were read, of how many: all are, once, before training starts.
+        device, workers, validate_every, progress: as for ``search``.
+        check, on_check: read all images once before training starts; told how many were read, of how many.
+        save: write the trained model.
         on_start: told the untrained model and the images before training starts.
-        progress: told about every epoch.
 
     Returns:
-        The result, as in ``result.json``: what was chosen, scores, candidates, numbers of images.
+        The result, as in ``result.json``: what was chosen, scores, candidates, numbers of images and
+        parameters, seconds and memory.
 
     Raises:
         UserError: options that can't be carried out.
+        DivergedError: training diverged with every candidate.
         BackendUnavailableError: the backend can't run here.
         OSError: the disk is full, or the like.
     """
     check_backend(options.backend)
     recipes, prompts, config = options.recipes(), _prompts(options), _data_config(options)
     _check_image_size(options)
-    splits = _splits(options, config, recipes[0].seed)
-    make_model = partial(
-        build_model,
-        options.method,
-        options.backbone,
-        len(splits.class_names),
-        prompts=prompts,
-        pretrained=options.pretrained,
-        backend=options.backend,
-        backbone_precision=options.backbone_precision,
-        weights=options.weights,
-        **options.timm_options,
-    )
+    _check_processes(options)
+    task = find_task(options.task)
+    splits = _splits(options, task.splits(options, config, recipes[0].seed))
+    make_model = partial(task.make_model, options, len(splits.class_names), prompts)
     # One model is made early: what is wrong with the options shows before anything is written.
     seed_everything(recipes[0].seed)
     with _user_errors(options):
@@ -91,7 +89,8 @@ def run(
     inputs = describe_inputs(splits, config, first)
     if resume:
         check_inputs(folder, inputs)
-    check_images(image_files(splits.train, splits.validation, splits.test), workers, on_check)
+    if check:
+        task.check_data(splits, workers, on_check)
     start = _start(options, folder)
     _try_first_image(first, splits, options, device)
     if options.cache:
@@ -99,16 +98,23 @@ def run(
     if on_start is not None:
         on_start(first, splits)
     del first
-    if not resume or (start is not None and (folder / RESULT_NAME).exists()):
+    begins = not resume or (start is not None and (folder / RESULT_NAME).exists())
+    resume = not begins and (folder / CHECKPOINT_NAME).exists()
+    writes = parallel.rank() == 0
+    parallel.wait()  # until all processes have read what is in the folder
+    if begins and writes:
         _begin(options, folder, inputs)
-    resume = resume and (folder / CHECKPOINT_NAME).exists()
+    _reset_peak_memory(device)
     places: dict[str, Any] = {"device": device, "workers": workers, "folder": folder}
-    found = search(make_model, splits, recipes, **places, resume=resume, start=start, progress=progress)
-    result = _result(options, splits, found)
-    metadata = {**result, "class_names": list(splits.class_names), "data_config": config}
-    save_model(found.model, folder, metadata, include_backbone=options.needs_backbone_file)
-    write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
-    (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
+    going: dict[str, Any] = {"validate_every": validate_every, "resume": resume, "progress": progress}
+    found = search(make_model, splits, recipes, **places, **going, start=start, evaluate=task.evaluate)
+    result = _result(options, splits, found, inputs) | {"peak_memory": _peak_memory(device)}
+    if save and writes:
+        metadata = {**result, **task.metadata(options), "class_names": list(splits.class_names)}
+        save_model(found.model, folder, metadata, include_backbone=options.needs_backbone_file)
+    if writes:
+        write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
+        (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
     return result
 
 
@@ -139,21 +145,43 @@ def _begin(options: RunOptions, folder: Path, inputs: dict[str, Any]) -> None:
     write_inputs(folder, inputs)
 
 
-def _result(options: RunOptions, splits: Splits, found: Found) -> dict[str, Any]:
+def _result(options: RunOptions, splits: Splits, found: Found, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return what ``result.json`` holds."""
+    head = cast(Any, found.model).get_classifier()
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
     result = {
         "method": options.method,
         "backbone": options.backbone,
         "recipe": asdict(found.recipe),
-        "validation_accuracy": found.validation.accuracy,
+        "data": splits.source or {"name": options.data},
+        "normalize": options.normalize,
+        **{name: inputs[name] for name in ("library_version", "data_config", "weights", "processes")},
+        "validation_accuracy": None if found.validation is None else found.validation.accuracy,
         "test_accuracy": None if found.test is None else found.test.accuracy,
+        **_mean_ious(found),
         "candidates": found.candidates,
         "num_images": {name: 0 if part is None else len(part) for name, part in parts.items()},
+        "num_parameters": _count(found.model.parameters()),
+        "num_trained": _count(p for p in found.model.parameters() if p.requires_grad),
+        "num_trained_in_head": _count(p for p in head.parameters() if p.requires_grad),
+        "train_seconds": found.seconds,
     }
     if options.extends is not None:
         result["extended_from_epochs"] = options.extends["epochs"]
     return result
+
+
+def _mean_ious(found: Found) -> dict[str, float | None]:
+    """Return the mean IoUs of segmentation, nothing for other tasks."""
+    scores = {"validation": found.validation, "test": found.test}
+    known = {
+        f"{split}_mean_iou": None if score is None else score.mean_iou for split, score in scores.items()
+    }
+    return {} if set(known.values()) == {None} else known
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _prompts(options: RunOptions) -> PromptConfig:
@@ -169,7 +197,13 @@ def _data_config(options: RunOptions) -> dict[str, Any]:
     pretrained_cfg = {} if cfg is None else cfg.to_dict()
     if options.image_size is not None:
         pretrained_cfg["input_size"] = (3, options.image_size, options.image_size)
-    return full_data_config(pretrained_cfg, {"crop_mode": options.crop_mode, "crop_pct": options.crop_pct})
+    suite = find_data_set(options.data)[0].preparation if is_suite_data(options.data) else {}
+    asked = {"crop_mode": options.crop_mode, "crop_pct": options.crop_pct}
+    given = {name: value for name, value in asked.items() if value is not None}
+    try:
+        return full_data_config(pretrained_cfg, {**suite, **NORMALIZATIONS[options.normalize], **given})
+    except ValueError as error:  # three colours for a backbone of another number
+        raise UserError(f"normalize={options.normalize!r} with {options.backbone!r}: {error}") from error
 
 
 def _check_image_size(options: RunOptions) -> None:
@@ -193,23 +227,33 @@ def _check_image_size(options: RunOptions) -> None:
             )
 
 
-def _splits(options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
-    if options.data == "digits":
-        return digit_splits(config, seed, options.train_images, options.augmentation)
-    return folder_splits(
-        options.data,
-        config,
-        seed,
-        num_train=options.train_images,
-        validation_share=options.validation_share,
-        test_share=options.test_share,
-        augmentation=options.augmentation,
-    )
+def _check_processes(options: RunOptions) -> None:
+    if parallel.world_size() > 1 and options.task != "classification":
+        # A batch's loss is a mean over its labelled pixels, of which each part has another number.
+        raise UserError(f"task {options.task!r} is trained by one process, got {parallel.world_size()}")
+
+
+def _splits(options: RunOptions, splits: Splits) -> Splits:
+    """Return the splits without the test images, if the options leave them out."""
+    if options.test:
+        return splits
+    return replace(splits, test=None, files={name: of for name, of in splits.files.items() if name != "test"})
 
 
 def _cached(splits: Splits) -> Splits:
-    test = None if splits.test is None else in_memory(splits.test)
-    return replace(splits, train=in_memory(splits.train), validation=in_memory(splits.validation), test=test)
+    """Keep what is read in every epoch in memory; the test images are read once."""
+    validation = None if splits.validation is None else in_memory(splits.validation)
+    return replace(splits, train=in_memory(splits.train), validation=validation)
+
+
+def _reset_peak_memory(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def _peak_memory(device: torch.device | str) -> int | None:
+    """Return the most bytes that tensors had on a GPU at once, in training and testing; None elsewhere."""
+    return torch.cuda.max_memory_allocated(device) if torch.device(device).type == "cuda" else None
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,17 +11,21 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
+from ..adapters import read_config
 from ..data import full_data_config
 from ..files import write_atomically
 from ..model import AdaptiveViT
 from ..names import create_backbone
 from ..source import rebuild_args
 from .errors import UserError
+from .lora import has_lora, merged_lora
 
 __all__ = ["FULL_MODEL_NAME", "load_model", "save_model"]
 
 FULL_MODEL_NAME = "model.safetensors"
 _HEADER_KEY = "vapt_fast_model"
+SEGMENTATION = "segmentation"
+"""The key in an adapter's metadata that says that it is of a Segmenter."""
 
 
 def save_model(
@@ -29,7 +34,8 @@ def save_model(
     """Write a model as ``load_model`` reads it.
 
     Args:
-        model: an AdaptiveViT, of which only prompts and head are written, or a timm model, written whole.
+        model: an AdaptiveViT, of which only prompts and head are written, or a timm model, written whole,
+            with LoRA merged into its weights.
         folder: where to; an earlier model in it stays whole until this one takes its place.
         metadata: what JSON can express; of it, ``class_names`` and ``data_config`` are kept where
             ``AdaptiveViT.save_adapter`` keeps them.
@@ -43,6 +49,8 @@ def save_model(
         own = {name: value for name, value in metadata.items() if name not in known}
         model.save_adapter(folder, metadata=own, include_backbone=include_backbone, **known)
         return
+    if has_lora(model):
+        model = merged_lora(model)
     cfg: dict[str, Any] = cast(Any, model).pretrained_cfg
     tag = cfg.get("tag")
     description = {
@@ -89,7 +97,7 @@ def load_model(
             )
         return _load_full(whole)
     try:
-        model = AdaptiveViT.from_adapter(
+        model = _class_of(folder).from_adapter(
             folder,
             backbone=backbone,
             weights=weights,
@@ -101,6 +109,14 @@ def load_model(
     names = model.class_names or [str(index) for index in range(model.num_classes)]
     config = full_data_config(model.pretrained_cfg, model.data_config)
     return model, {**model.adapter_metadata, "class_names": list(names), "data_config": config}
+
+
+def _class_of(folder: Path) -> type[AdaptiveViT]:
+    """Return the class of the model that an adapter belongs to."""
+    if SEGMENTATION in read_config(folder)["metadata"]:
+        # It stands above this layer, and is needed by its own adapters only.
+        return import_module("vapt_fast.tasks.segmentation").Segmenter
+    return AdaptiveViT
 
 
 def _load_full(path: Path) -> tuple[nn.Module, dict[str, Any]]:

@@ -16,6 +16,7 @@ from torchvision.datasets import ImageFolder
 from ..demo import NEW_DIGITS, digit_images
 from .errors import UserError, printable
 from .images import IMAGE_EXTENSIONS, open_image
+from .listed import ListedImages
 from .loader import LabelledImages, in_memory
 from .transforms import NO_AUGMENTATION, Augmentation, eval_transform, train_transform
 
@@ -42,16 +43,18 @@ class Splits:
     Attributes:
         class_names: name of each class, by its index.
         train: to learn from.
-        validation: to choose the learning rate with.
+        validation: to choose the learning rate with; None where it is chosen already.
         test: to report; None where the user has none.
         files: the images of each split in their order, as paths within the data's folder; none for digits.
+        source: what identifies images that lists name; none for others.
     """
 
     class_names: tuple[str, ...]
     train: LabelledImages
-    validation: LabelledImages
+    validation: LabelledImages | None
     test: LabelledImages | None
     files: dict[str, list[str]] = field(default_factory=dict)
+    source: dict[str, Any] = field(default_factory=dict)
 
 
 def image_files(*datasets: object) -> list[str]:
@@ -63,6 +66,8 @@ def image_files(*datasets: object) -> list[str]:
             paths += [whole[index] for index in dataset.indices] if whole else []
         elif isinstance(dataset, ImageFolder):
             paths += [path for path, _ in dataset.samples]
+        elif isinstance(dataset, ListedImages):
+            paths += dataset.paths
     return paths
 
 

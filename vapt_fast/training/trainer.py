@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import parallel
 from .loader import LabelledImages, make_loader
+from .loss import cross_entropy, num_right
 from .methods import param_groups, trained_state
 from .recipe import Recipe
 
@@ -28,7 +29,7 @@ class Epoch:
         epoch: counted from 1.
         lr: learning rate of the last step.
         train_loss: mean over the images, nats, with dropout and label smoothing.
-        train_accuracy: of the same outputs, 0 to 1.
+        train_accuracy: of the same outputs, 0 to 1; share of the pixels in segmentation.
         seconds: wall-clock time.
     """
 
@@ -84,36 +85,45 @@ class Trainer:
         """Train on every training image once."""
         started = time.perf_counter()
         epoch_seed = seed_everything(self.recipe.seed, self.epoch)
+        batch_size, part = self.recipe.batch_size, (parallel.rank(), parallel.world_size())
         loader = make_loader(
-            self._data, self.recipe.batch_size, shuffle_seed=epoch_seed, workers=self._workers
+            self._data, batch_size, shuffle_seed=epoch_seed, workers=self._workers, part=part
         )
+        if parallel.rank():
+            seed_everything(epoch_seed, parallel.rank())  # dropout of its own
         self.model.train()
         totals = torch.zeros(2, dtype=torch.float64, device=self._device)  # loss, images right
         for index, (images, labels) in enumerate(loader):
             lr = self.recipe.learning_rate(self.epoch * len(loader) + index, len(loader))
-            totals += self._step(images.to(self._device), labels.to(self._device), lr)
+            count = min(batch_size, len(self._data) - index * batch_size)
+            share = len(range(count)[part[0] :: part[1]]) / count
+            totals += self._step(images.to(self._device), labels.to(self._device), lr, share)
+        parallel.add_up(totals)
         loss, right = (totals / len(self._data)).tolist()
         self.epoch += 1
         self.diverged = not math.isfinite(loss)
         return Epoch(self.epoch, lr, loss, right, time.perf_counter() - started)
 
-    def _step(self, images: Tensor, labels: Tensor, lr: float) -> Tensor:
+    def _step(self, images: Tensor, labels: Tensor, lr: float, share: float) -> Tensor:
+        """Take a step with this process's ``share`` of a batch; 0 for an image that only fills in."""
         for group in self._optimizer.param_groups:
             group["lr"] = lr
         with autocast(self._device, self.recipe.amp):
             logits = self.model(images)
         logits = logits.float()
-        loss = F.cross_entropy(logits, labels, label_smoothing=self.recipe.label_smoothing)
+        loss = cross_entropy(logits, labels, self.recipe.label_smoothing)
         self._optimizer.zero_grad()
-        self._scaler.scale(loss).backward()
+        self._scaler.scale(loss if share == 1 else loss * share).backward()
+        parallel.add_up_gradients(p for group in self._optimizer.param_groups for p in group["params"])
         if self.recipe.clip_grad is not None:
             self._scaler.unscale_(self._optimizer)
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
             nn.utils.clip_grad_norm_(parameters, self.recipe.clip_grad)
         self._scaler.step(self._optimizer)
         self._scaler.update()
-        right = (logits.detach().argmax(1) == labels).sum()
-        return torch.stack([loss.detach().double() * len(labels), right.double()])
+        right = num_right(logits.detach(), labels)
+        counted = torch.stack([loss.detach().double() * len(labels), right])
+        return counted if share else torch.zeros_like(counted)
 
     def state_dict(self) -> dict[str, Any]:
         """Return all that is needed to go on from here: plain numbers and copies of tensors."""

@@ -1,0 +1,1 @@
+"""Tasks besides classification: segmentation and retrieval. Each is imported by its name."""

@@ -1,0 +1,132 @@
+"""Segmentation as the training's runs know it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from ...config import PromptConfig
+from ...training.errors import UserError
+from ...training.evaluation import Score
+from ...training.images import check_readable
+from ...training.loader import LabelledImages, make_loader
+from ...training.loss import IGNORED, cross_entropy
+from ...training.methods import METHODS, build_model
+from ...training.options import RunOptions
+from ...training.splits import Splits
+from ...training.trainer import autocast
+from .data import MaskedImages, mask_splits
+from .decoders import resized
+from .metric import PixelEvaluation, confusion_matrix
+from .model import Segmenter
+from .windows import sliding_window
+
+__all__ = ["TASK", "evaluate_pixels"]
+
+
+class Segmentation:
+    """A class for each pixel; see Task."""
+
+    def splits(self, options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
+        """Open a folder of images and masks."""
+        if options.data == "digits":
+            raise UserError("segmentation needs data, a folder with train/images and train/masks")
+        for name, default in (("cache", False), ("crop_mode", None), ("crop_pct", None)):
+            if getattr(options, name) != default:
+                raise UserError(
+                    f"{name} is for classification: windows slide over images of any size; leave it out"
+                )
+        return mask_splits(
+            options.data,
+            config,
+            seed,
+            num_train=options.train_images,
+            validation_share=options.validation_share,
+            augmentation=options.augmentation,
+            reduce_zero_label=options.reduce_zero_label,
+        )
+
+    def check_data(self, splits: Splits, workers: int, progress: Callable[[int, int], None] | None) -> None:
+        """Read every image and mask once."""
+        parts = [part for part in (splits.train, splits.validation, splits.test) if part is not None]
+        places = [(part, index) for part in parts for index in range(len(part))]
+        check_readable(places, _read, workers, progress)
+
+    def make_model(self, options: RunOptions, num_classes: int, prompts: PromptConfig) -> nn.Module:
+        """Make a Segmenter."""
+        if METHODS[options.method].prompts is None:
+            raise UserError(
+                f"segmentation is for a frozen backbone, and the method {options.method!r} trains it"
+            )
+        make = partial(Segmenter, decoder=options.decoder, num_classes=num_classes)
+        return build_model(
+            options.method, options.backbone, num_classes, prompts=prompts, make=make, **options.model
+        )
+
+    def evaluate(self, model: nn.Module, dataset: LabelledImages, **options: Any) -> Score:
+        """Return the accuracy of the pixels, the loss and the mean IoU."""
+        size = cast(Segmenter, model).num_classes
+        found = evaluate_pixels(model, dataset, [str(index) for index in range(size)], **options)
+        return Score(found.accuracy, found.loss, found.mean_iou)
+
+    def metadata(self, options: RunOptions) -> dict[str, Any]:
+        """Return how the masks are numbered."""
+        return {"reduce_zero_label": options.reduce_zero_label}
+
+
+TASK = Segmentation()
+
+
+def _read(place: tuple[MaskedImages, int]) -> None:
+    dataset, index = place
+    dataset.read(index)
+
+
+@torch.no_grad()
+def evaluate_pixels(
+    model: nn.Module,
+    dataset: LabelledImages,
+    class_names: list[str],
+    *,
+    batch_size: int = 8,
+    device: torch.device | str = "cpu",
+    amp: str | None = None,
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> PixelEvaluation:
+    """Count the predictions of a model for all pixels of a data set.
+
+    Windows of the model's size slide over each image; their mean logits are resized to the labels' size.
+
+    Args:
+        model: a Segmenter on ``device``; it is left in eval mode.
+        dataset: of (image (C, H, W), labels (h, w)), of any sizes that a window fits in.
+        class_names: of the model, by index.
+        batch_size: windows a step.
+        device, amp, workers: as for vapt_fast.training.evaluate.
+        progress: told how many images are done, of how many.
+
+    Raises:
+        UserError: an image or mask that can't be used.
+    """
+    device, segmenter = torch.device(device), cast(Segmenter, model)
+    size = segmenter.eval().pretrained_cfg["input_size"][-2:]
+    confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
+    loss, num_pixels = 0.0, 0
+    for done, (images, labels) in enumerate(make_loader(dataset, 1, workers=workers), start=1):
+        with autocast(device, amp):
+            logits = sliding_window(segmenter, images.to(device), size, batch_size=batch_size)
+        logits, labels = resized(logits.float(), labels.shape[-2:]), labels.to(device)
+        pixels = int((labels != IGNORED).sum())
+        loss += cross_entropy(logits, labels).item() * pixels
+        num_pixels += pixels
+        confusion += confusion_matrix(logits.argmax(1), labels, len(class_names)).cpu()
+        if progress is not None:
+            progress(done, len(dataset))
+    if not num_pixels:
+        raise UserError("no pixel of the masks has a label: there is nothing to evaluate")
+    return PixelEvaluation(tuple(class_names), confusion, loss / num_pixels)

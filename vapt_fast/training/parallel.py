@@ -1,0 +1,72 @@
+"""Data-parallel training: processes that torchrun starts, each of which takes its part of every batch.
+
+Gradients are added up after the backward pass, so a step is that of the whole batch in one process, but for
+dropout and augmentation, which every process draws by itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["add_up", "add_up_gradients", "joined", "rank", "wait", "world_size"]
+
+
+@contextmanager
+def joined(device: str) -> Iterator[str]:
+    """Join the processes of torchrun, if it has started several; give this one's device.
+
+    Args:
+        device: where to compute; of "cuda", each process takes the GPU of its local rank.
+    """
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+        yield device
+        return
+    gpu = torch.device(device).type == "cuda"
+    if gpu:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if gpu else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def world_size() -> int:
+    """Return the number of processes that train together."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process among them, from 0, which is the one that writes files."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def wait() -> None:
+    """Wait until all processes are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def add_up(tensor: Tensor) -> None:
+    """Replace a tensor by the sum of those of all processes."""
+    if world_size() > 1:
+        dist.all_reduce(tensor)
+
+
+def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Replace gradients by their sums over all processes."""
+    if world_size() == 1:
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(together)
+    parts = together.split([gradient.numel() for gradient in gradients])
+    for gradient, part in zip(gradients, parts, strict=True):
+        gradient.copy_(part.view_as(gradient))
