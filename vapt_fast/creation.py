@@ -29,7 +29,7 @@ def make_backbone(
 
     Returns:
         The backbone, and copies of the classifiers that it came with, by name; None if timm has drawn them at
-        random for pre-trained weights.
+        random.
 
     Raises:
         TypeError, ValueError, NotImplementedError: as AdaptiveViT.
@@ -37,7 +37,8 @@ def make_backbone(
     if isinstance(backbone, str):
         model = adopt(_create(backbone, pretrained, options), shared=False)
         trained: object = (getattr(model, "pretrained_cfg", None) or {}).get("num_classes")
-        return model, None if pretrained and model.num_classes != trained else copy_heads(model)
+        loaded = bool(options.get("checkpoint_path")) or (pretrained and model.num_classes == trained)
+        return model, copy_heads(model) if loaded else None
     if isinstance(backbone, TimmModel):
         raise TypeError("backbone must be a timm model without prompts, got an AdaptiveViT")
     check_supported(backbone)

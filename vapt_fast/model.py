@@ -51,8 +51,8 @@ class AdaptiveViT(AdapterModel):
     are independent, as long as nobody changes the frozen weights in place.
 
     In the state dict, ``backbone.*`` are timm's names of everything but the head. What is learned is under
-    ``adapters.default.prompts.*`` and ``adapters.default.head.*`` (and ``head_dist.*``, of a distilled
-    backbone).
+    ``adapters.NAME.prompts.*`` and ``adapters.NAME.head.*`` (and ``head_dist.*``, of a distilled backbone);
+    the NAME of the first adapter is "default".
 
     Args:
         backbone: the name of a timm model, as ``"vit_base_patch16_224.augreg_in21k"``, or a timm model.
@@ -78,15 +78,16 @@ class AdaptiveViT(AdapterModel):
 
     Attributes:
         backbone: the timm model, without head.
-        adapters: what is learned, by name; today there is one, "default".
+        adapters: what is learned, by name; the first one is "default".
+        active_adapter: the name of the one that is used where no other is named.
         prompts, head: those of the active adapter; both may be replaced.
-        config: the PromptConfig.
+        config: its PromptConfig.
         backend, cuda_graphs: what was asked for.
         backbone_name: timm's name of the backbone with its tag; None if it has none.
         backbone_source: where it comes from; see vapt_fast.source.backbone_source.
-        adapter_metadata: what the user stored with the adapter that was loaded last.
-        class_names: a name for each class, as stored with the adapter that was loaded last; None if unknown.
-        data_config: how images are prepared, where not as the backbone's ``pretrained_cfg`` says.
+        adapter_metadata: what the user stored with the active adapter.
+        class_names: a name for each of its classes, as stored with it; None if unknown.
+        data_config: how images are prepared for it, where not as the backbone's ``pretrained_cfg`` says.
     """
 
     def __init__(
@@ -210,7 +211,8 @@ class AdaptiveViT(AdapterModel):
         self.check_images(images)
         if adapter_names is not None and not self._num_disabled:
             return mixing.logits(self, images, adapter_names, backend)
-        if torch.compiler.is_compiling():
+        # Graphs don't know the bare backbone's classifier, which is none of the model's modules.
+        if torch.compiler.is_compiling() or self._num_disabled:
             return self._logits(images, backend)
         return self._cuda_graphs(_LOGITS[backend], self, images, preferred=self.cuda_graphs)
 
@@ -364,10 +366,12 @@ class AdaptiveViT(AdapterModel):
             TypeError, ValueError: not a number of classes, or a pooling that the backbone can't do.
         """
         if global_pool is not None:
-            check_pooling(self.config, global_pool, global_pool == "map")
+            learned: Any = self.adapters.values()
+            for adapter in learned:
+                check_pooling(adapter.prompts.config, global_pool, global_pool == "map")
         num_classes = reset_head(self.backbone, num_classes, global_pool)
-        self._adapter.set_heads(take_heads(self.backbone), num_classes)
-        self.class_names = None
+        self._active.set_heads(take_heads(self.backbone), num_classes)
+        self._active.class_names = None
         self.train(self.training)
 
     def prune_intermediate_layers(
@@ -375,7 +379,7 @@ class AdaptiveViT(AdapterModel):
     ) -> list[int]:
         """Drop the blocks after the last of ``indices``, with their prompts; returns the indices kept."""
         take = self.backbone.prune_intermediate_layers(indices, prune_norm, prune_head)
-        learned: Any = self.adapters.values()
+        learned: list[Any] = [*self.adapters.values(), self._base]
         for adapter in learned:
             adapter.prompts.prune(len(self.backbone.blocks))
         if prune_head:

@@ -45,6 +45,7 @@ __all__ = [
     "enclosing",
     "evaluating",
     "has_global_hooks",
+    "has_hooks",
     "has_user_hooks",
     "has_weight_hooks",
     "is_active_dropout",
@@ -193,6 +194,11 @@ def is_ordinary(tensor: Tensor | None) -> bool:
         or type(tensor) is Tensor
         or isinstance(tensor, (FakeTensor, FunctionalTensor))
     )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether ``module`` itself has hooks of any sort, or another forward than its class."""
+    return "forward" in module.__dict__ or any(getattr(module, name) for name in HOOKS)
 
 
 def has_user_hooks(module: nn.Module) -> bool:

@@ -53,14 +53,23 @@ class AdapterModel(TimmModel):
         # The head comes last of all parameters: timm's gradient clipping counts on it.
         self.adapters = nn.ModuleDict({DEFAULT_ADAPTER: Adapter(prompts, heads, num_classes)})
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._num_disabled = 0  # a copy that was made within disable_adapter is in none
+
     def _geometry(self) -> Geometry:
         blocks = self.backbone.blocks
         return Geometry(self.embed_dim, len(blocks), self.grid, patch_size(self.backbone), blocks)
 
     @property
+    def _active(self) -> Adapter:
+        """The active adapter, within ``disable_adapter`` too."""
+        return cast(Adapter, self.adapters[self.active_adapter])
+
+    @property
     def _adapter(self) -> Adapter:
         """The active adapter; the bare backbone within ``disable_adapter``."""
-        return self._base if self._num_disabled else cast(Adapter, self.adapters[self.active_adapter])
+        return self._base if self._num_disabled else self._active
 
     # ---- the active adapter
 
@@ -152,12 +161,11 @@ class AdapterModel(TimmModel):
         if check_name(name) in self.adapters:
             raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
         if config is None:
-            config = replace(self.config, **_prompt_options(options))
+            config = replace(self._active.prompts.config, **_prompt_options(options))
         elif options or not isinstance(config, PromptConfig):
             raise TypeError(f"config must be a PromptConfig, alone, got {config!r} and {options}")
-        self.adapters[name] = self.make_adapter(
-            config, self.num_classes if num_classes is None else num_classes
-        )
+        number = self._active.num_classes if num_classes is None else num_classes
+        self.adapters[name] = self.make_adapter(config, number)
 
     def make_adapter(self, config: PromptConfig, num_classes: int) -> Adapter:
         """Return an untrained adapter that suits the model, on its device and in the active one's dtype.
@@ -168,7 +176,7 @@ class AdapterModel(TimmModel):
         check_pooling(config, self.global_pool, getattr(self.backbone, "attn_pool", None) is not None)
         number = integer("num_classes", num_classes, minimum=0)
         prompts = Prompts(config, self._geometry()).to(weights_of(self.backbone, most=1)[0].device)
-        if known := weights_of(self._adapter.prompts, most=1):
+        if known := weights_of(self._active.prompts, most=1):
             prompts.to(dtype=known[0].dtype)
         return Adapter(prompts, self._make_heads(number), number).train(self.training)
 

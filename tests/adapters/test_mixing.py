@@ -6,8 +6,9 @@ from several import BASE, OTHERS, STACKABLE, mixed_batch, one_by_one, outcome, p
 from tiny import assert_same, tiny_images
 
 from vapt_fast import use_backend
-from vapt_fast.adapters import mixing
+from vapt_fast.adapters import MissingHead, mixing
 from vapt_fast.ops.base import OPS
+from vapt_fast.prompts import KeysValues
 
 FAMILIES = [
     "vit_small_patch14_reg4_dinov2",  # layer scale and registers
@@ -140,10 +141,65 @@ def test_a_head_that_is_more_than_a_linear():
     check(model, *mixed_batch(model), "torch")
 
 
-def test_prompts_with_hooks_run_their_hooks():
+@pytest.mark.parametrize("classes", [(9,), (5,), (9, 8), (8, 9)])
+def test_heads_that_were_replaced(classes):
+    backbone = "vit_tiny_patch16_224" if len(classes) == 1 else "deit_tiny_distilled_patch16_224"
+    model = several(backbone, {name: STACKABLE[name] for name in ("default", "more", "deep")})
+    model.set_adapter("more")
+    for name, number in zip(model._adapter.head_names, classes, strict=True):
+        setattr(model, name, torch.nn.Linear(32, number).double())
+    assert model.num_classes == classes[0]
+    images, names = mixed_batch(model)
+    if len(classes) == 1:
+        check(model, images, names, "torch")
+        assert model.class_counts(["more"]) == [*classes]
+    else:  # as in a single call
+        with pytest.raises(RuntimeError, match="size"):
+            model(images, adapter_names=names)
+
+
+def double(module, args, out):
+    if isinstance(out, KeysValues):
+        return KeysValues(2 * out.keys, 2 * out.values)
+    return tuple(2 * x for x in out) if isinstance(out, tuple) else 2 * out
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("more", "more.prompts", "more.prompts.projector", "more.head", "deep", "deep.prompts.blocks.0"),
+        *("kv.prompts", "kv.prompts.blocks.1", "none.prompts", "depthwise.prompts.blocks.1.norm"),
+    ],
+)
+def test_hooks_are_run(path):
+    model = several(adapters={name: STACKABLE[name] for name in ("default", path.split(".")[0], "fourier")})
+    images, names = mixed_batch(model)
+    before = model(images, adapter_names=names)
+    model.adapters.get_submodule(path).register_forward_hook(double)
+    check(model, images, names, "torch")
+    assert not model(images, adapter_names=names).equal(before)
+
+
+def test_integers_for_a_backbone_without_classifier_of_its_own():
     model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep")})
-    model.adapters["more"].prompts.projector.register_forward_hook(lambda module, args, out: 2 * out)
-    check(model, *mixed_batch(model), "torch")
+    model.find_adapter(BASE).set_heads({"head": MissingHead()}, 0)
+    images, names = tiny_images(model, batch=4), ["deep", "more", "deep", "default"]
+    check(model, images, names, "torch")
+    with pytest.raises(ValueError, match="must be in"):
+        model(images, adapter_names=places(model, [BASE, *names[1:]]))
+    tokens = model.forward_features(images, adapter_names=places(model, [BASE, *names[1:]]))
+    with model.disable_adapter():
+        torch.testing.assert_close(tokens[:1], model.forward_features(images[:1]), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("other", [{"img_size": (32, 32)}, {"img_size": (48, 48)}, {"embed_dim": 16}])
+@pytest.mark.parametrize("name", ["default", "plain"])
+def test_adapters_of_another_backbone(name, other):
+    adapters = {key: STACKABLE[key] for key in ("default", "plain")}
+    model, stranger = several(adapters=adapters), several(adapters=adapters, **other)
+    model.adapters["stranger"] = stranger.adapters[name]
+    with pytest.raises(ValueError, match="of one backbone"):
+        model(tiny_images(model, batch=2), adapter_names=["default", "stranger"])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -191,6 +247,16 @@ def test_compiled_with_integers():
         other = given.flip(0)
         got, wanted = compiled(images, adapter_names=other), model(images, adapter_names=other)
     assert got.isfinite().equal(wanted.isfinite())
+
+
+def test_exported_for_batches_of_any_size():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "kv")})
+    images, given = tiny_images(model, batch=5), torch.tensor([0, 1, 2, -1, 0])
+    sizes = {name: {0: torch.export.Dim("batch", min=2)} for name in ("images", "adapter_names")}
+    exported = torch.export.export(model, (images,), {"adapter_names": given}, dynamic_shapes=sizes)
+    images, given = tiny_images(model, batch=3), torch.tensor([2, -1, 1])
+    got, expected = exported.module()(images, adapter_names=given), model(images, adapter_names=given)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_no_images():

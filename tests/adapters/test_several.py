@@ -5,6 +5,7 @@ import io
 
 import pytest
 import torch
+from replaying import replaying_on_cpu
 from several import BASE, STACKABLE, one_by_one, several
 from small_adapters import SMALL, make_model, timm_model
 from tiny import tiny_backbone, tiny_images
@@ -42,7 +43,8 @@ def test_names():
         ("", ValueError, "must not be empty"),
         ("a.b", ValueError, "a dot"),
         (BASE_NAME, ValueError, "__base__"),
-        ("keys", ValueError, "method of torch.nn.ModuleDict"),
+        ("keys", ValueError, "attribute of torch.nn.ModuleDict"),
+        ("training", ValueError, "attribute of torch.nn.ModuleDict"),
         ("default", ValueError, "exists already"),
     ],
 )
@@ -177,6 +179,47 @@ def test_what_is_learned_leaves_the_bare_model_alone():
         torch.testing.assert_close(twin(images.float()).double(), before, rtol=1e-4, atol=1e-4)
 
 
+def test_changes_within_disable_adapter_are_those_of_the_active_one():
+    model = several(adapters=THREE)
+    images = tiny_images(model)
+    with model.disable_adapter():
+        before = model(images)
+        model.add_adapter("new")
+        model.reset_classifier(8)
+        assert model(images).equal(before)
+    assert model.adapters["new"].prompts.config == model.config
+    assert (model.adapters["new"].num_classes, model.num_classes) == (3, 8)
+
+
+def test_a_copy_is_disabled_no_longer():
+    model = several(adapters=THREE)
+    images = tiny_images(model)
+    expected = model(images)
+    with model.disable_adapter():
+        twin = copy.deepcopy(model)
+        assert model(images).shape != expected.shape
+        assert twin(images).equal(expected)
+    assert model(images).equal(expected)
+
+
+def test_graphs_see_another_classifier_of_the_bare_backbone():
+    model = several(adapters=THREE)
+    images = tiny_images(model)
+    with torch.no_grad(), replaying_on_cpu(), model.disable_adapter():
+        model.cuda_graphs = True
+        before = model(images)
+        model.find_adapter(BASE).head = torch.nn.Linear(32, 4).double()
+        assert (before.shape[1], model(images).shape[1]) == (6, 4)
+
+
+def test_a_random_classifier_is_none():
+    """Weights that are loaded later have none for it."""
+    options = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32, "num_classes": 3}
+    model = AdaptiveViT("vit_tiny_patch16_224", num_prompts=2, **options)
+    with model.disable_adapter(), pytest.raises(ValueError, match="no classifier that was trained"):
+        model(torch.zeros(1, 3, 32, 32))
+
+
 def test_no_classifier_is_invented():
     """That of pre-trained weights is gone where timm has made another one; so is that of a loaded adapter."""
     model = several(adapters=THREE)
@@ -283,6 +326,22 @@ def test_fewer_blocks_are_those_of_all_adapters():
 # ---- merging
 
 
+def test_pruned_blocks_leave_no_classifier_of_the_bare_backbone():
+    model = several(adapters=THREE)
+    model.prune_intermediate_layers([0])
+    with model.disable_adapter():
+        assert model.num_classes == 0
+        assert model(tiny_images(model)).shape == model.forward_features(tiny_images(model)).shape
+
+
+def test_a_pooling_must_suit_all_adapters():
+    pooled = {"pooled": ({"num_prompts": 2, "pool_prompts": True}, 3)}
+    model = several(adapters=THREE | pooled, global_pool="avg")
+    with pytest.raises(ValueError, match="pool_prompts=True needs"):
+        model.reset_classifier(4, "token")
+    assert (model.global_pool, model.num_classes) == ("avg", 3)
+
+
 def test_weighted_adapters():
     model = several(adapters=dict.fromkeys(("a", "b", "c"), STACKABLE["default"]))
     model.add_weighted_adapter(["a", "b", "c"], [0.5, -1, 2], "sum")
@@ -306,6 +365,7 @@ def test_weighted_adapters():
         (["default", "twin"], [1], "new", r"must be 2 finite numbers, one an adapter, got \[1\]"),
         (["default", "twin"], [1, float("nan")], "new", "2 finite numbers"),
         (["default", "named"], [1, 1], "new", "class_names: 'default' has None"),
+        (["default", "gray"], [1, 1], "new", "data_config: 'default' has {}, 'gray' {'mean'"),
         (["default", "twin"], [1, 1], "twin", "exists already"),
         (["default", "nobody"], [1, 1], "new", "got 'nobody'"),
     ],
@@ -315,6 +375,8 @@ def test_what_can_not_be_merged(names, weights, new, message):
     model.add_adapter("twin")
     model.add_adapter("named")
     model.adapters["named"].class_names = ("a", "b", "c")
+    model.add_adapter("gray")
+    model.adapters["gray"].data_config = {"mean": (0.5, 0.5, 0.5)}
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(names, weights, new)
     assert "new" not in model.adapters

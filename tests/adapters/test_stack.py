@@ -100,6 +100,42 @@ def test_a_deleted_place_is_taken_again():
     assert stack(images, ["fifth" if name == "more" else name for name in names]).equal(expected)
 
 
+def test_the_model_may_train_on():
+    model = several(adapters=FOUR)
+    stack, images = stack_of(model), tiny_images(model, batch=1)
+    model.train()
+    stack.add_adapter("more")
+    assert all(module.training for module in model.adapters.modules())
+    with pytest.raises(ValueError, match="eval mode"):
+        stack(images, ["more"])
+    model.eval()
+    assert_equal(stack(images, ["more"]), model(images, adapter_names=["more"]))
+
+
+def test_hooks_that_come_later_are_not_ignored():
+    model = several(adapters=FOUR)
+    stack, images = stack_of(model), tiny_images(model, batch=1)
+    model.backbone.blocks[0].attn.register_forward_hook(lambda module, args, out: 2 * out)
+    with pytest.raises(NotImplementedError, match="hooks"):
+        stack(images, ["more"])
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("default", {"img_size": (32, 32)}),
+        *((name, {"embed_dim": 16}) for name in ("default", "deep", "none")),
+    ],
+)
+def test_adapters_of_another_backbone(name, options):
+    adapters = FOUR | {"none": STACKABLE["none"]}
+    stack, stranger = stack_of(several(adapters=adapters)), several(adapters=adapters, **options)
+    before = {key: value.clone() for key, value in stack.named_buffers()}
+    with pytest.raises(ValueError, match="of one backbone"):
+        stack.add_adapter("default", stranger.adapters[name])
+    assert all(value.equal(before[key]) for key, value in stack.named_buffers())
+
+
 def test_files(tmp_path):
     model = several(adapters=FOUR).float()
     model.adapters["more"].class_names = tuple("abcdefg")
@@ -147,6 +183,22 @@ def test_what_is_not_reserved(options, classes, problem):
     with pytest.raises(AdapterError, match=problem):
         stack.add_adapter("other")
     assert stack.adapters == ("default",)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"prompts": []}, TypeError, "one PromptConfig or several"),
+        ({"prompts": ["deep"]}, TypeError, "one PromptConfig or several"),
+        ({"capacity": 0}, ValueError, "capacity must be"),
+        ({"max_classes": 0}, ValueError, "max_classes must be"),
+    ],
+)
+def test_bad_arguments(options, error, message):
+    with pytest.raises(error, match=message):
+        AdapterStack(several(adapters=FOUR), **{"capacity": 2} | options)
+    with pytest.raises(TypeError, match="one of a model's adapters, got Linear"):
+        stack_of(several(adapters=FOUR)).add_adapter("new", torch.nn.Linear(2, 2))
 
 
 def test_what_can_not_be_stacked():

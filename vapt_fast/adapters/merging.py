@@ -56,8 +56,10 @@ def _differences(first: str, one: Adapter, name: str, other: Adapter) -> list[st
         for option in own
         if option not in TRAINING_OPTIONS and own[option] != theirs[option]
     ]
-    if one.class_names != other.class_names:
-        problems.append(f"class_names: {first!r} has {one.class_names}, {name!r} {other.class_names}")
+    for key in ("class_names", "data_config"):
+        mine, its = getattr(one, key), getattr(other, key)
+        if mine != its:
+            problems.append(f"{key}: {first!r} has {mine}, {name!r} {its}")
     shapes = [{key: value.shape for key, value in adapter.state_dict().items()} for adapter in (one, other)]
     problems += [
         f"{key}: {first!r} has {shapes[0].get(key)}, {name!r} {shapes[1].get(key)}"

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from ..backbones.blocks import standard_block
-from ..modules import has_global_hooks, is_plain
+from ..modules import has_global_hooks, has_hooks, is_plain
 from ..prompts import Masks
 from ..prompts.mixed import Layout, MixedPrompts, cut_masks, flatten
 from ..prompts.plain import PlainPrompts
 from ..timm_api import normed_tokens
-from .module import BASE, Adapter, mean_logits
+from .module import BASE, Adapter, MissingHead, mean_logits
 
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
@@ -31,6 +31,7 @@ __all__ = [
     "check_index",
     "check_names",
     "features",
+    "has_plain_heads",
     "head_fields",
     "head_row",
     "logits",
@@ -40,7 +41,8 @@ __all__ = [
 
 def logits(model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor, backend: str) -> Tensor:
     """Return the logits (B, K) as AdaptiveViT.forward does, K the classes of the largest head in use."""
-    batch = Batch.of(model, images, adapter_names)
+    has_base = not any(isinstance(head, MissingHead) for head in model.find_adapter(BASE).heads())
+    batch = Batch.of(model, images, adapter_names, has_base=has_base)
     adapters = batch.adapters
 
     def of_one(images: Tensor, i: int, masks: list[Any] | None) -> Tensor:
@@ -160,16 +162,24 @@ class Batch(NamedTuple):
         return self._replace(places=self.places[rows], rows=None)
 
     @classmethod
-    def of(cls, model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor) -> Batch:
-        """Return the batch of AdaptiveViT.forward's arguments.
+    def of(
+        cls,
+        model: AdaptiveViT,
+        images: Tensor,
+        adapter_names: Sequence[str] | Tensor,
+        *,
+        has_base: bool = True,
+    ) -> Batch:
+        """Return the batch of AdaptiveViT.forward's arguments; without ``has_base``, -1 is out of range.
 
         Raises:
             TypeError, ValueError: not one adapter an image, or one that is unknown.
         """
         if isinstance(adapter_names, Tensor):
-            index = check_index(adapter_names, images, len(model.adapters), least=-1)
-            names = [BASE, *model.adapters]
-            return cls(names, list(map(model.find_adapter, names)), index + 1, None)
+            names = [BASE, *model.adapters] if has_base else [*model.adapters]
+            least = -1 if has_base else 0
+            index = check_index(adapter_names, images, len(model.adapters), least=least)
+            return cls(names, list(map(model.find_adapter, names)), index - least, None)
         given = check_names(adapter_names, len(images), (BASE, *model.adapters))
         places: dict[str, list[int]] = {}
         for i, name in enumerate(given):
@@ -196,7 +206,8 @@ def check_names(adapter_names: Any, batch: int, known: Sequence[str]) -> list[st
     names = list(adapter_names)
     if len(names) != batch:
         raise ValueError(f"adapter_names must be {batch}, one an image, got {len(names)}")
-    unknown = sorted({repr(name) for name in names if name not in known})
+    hashed = frozenset(known)
+    unknown = sorted({repr(name) for name in names if not isinstance(name, str) or name not in hashed})
     if unknown:
         raise ValueError(f"adapter_names must be among {tuple(known)}, got {', '.join(unknown)}")
     return names
@@ -237,7 +248,7 @@ class _Stacked(NamedTuple):
     def draw_masks(self, images: Tensor) -> list[Masks]:
         """Return masks for all images, before they are parted: every backend sees the same numbers."""
         dtype = torch.promote_types(images.dtype, torch.float32)
-        return self.prompts.draw_masks(len(images), dtype=dtype, device=images.device)
+        return self.prompts.draw_masks(images.shape[0], dtype=dtype, device=images.device)
 
 
 def _stack(model: AdaptiveViT, images: Tensor, batch: Batch) -> _Stacked | None:
@@ -277,7 +288,7 @@ class Heads:
     @classmethod
     def of(cls, adapters: Sequence[Adapter]) -> Heads | None:
         """Return the heads of ``adapters``; None if one is more than a Linear whose weights may be read."""
-        if has_global_hooks() or not all(is_plain(head, nn.Linear) for a in adapters for head in a.heads()):
+        if not all(map(has_plain_heads, adapters)):
             return None
         num_classes = max(adapter.num_classes for adapter in adapters)
         fields = head_fields(adapters[0], num_classes)
@@ -300,6 +311,14 @@ class Heads:
             return out
         classes = torch.arange(self.num_classes, device=out.device)
         return out.masked_fill(classes >= self.counts[index].unsqueeze(1), -torch.inf)
+
+
+def has_plain_heads(adapter: Adapter) -> bool:
+    """Return whether the adapter's logits are those of Linears of one size, whose weights may be read."""
+    heads: list[Any] = adapter.heads()
+    if has_global_hooks() or has_hooks(adapter) or not all(is_plain(head, nn.Linear) for head in heads):
+        return False
+    return len({head.out_features for head in heads}) == 1
 
 
 def head_fields(adapter: Adapter, num_classes: int) -> dict[Any, tuple[int, ...]]:

@@ -41,9 +41,14 @@ class Adapter(nn.Module):
 
     def set_heads(self, heads: dict[str, nn.Module], num_classes: int) -> None:
         """Take other classifiers of the same names."""
-        self.num_classes = num_classes
+        self._num_classes = num_classes
         for name, head in heads.items():
             setattr(self, name, head)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes the first classifier says that it tells apart: users may have replaced it."""
+        return int(getattr(self.heads()[0], "out_features", self._num_classes))
 
     def heads(self) -> list[nn.Module]:
         """Return the classifiers."""
@@ -65,9 +70,9 @@ class MissingHead(nn.Module):
     def forward(self, *inputs: Any) -> Tensor:
         """Raise ValueError."""
         raise ValueError(
-            "the bare backbone has no classifier that was trained: it was made with another number of "
-            "classes than its weights have; ask for its features, or make the model from a timm model with "
-            "its own head"
+            "the bare backbone has no classifier that was trained: it was made without weights, or with "
+            "another number of classes than they have; ask for its features, or make the model from a timm "
+            "model with its own head"
         )
 
 
@@ -80,9 +85,9 @@ def check_name(name: object) -> str:
     """
     if not isinstance(name, str):
         raise TypeError(f"name of an adapter must be a str, got {name!r}")
-    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict, name):
+    if not name or "." in name or name == BASE or hasattr(nn.ModuleDict(), name):
         raise ValueError(
-            f"name of an adapter must not be empty, contain a dot, or be {BASE!r} or a method of "
+            f"name of an adapter must not be empty, contain a dot, or be {BASE!r} or an attribute of "
             f"torch.nn.ModuleDict, got {name!r}"
         )
     return name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import threading
 from collections.abc import Sequence
@@ -18,14 +19,21 @@ from ..backbones.blocks import standard_block
 from ..config import PromptConfig
 from ..cuda_graphs import Graphs
 from ..data import eval_transform, full_data_config
-from ..modules import is_plain
 from ..ops.backend import BACKENDS, resolve
 from ..prompts.mixed import Facts, Layout, MixedPrompts
 from .checks import backbone_problems
 from .file import AdapterError, read
 from .hub import local_folder
 from .loading import misfit, new_adapter
-from .mixing import Heads, check_index, check_names, head_fields, head_row, plain_adapter
+from .mixing import (
+    Heads,
+    check_index,
+    check_names,
+    has_plain_heads,
+    head_fields,
+    head_row,
+    plain_adapter,
+)
 from .module import BASE, Adapter, check_name
 
 if TYPE_CHECKING:
@@ -71,8 +79,8 @@ class AdapterStack(nn.Module):
     never half of both.
 
     Args:
-        model: the backbone and its precision, backend and ``cuda_graphs`` are used; its own adapters are not,
-            see ``add_adapter``.
+        model: its backbone, precision, backend and ``cuda_graphs`` are used; its own adapters are not, see
+            ``add_adapter``. It is put into eval mode.
         capacity: how many adapters there may be.
         prompts: the options of the prompts to make room for; smaller ones fit too. None for the model's own.
         max_classes: of the largest head; None for as many as the model has.
@@ -98,12 +106,14 @@ class AdapterStack(nn.Module):
     ) -> None:
         super().__init__()
         number = integer("capacity", capacity, minimum=1)
-        classes = model.num_classes if max_classes is None else integer("max_classes", max_classes, minimum=1)
+        most = model.num_classes if max_classes is None else max_classes
+        classes = integer("max_classes", most, minimum=1)
         prompts = model.config if prompts is None else prompts
         configs = [prompts] if isinstance(prompts, PromptConfig) else list(prompts)
+        if not configs or not all(isinstance(config, PromptConfig) for config in configs):
+            raise TypeError(f"prompts must be one PromptConfig or several, got {prompts!r}")
         reserved = [model.make_adapter(config, classes) for config in configs]
-        if any(standard_block(block) is None for block in model.backbone.blocks):
-            raise NotImplementedError("the backbone has blocks that can't be computed for several adapters")
+        _check_blocks(model)
         plain = [self._plain(model, adapter) for adapter in reserved]
         self.model = model
         self._layout = Layout.of(plain, model.embed_dim, _num_patches(model), varying=True)
@@ -124,11 +134,10 @@ class AdapterStack(nn.Module):
         for name, fact in facts._asdict().items():
             self.register_buffer(f"_{name}", fact, persistent=False)
         base = model.find_adapter(BASE)
-        self._has_base = (
-            all(is_plain(head, nn.Linear) for head in base.heads()) and base.num_classes <= classes
-        )
+        self._has_base = has_plain_heads(base) and base.num_classes <= classes
         if self._has_base:
-            self._write_head(0, base)
+            self._heads[0] = head_row(base, self._head_fields, self._heads).detach()
+            self._counts[0] = base.num_classes
         self.eval()
 
     def _register(self, rows: Tensor, heads: Tensor) -> None:
@@ -200,12 +209,14 @@ class AdapterStack(nn.Module):
             adapter: of a model with the same backbone; None for ``model.adapters[name]``.
 
         Raises:
-            TypeError, ValueError: not a name, or no such adapter in the model.
+            TypeError, ValueError: not a name, no such adapter in the model, or one of another backbone.
             AdapterError: it does not fit what is reserved, or all places are taken; nothing is changed.
         """
         check_name(name)
         adapter = self.model.find_adapter(name) if adapter is None else adapter
-        self._write(name, adapter)
+        if not isinstance(adapter, Adapter):
+            raise TypeError(f"adapter must be one of a model's adapters, got {type(adapter).__name__}")
+        self._write(name, copy.deepcopy(adapter))  # to be put into eval mode
 
     def load_adapter(self, folder: str | os.PathLike[str], *, name: str, check_backbone: bool = True) -> None:
         """Add the adapter in ``folder``, or replace the one of that name by it; see vapt_fast.adapters.load.
@@ -255,27 +266,25 @@ class AdapterStack(nn.Module):
             problems += self._layout.problems(plain)
             if adapter.num_classes > self.max_classes:
                 problems.append(f"num_classes: {adapter.num_classes}, reserved are {self.max_classes}")
-            if not all(is_plain(head, nn.Linear) for head in adapter.heads()):
+            if not has_plain_heads(adapter):
                 problems.append("head: more than a Linear, or one with hooks")
-            row = None if problems else self._layout.row(plain, self._rows)
+            rows = None
+            if not problems:
+                row = self._layout.row(plain, self._rows)
+                rows = row, head_row(adapter, self._head_fields, self._heads)
             with self._lock:
                 free = set(range(1, len(self._rows))) - set(self._places.values())
                 place = self._places.get(name, min(free, default=0))
                 if not place:
                     problems.append(f"all {self.capacity} places are taken; delete_adapter(...) first")
-                if problems or row is None:
+                if problems or rows is None:
                     raise AdapterError(f"adapter {name!r} does not fit into the stack", problems)
-                self._rows[place] = row
+                self._rows[place], self._heads[place] = rows
+                self._counts[place] = adapter.num_classes
                 facts = self._layout.facts([plain], self._rows.device)
                 for key, fact in facts._asdict().items():
                     getattr(self, f"_{key}")[place] = fact[0]
-                self._write_head(place, adapter)
                 self._places[name], self._infos[name] = place, AdapterInfo.of(adapter)
-
-    def _write_head(self, place: int, adapter: Adapter) -> None:
-        with torch.no_grad():
-            self._heads[place] = head_row(adapter, self._head_fields, self._heads)
-            self._counts[place] = adapter.num_classes
 
     # ---- forward
 
@@ -289,9 +298,14 @@ class AdapterStack(nn.Module):
                 takes integers: with names it would be compiled for each choice of them.
 
         Raises:
-            TypeError, ValueError: images that the model can't take, or not one known adapter an image.
+            TypeError, ValueError: images that the model can't take, not one known adapter an image, or a
+                model in training mode.
+            NotImplementedError: blocks that were given hooks or other modules meanwhile.
         """
         self.model.check_images(images)
+        _check_blocks(self.model)  # which may have got hooks since
+        if self.model.training:
+            raise ValueError("model must be in eval mode, as its stack is: call model.eval()")
         backend = resolve(self.model.backend)
         if backend == "reference":
             raise ValueError(
@@ -321,6 +335,14 @@ class AdapterStack(nn.Module):
 
 # By backend: the function that a CUDA graph is made of.
 _LOGITS = {name: partial(AdapterStack._logits, backend=name) for name in BACKENDS}
+
+
+def _check_blocks(model: AdaptiveViT) -> None:
+    if any(standard_block(block) is None for block in model.backbone.blocks):
+        raise NotImplementedError(
+            "the backbone has blocks that can't be computed for several adapters: other modules than timm's, "
+            "or hooks"
+        )
 
 
 def _num_patches(model: AdaptiveViT) -> int:

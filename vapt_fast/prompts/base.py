@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import KINDS, PromptConfig
-from ..modules import has_global_hooks, is_ordinary, is_plain, weights_of
+from ..modules import has_global_hooks, has_hooks, is_ordinary, is_plain, weights_of
 from .plain import KeysValues, PlainPrompts
 
 __all__ = [
@@ -177,7 +177,10 @@ class BlockPrompts(nn.Module):
             prompts: all prompts of the model.
             dtype: of the matrices, at least.
         """
-        return [block.plain() if "plain" in vars(type(block)) else None for block in prompts.blocks]
+        return [
+            block.plain() if "plain" in vars(type(block)) and not has_hooks(block) else None
+            for block in prompts.blocks
+        ]
 
     def plain(self) -> PlainPrompts | None:
         """Return the prompts as plain tensors, by which adapters share a batch; None where they can't be.
@@ -331,8 +334,10 @@ class Prompts(nn.Module):
         Args:
             dtype: of the matrices, at least.
         """
-        observed = has_global_hooks() or not all(map(is_ordinary, self.parameters()))
-        if observed or self.config.pool_prompts or any(block.travels for block in self.blocks):
+        observed = has_hooks(self) or has_global_hooks()
+        if observed or not all(map(is_ordinary, self.parameters())):
+            return None
+        if self.config.pool_prompts or any(block.travels for block in self.blocks):
             return None
         blocks = KINDS[self.config.kind].plain_blocks(self, dtype)
         known = [block for block in blocks if block is not None]

@@ -267,7 +267,11 @@ class Facts(NamedTuple):
 
 
 def flatten(tensors: Mapping[Key, Tensor | None], fields: Mapping[Key, Shape], like: Tensor) -> Tensor:
-    """Return the tensors of ``fields`` end to end, each filled up with zeros to its shape there."""
+    """Return the tensors of ``fields`` end to end, each filled up with zeros to its shape there.
+
+    Raises:
+        ValueError: a tensor that is larger, or of another last dimension, which counts patches or channels.
+    """
     parts = []
     for key, shape in fields.items():
         tensor = tensors.get(key)
@@ -277,6 +281,11 @@ def flatten(tensors: Mapping[Key, Tensor | None], fields: Mapping[Key, Shape], l
         tensor = tensor.to(like.dtype)
         if tensor.shape != shape:
             missing = [n - m for n, m in zip(shape, tensor.shape, strict=True)]
+            if min(missing) < 0 or (len(shape) > 1 and missing[-1]):
+                raise ValueError(
+                    f"adapters in one batch must be of one backbone, but {key[0]} {key[1]} of one is "
+                    f"{tuple(tensor.shape)}, which does not fit {shape}"
+                )
             tensor = F.pad(tensor, [side for n in reversed(missing) for side in (0, n)])
         parts.append(tensor.reshape(-1))
     return torch.cat(parts) if parts else like.new_zeros(0)
