@@ -264,6 +264,11 @@ def refused(server: Server, status: int, *call: Any, **options: Any) -> str:
     return answer.json["error"]
 
 
+def short(value: object) -> str | None:
+    """The id of a body, which is long."""
+    return value[:20].decode("ascii", "replace") if isinstance(value, bytes) else None
+
+
 @pytest.mark.parametrize(
     ("status", "query", "body", "kind"),
     [
@@ -289,6 +294,7 @@ def refused(server: Server, status: int, *call: Any, **options: Any) -> str:
         (400, "?adapter=a", b"nonsense", "multipart/form-data"),
         (400, "?adapter=a", b"nonsense", "multipart/form-data; boundary=x; charset=nonsense"),
     ],
+    ids=short,
 )
 def test_wrong_images(calm: Server, status: int, query: str, body: bytes, kind: str | None) -> None:
     refused(calm, status, "POST", f"/predict{query}", body, kind)
@@ -362,6 +368,7 @@ def test_wrong_names(calm: Server) -> None:
         (400, *form(**{CONFIG_NAME: b"{}", WEIGHTS_NAME: b"x", "../other": b"x"})),
         (400, *form(**{CONFIG_NAME: "{}", WEIGHTS_NAME: "x"})),
     ],
+    ids=short,
 )
 def test_wrong_bodies_of_changes(calm: Server, status: int, body: bytes, kind: str | None) -> None:
     refused(calm, status, "PUT", "/adapters/new", body, kind)
