@@ -16,6 +16,7 @@ from replaying import replaying_on_cpu
 from tiny import assert_same
 from typer.testing import CliRunner
 
+from vapt_fast.adapters.mixing import Heads
 from vapt_fast.benchmark import (
     LINEAR_PROBE,
     MODES,
@@ -325,6 +326,19 @@ def test_a_loop_whose_losses_are_wrong_is_noticed(load, monkeypatch, tmp_path):
 
 
 # ---- the page
+
+
+def test_adapters_in_one_batch_are_compared(load, monkeypatch, tmp_path):
+    bench, out = load("adapters"), tmp_path / "adapters.json"
+    bench.main(["--out", str(out), "--tiny"])
+    results = json.loads(out.read_text())
+    ways = {(row["way"], row["adapters"]) for row in results["inference"]}
+    assert {("one adapter", 1), ("mixed, AdapterStack", 4), ("adapter by adapter", 4)} <= ways
+    assert results["many"]["adapters"] == 10
+    call = Heads.__call__
+    monkeypatch.setattr(Heads, "__call__", lambda self, *args: call(self, *args) + 1)
+    with pytest.raises(SystemExit, match="no time is reported"):
+        bench.main(["--out", str(out), "--tiny"])
 
 
 def test_page_says_what_the_results_say(load):
