@@ -50,6 +50,7 @@ def test_adapters_of_one_kind(names):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.full
 def test_families(name):
     model = several(name, {name: STACKABLE[name] for name in ("default", "more", "kv", "none")})
     check(model, *mixed_batch(model), "torch")
@@ -236,6 +237,7 @@ def test_gradient_checkpointing():
     assert_same(outcome(model, lambda: model(images, adapter_names=names)), expected)
 
 
+@pytest.mark.full
 def test_compiled_with_integers():
     model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep", "kv")})
     images, names = mixed_batch(model)

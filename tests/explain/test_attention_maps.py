@@ -8,6 +8,8 @@ from torch.overrides import TorchFunctionMode
 
 from vapt_fast import PromptConfig, explain, use_backend
 
+pytestmark = pytest.mark.full
+
 VIT = "vit_tiny_patch16_224"
 
 ARCHITECTURES = {

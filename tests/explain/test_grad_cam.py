@@ -7,6 +7,8 @@ from tiny import assert_same, tiny_backbone, tiny_images, tiny_model
 
 from vapt_fast import AdaptiveViT, PromptConfig, explain, use_backend
 
+pytestmark = pytest.mark.full
+
 VIT = "vit_tiny_patch16_224"
 NAMES = [VIT, "vit_small_patch14_reg4_dinov2", "vit_base_patch16_siglip_224", "eva02_tiny_patch14_224"]
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.full
+
 BENCH = Path(__file__).parents[2] / "bench" / "localisation.py"
 
 

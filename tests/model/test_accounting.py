@@ -131,6 +131,7 @@ def test_a_bare_backbone_and_full_fine_tuning():
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.full
 def test_every_family_is_counted(name):
     model = tiny_model(name, prompts=PromptConfig(num_prompts=3)).float()
     costs = account(model, batch_size=2)

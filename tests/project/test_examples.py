@@ -10,6 +10,8 @@ import pytest
 
 from vapt_fast import AdaptiveViT
 
+pytestmark = pytest.mark.full
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDED = {"accelerate_loop": "accelerate", "lightning_loop": "lightning"}
 

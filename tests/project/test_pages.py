@@ -10,7 +10,12 @@ PAGES = sorted(path.name for path in DOCS.glob("*.md") if "```python" in path.re
 NEEDED = {"retrieval.md": ["open_clip"], "segmentation.md": []}  # besides scikit-learn, for the digits
 
 
-@pytest.mark.parametrize("page", PAGES)
+QUICK = ("adapters.md", "getting_started.md")
+
+
+@pytest.mark.parametrize(
+    "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.full) for page in PAGES]
+)
 def test_examples_run(page, tmp_path, monkeypatch):
     for package in ("sklearn", *NEEDED.get(page, ())):
         pytest.importorskip(package)

@@ -203,6 +203,7 @@ def batch(count=4, seed=0):
 
 @needs("open_clip")
 @pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.full
 def test_without_prompts_it_is_the_model_of_open_clip(tower):
     images, texts = batch()
     expected = small_clip(tower)(images, texts)
@@ -214,6 +215,7 @@ def test_without_prompts_it_is_the_model_of_open_clip(tower):
 
 @needs("open_clip")
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
+@pytest.mark.full
 def test_the_loss_is_the_model_s_own(tower):
     """Cross-entropy over the batch, or SigLIP's sigmoid loss, written once more."""
     images, texts = batch()
@@ -231,6 +233,7 @@ def test_the_loss_is_the_model_s_own(tower):
 
 @needs("open_clip")
 @pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.full
 def test_backends_agree(tower):
     images, texts = batch()
     model = ImageTextModel(small_clip(tower), num_prompts=3, train_head=True)
@@ -250,6 +253,7 @@ def test_backends_agree(tower):
 @needs("open_clip")
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("train_head", [False, True])
+@pytest.mark.full
 def test_only_prompts_and_on_demand_the_projection_learn(tower, train_head):
     """The texts' features, and without train_head the projection, stay as they were to the last bit."""
     images, texts = batch()
@@ -276,6 +280,7 @@ def test_only_prompts_and_on_demand_the_projection_learn(tower, train_head):
 
 @needs("open_clip")
 @pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.full
 def test_training_fits_pairs(tower):
     """Prompts alone bring the pictures of a few pairs to their texts."""
     images, texts = batch(3)
@@ -295,6 +300,7 @@ def test_training_fits_pairs(tower):
 
 @needs("open_clip")
 @pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.full
 def test_adapters(tmp_path, tower):
     images, _ = batch()
     model = ImageTextModel(small_clip(tower), num_prompts=2, train_head=True).double().eval()

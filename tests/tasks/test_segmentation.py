@@ -265,6 +265,7 @@ def test_adapters_of_other_models_are_refused(tmp_path):
         Segmenter.from_adapter(tmp_path / "classifier")
 
 
+@pytest.mark.full
 def test_exported_program(tmp_path):
     """The file gives logits for every pixel, and its description names the classes."""
     model, images = tiny_segmenter().float(), noise(3, 3, 32, 32).float()
@@ -597,6 +598,7 @@ def test_validation_chooses_by_mean_iou():
 # ---- the command line
 
 
+@pytest.mark.full
 def test_train_evaluate_predict(canvases, trained, tmp_path):
     result = json.loads((trained / "result.json").read_text())
     evaluated = json.loads(invoke("evaluate", trained, "--data", canvases, "--json").stdout)
@@ -618,6 +620,7 @@ def test_train_evaluate_predict(canvases, trained, tmp_path):
     )
 
 
+@pytest.mark.full
 def test_a_stopped_run_goes_on_to_the_same_bits(canvases, trained, tmp_path):
     from safetensors.torch import load_file
 
@@ -638,6 +641,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(canvases, trained, tmp_path):
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+@pytest.mark.full
 def test_zero_that_is_no_class(canvases, tmp_path):
     """With --reduce-zero-label the background has no label, and predictions are numbered as the data are."""
     data = shutil.copytree(canvases, tmp_path / "data")
@@ -651,6 +655,7 @@ def test_zero_that_is_no_class(canvases, tmp_path):
     assert int(open_mask(entry["mask"]).min()) >= 1
 
 
+@pytest.mark.full
 def test_command_line_refuses(canvases, trained, tmp_path):
     images = canvases / "test" / "images"
     assert "--output" in error_of("predict", trained, images)

@@ -296,6 +296,8 @@ from pathlib import Path
 import torch
 from vapt_fast.training import Trainer
 from vapt_fast.training.sweep import Places, SweepOptions, sweep
+
+pytestmark = pytest.mark.full
 torch.set_num_threads(1)
 folder, log, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 run_epoch = Trainer.run_epoch

@@ -6,8 +6,10 @@ from tiny import assert_same
 
 from vapt_fast import use_backend
 
+EVERY = ("default", "more", "depthwise", "deep", "kv")
 
-@pytest.mark.parametrize("names", [("default", "default2"), ("default", "more", "depthwise", "deep", "kv")])
+
+@pytest.mark.parametrize("names", [("default", "default2"), pytest.param(EVERY, marks=pytest.mark.full)])
 def test_a_mixed_batch(names):
     model = several(adapters={name: STACKABLE[name.rstrip("2")] for name in names})
     images, given = mixed_batch(model)
