@@ -121,7 +121,7 @@ def check_range(name: str, tensor: Tensor | None, least: int, most: int) -> None
 
     They are not read where that would wait for a device, nor where a call is recorded or transformed.
     """
-    if tensor is None or tensor.device.type != "cpu" or type(tensor) not in TENSORS or is_watched():
+    if tensor is None or is_watched() or tensor.device.type != "cpu" or type(tensor) not in TENSORS:
         return
     values = tensor.tolist()
     if values and not (least <= min(values) and max(values) <= most):

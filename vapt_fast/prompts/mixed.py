@@ -398,7 +398,7 @@ class _Source:
         if j is not None:
             self.projector = prompts.layout.projectors[j]
             self.down, self.up = prompts.tensors["down", j], prompts.tensors["up", j]
-            self.activations, self.widths = (facts[:, j] for facts in prompts.facts[2:4])
+            self.activations, self.widths = prompts.facts.activations[:, j], prompts.facts.widths[:, j]
 
     def _keys_values(self) -> KeysValues:
         both = torch.cat([self.tensors["keys"], self.tensors["values"]], dim=-1)
