@@ -199,6 +199,7 @@ def test_a_repository_without_adapter(hub: Hub) -> None:
         make_model().load_adapter("hf-hub:me/birds@v9")
 
 
+@pytest.mark.full
 def test_the_real_client_refuses_offline(tmp_path: Path) -> None:
     code = (
         "import vapt_fast\n"

@@ -12,6 +12,8 @@ from vapt_fast import AdaptiveViT, explain
 from vapt_fast.demo import digit_images
 from vapt_fast.training import build_model, save_model
 
+pytestmark = pytest.mark.full
+
 DIGITS = "vit_digits_patch4_32"
 NAMES = ["five", "six", "seven", "eight", "nine"]
 

@@ -20,6 +20,7 @@ DIGITS = "vit_digits_patch4_32"
         (["--conv-kernel", "none", "--projector-dim", "5"], {"conv_kernel": None, "projector_dim": 5}),
     ],
 )
+@pytest.mark.full
 def test_costs_are_those_of_the_model(flags, options, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     costs = account(AdaptiveViT(DIGITS, **{"num_classes": 100, **options}), batch_size=2)

@@ -8,6 +8,8 @@ from op_cases import assert_same_results, attention_case, cls_case, packed_case,
 
 from vapt_fast import use_backend
 
+pytestmark = pytest.mark.full
+
 LENGTHS = (2, 0, 4)
 PROMPTS = {attention_case: (3, 4), packed_case: (1,), cls_case: (2,)}  # positions of tensors (B or 1, P, ...)
 

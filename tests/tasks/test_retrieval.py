@@ -25,6 +25,8 @@ from vapt_fast.tasks.retrieval import (
     image_text_retrieval,
 )
 
+pytestmark = pytest.mark.full
+
 BACKBONE = "vit_digits_patch4_32"
 VIT = "vit_tiny_patch16_224"
 

@@ -42,6 +42,8 @@ from vapt_fast.training.loss import cross_entropy, num_right
 from vapt_fast.training.options import DECODER_NAMES
 from vapt_fast.training.transforms import Augmentation
 
+pytestmark = pytest.mark.full
+
 BACKBONE = "vit_digits_patch4_32"
 VIT = "vit_tiny_patch16_224"
 DECODERS_HERE = [
