@@ -26,6 +26,8 @@ from vapt_fast.training.sweep import PROTOCOLS, Places, SweepOptions, sweep, swe
 from vapt_fast.training.sweep.engines import spread
 from vapt_fast.training.sweep.work import CLAIM_NAME, chosen_run, free_device, is_finished, perform
 
+pytestmark = pytest.mark.full
+
 PLACES = Places(poll=0.05)
 TASKS = ("svhn", "eurosat", "kitti")
 
@@ -297,7 +299,6 @@ import torch
 from vapt_fast.training import Trainer
 from vapt_fast.training.sweep import Places, SweepOptions, sweep
 
-pytestmark = pytest.mark.full
 torch.set_num_threads(1)
 folder, log, pause = Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3])
 run_epoch = Trainer.run_epoch
