@@ -20,7 +20,7 @@ pytest.importorskip("python_multipart")
 LOAD = Path(__file__).parents[1] / "tools" / "serving_load.py"
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_answers_are_right_while_adapters_come_and_go() -> None:
     sizes = ["--requests", "480", "--malformed", "60", "--bad-adapters", "30", "--port", "8139"]
     result = subprocess.run([sys.executable, LOAD, *sizes], capture_output=True, text=True, timeout=300)
@@ -41,7 +41,7 @@ def ask(path: str, **request: object) -> dict:
         return json.loads(response.read())
 
 
-@pytest.mark.full
+@pytest.mark.nightly
 def test_the_command_serves_until_it_is_told_to_end(tmp_path: Path) -> None:
     save_adapter(tmp_path / "a", 0, 3, include_backbone=True)
     save_adapter(tmp_path / "b", 1, 5)
