@@ -219,6 +219,13 @@ def test_low_precision(dtype):
         model.double()
 
 
+def test_a_head_of_another_dtype_is_refused_as_in_a_single_call():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more")})
+    model.adapters["more"].head.float()
+    with pytest.raises(RuntimeError, match="dtype"):
+        model(tiny_images(model), adapter_names=["default", "more"])
+
+
 def test_autocast():
     model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep")}).float()
     images, names = mixed_batch(model)

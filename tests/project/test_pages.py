@@ -7,9 +7,7 @@ import pytest
 
 DOCS = Path(__file__).parents[2] / "docs"
 PAGES = sorted(path.name for path in DOCS.glob("*.md") if "```python" in path.read_text(encoding="utf-8"))
-NEEDED = {"retrieval.md": ["open_clip"], "segmentation.md": []}  # besides scikit-learn, for the digits
-
-
+NEEDED = {"retrieval.md": ["open_clip"]}  # besides scikit-learn, for the digits
 QUICK = ("adapters.md", "getting_started.md")
 
 

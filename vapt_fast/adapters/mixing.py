@@ -290,6 +290,9 @@ class Heads:
         """Return the heads of ``adapters``; None if one is more than a Linear whose weights may be read."""
         if not all(map(has_plain_heads, adapters)):
             return None
+        dtypes = {cast(Any, head).weight.dtype for adapter in adapters for head in adapter.heads()}
+        if len(dtypes) > 1:  # each is called, and refuses features of another dtype as it does by itself
+            return None
         num_classes = max(adapter.num_classes for adapter in adapters)
         fields = head_fields(adapters[0], num_classes)
         like = cast(Tensor, adapters[0].heads()[0].weight)
