@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .backbone import WEIGHTS, vit_digits_patch4_32
 from .digits import OLD_DIGITS, digit_images
 
-__all__ = ["pretrain"]
+__all__ = ["jitter", "pretrain", "turn"]
 
 _TURNS = 4  # quarter turns
 _BATCH = 32
@@ -67,8 +67,8 @@ def pretrain(epochs: int = 7, seed: int = 0, held_out: int = 0) -> tuple[dict[st
     model.train()
     for _ in track(range(epochs), description="pre-training"):
         for batch in train[torch.randperm(len(train))].split(_BATCH):
-            turned, classes = _turn(pixels[batch], labels[batch], torch.randint(_TURNS, (len(batch),)))
-            loss = F.cross_entropy(model(_jitter(turned)), classes)
+            turned, classes = turn(pixels[batch], labels[batch], torch.randint(_TURNS, (len(batch),)))
+            loss = F.cross_entropy(model(jitter(turned)), classes)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -79,14 +79,18 @@ def pretrain(epochs: int = 7, seed: int = 0, held_out: int = 0) -> tuple[dict[st
     return {name: tensor.half() for name, tensor in model.state_dict().items()}, accuracy
 
 
-def _turn(images: Tensor, digits: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotate each image by its number of quarter turns; return the images and their classes."""
-    turned = torch.stack([image.rot90(int(turn), (1, 2)) for image, turn in zip(images, turns, strict=True)])
-    return turned, digits * _TURNS + turns
+def turn(images: Tensor, labels: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotate each image of (B, C, H, H) by its number of quarter turns, ``turns`` (B,).
+
+    Returns:
+        The images, and their classes (B,), of which each label has four.
+    """
+    turned = torch.stack([image.rot90(int(number), (1, 2)) for image, number in zip(images, turns, strict=True)])
+    return turned, labels * _TURNS + turns
 
 
-def _jitter(images: Tensor, degrees: float = 12.0, scale: float = 0.12, shift: float = 0.12) -> Tensor:
-    """Rotate, scale and shift each image of (B, 3, H, W) a little; ``shift`` is in half image sides."""
+def jitter(images: Tensor, degrees: float = 12.0, scale: float = 0.12, shift: float = 0.12) -> Tensor:
+    """Rotate, scale and shift each image of (B, C, H, W) a little; ``shift`` is in half image sides."""
     angle, size, dx, dy = torch.empty(4, len(images)).uniform_(-1, 1)
     angle = angle * math.radians(degrees)
     cos, sin = torch.cos(angle) * (1 + scale * size), torch.sin(angle) * (1 + scale * size)
@@ -99,8 +103,8 @@ def _jitter(images: Tensor, degrees: float = 12.0, scale: float = 0.12, shift: f
 @torch.no_grad()
 def _accuracy(model: nn.Module, images: Tensor, digits: Tensor) -> float:
     right = []
-    for turn in range(_TURNS):
-        turned, classes = _turn(images, digits, torch.full_like(digits, turn))
+    for number in range(_TURNS):
+        turned, classes = turn(images, digits, torch.full_like(digits, number))
         right.append(model(turned).argmax(1) == classes)
     return torch.cat(right).float().mean().item()
 
