@@ -2,8 +2,9 @@
 
     python bench/omniglot.py FOLDER
 
-FOLDER has images_background_small1.zip and images_background_small2.zip. All runs go to bench/results/omniglot.json,
-the results to docs/omniglot.md and docs/figures/omniglot.svg. Stopped, it goes on where it was.
+FOLDER has images_background_small1.zip and images_background_small2.zip. All runs go to
+bench/results/omniglot.json, the results to docs/omniglot.md and docs/figures/omniglot.svg. Stopped, it goes on
+where it was.
 """
 
 from __future__ import annotations
@@ -400,7 +401,8 @@ def compare(protocol: Protocol, folder: Path, out: Path, processes: int, stop: s
     if not weights.exists():
         results.content["backbone"] = pretrain(drawings, protocol, weights)
         results.write()
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != results.content["backbone"]["sha256"]:
+    found = results.content.get("backbone", {}).get("sha256")
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != found:
         raise SystemExit(f"{out} is of another backbone than {weights}: move both away to start anew")
     initial = (protocol, weights, drawings)
     with (
