@@ -3,8 +3,8 @@
     python bench/omniglot.py FOLDER
 
 FOLDER has images_background_small1.zip and images_background_small2.zip. All runs go to
-bench/results/omniglot.json, the results to docs/omniglot.md and docs/figures/omniglot.svg. Stopped, it goes on
-where it was.
+bench/results/omniglot.json, the results to docs/omniglot.md and docs/figures/omniglot.svg. Stopped, it goes
+on where it was.
 """
 
 from __future__ import annotations
