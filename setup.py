@@ -4,7 +4,7 @@ The build needs nvcc, a C++ compiler, CMake, Ninja, pybind11 and CUTLASS's heade
 Where it fails, the install succeeds without ``_C``, says so, and leaves the reason in
 vapt_fast/_C_missing.txt, which ``vapt-fast info`` shows.
 
-README.md has the environment variables that change this.
+docs/installation.md has the environment variables that change this.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
@@ -18,6 +19,53 @@ plt.rcParams |= {
     "svg.hashsalt": "vapt_fast",
     "font.size": 10,
 }  # the same file each time
+
+
+def method() -> plt.Figure:
+    """What VAPT does before, in and after each frozen block."""
+    cls, prompt, patch = COLORS
+    figure, axis = plt.subplots(figsize=(8, 3.4))
+
+    def tokens(x: float, y: float, colors: list[str], **style: Any) -> None:
+        for place, color in enumerate(colors):
+            axis.add_patch(Rectangle((x, y - 0.5 * place), 0.4, 0.4, facecolor=color, **style))
+
+    def box(x: float, y: float, width: float, height: float, text: str, color: str) -> None:
+        axis.add_patch(Rectangle((x, y), width, height, facecolor="none", edgecolor=color, linewidth=2))
+        axis.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=9)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        axis.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": "#555555"})
+
+    tokens(0, 2.6, [cls, *[patch] * 6])
+    box(
+        1.6,
+        2.5,
+        4.6,
+        2,
+        "norm, convolution over the grid,\npositions mixed into prompts,\nbottleneck over the channels",
+        prompt,
+    )
+    tokens(7, 3.8, [prompt] * 3)
+    box(8.3, -0.6, 2, 3.8, "block,\nfrozen", "#888888")
+    tokens(11.1, 2.6, [cls, *[patch] * 6])
+    tokens(11.1, 4.3, [prompt] * 3, alpha=0.3)
+    arrow((0.6, 1.4), (1.5, 3))
+    arrow((6.3, 3.5), (6.9, 3.5))
+    arrow((7.5, 3.2), (8.2, 2.6))
+    arrow((0.6, 1.0), (8.2, 1.0))
+    arrow((10.4, 1.0), (11, 1.0))
+    arrow((11.6, 1.0), (12.3, 1.0))
+    axis.text(3.9, 4.6, "learned", ha="center", fontsize=9, color=prompt)
+    axis.text(11.7, 4.0, "thrown away", fontsize=9, va="center")
+    axis.text(12.4, 1.0, "next block, with\nits own prompts", fontsize=9, va="center")
+    handles = [Rectangle((0, 0), 1, 1, color=color) for color in COLORS]
+    names = ["prefix token (CLS)", "prompts", "patches"]
+    figure.legend(handles, names, loc="lower center", ncols=3, frameon=False, fontsize=9)
+    axis.set(xlim=(-0.2, 15), ylim=(-0.8, 5), aspect="equal")
+    axis.axis("off")
+    figure.tight_layout(rect=(0, 0.07, 1, 1))
+    return figure
 
 
 def attention() -> plt.Figure:
@@ -96,7 +144,7 @@ def steps() -> plt.Figure:
 
 
 if __name__ == "__main__":
-    for draw in (attention, pooling, steps):
+    for draw in (method, attention, pooling, steps):
         path = DOCS / "figures" / f"{draw.__name__}.svg"
         draw().savefig(path, metadata={"Date": None})
         path.write_text("".join(line.rstrip() + "\n" for line in path.read_text().splitlines()))

@@ -69,7 +69,7 @@ def test_distributed(option):
     check_trained()
 
 
-@pytest.mark.parametrize("name", ["attention", "pooling", "steps"])
+@pytest.mark.parametrize("name", ["method", "attention", "pooling", "steps"])
 def test_pictures_of_the_documentation(name, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -1,14 +1,18 @@
-"""The Python of the documentation's pages runs as it stands, each page in one namespace."""
+"""The Python of the README and of the documentation's pages runs as it stands, each page in one namespace."""
 
 import re
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[2] / "docs"
-PAGES = sorted(path.name for path in DOCS.glob("*.md") if "```python" in path.read_text(encoding="utf-8"))
+ROOT = Path(__file__).parents[2]
+TEXTS = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+}
+PAGES = sorted(name for name, text in TEXTS.items() if "```python" in text)
 NEEDED = {"retrieval.md": ["open_clip"]}  # besides scikit-learn, for the digits
-QUICK = ("adapters.md", "getting_started.md")
+QUICK = ("README.md", "adapters.md", "getting_started.md")
 
 
 @pytest.mark.parametrize(
@@ -18,7 +22,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
     for package in ("sklearn", *NEEDED.get(page, ())):
         pytest.importorskip(package)
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", TEXTS[page], re.DOTALL)
     namespace = {}
     for block in blocks:
         exec(block, namespace)
