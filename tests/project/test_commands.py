@@ -39,7 +39,7 @@ BACKBONE = "vit_digits_patch4_32"
 # What a page's commands need besides the extra "demo".
 NEEDED = {
     "benchmarks.md": ["joblib"],
-    "command_line.md": ["joblib", "peft"],
+    "command_line.md": ["joblib", "peft_import", "peft"],  # the first so that peft finds no folder kernels
     "export.md": ["onnxruntime", "onnxscript"],
 }
 QUICK = ("CONTRIBUTING.md", "README.md", "installation.md", "serving.md")
@@ -124,14 +124,14 @@ STAND_INS = {
 
 # By words of a command, options that it gets unless it has them.
 SHORTENED = {
-    ("train",): {"--epochs": 1},
-    ("train", "vtab:cifar"): {"--other-sizes": None},
-    ("sweep", "--data"): {
+    ("vapt-fast", "train"): {"--epochs": 1},
+    ("vapt-fast", "train", "vtab:cifar"): {"--other-sizes": None},
+    ("vapt-fast", "sweep", "--data"): {
         **{"--backbone": BACKBONE, "--epochs": 1, "--lr": 1, "--weight-decay": 0, "--seed": 1},
         "--other-sizes": None,
     },
-    ("bench",): {"--batch-size": 2, "--rounds": 2, "--no-memory": None},
-    ("demo",): {"--seeds": 1, "--processes": 1},
+    ("vapt-fast", "bench"): {"--batch-size": 2, "--rounds": 2, "--no-memory": None},
+    ("vapt-fast", "demo"): {"--seeds": 1, "--processes": 1},
 }
 
 
