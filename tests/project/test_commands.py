@@ -45,7 +45,7 @@ NEEDED = {
 QUICK = ("CONTRIBUTING.md", "README.md", "installation.md", "serving.md")
 PAGES = [name for name, text in TEXTS.items() if any(language == "sh" for language, _ in blocks(text))]
 WITH_PYTHON = ("benchmarks.md",)  # whose Python writes what a command reads
-LANGUAGES = {"python", "sh", "text", "diff", "json", "bibtex"}
+LANGUAGES = {"python", "sh", "text", "diff", "json", "bibtex"}  # besides Sphinx's, as {eval-rst}
 
 # ---- what the commands find: a user's files
 
@@ -154,7 +154,7 @@ def with_stand_ins(words):
 
 
 class Shell:
-    """Runs the commands of a page in the current folder; ``programs`` are those it knows."""
+    """Runs the commands of a page in the current folder; ``programs`` has those it knows."""
 
     def __init__(self, monkeypatch, resources):
         self.monkeypatch, self.resources = monkeypatch, resources
@@ -248,7 +248,6 @@ class Shell:
         server = uvicorn.Server(uvicorn.Config(application, port=port, log_level="error"))
         thread = threading.Thread(target=server.run)
         thread.start()
-
         self.resources.callback(thread.join)
         self.resources.callback(setattr, server, "should_exit", True)
         while not server.started:
@@ -273,7 +272,7 @@ def execute(command, **options):
 
 def check_pip(arguments):
     """Check that what is to be installed, with its extras, is there."""
-    parser = ArgumentParser()
+    parser = ArgumentParser(allow_abbrev=False)
     parser.add_argument("command", choices=["install"])
     parser.add_argument("requirements", nargs="*")
     for option in ("--index-url", "--no-build-isolation", "-e"):
@@ -300,6 +299,7 @@ def check_activation(arguments):
     assert f"-m venv {Path(script).parents[1]}\n" in check_make(["test"])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="the commands are those of a Unix shell")
 @pytest.mark.parametrize(
     "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.full) for page in PAGES]
 )
@@ -318,13 +318,9 @@ def test_commands_run(page, tmp_path, monkeypatch):
 
 
 def test_no_command_is_overlooked():
-    """Every block says what it is in: one of commands without its language would be left out."""
+    """Every block names its language: commands in one that doesn't would be left out."""
     found = {(page, language) for page, text in TEXTS.items() for language, _ in blocks(text)}
-    assert not {
-        (page, language)
-        for page, language in found
-        if not language.startswith("{") and language not in LANGUAGES
-    }
+    assert {each for each in found if not each[1].startswith("{") and each[1] not in LANGUAGES} == set()
 
 
 # ---- commands within sentences
