@@ -83,7 +83,7 @@ def write_script(path):
 
 FILES = {
     "DATA": write_suite,
-    "DATA/train": lambda folder: [(folder / f"{label:03}").mkdir(parents=True) for label in range(100)],
+    "DATA/train": lambda folder: [write_picture(folder / f"{label:03}" / "a.jpg") for label in range(100)],
     "folder": write_classes,
     "more/pictures": write_pictures,
     "out": write_adapter,
