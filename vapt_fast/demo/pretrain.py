@@ -85,7 +85,7 @@ def _turn(images: Tensor, labels: Tensor, turns: Tensor) -> tuple[Tensor, Tensor
     Returns:
         The images, and their classes (B,), of which each label has four.
     """
-    turned = torch.stack([image.rot90(int(number), (1, 2)) for image, number in zip(images, turns, strict=True)])
+    turned = torch.stack([image.rot90(int(n), (1, 2)) for image, n in zip(images, turns, strict=True)])
     return turned, labels * _TURNS + turns
 
 
