@@ -244,7 +244,7 @@ class AdaptiveViT(AdapterModel):
         """The number of classes of each of these adapters: how many logits of a mixed batch are an image's.
 
         Raises:
-            ValueError: an unknown adapter.
+            ValueError: an unknown adapter, or one whose head does not tell a number of classes.
         """
         return [self.find_adapter(name).num_classes for name in adapter_names]
 
@@ -384,7 +384,7 @@ class AdaptiveViT(AdapterModel):
             adapter.prompts.prune(len(self.backbone.blocks))
         if prune_head:
             for adapter in learned:
-                adapter.set_heads({name: nn.Identity() for name in adapter.head_names}, num_classes=0)
+                adapter.set_heads({name: nn.Identity() for name in adapter.head_names})
         return take
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

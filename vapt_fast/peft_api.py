@@ -43,10 +43,9 @@ class AdapterModel(TimmModel):
         num_classes = integer("backbone.num_classes", self.backbone.num_classes)
         heads, device = take_heads(self.backbone), weights_of(self.backbone, most=1)[0].device
         base: dict[str, nn.Module] = {name: MissingHead() for name in heads}
-        base = base if came_with is None else came_with
         empty = Prompts(PromptConfig(num_prompts=0), self._geometry())
         # Not as a submodule: it is neither trained nor saved.
-        self.__dict__["_base"] = Adapter(empty, base, _num_classes(base))
+        self.__dict__["_base"] = Adapter(empty, base if came_with is None else came_with)
         self._num_disabled = 0
         self.active_adapter = DEFAULT_ADAPTER
         prompts = Prompts(config, self._geometry()).to(device)
@@ -71,16 +70,26 @@ class AdapterModel(TimmModel):
         """The active adapter; the bare backbone within ``disable_adapter``."""
         return self._base if self._num_disabled else self._active
 
+    @property
+    def _changeable(self) -> Adapter:
+        """The active adapter, to be changed, which must not happen to the bare backbone."""
+        if self._num_disabled:
+            raise ValueError(
+                "within disable_adapter the model is the bare backbone, which can't be changed; assign before "
+                f"or after it, or to model.adapters[{self.active_adapter!r}]"
+            )
+        return self._active
+
     # ---- the active adapter
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts of the active adapter; assigning replaces them."""
+        """The prompts of the active adapter; assigning replaces them, and is refused within disable_adapter."""
         return self._adapter.prompts
 
     @property
     def head(self) -> nn.Module:
-        """The head of the active adapter; assigning replaces it."""
+        """The head of the active adapter; assigning replaces it, and is refused within disable_adapter."""
         return self._adapter.head
 
     @property
@@ -90,7 +99,7 @@ class AdapterModel(TimmModel):
 
     @class_names.setter
     def class_names(self, names: tuple[str, ...] | None) -> None:
-        self._adapter.class_names = names
+        self._changeable.class_names = names
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -99,7 +108,7 @@ class AdapterModel(TimmModel):
 
     @data_config.setter
     def data_config(self, config: dict[str, Any]) -> None:
-        self._adapter.data_config = config
+        self._changeable.data_config = config
 
     @property
     def adapter_metadata(self) -> dict[str, Any]:
@@ -108,12 +117,12 @@ class AdapterModel(TimmModel):
 
     @adapter_metadata.setter
     def adapter_metadata(self, metadata: dict[str, Any]) -> None:
-        self._adapter.metadata = metadata
+        self._changeable.metadata = metadata
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch would register a module of that name beside the property, where nobody reads it.
         if "adapters" in self.__dict__.get("_modules", ()) and name in ("prompts", *self._adapter.head_names):
-            setattr(self._adapter, name, value)
+            setattr(self._changeable, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -309,11 +318,6 @@ class AdapterModel(TimmModel):
             backend=backend,
             backbone_precision=backbone_precision,
         )
-
-
-def _num_classes(heads: Mapping[str, nn.Module]) -> int:
-    """Return how many classes the first classifier tells apart, as far as it says so."""
-    return int(getattr(next(iter(heads.values())), "out_features", 0))
 
 
 def _prompt_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -226,7 +226,7 @@ def _build_by_name(
         _assign(made, read_backbone(adapter, path), path)
     model = cls(made, **kwargs)
     base = model.find_adapter(BASE)  # timm has drawn its classifier at random
-    base.set_heads({name: MissingHead() for name in base.head_names}, 0)
+    base.set_heads({name: MissingHead() for name in base.head_names})
     return model
 
 
