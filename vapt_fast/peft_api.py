@@ -75,8 +75,8 @@ class AdapterModel(TimmModel):
         """The active adapter, to be changed, which must not happen to the bare backbone."""
         if self._num_disabled:
             raise ValueError(
-                "within disable_adapter the model is the bare backbone, which can't be changed; assign before "
-                f"or after it, or to model.adapters[{self.active_adapter!r}]"
+                "within disable_adapter the model is the bare backbone, which can't be changed; assign "
+                f"before or after it, or to model.adapters[{self.active_adapter!r}]"
             )
         return self._active
 
@@ -84,12 +84,12 @@ class AdapterModel(TimmModel):
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts of the active adapter; assigning replaces them, and is refused within disable_adapter."""
+        """The prompts of the active adapter; assigning, which disable_adapter forbids, replaces them."""
         return self._adapter.prompts
 
     @property
     def head(self) -> nn.Module:
-        """The head of the active adapter; assigning replaces it, and is refused within disable_adapter."""
+        """The head of the active adapter; assigning, which disable_adapter forbids, replaces it."""
         return self._adapter.head
 
     @property
@@ -182,12 +182,20 @@ class AdapterModel(TimmModel):
         Raises:
             TypeError, ValueError, NotImplementedError: as ``add_adapter``.
         """
-        check_pooling(config, self.global_pool, getattr(self.backbone, "attn_pool", None) is not None)
         number = integer("num_classes", num_classes, minimum=0)
+        return Adapter(self.make_prompts(config), self._make_heads(number), number).train(self.training)
+
+    def make_prompts(self, config: PromptConfig) -> Prompts:
+        """Return untrained prompts that suit the model, on its device and in the active ones' dtype.
+
+        Raises:
+            ValueError, NotImplementedError: as ``add_adapter``.
+        """
+        check_pooling(config, self.global_pool, getattr(self.backbone, "attn_pool", None) is not None)
         prompts = Prompts(config, self._geometry()).to(weights_of(self.backbone, most=1)[0].device)
         if known := weights_of(self._active.prompts, most=1):
             prompts.to(dtype=known[0].dtype)
-        return Adapter(prompts, self._make_heads(number), number).train(self.training)
+        return prompts
 
     def _make_heads(self, num_classes: int) -> dict[str, nn.Module]:
         """Return new classifiers by name."""

@@ -9,7 +9,7 @@ modules with hooks), and the literal method, are computed adapter by adapter ins
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Heads",
+    "assert_range",
     "check_index",
     "check_names",
     "features",
@@ -104,12 +105,12 @@ def _run(
         rows = batch.rows_of(group)
         if not group or (not len(rows) and len(images)):
             continue
+        prompts: Any = adapters[group[0]].prompts
         own: list[Masks] | None = None
         if stacked is not None and group is together:
             prompts, own = stacked.take(rows), [mask.take(rows) for mask in masks]
-        else:
-            prompts, plain = adapters[group[0]].prompts, known.get(group[0])
-            own = None if plain is None else cut_masks(masks, rows, plain)
+        elif group[0] in known:
+            own = cut_masks(masks, rows, known[group[0]])
         parts.append((rows, compute(images[rows], prompts, own, batch.take(group, rows))))
     return _together(parts)
 
@@ -164,9 +165,10 @@ class Batch(NamedTuple):
         """
         if isinstance(adapter_names, Tensor):
             least = -1 if has_base else 0
-            places = check_index(adapter_names, images, len(model.adapters), least=least) - least
+            index = check_index(adapter_names, images, least, len(model.adapters))
+            assert_range(index, least, len(model.adapters))
             names = [BASE, *model.adapters] if has_base else [*model.adapters]
-            return cls([*map(model.find_adapter, names)], places, None)
+            return cls([*map(model.find_adapter, names)], index - least, None)
         given = check_names(adapter_names, len(images), (BASE, *model.adapters))
         rows: dict[str, list[int]] = {}
         for i, name in enumerate(given):
@@ -198,15 +200,12 @@ def check_names(adapter_names: Any, batch: int, known: Sequence[str]) -> list[st
     return names
 
 
-def check_index(index: Tensor, images: Tensor, count: int, *, least: int) -> Tensor:
-    """Return the integers (B,) as int64, if they are in [least, count).
-
-    On a GPU and in compiled code, their values are checked by the device, which needs no synchronisation: one
-    out of range is a failed assertion, after which a GPU's process can't go on.
+def check_index(index: Tensor, images: Tensor, least: int, end: int) -> Tensor:
+    """Return the integers (B,) as int64; that they are in [least, end), ``assert_range`` may have to check.
 
     Raises:
         TypeError: not integers.
-        ValueError: another shape or device, or a value out of range.
+        ValueError: another shape or device than the images', or one out of range.
     """
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"adapter_names must be integers, got a tensor of {index.dtype}")
@@ -214,13 +213,29 @@ def check_index(index: Tensor, images: Tensor, count: int, *, least: int) -> Ten
         raise ValueError(f"adapter_names must be ({len(images)},), one an image, got {tuple(index.shape)}")
     if index.device != images.device:
         raise ValueError(f"adapter_names must be on the images' device {images.device}, got {index.device}")
-    index, expected = index.long(), f"adapter_names must be in [{least}, {count})"
-    is_known = ((index >= least) & (index < count)).all()
-    if torch.compiler.is_compiling() or index.device.type in ("cuda", "meta"):
-        torch._assert_async(is_known, expected)
-    elif not is_known:
-        raise ValueError(f"{expected}, got {index.tolist()}")
+    index = index.long()
+    if not _is_asserted(index) and not _is_within(index, least, end):
+        raise ValueError(f"adapter_names must be in [{least}, {end}), got {index.tolist()}")
     return index
+
+
+def assert_range(index: Tensor, least: int, end: int) -> None:
+    """Have the device check that integers are in [least, end), where looking at them would wait for it.
+
+    That is on a GPU and in compiled code. One out of range is a failed assertion, after which a process
+    can't use the GPU any more.
+    """
+    if _is_asserted(index):
+        expected = f"adapter_names must be in [{least}, {end})"
+        torch._assert_async(_is_within(index, least, end), expected)
+
+
+def _is_asserted(index: Tensor) -> bool:
+    return torch.compiler.is_compiling() or index.device.type in ("cuda", "meta")
+
+
+def _is_within(index: Tensor, least: int, end: int) -> Tensor:
+    return ((index >= least) & (index < end)).all()
 
 
 def plain_adapter(model: AdaptiveViT, adapter: Adapter, dtype: torch.dtype) -> list[PlainPrompts] | None:

@@ -30,9 +30,7 @@ class Adapter(nn.Module):
 
     head: nn.Module
 
-    def __init__(
-        self, prompts: Prompts, heads: dict[str, nn.Module], num_classes: int | None = None
-    ) -> None:
+    def __init__(self, prompts: Prompts, heads: dict[str, nn.Module], num_classes: int | None = None) -> None:
         super().__init__()
         self.head_names: tuple[str, ...] = ()
         self.class_names: tuple[str, ...] | None = None

@@ -27,6 +27,7 @@ from .hub import local_folder
 from .loading import misfit, new_adapter
 from .mixing import (
     Heads,
+    assert_range,
     check_index,
     check_names,
     has_plain_heads,
@@ -314,7 +315,7 @@ class AdapterStack(nn.Module):
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else self._lock:
             if isinstance(adapter_names, Tensor):
-                places = check_index(adapter_names, images, len(self._rows), least=0)
+                places = check_index(adapter_names, images, 0, len(self._rows))
             else:
                 found = self._find(adapter_names, len(images))
                 places = torch.tensor(found, dtype=torch.long, device=images.device)
@@ -327,6 +328,7 @@ class AdapterStack(nn.Module):
         return [self._places.get(name, 0) for name in check_names(names, count, known)]
 
     def _logits(self, images: Tensor, places: Tensor, backend: str) -> Tensor:
+        assert_range(places, 0, len(self._rows))
         facts = Facts(*(getattr(self, f"_{name}") for name in Facts._fields))
         prompts = MixedPrompts(self._layout, self._rows, facts, places)
         heads = Heads(self.max_classes, self._head_fields, self._heads, self._counts, varying=True)
