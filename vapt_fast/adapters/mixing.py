@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..backbones.blocks import standard_block
 from ..modules import has_global_hooks, has_hooks, is_plain
 from ..prompts import Masks
-from ..prompts.mixed import Layout, MixedPrompts, cut_masks, flatten
+from ..prompts.layout import Layout, flatten
+from ..prompts.mixed import MixedPrompts, cut_masks
 from ..prompts.plain import PlainPrompts
 from ..timm_api import normed_tokens
 from .module import BASE, Adapter, MissingHead, mean_logits

@@ -20,7 +20,8 @@ from ..config import PromptConfig
 from ..cuda_graphs import Graphs
 from ..data import eval_transform, full_data_config
 from ..ops.backend import BACKENDS, resolve
-from ..prompts.mixed import Facts, Layout, MixedPrompts
+from ..prompts.layout import Facts, Layout
+from ..prompts.mixed import MixedPrompts
 from .checks import backbone_problems
 from .file import AdapterError, read
 from .hub import local_folder
