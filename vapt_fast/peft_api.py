@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from os import PathLike
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -269,63 +268,10 @@ class AdapterModel(TimmModel):
 
     # ---- files
 
-    def save_adapter(
-        self,
-        folder: str | PathLike[str],
-        name: str | None = None,
-        *,
-        metadata: dict[str, Any] | None = None,
-        class_names: Sequence[str] | None = None,
-        data_config: Mapping[str, Any] | None = None,
-        include_backbone: bool = False,
-    ) -> None:
-        """Write prompts and head of an adapter to ``folder``; see vapt_fast.adapters.save."""
-        adapters.save(
-            cast(Any, self),
-            folder,
-            name,
-            metadata=metadata,
-            class_names=class_names,
-            data_config=data_config,
-            include_backbone=include_backbone,
-        )
-
-    def push_adapter(self, repo_id: str, **options: Any) -> str:
-        """Save an adapter to a repository of the Hugging Face Hub; see vapt_fast.adapters.push."""
-        return adapters.push(cast(Any, self), repo_id, **options)
-
-    def load_adapter(
-        self,
-        folder: str | PathLike[str],
-        name: str | None = None,
-        *,
-        check_backbone: bool = True,
-        is_trainable: bool = False,
-    ) -> None:
-        """Read prompts and head from ``folder`` or "hf-hub:owner/name"; see vapt_fast.adapters.load."""
-        adapters.load(cast(Any, self), folder, name, check_backbone=check_backbone, is_trainable=is_trainable)
-
-    @classmethod
-    def from_adapter(
-        cls,
-        folder: str | PathLike[str],
-        *,
-        backbone: nn.Module | str | None = None,
-        weights: str | PathLike[str] | None = None,
-        check_backbone: bool = True,
-        backend: str | None = None,
-        backbone_precision: str | None = None,
-    ) -> Any:
-        """The model of the adapter in ``folder`` or "hf-hub:owner/name", in eval mode; see adapters.build."""
-        return adapters.build(
-            cast(Any, cls),
-            folder,
-            backbone=backbone,
-            weights=weights,
-            check_backbone=check_backbone,
-            backend=backend,
-            backbone_precision=backbone_precision,
-        )
+    save_adapter = adapters.save
+    push_adapter = adapters.push
+    load_adapter = adapters.load
+    from_adapter = classmethod(adapters.build)
 
 
 def _prompt_options(options: Mapping[str, Any]) -> dict[str, Any]:

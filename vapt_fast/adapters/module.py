@@ -63,10 +63,10 @@ class Adapter(nn.Module):
         head = self.heads()[0]
         if isinstance(head, (nn.Identity, MissingHead)):
             return 0
-        last = head
-        while isinstance(last, nn.Sequential) and len(last):
+        number, last = getattr(head, "out_features", self._num_classes), head
+        while number is None and isinstance(last, nn.Sequential) and len(last):
             last = last[-1]
-        number = getattr(head, "out_features", getattr(last, "out_features", self._num_classes))
+            number = getattr(last, "out_features", None)
         if number is None:
             raise ValueError(
                 f"{self.head_names[0]} must tell its number of classes, got a {type(head).__name__} without "
