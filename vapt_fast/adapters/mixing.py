@@ -101,10 +101,11 @@ def _run(
     together = [*known] if mixed and len(known) > 1 else []
     if len(together) == len(adapters):
         return compute(images, stacked, masks, batch)
+    groups = [[i] for i in range(len(adapters)) if i not in together]
     parts = []
-    for group in [*([i] for i in range(len(adapters)) if i not in together), together]:
+    for group in [*groups, together] if together else groups:
         rows = batch.rows_of(group)
-        if not group or (not len(rows) and len(images)):
+        if not len(rows) and len(images):
             continue
         prompts: Any = adapters[group[0]].prompts
         own: list[Masks] | None = None
