@@ -312,7 +312,7 @@ class AdapterStack(nn.Module):
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else self._lock:
             if isinstance(adapter_names, Tensor):
-                places = check_index(adapter_names, images, 0, len(self._rows))
+                places = check_index(adapter_names, images, *self._range)
             else:
                 found = self._find(adapter_names, len(images))
                 places = torch.tensor(found, dtype=torch.long, device=images.device)
@@ -324,8 +324,13 @@ class AdapterStack(nn.Module):
         known = (BASE, *self._places) if self._has_base else self.adapters
         return [self._places.get(name, 0) for name in check_names(names, count, known)]
 
+    @property
+    def _range(self) -> tuple[int, int]:
+        """From where to where places are; the bare backbone's may be none."""
+        return (0 if self._has_base else 1), len(self._rows)
+
     def _logits(self, images: Tensor, places: Tensor, backend: str) -> Tensor:
-        assert_range(places, 0, len(self._rows))
+        assert_range(places, *self._range)
         facts = Facts(*(getattr(self, f"_{name}") for name in Facts._fields))
         prompts = MixedPrompts(self._layout, self._rows, facts, places)
         heads = Heads(self.max_classes, self._head_fields, self._heads, self._counts, varying=True)
