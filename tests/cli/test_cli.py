@@ -397,7 +397,7 @@ def odd_run(odd_folder, tmp_path_factory):
 
 
 def test_names_are_printed_as_they_are(odd_folder, odd_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["vapt_fast.cli.predict"], "out", Console(width=300))
+    monkeypatch.setattr(sys.modules["vapt_fast.cli.console"], "out", Console(width=300))
     shown = succeed("predict", odd_run, odd_folder).stdout
     for name in ESCAPED:
         assert f"{odd_folder}/{name}/scan[3]\\n\\udcff.png" in shown

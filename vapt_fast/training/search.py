@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,9 @@ def search(
         folder = None  # the first process writes
     log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
     options: dict[str, Any] = {"device": device, "workers": workers}
-    score_of = partial(_score, evaluate, options)
+
+    def score_of(model: nn.Module, dataset: LabelledImages, recipe: Recipe) -> Score:
+        return evaluate(model, dataset, batch_size=recipe.batch_size, amp=recipe.amp, **options)
 
     for index in range(len(state["candidates"]), len(recipes)):
         recipe = recipes[index]
@@ -157,16 +158,6 @@ def _epochs(
         if validation is not None and (trainer.finished or trainer.epoch % validate_every == 0):
             score = score_of(trainer.model, validation, trainer.recipe)
         yield epoch, score
-
-
-def _score(
-    evaluate: Callable[..., Score],
-    options: dict[str, Any],
-    model: nn.Module,
-    dataset: LabelledImages,
-    recipe: Recipe,
-) -> Score:
-    return evaluate(model, dataset, batch_size=recipe.batch_size, amp=recipe.amp, **options)
 
 
 def _best(
