@@ -433,13 +433,6 @@ def test_ray_shares_a_sweep_between_two_nodes(whole, tmp_path):
         assert table_of(chosen, tmp_path, replace(PLACES, engine="ray")) == table
 
 
-@pytest.mark.parametrize(("engine", "extra"), [("joblib", "sweep"), ("ray", "ray")])
-def test_an_engine_that_is_missing(engine, extra, whole, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, engine, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'vapt_fast\[{extra}\]'"):
-        sweep(whole[0], tmp_path, Places(engine=engine, jobs=2))
-
-
 def test_sweeps_with_lora_need_peft(root, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'vapt_fast\[lora\]'"):
