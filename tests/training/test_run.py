@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -161,12 +160,6 @@ def test_what_lora_is_not_for(tmp_path):
         build_model("lora", BACKBONE, 3, backbone_precision="fp8")
     with pytest.raises(UserError, match="a run of 'lora' can't be trained on"):
         options(method="lora").extended(5, tmp_path)
-
-
-def test_lora_without_peft(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vapt_fast\[lora\]'"):
-        build_model("lora", BACKBONE, 3)
 
 
 def test_images_in_a_folder(image_folder, tmp_path):
