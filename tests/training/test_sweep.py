@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-import shlex
 import signal
 import statistics
 import subprocess
@@ -11,7 +9,6 @@ import sys
 import time
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -502,14 +499,3 @@ def test_the_command(root, tmp_path):
     assert [cell["method"] for cell in written["cells"]] == ["linear", "vapt"] * 2
     assert (tmp_path / "table.csv").read_text().count("\n") == 5
     assert torch.get_num_threads() == 1
-
-
-@pytest.mark.full
-def test_the_example_of_the_documentation(tmp_path, monkeypatch):
-    text = (Path(__file__).parents[2] / "docs" / "benchmarks.md").read_text()
-    script, command = (re.search(rf"```{language}\n(.*?)```", text, re.S)[1] for language in ("python", "sh"))
-    monkeypatch.chdir(tmp_path)
-    exec(compile(script, "example", "exec"), {})
-    name, *arguments = shlex.split(command.replace("\\\n", " "))
-    assert name == "vapt-fast"
-    assert "linear probe" in succeed(*arguments).output
