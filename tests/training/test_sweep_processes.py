@@ -106,8 +106,8 @@ def test_a_stopped_sweep_leaves_no_process_and_goes_on(number, code, jobs, root,
     not_ignored = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     process = subprocess.Popen(command, **pipes, preexec_fn=not_ignored)
     when_training(tmp_path, lambda: process.send_signal(getattr(signal, number)))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == code
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == code, output
     assert ("Go on with: vapt-fast sweep" in output) == (number == "SIGINT")
     assert "Traceback" not in output
     check_resumed(chosen, tmp_path, whole)
