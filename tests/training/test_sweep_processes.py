@@ -16,7 +16,6 @@ from training_cases import BACKBONE
 
 from vapt_fast.training import UserError
 from vapt_fast.training.sweep import Places, SweepOptions, sweep, sweep_table
-from vapt_fast.training.sweep.engines import spread
 
 PLACES = Places(poll=0.05)
 RUN = "runs/vtab-svhn/{}/seed-3"
@@ -167,17 +166,14 @@ def test_another_number_of_processes_is_another_sweep(root, tmp_path):
 
 
 @pytest.mark.full
-def test_ray_gives_each_run_one_machine():
+def test_ray_gives_each_run_one_machine(root, tmp_path):
     ray = pytest.importorskip("ray")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     try:
-        resources = list(spread("ray", assigned, [(ray,)], jobs=None, gpu=False, processes=2))
-        assert resources == [2]
         with pytest.raises(UserError, match="3 processes needs as many CPUs on one machine"):
-            list(spread("ray", assigned, [(ray,)], jobs=None, gpu=False, processes=3))
+            sweep(options(root, "linear", processes=3), tmp_path / "three", Places(engine="ray"))
+        sweep(options(root, "linear", 3), tmp_path / "two", Places(engine="ray"))
     finally:
         ray.shutdown()
-
-
-def assigned(ray):
-    return ray.get_runtime_context().get_assigned_resources()["CPU"]
+    result = json.loads((tmp_path / "two" / RUN.format("linear") / "result.json").read_text())
+    assert result["processes"] == 2
