@@ -14,7 +14,6 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +48,7 @@ def launch(function: Callable[..., None], *arguments: Any, processes: int) -> No
         UserError: a process was ended from outside.
         Exception: the first that a process raised; the others are ended.
     """
-    with tempfile.TemporaryDirectory() as name, _own_signals(), _quiet():
+    with tempfile.TemporaryDirectory() as name, _own_signals(), _quiet(), _spawning():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -72,7 +71,7 @@ def launch(function: Callable[..., None], *arguments: Any, processes: int) -> No
                 ) from failed
             found = _first_error(Path(name))
             if found is None:
-                raise
+                raise RuntimeError(f"one of {processes} processes has failed: {failed}") from failed
             raise found[0] from RuntimeError(f"in another process:\n{found[1]}")
 
 
@@ -97,9 +96,12 @@ def _first_error(folder: Path) -> tuple[Exception, str] | None:
     return min(raised, key=lambda of: of[0])[1:] if raised else None
 
 
-@cache
 def end_with(parent: int) -> None:
-    """Let this process end as soon as its parent has, even in the middle of a call."""
+    """Let this process end as soon as its parent has, even in the middle of a call.
+
+    Args:
+        parent: number of the process that started this one.
+    """
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -119,14 +121,28 @@ def _own_signals() -> Iterator[None]:
         yield
     except SignalException as error:
         received = error.sigval
-    finally:
         for child in set(multiprocessing.active_children()) - children:
             child.kill()  # the launcher doesn't know one that it was about to start
+    finally:
         for number, handler in handlers.items():
             if handler is not None and signal.getsignal(number) != handler:
                 signal.signal(number, handler)
     if received is not None:
         signal.raise_signal(received)
+
+
+@contextmanager
+def _spawning() -> Iterator[None]:
+    """Hide the start method of joblib's workers, which processes started by others don't know."""
+    method = multiprocessing.get_start_method(allow_none=True)
+    if method in (None, *multiprocessing.get_all_start_methods()):
+        yield
+        return
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        yield
+    finally:
+        multiprocessing.set_start_method(method, force=True)
 
 
 @contextmanager

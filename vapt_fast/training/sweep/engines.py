@@ -55,18 +55,14 @@ def _joblib(function: Callable[..., Any], calls: Iterable[tuple], jobs: int) -> 
         raise _missing("joblib", "sweep") from error
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    parallel = joblib.Parallel(jobs, return_as="generator_unordered", pre_dispatch=jobs, batch_size=1)
+    one_by_one = {"return_as": "generator_unordered", "pre_dispatch": jobs, "batch_size": 1}
+    parallel = joblib.Parallel(jobs, **one_by_one, initializer=end_with, initargs=(os.getpid(),))
     try:
-        yield from parallel(joblib.delayed(_call)(os.getpid(), function, call) for call in calls)
+        yield from parallel(joblib.delayed(function)(*call) for call in calls)
     except TerminatedWorkerError as error:
         raise UserError(
             "a process was ended from outside, perhaps for want of memory: give fewer jobs, and go on"
         ) from error
-
-
-def _call(parent: int, function: Callable[..., Any], call: tuple) -> Any:
-    end_with(parent)
-    return function(*call)
 
 
 def _ray(
