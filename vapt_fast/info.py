@@ -32,12 +32,13 @@ def report() -> str:
     implementations of each op with those that "auto" prefers on a GPU, and what was measured of them.
     """
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    compiled = "none, see backend cuda" if native_missing_reasons() else f"by CUDA {compiled_by()} for sm_90a"
     lines = [
         f"vapt_fast {__version__}",
         f"  python {platform.python_version()}, torch {torch.__version__}, timm {_version('timm')}, "
         f"triton {_version('triton')}",
         f"  devices: {', '.join(_devices())}",
-        f"  compiled kernels: {_compiled_kernels()}",
+        f"  compiled kernels: {compiled}",
         f"  {ENVIRONMENT_VARIABLE}: {chosen if chosen is not None else 'not set'}",
         "backends",
     ]
@@ -81,12 +82,6 @@ def forward_report(model: AdaptiveViT) -> str:
 
 def _block_range(indices: list[int]) -> str:
     return f"block {indices[0]}" if len(indices) == 1 else f"blocks {indices[0]} to {indices[-1]}"
-
-
-def _compiled_kernels() -> str:
-    if native_missing_reasons():
-        return "none, see backend cuda"
-    return f"by CUDA {compiled_by()} for sm_90a"
 
 
 def _version(package: str) -> str:
