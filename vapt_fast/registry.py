@@ -59,9 +59,7 @@ def _entrypoint(name: str) -> Callable[..., AdaptiveViT | FeatureGetterNet]:
         if isinstance(pretrained_cfg, str) and pretrained_cfg:
             tagged = f"{name}.{pretrained_cfg}"
         elif pretrained_cfg:
-            # timm has looked it up under our name.
-            own = (pretrained_cfg.get("architecture") or "").removeprefix(PREFIX) or None
-            options["pretrained_cfg"] = {**pretrained_cfg, "architecture": own}
+            options["pretrained_cfg"] = _backbone_cfg(pretrained_cfg)
         return AdaptiveViT(tagged, prompts=prompts, pretrained=pretrained, **options)
 
     create.__name__ = create.__qualname__ = PREFIX + name
@@ -118,6 +116,11 @@ def _published(
     if size is not None:
         model.set_input_size(size)
     return model
+
+
+def _backbone_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
+    """A pre-trained config that timm looked up under our name, as the backbone's own."""
+    return {**cfg, "architecture": (cfg.get("architecture") or "").removeprefix(PREFIX) or None}
 
 
 def _register(name: str) -> None:
