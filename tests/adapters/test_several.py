@@ -247,7 +247,7 @@ def test_a_loaded_model_knows_the_classifier_of_a_backbone_that_is_given(tmp_pat
     model = AdaptiveViT(timm_model(), prompts=SMALL)
     model.save_adapter(tmp_path, include_backbone=True)
     images = torch.zeros(1, 3, 32, 32)
-    given = AdaptiveViT.from_adapter(tmp_path, backbone=make_backbone())
+    given = AdaptiveViT.from_adapter(tmp_path, backbone=timm_model())
     with given.disable_adapter():
         torch.testing.assert_close(given(images), timm_model().eval()(images))
     made = AdaptiveViT.from_adapter(tmp_path)

@@ -48,7 +48,8 @@ INTERRUPTED = 130  # as shells report a program stopped by Ctrl-C
 
 def say(message: str, console: Console | None = None, style: str = "") -> None:
     """Print a message, as it is and without breaking its lines, to ``out`` or another console."""
-    (out if console is None else console).print(_as_data(message, style), soft_wrap=True)
+    text = Text("\n".join(map(printable, message.split("\n"))), style)
+    (out if console is None else console).print(text, soft_wrap=True)
 
 
 def cell(text: object) -> Text:
@@ -84,10 +85,6 @@ def finish(found: list[Any], as_json: bool, show: Callable[[list[Any]], None], e
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with what it counts: "1 image", "1,200 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def _as_data(message: str, style: str = "") -> Text:
-    return Text("\n".join(map(printable, message.split("\n"))), style)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

@@ -135,7 +135,8 @@ def search(
         elif start is not None:
             trainer.start_from(start.model, start.epochs)
         for epoch, score in _epochs(trainer, splits.validation, validate_every, score_of):
-            log.write(_metrics(index, recipe, epoch, score))
+            tried = {"base_lr": recipe.base_lr, "weight_decay": recipe.weight_decay}
+            log.write({"candidate": index, **tried, **asdict(epoch), **_entries(score)})
             state["seconds"] += epoch.seconds
             if trainer.finished:
                 _finish_candidate(state, trainer, score)
@@ -207,16 +208,6 @@ def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score | No
     if state["best"] is None or merit > state["best"]["merit"]:
         tensors = {name: tensor.cpu().clone() for name, tensor in trained_state(trainer.model).items()}
         state["best"] = {"index": len(state["candidates"]) - 1, "merit": merit, "model": tensors}
-
-
-def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score | None) -> dict[str, Any]:
-    return {
-        "candidate": index,
-        "base_lr": recipe.base_lr,
-        "weight_decay": recipe.weight_decay,
-        **asdict(epoch),
-        **_entries(score),
-    }
 
 
 def _entries(score: Score | None) -> dict[str, float | None]:
