@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -38,6 +39,12 @@ def pytest_collection_modifyitems(config, items):
     if nightly:
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+def pytest_collection_finish():
+    """Leave what the libraries and the tests consist of, a million objects, out of garbage collections."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():
