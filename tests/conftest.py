@@ -10,6 +10,9 @@ from unittest import mock
 import pytest
 import torch
 
+# Until pytest_collection_finish: nothing of what is imported is garbage.
+gc.disable()
+
 # The models are tiny: threads would only wait for each other.
 torch.set_num_threads(1)
 
@@ -43,8 +46,8 @@ def pytest_collection_modifyitems(config, items):
 
 def pytest_collection_finish():
     """Leave what the libraries and the tests consist of, a million objects, out of garbage collections."""
-    gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header():
