@@ -75,7 +75,7 @@ def epochs_of(folder):
 
 def test_help_and_version(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["vapt_fast", "--help"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         runpy.run_module("vapt_fast", run_name="__main__", alter_sys=True)
     printed = capsys.readouterr().out
     assert all(command in printed for command in ("train", "predict", "evaluate", "demo", "timm-adapter"))

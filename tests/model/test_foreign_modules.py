@@ -275,6 +275,7 @@ def test_patched_class_is_called(model: AdaptiveViT, cls: type) -> None:
     assert calls
 
 
+@pytest.mark.full
 def test_class_patched_before_the_import() -> None:
     """The attention of Beit is replaced by a subclass, which calls what was patched."""
     script = """

@@ -92,10 +92,10 @@ _DOT = InterpreterBuilder.create_dot
 
 @contextmanager
 def quick_calls() -> Iterator[None]:
-    """What a kernel's every call and every tensor would do again is done once: most of the time went there.
+    """Do once what the interpreter does anew for every call and every tensor, which takes most of the time.
 
-    Calls of a kernel's own functions patch triton.language, which the interpreter never undoes, once a module.
-    Shapes, types of blocks and NumPy's dtypes are kept.
+    A kernel's calls of its own functions patch triton.language once a module, which the interpreter never
+    undoes; shapes, types of blocks and NumPy's dtypes are kept.
     """
     patched = set()
 
