@@ -291,6 +291,7 @@ def test_processes_at_once_and_what_overruns(session, load, monkeypatch):
     assert written(session)["found"] == found
 
 
+@pytest.mark.full
 def test_a_killed_run_leaves_what_it_has(tmp_path):
     command = [sys.executable, BENCH / "gpu.py", "--dry", "--out", tmp_path, "--phases", "gate"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
