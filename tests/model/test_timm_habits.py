@@ -404,7 +404,9 @@ def test_pool(pair: tuple) -> None:
             assert_same({"": model.pool(features, "avg")}, {"": patches.mean(dim=1)}, 1e-12)
 
 
-@pytest.mark.parametrize("indices", [None, 2, [0, 2], [1]], ids=str)
+@pytest.mark.parametrize(
+    "indices", [None, [0, 2], *(pytest.param(some, marks=pytest.mark.full) for some in (2, [1]))], ids=str
+)
 @pytest.mark.parametrize(
     "options",
     [

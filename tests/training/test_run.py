@@ -102,7 +102,7 @@ def test_an_adapter_of_the_users_own_is_loaded(tmp_path):
 # ---- a run and its model
 
 
-@pytest.mark.parametrize("size", [None, 40])
+@pytest.mark.parametrize("size", [None, pytest.param(40, marks=pytest.mark.full)])
 @pytest.mark.parametrize("method", ["vapt", "full", lora])
 def test_a_run_and_its_model(method, size, tmp_path):
     chosen = options(method=method, base_lrs=[0.05], image_size=size)
@@ -120,7 +120,11 @@ def test_a_run_and_its_model(method, size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "source"), [("vapt", "random"), ("vapt", "file"), ("full", "file"), ("linear", "random")]
+    ("method", "source"),
+    [
+        *(("vapt", "file"), ("linear", "random")),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("vapt", "random"), ("full", "file"))),
+    ],
 )
 def test_what_was_trained_on_other_weights_needs_nothing_to_be_loaded(tmp_path, method, source):
     changes = {"pretrained": False}
@@ -262,7 +266,7 @@ def test_options_of_another_version(tmp_path):
         RunOptions.read(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["vapt", "full"])
+@pytest.mark.parametrize("method", ["vapt", pytest.param("full", marks=pytest.mark.full)])
 def test_a_finished_run_is_trained_on(tmp_path, method):
     """The recipe that won goes on along the longer cosine, also if that is stopped at any time."""
     first = run(options(method=method, base_lrs=[0.1, 1e-6]), tmp_path)
