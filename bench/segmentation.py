@@ -24,7 +24,7 @@ from rich.table import Table
 import vapt_fast.demo
 from vapt_fast import PromptConfig
 from vapt_fast.data import full_data_config
-from vapt_fast.demo.canvases import digit_canvases
+from vapt_fast.demo.placed_digits import digit_canvases
 from vapt_fast.names import DEMO_BACKBONE
 from vapt_fast.tasks.segmentation import Preparation, Segmenter
 from vapt_fast.tasks.segmentation.task import TASK

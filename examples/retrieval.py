@@ -1,4 +1,4 @@
-"""Pictures by pictures: the features of a frozen ViT, and of the same after it was adapted to other pictures."""
+"""Pictures by pictures: by features of a frozen ViT, and of the same after it was adapted to others."""
 
 import torch
 from digits import digits, make_model

@@ -26,7 +26,7 @@ def train(model, dataset, epochs):
         print(f"epoch {epoch + 1}: loss {loss.item():.3f}")
 
 
-def main(epochs: int = 10) -> None:
+def main(epochs: int = 5) -> None:
     folder = Path("canvases")
     write_canvases(folder, {"train": 64, "val": 8, "test": 32})  # handwritten digits at random places
 

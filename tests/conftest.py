@@ -1,5 +1,6 @@
 """What every test runs under."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -8,6 +9,9 @@ from unittest import mock
 
 import pytest
 import torch
+
+# Until pytest_collection_finish: nothing of what is imported is garbage.
+gc.disable()
 
 # The models are tiny: threads would only wait for each other.
 torch.set_num_threads(1)
@@ -38,6 +42,12 @@ def pytest_collection_modifyitems(config, items):
     if nightly:
         config.hook.pytest_deselected(items=nightly)
         items[:] = [item for item in items if not item.get_closest_marker("nightly")]
+
+
+def pytest_collection_finish():
+    """Leave what the libraries and the tests consist of, a million objects, out of garbage collections."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_report_header():

@@ -255,14 +255,6 @@ def _publish(unfinished: Path, folder: Path) -> None:
 # ---- formats
 
 
-def _write_pt2(program: ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
-
-
-def _load_pt2(path: Path) -> Callable[[Tensor], Tensor]:
-    return torch.export.load(path).module()
-
-
 def _write_aoti(program: ExportedProgram, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
@@ -315,7 +307,7 @@ class _Format(NamedTuple):
 
 
 FORMATS = {
-    "pt2": _Format("model.pt2", (), _write_pt2, _load_pt2),
+    "pt2": _Format("model.pt2", (), torch.export.save, lambda path: torch.export.load(path).module()),
     "aoti": _Format("model_aoti.pt2", (), _write_aoti, _load_aoti),
     "onnx": _Format("model.onnx", ("onnx", "onnxruntime", "onnxscript"), _write_onnx, _load_onnx),
 }

@@ -22,7 +22,7 @@ from .ops.device import (
 )
 from .ops.measurement import INHERITING
 
-__all__ = ["forward_report", "report"]
+__all__ = ["forward_report", "report", "version_of"]
 
 
 def report() -> str:
@@ -32,12 +32,13 @@ def report() -> str:
     implementations of each op with those that "auto" prefers on a GPU, and what was measured of them.
     """
     chosen = os.environ.get(ENVIRONMENT_VARIABLE)
+    compiled = "none, see backend cuda" if native_missing_reasons() else f"by CUDA {compiled_by()} for sm_90a"
     lines = [
         f"vapt_fast {__version__}",
-        f"  python {platform.python_version()}, torch {torch.__version__}, timm {_version('timm')}, "
-        f"triton {_version('triton')}",
+        f"  python {platform.python_version()}, torch {torch.__version__}, timm {version_of('timm')}, "
+        f"triton {version_of('triton') or 'not installed'}",
         f"  devices: {', '.join(_devices())}",
-        f"  compiled kernels: {_compiled_kernels()}",
+        f"  compiled kernels: {compiled}",
         f"  {ENVIRONMENT_VARIABLE}: {chosen if chosen is not None else 'not set'}",
         "backends",
     ]
@@ -83,17 +84,12 @@ def _block_range(indices: list[int]) -> str:
     return f"block {indices[0]}" if len(indices) == 1 else f"blocks {indices[0]} to {indices[-1]}"
 
 
-def _compiled_kernels() -> str:
-    if native_missing_reasons():
-        return "none, see backend cuda"
-    return f"by CUDA {compiled_by()} for sm_90a"
-
-
-def _version(package: str) -> str:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        return None
 
 
 def _devices() -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import adapters, explain
+from . import adapters, explain, initialisation
 from .adapters import Adapter, mixing
 from .arguments import integer, plain
 from .backbones import (
@@ -28,11 +28,9 @@ from .creation import make_backbone, reset_head
 from .cuda_graphs import Graphs, check_choice
 from .data import eval_transform, full_data_config
 from .forward import fused, reference
-from .initialisation import init_from_data
 from .modules import call_within, weights_of
 from .ops.backend import BACKENDS, check_backend, resolve
 from .peft_api import DEFAULT_ADAPTER, AdapterModel, check_pooling
-from .prompts import KeysValues
 from .source import backbone_source, check_state_names
 from .timm_api import normed_tokens
 
@@ -179,9 +177,7 @@ class AdaptiveViT(AdapterModel):
             {"params": [p for p in trainable if id(p) in exempt], "weight_decay": 0.0},
         ]
 
-    def trainable_summary(self) -> str:
-        """One line: how many parameters learn, of how many."""
-        return adapters.trainable_summary(self)
+    trainable_summary = adapters.trainable_summary
 
     def print_trainable_parameters(self) -> None:
         """Print how many parameters learn, of how many."""
@@ -199,9 +195,10 @@ class AdaptiveViT(AdapterModel):
             images: the images.
             adapter_names: the adapter of each image: B names, ``"__base__"`` for the bare backbone; or
                 integers (B,) on the images' device, the places of the adapters in ``model.adapters``, -1 for
-                the bare backbone. None for the active adapter. A batch for several adapters is computed as
-                one; see vapt_fast.adapters.mixing. Its logits have as many columns as the largest head, and
-                -inf in those that an image's own head does not have; see ``class_counts``.
+                the bare backbone; one out of range fails an assertion of the GPU. None for the active
+                adapter. A batch for several adapters is computed as one; see vapt_fast.adapters.mixing. Its
+                logits have as many columns as the largest head, and -inf in those that an image's own head
+                does not have; see ``class_counts``.
 
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, number of channels, size or device;
@@ -244,7 +241,7 @@ class AdaptiveViT(AdapterModel):
         """The number of classes of each of these adapters: how many logits of a mixed batch are an image's.
 
         Raises:
-            ValueError: an unknown adapter.
+            ValueError: an unknown adapter, or one whose head does not tell a number of classes.
         """
         return [self.find_adapter(name).num_classes for name in adapter_names]
 
@@ -254,9 +251,7 @@ class AdaptiveViT(AdapterModel):
             return self.backbone.forward_head(x, pre_logits=True)
         return self._adapter(head_inputs(self.backbone, x))
 
-    def init_from_data(self, loader: Iterable[Any], *, num_images: int = 512, seed: int = 0) -> None:
-        """Start learned tables at the centres of real tokens; see vapt_fast.initialisation.init_from_data."""
-        init_from_data(self, loader, num_images=num_images, seed=seed)
+    init_from_data = initialisation.init_from_data
 
     def _run(
         self,
@@ -297,9 +292,7 @@ class AdaptiveViT(AdapterModel):
         prompts = self.prompts if prompts is None else prompts
         return prompts(images, within_prompts)
 
-    def prompt_values(self, images: Tensor) -> list[Tensor | KeysValues | None]:
-        """The prompts of each block for these images; see vapt_fast.explain.prompt_values."""
-        return explain.prompt_values(self, images)
+    prompt_values = explain.prompt_values
 
     def check_images(self, images: Tensor) -> None:
         """Raise TypeError or ValueError for images that ``forward`` can't take."""
@@ -384,7 +377,7 @@ class AdaptiveViT(AdapterModel):
             adapter.prompts.prune(len(self.backbone.blocks))
         if prune_head:
             for adapter in learned:
-                adapter.set_heads({name: nn.Identity() for name in adapter.head_names}, num_classes=0)
+                adapter.set_heads({name: nn.Identity() for name in adapter.head_names})
         return take
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from os import PathLike
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -43,10 +42,9 @@ class AdapterModel(TimmModel):
         num_classes = integer("backbone.num_classes", self.backbone.num_classes)
         heads, device = take_heads(self.backbone), weights_of(self.backbone, most=1)[0].device
         base: dict[str, nn.Module] = {name: MissingHead() for name in heads}
-        base = base if came_with is None else came_with
         empty = Prompts(PromptConfig(num_prompts=0), self._geometry())
         # Not as a submodule: it is neither trained nor saved.
-        self.__dict__["_base"] = Adapter(empty, base, _num_classes(base))
+        self.__dict__["_base"] = Adapter(empty, base if came_with is None else came_with)
         self._num_disabled = 0
         self.active_adapter = DEFAULT_ADAPTER
         prompts = Prompts(config, self._geometry()).to(device)
@@ -71,16 +69,26 @@ class AdapterModel(TimmModel):
         """The active adapter; the bare backbone within ``disable_adapter``."""
         return self._base if self._num_disabled else self._active
 
+    @property
+    def _changeable(self) -> Adapter:
+        """The active adapter, to be changed, which must not happen to the bare backbone."""
+        if self._num_disabled:
+            raise ValueError(
+                "within disable_adapter the model is the bare backbone, which can't be changed; assign "
+                f"before or after it, or to model.adapters[{self.active_adapter!r}]"
+            )
+        return self._active
+
     # ---- the active adapter
 
     @property
     def prompts(self) -> Prompts:
-        """The prompts of the active adapter; assigning replaces them."""
+        """The prompts of the active adapter; assigning, which disable_adapter forbids, replaces them."""
         return self._adapter.prompts
 
     @property
     def head(self) -> nn.Module:
-        """The head of the active adapter; assigning replaces it."""
+        """The head of the active adapter; assigning, which disable_adapter forbids, replaces it."""
         return self._adapter.head
 
     @property
@@ -90,7 +98,7 @@ class AdapterModel(TimmModel):
 
     @class_names.setter
     def class_names(self, names: tuple[str, ...] | None) -> None:
-        self._adapter.class_names = names
+        self._changeable.class_names = names
 
     @property
     def data_config(self) -> dict[str, Any]:
@@ -99,7 +107,7 @@ class AdapterModel(TimmModel):
 
     @data_config.setter
     def data_config(self, config: dict[str, Any]) -> None:
-        self._adapter.data_config = config
+        self._changeable.data_config = config
 
     @property
     def adapter_metadata(self) -> dict[str, Any]:
@@ -108,12 +116,12 @@ class AdapterModel(TimmModel):
 
     @adapter_metadata.setter
     def adapter_metadata(self, metadata: dict[str, Any]) -> None:
-        self._adapter.metadata = metadata
+        self._changeable.metadata = metadata
 
     def __setattr__(self, name: str, value: Any) -> None:
         # torch would register a module of that name beside the property, where nobody reads it.
         if "adapters" in self.__dict__.get("_modules", ()) and name in ("prompts", *self._adapter.head_names):
-            setattr(self._adapter, name, value)
+            setattr(self._changeable, name, value)
         else:
             super().__setattr__(name, value)
 
@@ -173,12 +181,20 @@ class AdapterModel(TimmModel):
         Raises:
             TypeError, ValueError, NotImplementedError: as ``add_adapter``.
         """
-        check_pooling(config, self.global_pool, getattr(self.backbone, "attn_pool", None) is not None)
         number = integer("num_classes", num_classes, minimum=0)
+        return Adapter(self.make_prompts(config), self._make_heads(number), number).train(self.training)
+
+    def make_prompts(self, config: PromptConfig) -> Prompts:
+        """Return untrained prompts that suit the model, on its device and in the active ones' dtype.
+
+        Raises:
+            ValueError, NotImplementedError: as ``add_adapter``.
+        """
+        check_pooling(config, self.global_pool, getattr(self.backbone, "attn_pool", None) is not None)
         prompts = Prompts(config, self._geometry()).to(weights_of(self.backbone, most=1)[0].device)
         if known := weights_of(self._active.prompts, most=1):
             prompts.to(dtype=known[0].dtype)
-        return Adapter(prompts, self._make_heads(number), number).train(self.training)
+        return prompts
 
     def _make_heads(self, num_classes: int) -> dict[str, nn.Module]:
         """Return new classifiers by name."""
@@ -252,68 +268,10 @@ class AdapterModel(TimmModel):
 
     # ---- files
 
-    def save_adapter(
-        self,
-        folder: str | PathLike[str],
-        name: str | None = None,
-        *,
-        metadata: dict[str, Any] | None = None,
-        class_names: Sequence[str] | None = None,
-        data_config: Mapping[str, Any] | None = None,
-        include_backbone: bool = False,
-    ) -> None:
-        """Write prompts and head of an adapter to ``folder``; see vapt_fast.adapters.save."""
-        adapters.save(
-            cast(Any, self),
-            folder,
-            name,
-            metadata=metadata,
-            class_names=class_names,
-            data_config=data_config,
-            include_backbone=include_backbone,
-        )
-
-    def push_adapter(self, repo_id: str, **options: Any) -> str:
-        """Save an adapter to a repository of the Hugging Face Hub; see vapt_fast.adapters.push."""
-        return adapters.push(cast(Any, self), repo_id, **options)
-
-    def load_adapter(
-        self,
-        folder: str | PathLike[str],
-        name: str | None = None,
-        *,
-        check_backbone: bool = True,
-        is_trainable: bool = False,
-    ) -> None:
-        """Read prompts and head from ``folder`` or "hf-hub:owner/name"; see vapt_fast.adapters.load."""
-        adapters.load(cast(Any, self), folder, name, check_backbone=check_backbone, is_trainable=is_trainable)
-
-    @classmethod
-    def from_adapter(
-        cls,
-        folder: str | PathLike[str],
-        *,
-        backbone: nn.Module | str | None = None,
-        weights: str | PathLike[str] | None = None,
-        check_backbone: bool = True,
-        backend: str | None = None,
-        backbone_precision: str | None = None,
-    ) -> Any:
-        """The model of the adapter in ``folder`` or "hf-hub:owner/name", in eval mode; see adapters.build."""
-        return adapters.build(
-            cast(Any, cls),
-            folder,
-            backbone=backbone,
-            weights=weights,
-            check_backbone=check_backbone,
-            backend=backend,
-            backbone_precision=backbone_precision,
-        )
-
-
-def _num_classes(heads: Mapping[str, nn.Module]) -> int:
-    """Return how many classes the first classifier tells apart, as far as it says so."""
-    return int(getattr(next(iter(heads.values())), "out_features", 0))
+    save_adapter = adapters.save
+    push_adapter = adapters.push
+    load_adapter = adapters.load
+    from_adapter = classmethod(adapters.build)
 
 
 def _prompt_options(options: Mapping[str, Any]) -> dict[str, Any]:

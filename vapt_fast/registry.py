@@ -123,7 +123,17 @@ def _backbone_cfg(cfg: dict[str, Any]) -> dict[str, Any]:
     return {**cfg, "architecture": (cfg.get("architecture") or "").removeprefix(PREFIX) or None}
 
 
-def _register(name: str) -> None:
+def register(name: str) -> None:
+    """Make ``"vapt_" + name`` a name of timm's; all architectures of timm's own that are supported have one.
+
+    Args:
+        name: of an architecture that timm knows, without a tag: one of your own, after timm's register_model.
+
+    Raises:
+        ValueError: timm doesn't know it.
+    """
+    if not timm.is_model(name):
+        raise ValueError(f"timm knows no architecture {name!r}: pass it to timm's register_model first")
     cfgs = get_arch_pretrained_cfgs(name)  # by name and tag, the default first
     if cfgs:
         by_tag = {split_model_name_tag(tagged)[1]: cfg for tagged, cfg in cfgs.items()}
@@ -133,4 +143,4 @@ def _register(name: str) -> None:
 
 
 for _name in timm.list_models(module=timm_modules()):
-    _register(_name)
+    register(_name)

@@ -154,6 +154,13 @@ def test_heads_that_were_replaced(classes):
     if len(classes) == 1:
         check(model, images, names, "torch")
         assert model.class_counts(["more"]) == [*classes]
+        model.head = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.Linear(32, 2)).double()
+        assert model.class_counts(["more"]) == [2]
+        model.head = torch.nn.Sequential(model.head, torch.nn.Tanh())
+        with pytest.raises(ValueError, match="must tell its number of classes, got a Sequential"):
+            model.class_counts(["more"])
+        model.head.out_features = 2
+        assert model.class_counts(["more"]) == [2]
     else:  # as in a single call
         with pytest.raises(RuntimeError, match="size"):
             model(images, adapter_names=names)
@@ -256,6 +263,14 @@ def test_compiled_with_integers():
         other = given.flip(0)
         got, wanted = compiled(images, adapter_names=other), model(images, adapter_names=other)
     assert got.isfinite().equal(wanted.isfinite())
+
+
+@pytest.mark.parametrize("given", [[0, -2], [2, 0]])
+def test_compiled_code_refuses_integers_out_of_range(given):
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "deep")})
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match=r"must be in \[-1, 2\)"):
+        compiled(tiny_images(model), adapter_names=torch.tensor(given))
 
 
 def test_exported_for_batches_of_any_size():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from replaying import replaying_on_cpu
 from several import BASE, STACKABLE, one_by_one, several
-from small_adapters import SMALL, make_model, timm_model
+from small_adapters import SMALL, make_backbone, make_model, timm_model
 from tiny import tiny_backbone, tiny_images
 
 from vapt_fast import AdapterError, AdaptiveViT, PromptConfig
@@ -202,6 +202,16 @@ def test_a_copy_is_disabled_no_longer():
     assert model(images).equal(expected)
 
 
+@pytest.mark.parametrize("name", ["head", "prompts", "class_names", "data_config", "adapter_metadata"])
+def test_the_bare_backbone_cannot_be_changed(name):
+    model = several(adapters=THREE)
+    with model.disable_adapter():
+        before = getattr(model, name)
+        with pytest.raises(ValueError, match="within disable_adapter"):
+            setattr(model, name, getattr(model.adapters["default"], name.removeprefix("adapter_")))
+        assert getattr(model, name) is before
+
+
 def test_graphs_see_another_classifier_of_the_bare_backbone():
     model = several(adapters=THREE)
     images = tiny_images(model)
@@ -306,6 +316,8 @@ def test_a_config_that_asks_for_more_than_the_file_has(option, tmp_path):
     with pytest.raises(AdapterError, match="does not fit the model"):
         model.load_adapter(tmp_path)
     assert list(model.adapters) == ["default"]
+    with pytest.raises(AdapterError, match="its config makes"):
+        AdaptiveViT.from_adapter(tmp_path, backbone=make_backbone())
 
 
 def test_another_size_is_that_of_all_adapters():

@@ -240,8 +240,11 @@ def test_the_bare_backbone_is_there_where_its_classifier_fits():
     model = several(adapters=FOUR)
     images = tiny_images(model)
     assert_equal(stack_of(model)(images, [BASE] * 2), model(images, adapter_names=[BASE] * 2))
+    small = AdapterStack(model, capacity=1, max_classes=5)
     with pytest.raises(ValueError, match="got '__base__'"):
-        AdapterStack(model, capacity=1, max_classes=5)(images, [BASE] * 2)
+        small(images, [BASE] * 2)
+    with pytest.raises(ValueError, match=r"in \[1, 2\), got \[0, 0\]"):
+        small(images, torch.zeros(2, dtype=torch.int64))
 
 
 def test_no_recompilation_over_20_swaps():

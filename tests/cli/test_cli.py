@@ -4,14 +4,11 @@ import errno
 import inspect
 import json
 import os
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
-import time
-from contextlib import suppress
 from dataclasses import fields
-from functools import partial
 
 import numpy as np
 import pytest
@@ -32,6 +29,7 @@ from vapt_fast.demo import digit_images
 from vapt_fast.training import digit_splits, eval_transform, load_model
 from vapt_fast.training.checkpoint import load_checkpoint
 from vapt_fast.training.evaluation import Evaluation
+from vapt_fast.training.trainer import Trainer
 
 BACKBONE = "vit_digits_patch4_32"
 QUICK = ["--train-images", "5", "--epochs", "2", "--lr", "1", "--prompts", "2"]
@@ -75,10 +73,12 @@ def epochs_of(folder):
 # ---- all commands
 
 
-def test_help_and_version():
-    done = subprocess.run([sys.executable, "-m", "vapt_fast", "--help"], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert all(command in done.stdout for command in ("train", "predict", "evaluate", "demo", "timm-adapter"))
+def test_help_and_version(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["vapt_fast", "--help"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("vapt_fast", run_name="__main__", alter_sys=True)
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in ("train", "predict", "evaluate", "demo", "timm-adapter"))
     assert succeed("--version").stdout == f"vapt-fast {vapt_fast.__version__}\n"
     assert "backends" in succeed("info").stdout
 
@@ -227,36 +227,29 @@ def test_resume_refuses_other_options(tmp_path, monkeypatch):
     succeed(*resume, "--epochs", "2", "--method", "adaptive")
 
 
-def test_ctrl_c_leaves_the_earlier_adapter_and_a_run_to_resume(copied):
-    folder = copied
-    adapter = (folder / "adapter_model.safetensors").read_bytes()
-    command = [sys.executable, "-m", "vapt_fast", "train", "--output", str(folder), "--overwrite"]
-    options = ["--train-images", "50", "--epochs", "3000", "--lr", "1", "--prompts", "2"]
+def test_ctrl_c_leaves_the_earlier_adapter_and_a_run_to_resume(copied, monkeypatch):
+    adapter = (copied / "adapter_model.safetensors").read_bytes()
+    run_epoch = Trainer.run_epoch
+
+    def interrupted(trainer, *arguments):
+        if (copied / "checkpoint.pt").exists():
+            signal.raise_signal(signal.SIGINT)
+        return run_epoch(trainer, *arguments)
+
     # Not ignored, as it is by what a shell starts in the background.
-    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    process = subprocess.Popen([*command, *options], stderr=subprocess.PIPE, text=True, preexec_fn=heed)
+    earlier = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        deadline = time.monotonic() + 120
-        while not (folder / "checkpoint.pt").exists():
-            assert process.poll() is None, process.stderr.read()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        while process.poll() is None:
-            # Python loses an interrupt that comes while an object is finalised; people press again.
-            assert time.monotonic() < deadline
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(15)
-        errors = process.stderr.read()
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, "run_epoch", interrupted)
+            message = error_of("train", "--output", copied, *QUICK, "--overwrite", "--seed", "1", code=130)
     finally:
-        process.kill()
-    assert process.returncode == 130, errors
-    assert "vapt-fast train --resume --output" in errors
-    assert "Traceback" not in errors
-    assert (folder / "adapter_model.safetensors").read_bytes() == adapter
-    assert not list(folder.glob("*.tmp"))
-    checkpoint = load_checkpoint(folder / "checkpoint.pt")
-    assert checkpoint["current"]["epoch"] >= 1
+        signal.signal(signal.SIGINT, earlier)
+    assert f"stopped. Go on with: vapt-fast train --resume --output {copied}" in message
+    assert (copied / "adapter_model.safetensors").read_bytes() == adapter
+    assert not list(copied.glob("*.tmp"))
+    assert load_checkpoint(copied / "checkpoint.pt")["current"]["epoch"] == 1
+    succeed("train", "--output", copied, "--resume")
+    assert (copied / "adapter_model.safetensors").read_bytes() != adapter
 
 
 def test_a_full_disk_leaves_the_earlier_adapter_and_a_run_to_resume(copied, monkeypatch):
@@ -397,7 +390,7 @@ def odd_run(odd_folder, tmp_path_factory):
 
 
 def test_names_are_printed_as_they_are(odd_folder, odd_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["vapt_fast.cli.predict"], "out", Console(width=300))
+    monkeypatch.setattr(sys.modules["vapt_fast.cli.console"], "out", Console(width=300))
     shown = succeed("predict", odd_run, odd_folder).stdout
     for name in ESCAPED:
         assert f"{odd_folder}/{name}/scan[3]\\n\\udcff.png" in shown

@@ -1,7 +1,5 @@
 """``vapt-fast explain``, and the picture that it writes."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
@@ -76,14 +74,6 @@ def test_wrong_use(digit, tmp_path):
     save_model(build_model("full", DIGITS, 5), tmp_path / "full", {"class_names": NAMES, "data_config": {}})
     assert "full fine-tuning" in error_of("explain", tmp_path / "full", digit, *to)
     assert not output.exists()
-
-
-def test_without_matplotlib(digit, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    folder = saved(tmp_path)
-    assert "pip install matplotlib" in error_of(
-        "explain", folder, digit, "--output", tmp_path / "picture.png"
-    )
 
 
 @pytest.mark.parametrize("in_chans", [1, 3])

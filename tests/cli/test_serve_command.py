@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import io
-import sys
 import urllib.error
 from email.message import Message
 from pathlib import Path
@@ -30,15 +29,6 @@ def without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(module, "check_installed", lambda: None)
     monkeypatch.setattr(module, "start", start)
-
-
-def test_without_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.delitem(sys.modules, "ray.serve", raising=False)
-    save_adapter(tmp_path / "a", 0)
-    error = error_of("serve", f"a={tmp_path / 'a'}", "--store", tmp_path / "store")
-    assert 'pip install "vapt_fast[serve]"' in error
-    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.usefixtures("without_engine")

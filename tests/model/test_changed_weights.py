@@ -231,8 +231,11 @@ def test_compiled_in_place(compiled: AdaptiveViT, way: Callable) -> None:
 @pytest.mark.parametrize(
     ("way", "key"),
     [
-        *((data_swapped, QKV), (another_parameter, QKV), (pruned, QKV)),
-        *((another_module, LEVELS[3]), (parametrised, "backbone.blocks.1.ls1.gamma")),
+        *((another_parameter, QKV), (parametrised, "backbone.blocks.1.ls1.gamma")),
+        *(
+            pytest.param(way, key, marks=pytest.mark.full)
+            for way, key in ((data_swapped, QKV), (pruned, QKV), (another_module, LEVELS[3]))
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )

@@ -11,10 +11,8 @@ from vapt_fast import PromptConfig, use_backend
 from vapt_fast.config import KINDS
 
 VIT = "vit_tiny_patch16_224"
-# The kinds that differ most in what is traced come first; the others take their minutes later.
-EACH_KIND = [
-    kind if kind in ("adaptive", "kv") else pytest.param(kind, marks=pytest.mark.full) for kind in KINDS
-]
+# The kind of which most is traced comes first; the others take their minutes later.
+EACH_KIND = [kind if kind == "adaptive" else pytest.param(kind, marks=pytest.mark.full) for kind in KINDS]
 BATCHES = (2, 3, 5)
 
 
@@ -81,8 +79,9 @@ def device():
     return torch.device("cpu")
 
 
-@pytest.mark.parametrize("context", [default_device, pytest.param(device, marks=pytest.mark.full)])
-@pytest.mark.parametrize("kind", EACH_KIND)
+@pytest.mark.full
+@pytest.mark.parametrize("context", [default_device, device])
+@pytest.mark.parametrize("kind", KINDS)
 def test_under_a_device(kind, context):
     """Under one, PyTorch 2.8 to 2.11 can't trace Tensor.unflatten, only torch.unflatten."""
     with context():

@@ -155,8 +155,19 @@ def test_all_architectures_are_here() -> None:
 # ---- options of the prompts and of timm
 
 
-@pytest.mark.parametrize("architecture", REPRESENTATIVES.values(), ids=REPRESENTATIVES)
-@pytest.mark.parametrize("options", PROMPTS.values(), ids=PROMPTS)
+# All options with the first architecture, and a third of them with each of the others, which take turns.
+COMBINATIONS = [
+    pytest.param(
+        *(architecture, PROMPTS[options]),
+        id=f"{options}-{name}",
+        marks=pytest.mark.full if i and (i + j) % 3 else (),
+    )
+    for i, (name, architecture) in enumerate(REPRESENTATIVES.items())
+    for j, options in enumerate(PROMPTS)
+]
+
+
+@pytest.mark.parametrize(("architecture", "options"), COMBINATIONS)
 def test_prompt_options(architecture: str, options: dict[str, Any]) -> None:
     """In training mode, with every dropout, under one seed."""
     dropouts = {"projector_dropout": 0.3, "channel_dropout": 0.3}

@@ -37,6 +37,7 @@ from torch import Tensor, nn
 import vapt_fast
 from vapt_fast import AdaptiveViT, PromptConfig
 from vapt_fast.backbones import timm_modules
+from vapt_fast.names import DEMO_BACKBONE
 
 VIT = "vit_tiny_patch16_224"
 ARCHITECTURES = [
@@ -103,11 +104,39 @@ def in_new_process(script: str, *arguments: object, **environment: str) -> str:
 
 def test_every_architecture_is_registered() -> None:
     names = timm.list_models(module=timm_modules())
-    assert set(timm.list_models("vapt_*")) == {f"vapt_{name}" for name in names}
+    ours = f"vapt_{DEMO_BACKBONE}"  # registered when it is first asked for
+    assert set(timm.list_models("vapt_*")) - {ours} == {f"vapt_{name}" for name in names}
     assert not any(timm.is_model(f"vapt_{name}") for name in get_deprecated_models())
     tagged = [name for architecture in names for name in timm.list_pretrained(architecture)]
-    assert set(timm.list_pretrained("vapt_*")) == {f"vapt_{name}" for name in tagged}
+    assert set(timm.list_pretrained("vapt_*")) - {ours} == {f"vapt_{name}" for name in tagged}
     assert not any(name.startswith("vapt_") for name in vapt_fast.__all__)
+
+
+def test_a_user_registers_a_model() -> None:
+    script = """
+import timm
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer
+import vapt_fast
+
+def my_vit(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
+    options = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 2, "num_heads": 2}
+    return VisionTransformer(**{**options, **kwargs})
+
+try:
+    vapt_fast.registry.register("my_vit")
+except ValueError as error:
+    assert "register_model" in str(error)
+register_model(my_vit)
+vapt_fast.registry.register("my_vit")
+model = timm.create_model("vapt_my_vit", num_prompts=3, num_classes=4)
+assert isinstance(model, vapt_fast.AdaptiveViT) and model.num_classes == 4
+
+import vapt_fast.demo
+model = timm.create_model("vapt_vit_digits_patch4_32", pretrained=True, features_only=True)
+print(model.feature_info.channels())
+"""
+    assert "[64, 64, 64]" in in_new_process(script)
 
 
 def test_import_leaves_timm_alone() -> None:
@@ -375,7 +404,9 @@ def test_pool(pair: tuple) -> None:
             assert_same({"": model.pool(features, "avg")}, {"": patches.mean(dim=1)}, 1e-12)
 
 
-@pytest.mark.parametrize("indices", [None, 2, [0, 2], [1]], ids=str)
+@pytest.mark.parametrize(
+    "indices", [None, [0, 2], *(pytest.param(some, marks=pytest.mark.full) for some in (2, [1]))], ids=str
+)
 @pytest.mark.parametrize(
     "options",
     [

@@ -153,6 +153,7 @@ def test_training_after_inference_mode() -> None:
 # ---- use_backend and torch.compile
 
 
+@pytest.mark.full
 def test_backend_belongs_to_the_thread_that_compiles() -> None:
     """Another thread's use_backend changes neither what is compiled nor what runs."""
     model = tiny_model(VIT, depth=2)

@@ -291,6 +291,7 @@ def test_operations_are_those_of_the_method(load):
     assert 0.5 * literal < rewritten < literal
 
 
+@pytest.mark.full
 def test_what_the_host_takes_is_measured(tmp_path):
     """In a process of its own: nothing is launched in it any more."""
     command = [

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vapt_fast import AdaptiveViT
+from vapt_fast.tasks.segmentation import Segmenter
 
 pytestmark = pytest.mark.full
 
@@ -37,6 +39,19 @@ def test_training(name):
         pytest.importorskip(NEEDED[name])
     importlib.import_module(name).main(epochs=1)
     check_trained()
+
+
+def test_segmentation(capsys):
+    pytest.importorskip("segmentation_models_pytorch")
+    importlib.import_module("segmentation").main(epochs=1)
+    assert "DPT: mean IoU" in capsys.readouterr().out
+    assert Segmenter.from_adapter("segmenter").num_classes == 6
+
+
+def test_retrieval(capsys):
+    importlib.import_module("retrieval").main()
+    before, after = (float(share) for share in re.findall(r"mAP (.*)%", capsys.readouterr().out))
+    assert after > before + 5
 
 
 def test_many_adapters(capsys):

@@ -11,6 +11,7 @@ import time
 import zipfile
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -271,11 +272,18 @@ def test_a_phase_that_fails_or_overruns_is_recorded_and_the_next_one_runs(load, 
     assert "no time was left" in session.results["phases"]["d"]["error"]
 
 
-def test_processes_at_once_and_what_overruns(session, load, monkeypatch):
+def test_processes_at_once_and_what_overruns(session, load, monkeypatch, tmp_path):
     """The results so far are written before the last one has ended; what ignores Ctrl-C is killed."""
-    monkeypatch.setattr(load("session"), "PATIENCE", 0.2)
     found = session.results["found"] = {}
-    deaf = f"import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); {SLEEPS}"
+    began = tmp_path / "began"
+    # Time is over as soon as what ends has ended and what overruns has begun, however busy the machine is.
+    clock = SimpleNamespace(monotonic=lambda: 9.0 * ("fails" in found and began.exists()), sleep=time.sleep)
+    monkeypatch.setattr(load("session"), "time", clock)
+    monkeypatch.setattr(load("session"), "PATIENCE", 0.2)
+    deaf = (
+        "import pathlib, signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+        f"print('began', flush=True); pathlib.Path({str(began)!r}).touch(); time.sleep(60)"
+    )
     commands = {"fails": "raise SystemExit(3)", "deaf": deaf, "never": "raise SystemExit(4)"}
     seen = []
 
@@ -285,12 +293,14 @@ def test_processes_at_once_and_what_overruns(session, load, monkeypatch):
 
     by_name = {name: [sys.executable, "-c", code] for name, code in commands.items()}
     session.together({name: by_name[name] for name in ("fails", "deaf")}, 3, ended, at_once=2)
+    began.unlink()
     session.together({name: by_name[name] for name in ("deaf", "never")}, 1, ended, at_once=1)
     assert found == {"fails": [3, ""], "deaf": [None, "began"], "never": [None, ""]}
     assert seen[1] == {"fails": [3, ""]}
     assert written(session)["found"] == found
 
 
+@pytest.mark.full
 def test_a_killed_run_leaves_what_it_has(tmp_path):
     command = [sys.executable, BENCH / "gpu.py", "--dry", "--out", tmp_path, "--phases", "gate"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)

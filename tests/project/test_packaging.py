@@ -117,13 +117,14 @@ def fake_nvcc(folder, *lines):
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ([], "there is no bin/nvcc in CUDA_HOME={home}; correct or unset it"),
-        (
+        pytest.param([], "there is no bin/nvcc in CUDA_HOME={home}; correct or unset it", id="no nvcc"),
+        pytest.param(
             ["echo nvcc fatal error: no licence", "exit 1"],
             "{home}/bin/nvcc --version ended with 1 (nvcc fatal error: no licence); ",
+            id="an nvcc that fails",
+            marks=pytest.mark.full,
         ),
     ],
-    ids=["no nvcc", "an nvcc that fails"],
 )
 def test_an_install_without_kernels_says_why(environment, tmp_path, lines, reason):
     """And if they are a must, it fails for that reason."""
@@ -152,6 +153,7 @@ def test_an_install_with_kernels_that_do_not_compile(environment, tmp_path):
         assert f"cmake --build ended with 1 (a.cu(1): error: no {name} thing)" in info
 
 
+@pytest.mark.full
 def test_an_install_that_does_not_want_them(environment):
     environment.install("--no-build-isolation", VAPT_FAST_CUDA="0")
     info = environment.run("-m", "vapt_fast", "info")

@@ -21,7 +21,7 @@ from torch import nn
 import vapt_fast.demo  # noqa: F401, gives timm the digits' backbone
 from vapt_fast import AdapterError, AdaptiveViT, use_backend
 from vapt_fast.data import full_data_config
-from vapt_fast.demo.canvases import digit_canvases, write_canvases
+from vapt_fast.demo.placed_digits import digit_canvases, write_canvases
 from vapt_fast.export import export_model
 from vapt_fast.tasks.segmentation import (
     DECODERS,

@@ -67,11 +67,6 @@ def _uses(key: int) -> int:
     return torch._C._storage_Use_Count(key) - _PYTHON_USES
 
 
-def _uses(key: int) -> int:
-    """How many tensors there are on a storage."""
-    return torch._C._storage_Use_Count(key) - _PYTHON_USES
-
-
 def _count_python_uses() -> int:
     # In some versions of PyTorch, Python uses a storage that it has seen.
     with _Tape() as tape:

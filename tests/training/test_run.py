@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -103,7 +102,7 @@ def test_an_adapter_of_the_users_own_is_loaded(tmp_path):
 # ---- a run and its model
 
 
-@pytest.mark.parametrize("size", [None, 40])
+@pytest.mark.parametrize("size", [None, pytest.param(40, marks=pytest.mark.full)])
 @pytest.mark.parametrize("method", ["vapt", "full", lora])
 def test_a_run_and_its_model(method, size, tmp_path):
     chosen = options(method=method, base_lrs=[0.05], image_size=size)
@@ -121,7 +120,11 @@ def test_a_run_and_its_model(method, size, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "source"), [("vapt", "random"), ("vapt", "file"), ("full", "file"), ("linear", "random")]
+    ("method", "source"),
+    [
+        *(("vapt", "file"), ("linear", "random")),
+        *(pytest.param(*case, marks=pytest.mark.full) for case in (("vapt", "random"), ("full", "file"))),
+    ],
 )
 def test_what_was_trained_on_other_weights_needs_nothing_to_be_loaded(tmp_path, method, source):
     changes = {"pretrained": False}
@@ -161,12 +164,6 @@ def test_what_lora_is_not_for(tmp_path):
         build_model("lora", BACKBONE, 3, backbone_precision="fp8")
     with pytest.raises(UserError, match="a run of 'lora' can't be trained on"):
         options(method="lora").extended(5, tmp_path)
-
-
-def test_lora_without_peft(monkeypatch):
-    monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'vapt_fast\[lora\]'"):
-        build_model("lora", BACKBONE, 3)
 
 
 def test_images_in_a_folder(image_folder, tmp_path):
@@ -269,7 +266,7 @@ def test_options_of_another_version(tmp_path):
         RunOptions.read(tmp_path)
 
 
-@pytest.mark.parametrize("method", ["vapt", "full"])
+@pytest.mark.parametrize("method", ["vapt", pytest.param("full", marks=pytest.mark.full)])
 def test_a_finished_run_is_trained_on(tmp_path, method):
     """The recipe that won goes on along the longer cosine, also if that is stopped at any time."""
     first = run(options(method=method, base_lrs=[0.1, 1e-6]), tmp_path)

@@ -21,7 +21,7 @@ from training_cases import BACKBONE
 from vapt_fast.training import Trainer, UserError
 from vapt_fast.training.sweep import PROTOCOLS, Places, SweepOptions, sweep, sweep_table, write_table
 from vapt_fast.training.sweep.engines import spread
-from vapt_fast.training.sweep.work import CLAIM_NAME, chosen_run, free_device, is_finished, perform
+from vapt_fast.training.sweep.work import CLAIM_NAME, chosen_run, free_devices, is_finished, perform
 
 pytestmark = pytest.mark.full
 
@@ -357,20 +357,20 @@ def test_a_run_that_is_claimed_is_left_alone(whole, tmp_path):
     run = chosen.cells()[0].candidates()[0]
     (tmp_path / run.name).mkdir(parents=True)
     with FileLock(tmp_path / run.name / CLAIM_NAME):
-        assert not perform(tmp_path, PLACES, 1, tmp_path, run)
+        assert not perform(tmp_path, PLACES, chosen, tmp_path, run)
         assert not is_finished(run, tmp_path)
-    assert perform(tmp_path, PLACES, 1, tmp_path, run)
+    assert perform(tmp_path, PLACES, chosen, tmp_path, run)
     assert is_finished(run, tmp_path)
-    assert not perform(tmp_path, PLACES, 1, tmp_path, run)  # it is there already
+    assert not perform(tmp_path, PLACES, chosen, tmp_path, run)  # it is there already
 
 
 def test_runs_at_the_same_time_take_different_devices(tmp_path):
     places = Places(devices=("cuda:0", "cuda:1"), jobs=3)
     with ExitStack() as stack:
-        taken = [stack.enter_context(free_device(places, tmp_path)) for _ in range(3)]
-    assert taken == ["cuda:0", "cuda:1", "cuda:0"]
-    with free_device(places, tmp_path) as first:
-        assert first == "cuda:0"
+        taken = [stack.enter_context(free_devices(places, 1, tmp_path)) for _ in range(3)]
+    assert taken == [("cuda:0",), ("cuda:1",), ("cuda:0",)]
+    with free_devices(places, 1, tmp_path) as first:
+        assert first == ("cuda:0",)
 
 
 # ---- engines
@@ -428,13 +428,6 @@ def test_ray_shares_a_sweep_between_two_nodes(whole, tmp_path):
         with pytest.raises(UserError, match=r"^what went wrong$"):
             list(spread("ray", fail, [()], jobs=1, gpu=False))
         assert table_of(chosen, tmp_path, replace(PLACES, engine="ray")) == table
-
-
-@pytest.mark.parametrize(("engine", "extra"), [("joblib", "sweep"), ("ray", "ray")])
-def test_an_engine_that_is_missing(engine, extra, whole, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, engine, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"pip install 'vapt_fast\[{extra}\]'"):
-        sweep(whole[0], tmp_path, Places(engine=engine, jobs=2))
 
 
 def test_sweeps_with_lora_need_peft(root, tmp_path, monkeypatch):

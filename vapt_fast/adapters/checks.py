@@ -111,15 +111,12 @@ def tensor_problems(model: AdaptiveViT, own_adapter: Adapter, adapter: AdapterFi
         elif value.shape != own[name].shape:
             if not (other_size and name.endswith("token_projection.weight")):
                 yield f"{name}: shape {tuple(value.shape)}, the model has {tuple(own[name].shape)}"
-        elif not _can_hold(own[name], value):
-            expected = "floating-point numbers" if own[name].is_floating_point() else own[name].dtype
-            yield f"{name}: dtype {value.dtype}, expected {expected}"
+        elif own[name].is_floating_point() and not value.is_floating_point():
+            yield f"{name}: dtype {value.dtype}, expected floating-point numbers"
+        elif not own[name].is_floating_point() and value.dtype != own[name].dtype:
+            yield f"{name}: dtype {value.dtype}, expected {own[name].dtype}"
         elif own[name].is_meta:
             yield f"{name}: the model has it on the meta device; call model.to_empty(device=...)"
-
-
-def _can_hold(own: Tensor, value: Tensor) -> bool:
-    return value.is_floating_point() if own.is_floating_point() else value.dtype == own.dtype
 
 
 def _differing(model: AdaptiveViT, adapter: AdapterFile) -> list[str]:

@@ -364,7 +364,7 @@ def _check_copy(copy: dict[str, Any], config: dict[str, Any], path: Path) -> dic
         warnings.warn(
             f"{path} was not saved together with {WEIGHTS_NAME} (a save was interrupted, or one of the files "
             f"was exchanged); the config inside {WEIGHTS_NAME} is used",
-            stacklevel=5,
+            stacklevel=4,
         )
         return config["metadata"]
     metadata = copy.get("metadata")

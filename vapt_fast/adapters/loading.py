@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..config import PromptConfig
 from ..names import create_backbone
 from ..ops.backend import BackendUnavailableError
 from ..prompts import Prompts
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["build", "load", "misfit", "new_adapter", "read_config"]
 
 _log = logging.getLogger("vapt_fast")
+
+NO_PROMPTS = PromptConfig(num_prompts=0)  # those of a model until what its adapter asks for is checked
 
 Made = TypeVar("Made", bound=nn.Module)
 
@@ -80,15 +83,15 @@ def new_adapter(model: AdaptiveViT, file: AdapterFile) -> Adapter:
     Raises:
         AdapterError: its tensors don't fit.
     """
-    _raise_misfit(file, _size_problems(model, file))
+    _raise_misfit(file, [*_prompt_size_problems(model, file), *_head_size_problems(file)])
     adapter = model.make_adapter(file.prompts, file.num_classes)
     _raise_misfit(file, tensor_problems(model, adapter, file))
     _copy(model, adapter, file)
     return adapter
 
 
-def _size_problems(model: AdaptiveViT, file: AdapterFile) -> Iterator[str]:
-    """Yield where the config asks for other tensors than there are: for more, maybe, than there is room."""
+def _prompt_size_problems(model: AdaptiveViT, file: AdapterFile) -> Iterator[str]:
+    """Yield where the config asks for other prompts than there are: for more, maybe, than there is room."""
     with torch.device("meta"):
         prompts = Prompts(file.prompts, model._geometry())
     shapes = {f"prompts.{name}": value.shape for name, value in prompts.state_dict().items()}
@@ -97,6 +100,10 @@ def _size_problems(model: AdaptiveViT, file: AdapterFile) -> Iterator[str]:
         if found is None or found.shape != shape:
             size = "missing" if found is None else f"shape {tuple(found.shape)}"
             yield f"{name}: {size}, its config makes it {tuple(shape)}"
+
+
+def _head_size_problems(file: AdapterFile) -> Iterator[str]:
+    """Yield whether the config asks for more classes than any head has."""
     heads = [value for name, value in file.tensors.items() if name.startswith("head")]
     if file.num_classes and not any(value.ndim and len(value) == file.num_classes for value in heads):
         yield f"head: no tensor with a row for each class, its config makes them {file.num_classes}"
@@ -138,18 +145,21 @@ def build(
             "weights are for a backbone that is made by its name, but backbone is a model already"
         )
     adapter = read(local_folder(folder))
+    _raise_misfit(adapter, _head_size_problems(adapter))
     if backbone is None and weights is None:
         add_backbone(folder, adapter)
     if backbone is None or isinstance(backbone, str):
         model = _build_by_name(cls, adapter, backbone, weights, backend)
     else:
-        model = cls(backbone, prompts=adapter.prompts, backend=backend)
+        model = cls(backbone, prompts=NO_PROMPTS, backend=backend)
     model.backbone_precision = backbone_precision
     # Before the head is replaced: a backbone that does not fit is handed back as it was.
     _raise_misfit(adapter, backbone_problems(model, adapter, check_backbone))
     if model.num_classes != adapter.num_classes:
         model.reset_classifier(adapter.num_classes)
     own: Any = model.adapters[model.active_adapter]
+    _raise_misfit(adapter, _prompt_size_problems(model, adapter))
+    own.prompts = model.make_prompts(adapter.prompts)
     _raise_misfit(adapter, tensor_problems(model, own, adapter))
     if backbone is None and adapter.backbone_path is not None:
         for name, tensor in model.adapter_state().items():
@@ -210,7 +220,7 @@ def _build_by_name(
     backend: str | None,
 ) -> AdaptiveViT:
     args = _timm_args(adapter, name, weights)
-    kwargs = {"prompts": adapter.prompts, "backend": backend}
+    kwargs = {"prompts": NO_PROMPTS, "backend": backend}
     saved, path = adapter.backbone, adapter.backbone_path
     if weights is None and (name is not None or path is None):
         pretrained: str = saved["name"] if name is None else name
@@ -226,7 +236,7 @@ def _build_by_name(
         _assign(made, read_backbone(adapter, path), path)
     model = cls(made, **kwargs)
     base = model.find_adapter(BASE)  # timm has drawn its classifier at random
-    base.set_heads({name: MissingHead() for name in base.head_names}, 0)
+    base.set_heads({name: MissingHead() for name in base.head_names})
     return model
 
 

@@ -9,7 +9,7 @@ modules with hooks), and the literal method, are computed adapter by adapter ins
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from ..backbones.blocks import standard_block
 from ..modules import has_global_hooks, has_hooks, is_plain
 from ..prompts import Masks
-from ..prompts.mixed import Layout, MixedPrompts, cut_masks, flatten
+from ..prompts.layout import Layout, flatten
+from ..prompts.mixed import MixedPrompts, cut_masks
 from ..prompts.plain import PlainPrompts
 from ..timm_api import normed_tokens
 from .module import BASE, Adapter, MissingHead, mean_logits
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Heads",
+    "assert_range",
     "check_index",
     "check_names",
     "features",
@@ -43,49 +45,41 @@ def logits(model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Te
     """Return the logits (B, K) as AdaptiveViT.forward does, K the classes of the largest head in use."""
     has_base = not any(isinstance(head, MissingHead) for head in model.find_adapter(BASE).heads())
     batch = Batch.of(model, images, adapter_names, has_base=has_base)
-    adapters = batch.adapters
 
-    def of_one(images: Tensor, i: int, masks: list[Any] | None) -> Tensor:
-        return model._logits(images, backend, adapters[i], masks=masks)
-
-    def of_several(images: Tensor, prompts: MixedPrompts, masks: list[Any], batch: Batch) -> Tensor:
-        inputs = model._head_inputs(images, backend, prompts, masks=masks)
-        heads = Heads.of(adapters)
-        if heads is not None:
+    def compute(images: Tensor, prompts: Any, masks: list[Any] | None, batch: Batch) -> Tensor:
+        inputs, adapters = model._head_inputs(images, backend, prompts, masks=masks), batch.adapters
+        if len(adapters) == 1:
+            return adapters[0](inputs)
+        if (heads := Heads.of(adapters)) is not None:
             return heads(inputs, batch.places)
         parts = []
         for i, adapter in enumerate(adapters):
             rows = batch.rows_of([i])
             parts.append((rows, adapter(tuple(x[rows] for x in inputs))))
-        return _together(parts, pad=True)
+        return _together(parts)
 
-    return _run(model, images, batch, of_one, of_several, mixed=backend != "reference", pad=True)
+    return _run(model, images, batch, compute, mixed=backend != "reference")
 
 
 def features(
     model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor, backend: str
 ) -> Tensor:
     """Return all tokens (B, T, C) as AdaptiveViT.forward_features does."""
-    batch = Batch.of(model, images, adapter_names)
 
-    def of_one(images: Tensor, i: int, masks: list[Any] | None) -> Tensor:
-        return of_several(images, batch.adapters[i].prompts, masks)
-
-    def of_several(images: Tensor, prompts: Any, masks: list[Any] | None, batch: Any = None) -> Tensor:
+    def compute(images: Tensor, prompts: Any, masks: list[Any] | None, batch: Batch) -> Tensor:
         return model._run(images, normed_tokens, backend, prompts=prompts, masks=masks)
 
-    return _run(model, images, batch, of_one, of_several, mixed=backend != "reference", pad=False)
+    batch = Batch.of(model, images, adapter_names)
+    return _run(model, images, batch, compute, mixed=backend != "reference")
 
 
 def _run(
     model: AdaptiveViT,
     images: Tensor,
     batch: Batch,
-    of_one: Callable[[Tensor, int, list[Any] | None], Tensor],
-    of_several: Callable[[Tensor, MixedPrompts, list[Any], Batch], Tensor],
+    compute: Callable[[Tensor, Any, list[Any] | None, Batch], Tensor],
     *,
     mixed: bool,
-    pad: bool,
 ) -> Tensor:
     """Return what the adapters give of their images: of those that rows can tell at once, if ``mixed``.
 
@@ -93,58 +87,53 @@ def _run(
         model: the model.
         images: of the batch.
         batch: whose adapters they have.
-        of_one: of images, one adapter and masks.
-        of_several: of images, their prompts, masks, and the batch that they are.
+        compute: of images, their prompts, masks (None to draw them), and the batch that they are.
         mixed: whether there may be several at once.
-        pad: whether rows are filled up with -inf.
     """
-    if len(batch.adapters) == 1:
-        return of_one(images, 0, None)
-    stacked = _stack(model, images, batch)
-    known = {} if stacked is None else stacked.plain
-    masks = None if stacked is None else stacked.draw_masks(images)
-    if mixed and stacked is not None and masks is not None and len(known) == len(batch.adapters):
-        return of_several(images, stacked.prompts, masks, batch)
+    adapters = batch.adapters
+    if len(adapters) == 1:
+        return compute(images, adapters[0].prompts, None, batch)
+    stacked, known = _stack(model, images, batch)
+    masks: list[Masks] = []
+    if stacked is not None:  # before the images are parted: every backend sees the same numbers
+        dtype = torch.promote_types(images.dtype, torch.float32)
+        masks = stacked.draw_masks(images.shape[0], dtype=dtype, device=images.device)
+    together = [*known] if mixed and len(known) > 1 else []
+    if len(together) == len(adapters):
+        return compute(images, stacked, masks, batch)
+    groups = [[i] for i in range(len(adapters)) if i not in together]
     parts = []
-    for group in _groups(batch, known, mixed):
+    for group in [*groups, together] if together else groups:
         rows = batch.rows_of(group)
-        if not len(rows) and len(batch.places):
+        if not len(rows) and len(images):
             continue
-        part = images[rows]
-        if stacked is None or masks is None or group[0] not in known:
-            out = of_one(part, group[0], None)
-        elif len(group) == 1:
-            out = of_one(part, group[0], cut_masks(masks, rows, known[group[0]]))
-        else:
-            own = [mask.take(rows) for mask in masks]
-            out = of_several(part, stacked.prompts.take(rows), own, batch.take(rows))
-        parts.append((rows, out))
-    return _together(parts, pad=pad)
+        prompts: Any = adapters[group[0]].prompts
+        own: list[Masks] | None = None
+        if stacked is not None and group is together:
+            prompts, own = stacked.take(rows), [mask.take(rows) for mask in masks]
+        elif group[0] in known:
+            own = cut_masks(masks, rows, known[group[0]])
+        parts.append((rows, compute(images[rows], prompts, own, batch.take(group, rows))))
+    return _together(parts)
 
 
-def _groups(batch: Batch, known: Mapping[int, Any], mixed: bool) -> list[list[int]]:
-    """Return which adapters are computed at once."""
-    together = list(known) if mixed and len(known) > 1 else []
-    alone = [[i] for i in range(len(batch.adapters)) if i not in together]
-    return [together, *alone] if together else alone
-
-
-def _together(parts: list[tuple[Tensor, Tensor]], *, pad: bool) -> Tensor:
-    """Return the outputs of some images each, in the images' order; with ``pad`` filled up with -inf."""
+def _together(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return the outputs of some images each, in the images' order, filled up with -inf to the widest."""
     order, outputs = torch.cat([rows for rows, _ in parts]).argsort(), [output for _, output in parts]
-    if pad:
-        width = max(output.shape[-1] for output in outputs)
-        outputs = [nn.functional.pad(out, (0, width - out.shape[-1]), value=-torch.inf) for out in outputs]
+    width = max(output.shape[-1] for output in outputs)
+    outputs = [
+        nn.functional.pad(out, (0, width - out.shape[-1]), value=-torch.inf) if out.shape[-1] < width else out
+        for out in outputs
+    ]
     return torch.cat(outputs)[order]
 
 
 class Batch(NamedTuple):
-    """Which adapter each image has: ``places`` (B,) in ``names`` and ``adapters``.
+    """Which adapter each image has: ``places`` (B,) in ``adapters``.
 
     ``rows`` are the images of each, None where only the device knows them.
     """
 
-    names: list[str]
     adapters: list[Adapter]
     places: Tensor
     rows: list[list[int]] | None
@@ -157,9 +146,10 @@ class Batch(NamedTuple):
         rows = sorted(row for place in group for row in self.rows[place])
         return torch.tensor(rows, dtype=torch.long, device=device)
 
-    def take(self, rows: Tensor) -> Batch:
-        """Return the batch of some images."""
-        return self._replace(places=self.places[rows], rows=None)
+    def take(self, group: Sequence[int], rows: Tensor) -> Batch:
+        """Return the batch of some adapters, by place in ascending order, and of all their images."""
+        places = torch.searchsorted(torch.tensor(group, device=rows.device), self.places[rows])
+        return Batch([self.adapters[i] for i in group], places, None)
 
     @classmethod
     def of(
@@ -176,20 +166,19 @@ class Batch(NamedTuple):
             TypeError, ValueError: not one adapter an image, or one that is unknown.
         """
         if isinstance(adapter_names, Tensor):
-            names = [BASE, *model.adapters] if has_base else [*model.adapters]
             least = -1 if has_base else 0
-            index = check_index(adapter_names, images, len(model.adapters), least=least)
-            return cls(names, list(map(model.find_adapter, names)), index - least, None)
+            index = check_index(adapter_names, images, least, len(model.adapters))
+            assert_range(index, least, len(model.adapters))
+            names = [BASE, *model.adapters] if has_base else [*model.adapters]
+            return cls([*map(model.find_adapter, names)], index - least, None)
         given = check_names(adapter_names, len(images), (BASE, *model.adapters))
-        places: dict[str, list[int]] = {}
+        rows: dict[str, list[int]] = {}
         for i, name in enumerate(given):
-            places.setdefault(name, []).append(i)
-        names = [name for name in (BASE, *model.adapters) if name in places] or [model.active_adapter]
+            rows.setdefault(name, []).append(i)
+        names = [name for name in (BASE, *model.adapters) if name in rows] or [model.active_adapter]
         numbers = {name: i for i, name in enumerate(names)}
-        index = torch.tensor([numbers[name] for name in given], dtype=torch.long, device=images.device)
-        return cls(
-            names, list(map(model.find_adapter, names)), index, [places.get(name, []) for name in names]
-        )
+        places = torch.tensor([numbers[name] for name in given], dtype=torch.long, device=images.device)
+        return cls([*map(model.find_adapter, names)], places, [rows.get(name, []) for name in names])
 
 
 def check_names(adapter_names: Any, batch: int, known: Sequence[str]) -> list[str]:
@@ -213,12 +202,12 @@ def check_names(adapter_names: Any, batch: int, known: Sequence[str]) -> list[st
     return names
 
 
-def check_index(index: Tensor, images: Tensor, count: int, *, least: int) -> Tensor:
-    """Return the integers (B,) as int64; their values are checked where that needs no synchronisation.
+def check_index(index: Tensor, images: Tensor, least: int, end: int) -> Tensor:
+    """Return the integers (B,) as int64; that they are in [least, end), ``assert_range`` may have to check.
 
     Raises:
         TypeError: not integers.
-        ValueError: another shape or device, or a value out of range.
+        ValueError: another shape or device than the images', or one out of range.
     """
     if index.is_floating_point() or index.is_complex() or index.dtype == torch.bool:
         raise TypeError(f"adapter_names must be integers, got a tensor of {index.dtype}")
@@ -226,10 +215,29 @@ def check_index(index: Tensor, images: Tensor, count: int, *, least: int) -> Ten
         raise ValueError(f"adapter_names must be ({len(images)},), one an image, got {tuple(index.shape)}")
     if index.device != images.device:
         raise ValueError(f"adapter_names must be on the images' device {images.device}, got {index.device}")
-    known = index.device.type == "cpu" and not torch.compiler.is_compiling()
-    if known and len(index) and not (least <= int(index.min()) and int(index.max()) < count):
-        raise ValueError(f"adapter_names must be in [{least}, {count}), got {index.tolist()}")
-    return index.long()
+    index = index.long()
+    if not _is_asserted(index) and not _is_within(index, least, end):
+        raise ValueError(f"adapter_names must be in [{least}, {end}), got {index.tolist()}")
+    return index
+
+
+def assert_range(index: Tensor, least: int, end: int) -> None:
+    """Have the device check that integers are in [least, end), where looking at them would wait for it.
+
+    That is on a GPU and in compiled code. One out of range is a failed assertion, after which a process
+    can't use the GPU any more.
+    """
+    if _is_asserted(index):
+        expected = f"adapter_names must be in [{least}, {end})"
+        torch._assert_async(_is_within(index, least, end), expected)
+
+
+def _is_asserted(index: Tensor) -> bool:
+    return torch.compiler.is_compiling() or index.device.type in ("cuda", "meta")
+
+
+def _is_within(index: Tensor, least: int, end: int) -> Tensor:
+    return ((index >= least) & (index < end)).all()
 
 
 def plain_adapter(model: AdaptiveViT, adapter: Adapter, dtype: torch.dtype) -> list[PlainPrompts] | None:
@@ -239,25 +247,18 @@ def plain_adapter(model: AdaptiveViT, adapter: Adapter, dtype: torch.dtype) -> l
     return None if any(standard_block(block) is None for block in blocks) else plain
 
 
-class _Stacked(NamedTuple):
-    """The prompts of a batch, and of the adapters that rows can tell, by place, their plain tensors."""
+def _stack(
+    model: AdaptiveViT, images: Tensor, batch: Batch
+) -> tuple[MixedPrompts | None, dict[int, list[PlainPrompts]]]:
+    """Return the prompts of the batch, and the plain tensors, by place, of the adapters that rows can tell.
 
-    prompts: MixedPrompts
-    plain: dict[int, list[PlainPrompts]]
-
-    def draw_masks(self, images: Tensor) -> list[Masks]:
-        """Return masks for all images, before they are parted: every backend sees the same numbers."""
-        dtype = torch.promote_types(images.dtype, torch.float32)
-        return self.prompts.draw_masks(images.shape[0], dtype=dtype, device=images.device)
-
-
-def _stack(model: AdaptiveViT, images: Tensor, batch: Batch) -> _Stacked | None:
-    """Return the prompts of the batch; None where rows can tell no adapter."""
+    The prompts are None where they can tell none.
+    """
     dtype = torch.promote_types(images.dtype, torch.float32)
     found = [plain_adapter(model, adapter, dtype) for adapter in batch.adapters]
     plain = {i: blocks for i, blocks in enumerate(found) if blocks is not None}
     if not plain:
-        return None
+        return None, plain
     for i in plain:
         for parameter in batch.adapters[i].prompts.parameters():
             dtype = torch.promote_types(dtype, parameter.dtype)
@@ -265,7 +266,7 @@ def _stack(model: AdaptiveViT, images: Tensor, batch: Batch) -> _Stacked | None:
     like = torch.empty(0, dtype=dtype, device=images.device)
     rows = torch.stack([layout.row(plain.get(i, []), like) for i in range(len(found))])
     facts = layout.facts([plain.get(i, []) for i in range(len(found))], images.device)
-    return _Stacked(MixedPrompts(layout, rows, facts, batch.places), plain)
+    return MixedPrompts(layout, rows, facts, batch.places), plain
 
 
 class Heads:

@@ -20,7 +20,7 @@ class Adapter(nn.Module):
     Args:
         prompts: the prompts.
         heads: the classifiers by timm's names, ``head`` and, of a distilled backbone, ``head_dist``.
-        num_classes: what they tell apart, 0 without classifier.
+        num_classes: what the first of them tells apart; None where it says so itself.
 
     Attributes:
         class_names: a name for each class, None if unknown.
@@ -30,25 +30,49 @@ class Adapter(nn.Module):
 
     head: nn.Module
 
-    def __init__(self, prompts: Prompts, heads: dict[str, nn.Module], num_classes: int) -> None:
+    def __init__(self, prompts: Prompts, heads: dict[str, nn.Module], num_classes: int | None = None) -> None:
         super().__init__()
-        self.head_names = tuple(heads)
+        self.head_names: tuple[str, ...] = ()
         self.class_names: tuple[str, ...] | None = None
         self.data_config: dict[str, Any] = {}
         self.metadata: dict[str, Any] = {}
         self.prompts = prompts
         self.set_heads(heads, num_classes)
 
-    def set_heads(self, heads: dict[str, nn.Module], num_classes: int) -> None:
-        """Take other classifiers of the same names."""
-        self._num_classes = num_classes
+    def set_heads(self, heads: dict[str, nn.Module], num_classes: int | None = None) -> None:
+        """Take other classifiers; the arguments are those of the class."""
+        for name in self.head_names:
+            delattr(self, name)
+        self.head_names = tuple(heads)
         for name, head in heads.items():
             setattr(self, name, head)
+        self._num_classes = num_classes
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__.get("head_names", ()):
+            self._num_classes = None  # is that of the classifier that is replaced
+        super().__setattr__(name, value)
 
     @property
     def num_classes(self) -> int:
-        """How many classes the first classifier says that it tells apart: users may have replaced it."""
-        return int(getattr(self.heads()[0], "out_features", self._num_classes))
+        """How many classes the first classifier tells apart, which users may have replaced; 0 without one.
+
+        Raises:
+            ValueError: it is a module that does not say so.
+        """
+        head = self.heads()[0]
+        if isinstance(head, (nn.Identity, MissingHead)):
+            return 0
+        number, last = getattr(head, "out_features", self._num_classes), head
+        while number is None and isinstance(last, nn.Sequential) and len(last):
+            last = last[-1]
+            number = getattr(last, "out_features", None)
+        if number is None:
+            raise ValueError(
+                f"{self.head_names[0]} must tell its number of classes, got a {type(head).__name__} without "
+                f"out_features; set it: model.{self.head_names[0]}.out_features = ..."
+            )
+        return int(number)
 
     def heads(self) -> list[nn.Module]:
         """Return the classifiers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import threading
 from collections.abc import Sequence
@@ -20,13 +21,15 @@ from ..config import PromptConfig
 from ..cuda_graphs import Graphs
 from ..data import eval_transform, full_data_config
 from ..ops.backend import BACKENDS, resolve
-from ..prompts.mixed import Facts, Layout, MixedPrompts
+from ..prompts.layout import Facts, Layout
+from ..prompts.mixed import MixedPrompts
 from .checks import backbone_problems
 from .file import AdapterError, read
 from .hub import local_folder
 from .loading import misfit, new_adapter
 from .mixing import (
     Heads,
+    assert_range,
     check_index,
     check_names,
     has_plain_heads,
@@ -116,7 +119,7 @@ class AdapterStack(nn.Module):
         _check_blocks(model)
         plain = [self._plain(model, adapter) for adapter in reserved]
         self.model = model
-        self._layout = Layout.of(plain, model.embed_dim, _num_patches(model), varying=True)
+        self._layout = Layout.of(plain, model.embed_dim, math.prod(model.grid), varying=True)
         self._head_fields = head_fields(reserved[0], classes)
         self._max_classes = classes
         self._infos: dict[str, AdapterInfo] = {}
@@ -127,24 +130,21 @@ class AdapterStack(nn.Module):
         row = torch.promote_types(like.dtype, torch.float32)
         for tensor in reserved[0].prompts.parameters():
             row = torch.promote_types(row, tensor.dtype)
-        rows = self._layout.row([], like.new_empty(0, dtype=row)).expand(number + 1, -1).clone()
-        head = head_row(reserved[0], self._head_fields, like).detach()
-        self._register(rows, torch.zeros_like(head).expand(number + 1, -1).clone())
-        facts = self._layout.facts([[]] * (number + 1), like.device)
-        for name, fact in facts._asdict().items():
-            self.register_buffer(f"_{name}", fact, persistent=False)
+        head = torch.zeros_like(head_row(reserved[0], self._head_fields, like).detach())
+        buffers = {
+            "rows": self._layout.row([], like.new_empty(0, dtype=row)).expand(number + 1, -1).clone(),
+            "heads": head.expand(number + 1, -1).clone(),
+            "counts": torch.zeros(number + 1, dtype=torch.long, device=like.device),
+            **self._layout.facts([[]] * (number + 1), like.device)._asdict(),
+        }
+        for name, buffer in buffers.items():
+            self.register_buffer(f"_{name}", buffer, persistent=False)
         base = model.find_adapter(BASE)
         self._has_base = has_plain_heads(base) and base.num_classes <= classes
         if self._has_base:
             self._heads[0] = head_row(base, self._head_fields, self._heads).detach()
             self._counts[0] = base.num_classes
         self.eval()
-
-    def _register(self, rows: Tensor, heads: Tensor) -> None:
-        self.register_buffer("_rows", rows, persistent=False)
-        self.register_buffer("_heads", heads, persistent=False)
-        counts = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-        self.register_buffer("_counts", counts, persistent=False)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
@@ -238,10 +238,8 @@ class AdapterStack(nn.Module):
         with self._lock, torch.no_grad():
             place = self._places.pop(self._known(name))
             del self._infos[name]
-            self._rows[place] = 0
-            self._heads[place] = 0
-            self._counts[place] = 0
-            self._lengths[place] = 0
+            for buffer in (self._rows, self._heads, self._counts, self._lengths):
+                buffer[place] = 0
 
     def _known(self, name: str) -> str:
         if name not in self._places:
@@ -314,7 +312,7 @@ class AdapterStack(nn.Module):
         compiling = torch.compiler.is_compiling()
         with nullcontext() if compiling else self._lock:
             if isinstance(adapter_names, Tensor):
-                places = check_index(adapter_names, images, len(self._rows), least=0)
+                places = check_index(adapter_names, images, *self._range)
             else:
                 found = self._find(adapter_names, len(images))
                 places = torch.tensor(found, dtype=torch.long, device=images.device)
@@ -326,7 +324,13 @@ class AdapterStack(nn.Module):
         known = (BASE, *self._places) if self._has_base else self.adapters
         return [self._places.get(name, 0) for name in check_names(names, count, known)]
 
+    @property
+    def _range(self) -> tuple[int, int]:
+        """From where to where places are; the bare backbone's may be none."""
+        return (0 if self._has_base else 1), len(self._rows)
+
     def _logits(self, images: Tensor, places: Tensor, backend: str) -> Tensor:
+        assert_range(places, *self._range)
         facts = Facts(*(getattr(self, f"_{name}") for name in Facts._fields))
         prompts = MixedPrompts(self._layout, self._rows, facts, places)
         heads = Heads(self.max_classes, self._head_fields, self._heads, self._counts, varying=True)
@@ -343,8 +347,3 @@ def _check_blocks(model: AdaptiveViT) -> None:
             "the backbone has blocks that can't be computed for several adapters: other modules than timm's, "
             "or hooks"
         )
-
-
-def _num_patches(model: AdaptiveViT) -> int:
-    height, width = model.grid
-    return height * width

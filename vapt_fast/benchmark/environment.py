@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import os
 import platform
 import subprocess
@@ -14,6 +13,7 @@ import timm
 import torch
 
 from .._version import __version__
+from ..info import version_of
 
 __all__ = ["describe", "gpu_state"]
 
@@ -28,7 +28,7 @@ def describe(device: str) -> dict[str, Any]:
         "vapt_fast": __version__,
         "torch": torch.__version__,
         "timm": timm.__version__,
-        "triton": _version("triton"),
+        "triton": version_of("triton"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_name(),
@@ -47,13 +47,6 @@ def describe(device: str) -> dict[str, Any]:
             ", ".join(GPU_STATE): gpu_state(),
         }
     return facts
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_name() -> str:

@@ -60,7 +60,9 @@ def in_turns(
         deadline: of ``time.monotonic()``. After it no round begins, but for the first FEWEST_ROUNDS.
     """
     wait = synchronize or (lambda: None)
-    calls = {key: _calls_in_a_round(run, wait) if synchronize else 1 for key, run in runs.items()}
+    calls = dict.fromkeys(runs, 1)
+    for key, run in runs.items() if synchronize else ():
+        calls[key] = max(1, min(MOST_CALLS, round(ROUND / _time(run, 1, wait))))
     seconds: dict[Key, list[float]] = {key: [] for key in runs}
     for index in range(rounds):
         if index >= FEWEST_ROUNDS and deadline is not None and time.monotonic() > deadline:
@@ -68,10 +70,6 @@ def in_turns(
         for key, run in runs.items():
             seconds[key].append(_time(run, calls[key], wait))
     return seconds
-
-
-def _calls_in_a_round(run: Callable[[], None], wait: Callable[[], None]) -> int:
-    return max(1, min(MOST_CALLS, round(ROUND / _time(run, 1, wait))))
 
 
 def _time(run: Callable[[], None], calls: int, wait: Callable[[], None]) -> float:

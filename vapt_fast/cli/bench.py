@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -83,18 +83,20 @@ def bench(
         first = rows[MODES[0]][0]
         if first.error is not None:  # of the reference, which can run everywhere
             raise UserError(f"{backbone} can't be measured: {first.error}")
-        report = _report(setting, describe(device), rows)
+        measured = [row.as_dict() for of_mode in rows.values() for row in of_mode]
+        comparisons = [{"setting": asdict(setting), "rows": measured}]
+        report = {"environment": describe(device), "comparisons": comparisons}
         if output is not None:
             write_atomically(output, (json.dumps(report, indent=2) + "\n").encode())
-    for mode, measured in rows.items():
+    for mode, of_mode in rows.items():
         title = f"{mode}, {backbone}, batch {setting.batch}, {variants[0].precision}, {device}"
-        out.print(_table(title, measured, setting.batch))
+        out.print(_table(title, of_mode, setting.batch))
     failed = {f"{row.variant.backend}: {row.error}" for of in rows.values() for row in of if row.error}
     for line in (*unavailable, *sorted(failed)):
         say(line)
     if output is not None:
         say(f"wrote {output}")
-    if any(row.wrong for measured in rows.values() for row in measured):
+    if any(row.wrong for of_mode in rows.values() for row in of_mode):
         raise typer.Exit(1)
 
 
@@ -111,11 +113,6 @@ def _variants(
             names.append(name)
     variants = [Variant(name, kind, number, precision) for number in numbers for name in names]
     return [*variants, Variant(LINEAR_PROBE, precision=precision)], unavailable
-
-
-def _report(setting: Setting, environment: dict[str, Any], rows: dict[str, list[Row]]) -> dict[str, Any]:
-    measured = [row.as_dict() for of_mode in rows.values() for row in of_mode]
-    return {"environment": environment, "comparisons": [{"setting": asdict(setting), "rows": measured}]}
 
 
 def _table(title: str, rows: list[Row], batch: int) -> Table:

@@ -7,7 +7,8 @@ Whatever comes from users (paths, names of classes, messages about them) is prin
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -15,13 +16,26 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 from rich.text import Text
 
 from ..adapters import AdapterError
 from ..ops.backend import BackendUnavailableError
 from ..training.errors import UserError, printable
 
-__all__ = ["cell", "count", "fail", "failures", "out", "pick_device", "progress_bars", "say", "status"]
+__all__ = [
+    "cell",
+    "count",
+    "fail",
+    "failures",
+    "finish",
+    "out",
+    "pick_device",
+    "print_best",
+    "progress_bars",
+    "say",
+    "status",
+]
 
 out = Console()
 """For results."""
@@ -34,7 +48,8 @@ INTERRUPTED = 130  # as shells report a program stopped by Ctrl-C
 
 def say(message: str, console: Console | None = None, style: str = "") -> None:
     """Print a message, as it is and without breaking its lines, to ``out`` or another console."""
-    (out if console is None else console).print(_as_data(message, style), soft_wrap=True)
+    text = Text("\n".join(map(printable, message.split("\n"))), style)
+    (out if console is None else console).print(text, soft_wrap=True)
 
 
 def cell(text: object) -> Text:
@@ -42,13 +57,34 @@ def cell(text: object) -> Text:
     return Text(printable(str(text)))
 
 
+def print_best(name: str, number: str, rows: Iterable[tuple[str, list[tuple[str, str]]]]) -> None:
+    """Print a table of files, each with lines of a ``name`` and a ``number``; nothing without files."""
+    table = Table()
+    for column in ("file", name):
+        table.add_column(column, overflow="fold")
+    table.add_column(number)
+    for file, lines in rows:
+        names, numbers = zip(*lines, strict=True) if lines else ((), ())
+        table.add_row(cell(file), Text("\n").join(map(cell, names)), "\n".join(numbers))
+    if table.row_count:
+        out.print(table)
+
+
+def finish(found: list[Any], as_json: bool, show: Callable[[list[Any]], None], errors: list[str]) -> None:
+    """Print what a command has found, as JSON or by ``show``, and its errors, with which it exits with 2."""
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        show(found)
+    for error in errors:
+        say(f"error: {error}", status, "red")
+    if errors:
+        raise typer.Exit(2)
+
+
 def count(number: int, noun: str, plural: str | None = None) -> str:
     """Return a number with what it counts: "1 image", "1,200 images"."""
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
-
-
-def _as_data(message: str, style: str = "") -> Text:
-    return Text("\n".join(map(printable, message.split("\n"))), style)
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

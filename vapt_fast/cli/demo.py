@@ -62,7 +62,7 @@ def _check_packages() -> None:
         verb = "is" if len(missing) == 1 else "are"
         raise UserError(
             f"the demo needs {' and '.join(missing)}, which {verb} not installed; install with: "
-            f"pip install {' '.join(missing)}"
+            "pip install 'vapt_fast[demo]'"
         )
 
 

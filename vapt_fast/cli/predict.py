@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from ..tasks.segmentation import Segmenter
@@ -18,7 +15,7 @@ from ..training import UserError, eval_transform, load_model, open_image
 from ..training.images import IMAGE_EXTENSIONS
 from ..training.run import check_backend
 from . import options
-from .console import cell, failures, out, pick_device, say, status
+from .console import failures, finish, pick_device, print_best
 from .segment import predict_masks, show_masks
 
 __all__ = ["image_files", "predict", "readable_batches"]
@@ -60,14 +57,7 @@ def predict(
             raise UserError("--output is for models for segmentation, and this one names the class of images")
         else:
             predictions, errors = _predict(model.to(device), metadata, paths, top, batch_size, device)
-    if as_json:
-        print(json.dumps(predictions, indent=2))
-    else:
-        show(predictions)
-    for error in errors:
-        say(f"error: {error}", status, "red")
-    if errors:
-        raise typer.Exit(2)
+    finish(predictions, as_json, show, errors)
 
 
 def image_files(given: list[Path]) -> list[Path]:
@@ -123,15 +113,8 @@ def _predict(
 
 
 def _print_table(predictions: list[dict[str, Any]]) -> None:
-    table = Table()
-    table.add_column("file", overflow="fold")
-    table.add_column("class", overflow="fold")
-    table.add_column("probability")
-    for prediction in predictions:
-        table.add_row(
-            cell(prediction["file"]),
-            Text("\n").join(cell(entry["class"]) for entry in prediction["top"]),
-            "\n".join(f"{entry['probability']:.1%}" for entry in prediction["top"]),
-        )
-    if predictions:
-        out.print(table)
+    rows = (
+        (one["file"], [(entry["class"], f"{entry['probability']:.1%}") for entry in one["top"]])
+        for one in predictions
+    )
+    print_best("class", "probability", rows)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor, nn
 
 from ..data import full_data_config
@@ -18,7 +15,7 @@ from ..tasks.retrieval.features import embed
 from ..training import UserError, load_model
 from ..training.run import check_backend
 from . import options
-from .console import cell, failures, out, pick_device, say, status
+from .console import failures, finish, pick_device, print_best
 from .predict import image_files, readable_batches
 
 __all__ = ["retrieve"]
@@ -61,14 +58,7 @@ def retrieve(
             strict=True,
         )
         found = _nearest(names, features, top)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    elif found:
-        _print_table(found)
-    for error in errors:
-        say(f"error: {error}", status, "red")
-    if errors:
-        raise typer.Exit(2)
+    finish(found, as_json, _print_table, errors)
 
 
 def _load(model: str, backend: str | None, given: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
@@ -123,15 +113,8 @@ def _nearest(
 
 
 def _print_table(found: list[dict[str, Any]]) -> None:
-    table = Table()
-    for column in ("file", "nearest"):
-        table.add_column(column, overflow="fold")
-    table.add_column("similarity")
-    for entry in found:
-        nearest = entry["nearest"]
-        table.add_row(
-            cell(entry["file"]),
-            Text("\n").join(cell(other["file"]) for other in nearest),
-            "\n".join(f"{other['similarity']:.3f}" for other in nearest),
-        )
-    out.print(table)
+    rows = (
+        (one["file"], [(other["file"], f"{other['similarity']:.3f}") for other in one["nearest"]])
+        for one in found
+    )
+    print_best("nearest", "similarity", rows)

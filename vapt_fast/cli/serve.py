@@ -10,9 +10,8 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
@@ -30,11 +29,6 @@ from .console import failures, pick_device, say
 __all__ = ["serve"]
 
 TOKEN_VARIABLE = "VAPT_FAST_SERVE_TOKEN"
-
-
-class _Autocast(str, Enum):  # typer takes no list of literals
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def serve(
@@ -78,7 +72,7 @@ def serve(
     weights: options.AdapterWeights = None,
     backend: options.Backend = None,
     autocast: Annotated[
-        _Autocast | None,
+        Literal["bfloat16", "float16"] | None,
         typer.Option(help="Compute in 16 bits, faster on GPUs (default: as the weights)."),
     ] = None,
     backbone_precision: options.BackbonePrecision = None,
@@ -106,7 +100,7 @@ def serve(
             batch_size=batch_size,
             batch_wait=batch_wait,
             device=device,
-            autocast=None if autocast is None else autocast.value,
+            autocast=autocast,
             threads=max(1, (os.cpu_count() or 1) // replicas) if device == "cpu" else None,
             backbone=backbone,
             weights=None if weights is None else str(weights.resolve()),
@@ -114,16 +108,22 @@ def serve(
             backbone_precision=backbone_precision,
         )
         gpus = min(1.0, torch.cuda.device_count() / replicas) if device.startswith("cuda") else 0.0
-        add_adapters(given.store, folders)
-        start(given, replicas=replicas, gpus=gpus, host=host, port=port, timeout=timeout, address=address)
-        try:
-            _check_served(folders, "127.0.0.1" if host == "0.0.0.0" else host, port)
-            say(f"serving {', '.join(folders)} at http://{host}:{port}; stop with Ctrl-C")
-            if token is None:
-                say(f"adapters can't be changed: no --token-file and no {TOKEN_VARIABLE}")
-            _wait()
-        finally:
-            stop()
+        placing = {"replicas": replicas, "gpus": gpus, "timeout": timeout, "address": address}
+        _serve(given, folders, host, port, **placing)
+
+
+def _serve(given: ServeOptions, folders: dict[str, str], host: str, port: int, **placing: Any) -> None:
+    """Start the server, and stop it when that is asked for."""
+    add_adapters(given.store, folders)
+    start(given, host=host, port=port, **placing)
+    try:
+        _check_served(folders, "127.0.0.1" if host == "0.0.0.0" else host, port)
+        say(f"serving {', '.join(folders)} at http://{host}:{port}; stop with Ctrl-C")
+        if given.token_sha256 is None:
+            say(f"adapters can't be changed: no --token-file and no {TOKEN_VARIABLE}")
+        _wait()
+    finally:
+        stop()
 
 
 def _check_served(names: Iterable[str], host: str, port: int) -> None:

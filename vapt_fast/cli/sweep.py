@@ -30,7 +30,7 @@ _LEFT_OUT = (
     *("data", "method", "seed", "num_prompts", "train_share", "train_images", "train_on_validation", "test"),
     *("validation_share", "test_share"),
 )
-_OWN = ("method", "protocol", "seed", "train_share", "num_prompts", "threads")
+_OWN = ("method", "protocol", "seed", "train_share", "num_prompts", "threads", "processes_per_run")
 
 Data = Annotated[
     list[str] | None,
@@ -82,7 +82,15 @@ Devices = Annotated[
     typer.Option(help="cpu, cuda, cuda:1, ...; may be given several times (default: all GPUs, or cpu)."),
 ]
 Threads = Annotated[
-    int, typer.Option(min=1, help="Threads of each run on the CPU; the last bits depend on it.")
+    int, typer.Option(min=1, help="Threads of each process on the CPU; the last bits depend on it.")
+]
+ProcessesPerRun = Annotated[
+    int,
+    typer.Option(
+        min=1,
+        help="Processes that train each run together, as those of torchrun train one model: each on a GPU of "
+        "its own, with its part of every batch.",
+    ),
 ]
 
 
@@ -101,6 +109,7 @@ def sweep(
     jobs: Jobs = None,
     device: Devices = None,
     threads: Threads = 1,
+    processes_per_run: ProcessesPerRun = 1,
     workers: options.Workers = 0,
     **given: Any,
 ) -> None:
@@ -125,6 +134,7 @@ def sweep(
                 num_prompts=num_prompts,
                 run=run_options({name: given[name] for name in named if name in given}),
                 threads=threads,
+                processes_per_run=processes_per_run,
             )
         if not table:
             places = Places(_devices(device, engine), engine, jobs, workers, save_models)

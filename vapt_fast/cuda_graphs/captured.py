@@ -31,7 +31,7 @@ class CapturedCall:
         differentiable: whether a backward pass is captured too.
 
     Attributes:
-        state: what the graphs depend on.
+        recorder, state: as given.
         constants: the tensors that must not change between a forward pass and its backward pass.
         memory: bytes that the device reserved for the graphs.
         replays: how often the forward pass has been repeated.
@@ -50,7 +50,7 @@ class CapturedCall:
     ) -> None:
         self.state = state
         self.replays = 0
-        self._recorder = recorder
+        self.recorder = recorder
         self._logits = logits
         self._differentiable = differentiable
         device_type = images.device.type
@@ -107,11 +107,11 @@ class CapturedCall:
         del output
         if not before.matches(twin):
             raise RuntimeError("the model changes its own attributes in a call")
-        output, self._forward = self._recorder.record(forward)
+        output, self._forward = self.recorder.record(forward)
         self._output = output.detach()
         if self._differentiable:
             self._grad_output = torch.zeros_like(self._output)
-            self._grads, self._backward = self._recorder.record(
+            self._grads, self._backward = self.recorder.record(
                 lambda: _flatten(backward(output, self._grad_output))
             )
             originals = {id(alias): parameter for parameter, alias in parameters.items()}
@@ -137,7 +137,7 @@ class CapturedCall:
     def repeat_forward(self, images: Tensor, others: tuple[Tensor, ...]) -> Tensor:
         """Repeat the forward pass and return its output, a copy."""
         self.replays += 1
-        with self._recorder.lock, self._recorder.repeating(), torch.no_grad():
+        with self.recorder.lock, self.recorder.repeating(), torch.no_grad():
             for own, given in zip((self._images, *self._others), (images, *others), strict=True):
                 own.copy_(given)
             self._forward()
@@ -148,7 +148,7 @@ class CapturedCall:
 
         They are parts of one copy: a parameter whose gradient it becomes may keep it.
         """
-        with self._recorder.lock, self._recorder.repeating():
+        with self.recorder.lock, self.recorder.repeating():
             self._grad_output.copy_(grad_output)
             self._backward()
             flat = {dtype: grads.clone() for dtype, grads in self._grads.items()}
@@ -171,21 +171,14 @@ class CapturedCall:
             rng_state: of the generator before the forward pass.
             grad_output: the gradient of the output.
         """
-        now = self._recorder.rng_state()
-        self._recorder.set_rng_state(rng_state)
+        now = self.recorder.rng_state()
+        self.recorder.set_rng_state(rng_state)
         with self._autocast():
             own = self._images.detach().clone() if images is None else images
             output = self._logits(model, own, *(t.clone() for t in self._others))
-        self._recorder.set_rng_state(now)
+        self.recorder.set_rng_state(now)
         inputs = [cast(Tensor, images) if given is None else given for given in self._inputs]
         return torch.autograd.grad(output, inputs, grad_output, create_graph=True)
-
-    # Read by _Replay alone.
-
-    @property
-    def recorder(self) -> Recorder:
-        """Who has recorded."""
-        return self._recorder
 
     def has_moved(self) -> bool:
         """Whether one of ``constants`` is not where it was."""

@@ -6,12 +6,12 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
-__all__ = ["RECORDERS", "CudaRecorder", "Recorder"]
+__all__ = ["RECORDERS", "Recorder"]
 
 
 class Recorder:
@@ -20,6 +20,9 @@ class Recorder:
     What a recorded function has made and nobody holds any more when it ends, the next recording may reuse. So
     what a recording leaves behind for another (the activations of a forward pass) lasts until a third one is
     repeated: see ``claim``.
+
+    This one records by ``torch.cuda.CUDAGraph``. One of another device overrides all methods from ``is_busy``
+    on.
 
     Attributes:
         device: the device.
@@ -30,6 +33,9 @@ class Recorder:
         self.device = device
         self.lock = threading.RLock()
         self._claim: weakref.ref[Any] | None = None
+        self._keeper: torch.cuda.CUDAGraph | None = None
+        self._last: torch.cuda.Event | None = None
+        self._last_stream: torch.cuda.Stream | None = None
 
     def claim(self, owner: object) -> None:
         """Keep everything from being recorded or repeated, but by ``owner``, as long as that lives."""
@@ -42,57 +48,11 @@ class Recorder:
 
     def is_busy(self) -> bool:
         """Whether the calling thread is recording already, so that nothing else may be recorded."""
-        raise NotImplementedError
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        """Make everything within run where recordings are made; ``record`` is called within."""
-        raise NotImplementedError
-
-    def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Return what ``function`` returns, and a function that does the same work again.
-
-        It reads from and writes to the same memory. Whether the work is also done while it is recorded is
-        left open.
-        """
-        raise NotImplementedError
-
-    @contextmanager
-    def repeating(self) -> Iterator[None]:
-        """Order everything within after what other streams have repeated."""
-        raise NotImplementedError
-
-    def rng_state(self) -> torch.Tensor:
-        """Return the state of the device's default generator."""
-        raise NotImplementedError
-
-    def set_rng_state(self, state: torch.Tensor) -> None:
-        """Set the state of the device's default generator."""
-        raise NotImplementedError
-
-    def memory(self) -> int:
-        """Return the bytes that are reserved for recordings."""
-        raise NotImplementedError
-
-
-class CudaRecorder(Recorder):
-    """Records by ``torch.cuda.CUDAGraph``."""
-
-    def __init__(self, device: torch.device) -> None:
-        super().__init__(device)
-        self._stream = torch.cuda.Stream(device)
-        self._pool = torch.cuda.graph_pool_handle()
-        self._keeper: torch.cuda.CUDAGraph | None = None
-        self._last: torch.cuda.Event | None = None
-        self._last_stream: torch.cuda.Stream | None = None
-
-    def is_busy(self) -> bool:
-        """Whether the current stream is being captured."""
         return torch.cuda.is_current_stream_capturing()
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Change to the stream of recordings and back."""
+        """Make everything within run where recordings are made; ``record`` is called within."""
         with torch.cuda.device(self.device):
             outer = torch.cuda.current_stream()
             self._stream.wait_stream(outer)
@@ -103,23 +63,20 @@ class CudaRecorder(Recorder):
                 outer.wait_stream(self._stream)
 
     def record(self, function: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """Capture ``function``, which is not run."""
+        """Return what ``function`` returns, and a function that does the same work again.
+
+        It reads from and writes to the same memory. Whether the work is also done while it is recorded is
+        left open: here it is not.
+        """
         if self._keeper is None:
             # PyTorch gives a pool up with its last graph, and refuses to capture into it again.
             self._keeper, _ = self._capture(partial(torch.zeros, 1, device=self.device))
         graph, result = self._capture(function)
         return result, graph.replay
 
-    def _capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-        graph = torch.cuda.CUDAGraph()
-        # Other threads may use the GPU meanwhile, as those do that pin memory or watch collectives.
-        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-            result = function()
-        return graph, result
-
     @contextmanager
     def repeating(self) -> Iterator[None]:
-        """Let the current stream wait for the stream that was the last to repeat."""
+        """Order everything within after what other streams have repeated."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             if self._last is not None and stream != self._last_stream:
@@ -130,18 +87,33 @@ class CudaRecorder(Recorder):
                 self._last, self._last_stream = stream.record_event(), stream
 
     def rng_state(self) -> torch.Tensor:
-        """Return the state of CUDA's default generator."""
+        """Return the state of the device's default generator."""
         return torch.cuda.get_rng_state(self.device)
 
     def set_rng_state(self, state: torch.Tensor) -> None:
-        """Set the state of CUDA's default generator."""
+        """Set the state of the device's default generator."""
         torch.cuda.set_rng_state(state, self.device)
 
     def memory(self) -> int:
-        """Return the bytes that PyTorch has reserved for the pool of the graphs."""
+        """Return the bytes that are reserved for recordings."""
         segments = torch.cuda.memory_snapshot()
         return sum(of["total_size"] for of in segments if tuple(of["segment_pool_id"]) == self._pool)
 
+    @cached_property
+    def _stream(self) -> torch.cuda.Stream:
+        return torch.cuda.Stream(self.device)
 
-RECORDERS: dict[str, type[Recorder]] = {"cuda": CudaRecorder}
+    @cached_property
+    def _pool(self) -> Any:
+        return torch.cuda.graph_pool_handle()
+
+    def _capture(self, function: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the GPU meanwhile, as those do that pin memory or watch collectives.
+        with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+            result = function()
+        return graph, result
+
+
+RECORDERS: dict[str, type[Recorder]] = {"cuda": Recorder}
 """Who records on a device, by its type."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .backbone import WEIGHTS, vit_digits_patch4_32
 from .digits import OLD_DIGITS, digit_images
 
-__all__ = ["jitter", "pretrain", "turn"]
+__all__ = ["jitter", "pretrain"]
 
 _TURNS = 4  # quarter turns
 _BATCH = 32
@@ -67,7 +67,7 @@ def pretrain(epochs: int = 7, seed: int = 0, held_out: int = 0) -> tuple[dict[st
     model.train()
     for _ in track(range(epochs), description="pre-training"):
         for batch in train[torch.randperm(len(train))].split(_BATCH):
-            turned, classes = turn(pixels[batch], labels[batch], torch.randint(_TURNS, (len(batch),)))
+            turned, classes = _turn(pixels[batch], labels[batch], torch.randint(_TURNS, (len(batch),)))
             loss = F.cross_entropy(model(jitter(turned)), classes)
             optimizer.zero_grad()
             loss.backward()
@@ -79,13 +79,13 @@ def pretrain(epochs: int = 7, seed: int = 0, held_out: int = 0) -> tuple[dict[st
     return {name: tensor.half() for name, tensor in model.state_dict().items()}, accuracy
 
 
-def turn(images: Tensor, labels: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+def _turn(images: Tensor, labels: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
     """Rotate each image of (B, C, H, H) by its number of quarter turns, ``turns`` (B,).
 
     Returns:
         The images, and their classes (B,), of which each label has four.
     """
-    turned = torch.stack([image.rot90(int(number), (1, 2)) for image, number in zip(images, turns, strict=True)])
+    turned = torch.stack([image.rot90(int(n), (1, 2)) for image, n in zip(images, turns, strict=True)])
     return turned, labels * _TURNS + turns
 
 
@@ -104,7 +104,7 @@ def jitter(images: Tensor, degrees: float = 12.0, scale: float = 0.12, shift: fl
 def _accuracy(model: nn.Module, images: Tensor, digits: Tensor) -> float:
     right = []
     for number in range(_TURNS):
-        turned, classes = turn(images, digits, torch.full_like(digits, number))
+        turned, classes = _turn(images, digits, torch.full_like(digits, number))
         right.append(model(turned).argmax(1) == classes)
     return torch.cat(right).float().mean().item()
 

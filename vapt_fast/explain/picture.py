@@ -59,7 +59,8 @@ def explain_picture(
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            "the picture needs matplotlib, which is not installed; install it with: pip install matplotlib"
+            "the picture needs matplotlib, which is not installed; "
+            "install it with: pip install 'vapt_fast[demo]'"
         ) from error
     weight = next(model.backbone.parameters())
     images = model.transform()(image).unsqueeze(0).to(weight)

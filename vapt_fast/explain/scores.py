@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -128,7 +128,7 @@ def deletion(
     Raises:
         TypeError, ValueError: a wrong dtype or shape, no such class, steps below 1.
     """
-    return _curves(model, images, maps, targets, steps, fill, num_random, seed, insert=False)
+    return _area(model, images, maps, targets, False, steps, fill, num_random, seed)
 
 
 def insertion(
@@ -136,30 +136,26 @@ def insertion(
     images: Tensor,
     maps: Tensor,
     targets: int | Sequence[int] | Tensor | None = None,
-    *,
-    steps: int = 16,
-    fill: Tensor | float | None = None,
-    num_random: int = 1,
-    seed: int = 0,
+    **options: Any,
 ) -> Score:
     """Return the area under the probability of a class as cells appear on ``fill``, highest first.
 
-    Higher is better. All else is as for ``deletion``.
+    Higher is better. All else, ``options`` too, is as for ``deletion``.
     """
-    return _curves(model, images, maps, targets, steps, fill, num_random, seed, insert=True)
+    return _area(model, images, maps, targets, True, **options)
 
 
 @torch.no_grad()
-def _curves(
+def _area(
     model: nn.Module,
     images: Tensor,
     maps: Tensor,
     targets: int | Sequence[int] | Tensor | None,
-    steps: int,
-    fill: Tensor | float | None,
-    num_random: int,
-    seed: int,
     insert: bool,
+    steps: int = 16,
+    fill: Tensor | float | None = None,
+    num_random: int = 1,
+    seed: int = 0,
 ) -> Score:
     cells = _checked_cells(images, maps)
     steps, num_random = integer("steps", steps, minimum=1), integer("num_random", num_random, minimum=0)

@@ -36,7 +36,8 @@ def check_installed() -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
-                f'vapt-fast serve needs {error.name}, which is not installed: pip install "vapt_fast[serve]"'
+                f"vapt-fast serve needs {error.name}, which is not installed; install it with: "
+                "pip install 'vapt_fast[serve]'"
             ) from error
 
 

@@ -32,7 +32,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..arguments import listing
 from .errors import UserError, printable
 
-__all__ = ["IMAGE_EXTENSIONS", "check_images", "check_readable", "open_image", "read_image"]
+__all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image", "read_image"]
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 """Endings, in lower case, of the files in a folder that are taken for images."""
@@ -92,28 +92,22 @@ def read_image(file: IO[bytes], name: str, formats: tuple[str, ...] | None = Non
 
 
 def check_images(
-    paths: Sequence[str | Path], workers: int = 0, progress: Callable[[int, int], None] | None = None
+    sources: Sequence[Any],
+    workers: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+    read: Callable[[Any], object] = open_image,
 ) -> None:
     """Read every image once.
 
     Args:
-        paths: the files.
+        sources: the files, or whatever ``read`` takes.
         workers: processes that read them; 0 reads in this one.
         progress: told after each image how many were read, of how many.
+        read: reads one, or raises a UserError.
 
     Raises:
         UserError: some can't be read; the message names the first 20, each in a line, and how many more.
     """
-    check_readable(paths, open_image, workers, progress)
-
-
-def check_readable(
-    sources: Sequence[Any],
-    read: Callable[[Any], object],
-    workers: int = 0,
-    progress: Callable[[int, int], None] | None = None,
-) -> None:
-    """Call ``read`` with each of ``sources`` once; else as ``check_images``."""
     errors, data = [], cast(Any, sources)  # a data set, of which collate_fn is given one at a time
     loader = DataLoader(data, batch_size=None, num_workers=workers, collate_fn=partial(_error_of, read))
     for index, error in enumerate(loader):

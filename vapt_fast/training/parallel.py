@@ -1,4 +1,4 @@
-"""Data-parallel training: processes that torchrun starts, each of which takes its part of every batch.
+"""Data-parallel training by the processes of torchrun or ``launch``, each with its part of every batch.
 
 Gradients are added up after the backward pass, so a step is that of the whole batch in one process, but for
 dropout and augmentation, which every process draws by itself.
@@ -18,24 +18,29 @@ __all__ = ["add_up", "add_up_gradients", "joined", "rank", "wait", "world_size"]
 
 
 @contextmanager
-def joined(device: str) -> Iterator[str]:
-    """Join the processes of torchrun, if it has started several; give this one's device.
+def joined(*devices: str) -> Iterator[str]:
+    """Join the processes of torchrun or ``launch``, if there are several; give this one's device.
 
     Args:
-        device: where to compute; of "cuda", each process takes the GPU of its local rank.
+        *devices: where to compute: one for each process of this machine, or one for all; of "cuda", each
+            process takes the GPU of its local rank.
     """
+    device = devices[0]
     if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         yield device
         return
+    local_rank = int(os.environ["LOCAL_RANK"])
     gpu = torch.device(device).type == "cuda"
+    if len(devices) > 1:
+        device = devices[local_rank]
+    elif gpu:
+        device = f"cuda:{local_rank}"
     if gpu:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if gpu else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    # Not after an error: the others may be waiting for this process, which must not wait for them.
+    dist.destroy_process_group()
 
 
 def world_size() -> int:

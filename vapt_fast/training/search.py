@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,9 @@ def search(
         folder = None  # the first process writes
     log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
     options: dict[str, Any] = {"device": device, "workers": workers}
-    score_of = partial(_score, evaluate, options)
+
+    def score_of(model: nn.Module, dataset: LabelledImages, recipe: Recipe) -> Score:
+        return evaluate(model, dataset, batch_size=recipe.batch_size, amp=recipe.amp, **options)
 
     for index in range(len(state["candidates"]), len(recipes)):
         recipe = recipes[index]
@@ -134,7 +135,8 @@ def search(
         elif start is not None:
             trainer.start_from(start.model, start.epochs)
         for epoch, score in _epochs(trainer, splits.validation, validate_every, score_of):
-            log.write(_metrics(index, recipe, epoch, score))
+            tried = {"base_lr": recipe.base_lr, "weight_decay": recipe.weight_decay}
+            log.write({"candidate": index, **tried, **asdict(epoch), **_entries(score)})
             state["seconds"] += epoch.seconds
             if trainer.finished:
                 _finish_candidate(state, trainer, score)
@@ -157,16 +159,6 @@ def _epochs(
         if validation is not None and (trainer.finished or trainer.epoch % validate_every == 0):
             score = score_of(trainer.model, validation, trainer.recipe)
         yield epoch, score
-
-
-def _score(
-    evaluate: Callable[..., Score],
-    options: dict[str, Any],
-    model: nn.Module,
-    dataset: LabelledImages,
-    recipe: Recipe,
-) -> Score:
-    return evaluate(model, dataset, batch_size=recipe.batch_size, amp=recipe.amp, **options)
 
 
 def _best(
@@ -216,16 +208,6 @@ def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score | No
     if state["best"] is None or merit > state["best"]["merit"]:
         tensors = {name: tensor.cpu().clone() for name, tensor in trained_state(trainer.model).items()}
         state["best"] = {"index": len(state["candidates"]) - 1, "merit": merit, "model": tensors}
-
-
-def _metrics(index: int, recipe: Recipe, epoch: Epoch, score: Score | None) -> dict[str, Any]:
-    return {
-        "candidate": index,
-        "base_lr": recipe.base_lr,
-        "weight_decay": recipe.weight_decay,
-        **asdict(epoch),
-        **_entries(score),
-    }
 
 
 def _entries(score: Score | None) -> dict[str, float | None]:

@@ -173,26 +173,21 @@ def folder_splits(
     if not root.is_dir():
         raise _no_folder(root)
     learning, fixed = train_transform(config, augmentation), eval_transform(config)
-    if not (root / "train").is_dir():
-        order = stratified_order(_open_folder(root, fixed).targets, seed)
-        num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
-        num_held_out = num_test + num_validation
-        test: LabelledImages | None = (
-            Subset(_open_folder(root, fixed), order[:num_test]) if num_test else None
-        )
-        validation: LabelledImages = Subset(_open_folder(root, fixed), order[num_test:num_held_out])
-        train, order = _open_folder(root, learning), order[num_held_out:]
+    base = root / "train" if (root / "train").is_dir() else root
+    train = _open_folder(base, learning)
+    order = stratified_order(train.targets, seed)
+    num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
+    test: LabelledImages | None = None
+    validation: LabelledImages | None = None
+    if base == root:
+        test = Subset(_open_folder(root, fixed), order[:num_test]) if num_test else None
+        order = order[num_test:]
     else:
-        train = _open_folder(root / "train", learning)
-        order = stratified_order(train.targets, seed)
-        test_folder, validation_folder = (_find_split(root, split) for split in ("test", "validation"))
-        test = None if test_folder is None else _open_folder(test_folder, fixed, train.classes)
-        if validation_folder is not None:
-            validation = _open_folder(validation_folder, fixed, train.classes)
-        else:
-            num_validation = round(validation_share * len(order))
-            validation = Subset(_open_folder(root / "train", fixed), order[:num_validation])
-            order = order[num_validation:]
+        folders = [_find_split(root, split) for split in ("test", "validation")]
+        test, validation = (of if of is None else _open_folder(of, fixed, train.classes) for of in folders)
+    if validation is None:
+        validation = Subset(_open_folder(base, fixed), order[:num_validation])
+        order = order[num_validation:]
     if not len(validation):
         raise UserError(
             f"{printable(root)} has too few images, none is left for validation, which chooses the learning "

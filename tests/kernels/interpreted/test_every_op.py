@@ -62,7 +62,7 @@ CHOSEN = [
 ]
 RANDOM = [
     pytest.param(*case, marks=marks)
-    for start, stop, marks in ((0, 10, ()), (10, 40, pytest.mark.full), (40, 250, pytest.mark.nightly))
+    for start, stop, marks in ((0, 4, ()), (4, 40, pytest.mark.full), (40, 250, pytest.mark.nightly))
     for op in KERNELS
     for case in values_of(op, start, stop)
 ]
@@ -164,7 +164,9 @@ def test_nan_and_inf_propagate_as_on_torch(op, value):
 # ---- precision
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str
+)
 @pytest.mark.parametrize(("op", "scale"), [(op, scale) for op in KERNELS for scale in KERNELS[op].scales])
 def test_error_is_at_most_that_of_eager_pytorch(op, scale, dtype):
     check_precision(op, dtype, scale)
@@ -179,7 +181,9 @@ def outcome(function, tensors, options):
 
 
 @pytest.mark.parametrize(
-    "autocast", [None, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.full)], ids=str
+    "autocast",
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.full) for dtype in (None, torch.float16))],
+    ids=str,
 )
 @for_every_op
 def test_dtypes_are_those_of_the_torch_backend(op, autocast):

@@ -89,6 +89,7 @@ def test_launches_are_on_the_device_of_their_input(op, current, guarded):
     assert all(found == guarded for found in seen)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize(
     ("op", "sizes", "narrow", "leaves"), [(op, *huge) for op in KERNELS for huge in KERNELS[op].huge], ids=str
 )

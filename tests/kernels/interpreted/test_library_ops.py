@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vapt_fast.ops.base import OPS, Op
 
 CASES = [
-    pytest.param(name, sizes, id=f"{name}-{i}")
+    pytest.param(name, sizes, id=f"{name}-{i}", marks=pytest.mark.full if i else ())
     for name, kernels in KERNELS.items()
     for i, sizes in enumerate(kernels.quick)
 ]

@@ -73,7 +73,7 @@ class ImageTextModel(nn.Module):
         else:
             visual.trunk = tower
             if tower.num_classes == 0:  # then open_clip projects; as the tower's head, an adapter holds it
-                setattr(tower, "head", visual.head)  # noqa: B010, the property says that it is read-only
+                tower.find_adapter(tower.active_adapter).set_heads({"head": visual.head}, num_classes=0)
                 visual.head = nn.Identity()
         tower.head.requires_grad_(train_head)
         self.clip = clip

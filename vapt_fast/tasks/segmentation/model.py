@@ -62,12 +62,11 @@ class Segmenter(AdaptiveViT):
         self.decoder = decoder
         self.taps = _checked_taps(decoder_class.default_taps(depth) if taps is None else taps, depth)
         self._set_decoder(num_classes)
-
-        self._base.set_heads({"head": MissingHead()}, 0)  # the backbone's own knows no pixels
+        self._base.set_heads({"head": MissingHead()})  # the backbone's own knows no pixels
 
     def _set_decoder(self, num_classes: int) -> None:
         """Take a new decoder, as the only head: a distilled backbone has two."""
-        self.adapters[self.active_adapter] = Adapter(self.prompts, self._make_heads(num_classes), num_classes)
+        self._active.set_heads(self._make_heads(num_classes), num_classes)
         self.train(self.training)
 
     def _make_heads(self, num_classes: int) -> dict[str, nn.Module]:
@@ -125,7 +124,7 @@ class Segmenter(AdaptiveViT):
         if global_pool is not None:
             raise ValueError(f"global_pool is for one vector an image; leave it out, got {global_pool!r}")
         self._set_decoder(integer("num_classes", num_classes, minimum=1))
-        self.class_names = None
+        self._active.class_names = None
 
     def prune_intermediate_layers(self, *args: Any, **kwargs: Any) -> list[int]:
         """Refuse: the decoder reads the last block.

@@ -12,7 +12,7 @@ from torch import nn
 from ...config import PromptConfig
 from ...training.errors import UserError
 from ...training.evaluation import Score
-from ...training.images import check_readable
+from ...training.images import check_images
 from ...training.loader import LabelledImages, make_loader
 from ...training.loss import IGNORED, cross_entropy
 from ...training.methods import METHODS, build_model
@@ -54,7 +54,7 @@ class Segmentation:
         """Read every image and mask once."""
         parts = [part for part in (splits.train, splits.validation, splits.test) if part is not None]
         places = [(part, index) for part in parts for index in range(len(part))]
-        check_readable(places, _read, workers, progress)
+        check_images(places, workers, progress, _read)
 
     def make_model(self, options: RunOptions, num_classes: int, prompts: PromptConfig) -> nn.Module:
         """Make a Segmenter."""

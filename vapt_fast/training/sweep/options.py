@@ -54,7 +54,9 @@ class SweepOptions:
         train_shares: shares of the training images, each a column of its own; 1 is all.
         num_prompts: numbers of prompts to choose one of, for methods with prompts; None for the default.
         run: what differs from the protocol's, as RunOptions has it, with ``recipe`` and ``prompts``.
-        threads: of each run on the CPU. The last bits of results depend on it.
+        threads: of each process on the CPU. The last bits of results depend on it.
+        processes_per_run: how many train each run together, each with its part of every batch and on its own
+            device. The last bits depend on it, and dropout, which each process draws by itself.
 
     Raises:
         UserError: an unknown name, a value out of range or of the wrong type, or nothing to do.
@@ -68,6 +70,7 @@ class SweepOptions:
     num_prompts: list[int] | None = None
     run: dict[str, Any] = field(default_factory=dict)
     threads: int = 1
+    processes_per_run: int = 1
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -80,8 +83,9 @@ class SweepOptions:
         for name in ("seeds", "num_prompts"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _unique(name, getattr(self, name)))
-        if self.threads < 1:
-            raise UserError(f"threads must be at least 1, got {self.threads}")
+        for name in ("threads", "processes_per_run"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1, got {getattr(self, name)}")
         for cell in self.cells():  # what is wrong with the options of a run shows here
             cell.candidates()
 

@@ -11,7 +11,7 @@ import json
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import cycle
@@ -20,22 +20,26 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
+from torch.distributed import is_torchelastic_launched
 
 from ...files import write_atomically
 from ..errors import DivergedError, UserError
 from ..inputs import INPUTS_NAME
+from ..launch import launch
 from ..lora import import_peft
 from ..methods import METHODS, check_backbone
 from ..options import RESULT_NAME, RunOptions
+from ..parallel import joined, rank, wait
 from ..run import run as train
 from ..search import CHECKPOINT_NAME
 from ..suites import open_data_set
 from .engines import ENGINES, spread
 from .options import SWEEP_NAME, Cell, Run, SweepOptions
 
-__all__ = ["Places", "chosen_run", "free_device", "is_finished", "perform", "read_result", "sweep"]
+__all__ = ["Places", "chosen_run", "free_devices", "is_finished", "perform", "read_result", "sweep"]
 
 CLAIM_NAME = "claim.lock"
+WRITER_NAME = "writer.lock"
 
 Progress = Callable[[int, int], None]
 """Called with the number of runs that are finished, and of all runs that the sweep comes to."""
@@ -48,8 +52,9 @@ class Places:
     Attributes:
         devices: by name, as "cuda:1"; each has one run at a time, unless there are more jobs than devices.
         engine: one of ENGINES.
-        jobs: runs at the same time; None for one a device with joblib, and for what the cluster has with Ray.
-        workers: processes of each run that read images.
+        jobs: runs at the same time; None for as many as there are devices for with joblib, and for what the
+            cluster has with Ray.
+        workers: processes that read images, of each process that trains.
         save_models: keep the models that are tested, in the folders of their runs.
         poll: seconds between two looks at runs that other processes are at.
     """
@@ -69,6 +74,26 @@ class Places:
         if self.jobs is not None and self.jobs < 1:
             raise UserError(f"jobs must be at least 1, got {self.jobs}")
 
+    def groups(self, size: int) -> tuple[tuple[str, ...], ...]:
+        """Return the devices of each run that ``size`` processes train: a GPU a process, or one CPU for all.
+
+        With Ray one group, of a single name: it gives each run its GPUs.
+
+        Raises:
+            UserError: the devices can't be shared out so.
+        """
+        if self.engine == "ray" or size == 1:
+            return tuple((name,) for name in self.devices)
+        names = [name for name in self.devices for _ in range(size if name == "cpu" else 1)]
+        groups = [tuple(names[first : first + size]) for first in range(0, len(names), size)]
+        for group in groups:
+            if len(group) < size or len(set(group)) != (1 if "cpu" in group else size):
+                raise UserError(
+                    f"each run needs {size} devices for its {size} processes, or the CPU: devices must be a "
+                    f"multiple of {size} different GPUs, or cpu, got {', '.join(self.devices)}"
+                )
+        return tuple(groups)
+
 
 def sweep(
     options: SweepOptions, folder: Path, places: Places = Places(), progress: Progress | None = None
@@ -85,27 +110,34 @@ def sweep(
 
     Raises:
         UserError: another sweep in the folder, lists of images that are missing or wrong, a run that can't be
-            carried out, or data that has changed.
+            carried out, data that has changed, or several processes a run without devices for them.
         ModuleNotFoundError: the engine or PEFT is missing.
         OSError: the disk is full, or the like.
     """
     cells = options.cells()
+    groups = places.groups(options.processes_per_run)
+    if options.processes_per_run > 1 and is_torchelastic_launched():
+        raise UserError(
+            f"processes_per_run={options.processes_per_run} can't be had under torchrun, each of whose "
+            "processes trains runs of its own: start the sweep without torchrun"
+        )
     _check_inputs(cells)
     if (folder / SWEEP_NAME).exists():
         _check_same(SweepOptions.read(folder), options, folder)
     else:
         options.write(folder)
     total = sum(len(_to_choose_by(cell)) + len(options.tested_seeds) for cell in cells)
-    jobs = places.jobs or (len(places.devices) if places.engine == "joblib" else None)
+    jobs = places.jobs or (len(groups) if places.engine == "joblib" else None)
     gpu = places.devices[0].startswith("cuda")
     with tempfile.TemporaryDirectory() as slots:
-        work = partial(perform, folder, places, options.threads, Path(slots))
+        work = partial(perform, folder, places, options, Path(slots))
+        share = partial(spread, places.engine, work, jobs=jobs, gpu=gpu, processes=options.processes_per_run)
         while any(_open_runs(cell, folder) for cell in cells):
             done = sum(is_finished(run, folder) for cell in cells for run in _known_runs(cell, folder))
             computed = False
             # Twice, and each cell when its turn comes: a choice that is made has runs to follow.
             calls = ((run,) for cell in cells * 2 for run in _open_runs(cell, folder))
-            for mine in spread(places.engine, work, calls, jobs=jobs, gpu=gpu):
+            for mine in share(calls):
                 computed, done = computed or mine, done + mine
                 if progress is not None:
                     progress(done, total)
@@ -113,13 +145,13 @@ def sweep(
                 time.sleep(places.poll)
 
 
-def perform(folder: Path, places: Places, threads: int, slots: Path, run: Run) -> bool:
+def perform(folder: Path, places: Places, options: SweepOptions, slots: Path, run: Run) -> bool:
     """Compute a run, unless its result is there or another process is at it.
 
     Args:
         folder: of the sweep.
         places: where to compute it.
-        threads: on the CPU.
+        options: of the sweep.
         slots: folder of the locks by which processes of one command share the devices.
         run: the run.
 
@@ -135,17 +167,33 @@ def perform(folder: Path, places: Places, threads: int, slots: Path, run: Run) -
     with _claimed(place / CLAIM_NAME) as mine:
         if not mine or is_finished(run, folder):
             return False
-        torch.set_num_threads(threads)
-        with free_device(places, slots) as device:
+        processes = options.processes_per_run
+        with free_devices(places, processes, slots) as devices:
             try:
-                _compute(run, place, places, device)
+                if processes == 1:
+                    _compute(run, place, places, options.threads, devices[0])
+                else:
+                    launch(_compute_part, run, place, places, options.threads, devices, processes=processes)
             except UserError as error:
                 raise UserError(f"{run.name}: {error}") from error
-    return True
+        return is_finished(run, folder)
 
 
-def _compute(run: Run, place: Path, places: Places, device: str) -> None:
+def _compute_part(run: Run, place: Path, places: Places, threads: int, devices: tuple[str, ...]) -> None:
+    """Do the part of one of several processes that ``launch`` has started."""
+    with joined(*devices) as device, _only_writer(place):
+        wait()
+        _compute(run, place, places, threads, device)
+
+
+def _only_writer(place: Path) -> AbstractContextManager[Any]:
+    """Wait for an earlier writer of a run, which may outlive the process with the claim by a moment."""
+    return FileLock(place / WRITER_NAME) if rank() == 0 else nullcontext()
+
+
+def _compute(run: Run, place: Path, places: Places, threads: int, device: str) -> None:
     """Train, from the checkpoint that an earlier process may have left."""
+    torch.set_num_threads(threads)
     begun = (place / INPUTS_NAME).exists()  # which is written last before training starts
     if begun and RunOptions.read(place) != run.options:
         raise UserError(f"{place} has a run of other options: give another folder")
@@ -161,22 +209,24 @@ def _compute(run: Run, place: Path, places: Places, device: str) -> None:
             save=places.save_models and run.last,
         )
     except DivergedError:
-        write_atomically(place / RESULT_NAME, json.dumps({"diverged": True}).encode())
-        (place / CHECKPOINT_NAME).unlink(missing_ok=True)
+        if rank() == 0:
+            write_atomically(place / RESULT_NAME, json.dumps({"diverged": True}).encode())
+            (place / CHECKPOINT_NAME).unlink(missing_ok=True)
 
 
 @contextmanager
-def free_device(places: Places, slots: Path) -> Iterator[str]:
-    """Give a device that no other run of this command has; Ray gives a run's process the one it may use."""
+def free_devices(places: Places, processes: int, slots: Path) -> Iterator[tuple[str, ...]]:
+    """Give a run devices that no other run of this command has; Ray gives it those it may use."""
+    groups = places.groups(processes)
     if places.engine == "ray":
-        yield places.devices[0]
+        yield groups[0]
         return
-    jobs = places.jobs or len(places.devices)
-    names = places.devices * -(-jobs // len(places.devices))
-    for index in cycle(range(len(names))):
+    jobs = places.jobs or len(groups)
+    groups *= -(-jobs // len(groups))
+    for index in cycle(range(len(groups))):
         with _claimed(slots / f"{index}.lock") as mine:
             if mine:
-                yield names[index]
+                yield groups[index]
                 return
 
 

@@ -1,0 +1,61 @@
+"""Processes that PyTorch's launcher starts for one call: none outlives it, and their errors are its own."""
+
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from vapt_fast.training import UserError
+from vapt_fast.training.launch import launch
+from vapt_fast.training.parallel import add_up, joined, rank
+
+pytestmark = pytest.mark.full
+
+
+def in_process(fault, folder):
+    """Fail as the second process, while the first waits for it."""
+    with joined("cpu"):
+        if rank() == 1 and fault == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if rank() == 1 and fault is not None:
+            raise fault
+        total = torch.ones(1)
+        add_up(total)
+        (folder / str(rank())).write_text(str(total.item()))
+
+
+def call(fault, folder):
+    launch(in_process, fault, folder, processes=2)
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing():
+    """Neither a process nor a handler of signals."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield
+    assert not multiprocessing.active_children()
+    assert [signal.getsignal(number) for number in numbers] == handlers
+
+
+def test_every_process_does_its_part(tmp_path):
+    call(None, tmp_path)
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2.0", "1": "2.0"}
+
+
+@pytest.mark.parametrize("fault", [UserError("what went wrong"), KeyError("unexpected")])
+def test_the_first_error_is_raised(fault, tmp_path, capfd):
+    with pytest.raises(type(fault)) as raised:
+        call(fault, tmp_path)
+    assert raised.value.args == fault.args
+    assert "in_process" in str(raised.value.__cause__)  # its traceback
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_process_that_is_killed(tmp_path):
+    with pytest.raises(UserError, match="one of 2 processes was ended by SIGKILL"):
+        call("killed", tmp_path)
+    assert not list(Path(tmp_path).iterdir())
