@@ -31,7 +31,7 @@ from suite_folders import image, vtab_folder
 
 from vapt_fast import AdaptiveViT
 from vapt_fast.cli import app
-from vapt_fast.demo.canvases import write_canvases
+from vapt_fast.demo.placed_digits import write_canvases
 from vapt_fast.training.suites import SUITES
 
 BACKBONE = "vit_digits_patch4_32"
