@@ -28,10 +28,10 @@ from command import succeed
 from packaging.requirements import Requirement
 from pages import ROOT, TEXTS, blocks, commands, inline_commands
 from suite_folders import image, vtab_folder
-from vapt_fast.demo.canvases import write_canvases
 
 from vapt_fast import AdaptiveViT
 from vapt_fast.cli import app
+from vapt_fast.demo.placed_digits import write_canvases
 from vapt_fast.training.suites import SUITES
 
 BACKBONE = "vit_digits_patch4_32"
