@@ -8,7 +8,7 @@ from digits import BACKBONE
 from torch.utils.data import DataLoader
 
 from vapt_fast.data import full_data_config
-from vapt_fast.demo.canvases import write_canvases
+from vapt_fast.demo.placed_digits import write_canvases
 from vapt_fast.tasks.segmentation import Segmenter, evaluate_pixels, mask_splits
 
 OPTIONS = {"img_size": 64, "num_prompts": 10}
