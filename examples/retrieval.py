@@ -14,6 +14,7 @@ def score(model, pictures):
 
 
 def main(epochs: int = 10) -> None:
+    torch.manual_seed(0)
     model = make_model()
     pictures = digits(model, 600)
     known, others = Subset(pictures, range(300)), Subset(pictures, range(300, 600))

@@ -70,9 +70,10 @@ def test_threads_over_one_model() -> None:
         assert all(torch.equal(output, expected[backend]) for output in outputs)
 
 
-def test_replicas() -> None:
+@pytest.mark.parametrize("options", [{}, {"qkv_bias": False}], ids=["biases", "no bias of qkv"])
+def test_replicas(options: dict[str, bool]) -> None:
     """What nn.DataParallel runs: copies whose parameters are plain attributes, one in each thread."""
-    model = tiny_model(VIT, prompts=PromptConfig(num_prompts=3, projector_dim=4)).train()
+    model = tiny_model(VIT, prompts=PromptConfig(num_prompts=3, projector_dim=4), **options).train()
     model.prompts.eval()  # threads would draw dropouts from one generator
     model.backbone.blocks[1].requires_grad_(True)
     images = tiny_images(model, batch=4)

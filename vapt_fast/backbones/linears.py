@@ -68,8 +68,8 @@ class Weights:
     @classmethod
     def of(cls, linear: Any) -> Weights:
         """Return those of a plain module of one of ``LINEARS``, or of a replica, which has no parameters."""
-        own = linear._parameters
-        weight, bias = (own["weight"], own["bias"]) if own else (linear.weight, linear.bias)
+        own = linear._parameters  # a replica without bias has that alone
+        weight, bias = (own["weight"], own["bias"]) if "weight" in own else (linear.weight, linear.bias)
         fp8 = isinstance(linear, Fp8Linear)
         return cls(weight, bias, fp8, fp8 and linear.fp8_gradients)
 

@@ -19,7 +19,6 @@ __all__ = ["Kernels", "as_tuple", "define", "differentiable_once", "num_tensors"
 
 def _setup_context(op: Op, ctx: Any, implementation: str, args: Any, output: Any) -> None:
     # No zeros for outputs that nobody used: autograd would write them in each backward.
-    ctx.mark_non_differentiable(*output[op.num_results :])
     ctx.set_materialize_grads(False)
     saved = op.save(args, output)
     ctx.save_for_backward(*saved[: op.num_saved_tensors])
@@ -77,12 +76,12 @@ class Kernels(torch.autograd.Function):
     # Without setup_context, for which autograd would inspect the signature in each call.
     @staticmethod
     def forward(ctx: Any, op: Op, implementation: str, *args: Any) -> tuple[Tensor, ...]:
-        """Return the outputs."""
+        """Return the results."""
         arguments = op.signature.arguments(*args)
         output = op.forward(implementation, arguments)
         ctx.op = op
         _setup_context(op, ctx, implementation, arguments, output)
-        return tuple(output)
+        return tuple(output[: op.num_results])
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
@@ -144,7 +143,9 @@ def define(op: Op, arguments: dict[str, Any], saved: dict[str, Any]) -> Any:
 
     def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
         *args, implementation = inputs
-        _setup_context(op, ctx, implementation, types.arguments(*args), types.outputs(*as_tuple(output)))
+        outputs = types.outputs(*as_tuple(output))
+        ctx.mark_non_differentiable(*outputs[op.num_results :])
+        _setup_context(op, ctx, implementation, types.arguments(*args), outputs)
 
     def differentiate(ctx: Any, *grad_outputs: Tensor | None) -> tuple:
         def call(implementation: str, kept: Any, grad_results: tuple, names: set[str]) -> Any:

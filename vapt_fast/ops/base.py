@@ -167,7 +167,7 @@ class Op:
         if implementation == "torch":
             return self.compute(args)
         if differentiable:
-            return Kernels.apply(self, implementation, *args)[: self.num_results]
+            return Kernels.apply(self, implementation, *args)
         return self.forward(implementation, args)[: self.num_results]
 
     def _run_recorded(self, backend: str | None, args: Any) -> tuple[Tensor, ...]:
@@ -313,7 +313,7 @@ def is_recorded(tensor: Tensor) -> bool:
 
 def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """A contiguous tensor of the same shape, not initialised."""
-    return tensor.new_empty(tensor.shape, dtype=dtype)
+    return torch.empty_like(tensor, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def or_zeros(grad: Tensor | None, like: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -6,6 +6,7 @@ plan is kept under that: it is a note of what was found, never of values.
 
 from __future__ import annotations
 
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ __all__ = ["PLANS", "TENSORS", "Plan", "describe", "is_watched", "make_plan"]
 TENSORS = {Tensor, torch.nn.Parameter}  # subclasses may mean something of their own
 _OPTIONS = {int, float, bool, str, torch.dtype, type(None)}
 _MOST_PLANS = 4096  # of calls in ever new shapes
+_facts = attrgetter("shape", "dtype", "device", "requires_grad")
 
 
 class Plan(NamedTuple):
@@ -67,14 +69,14 @@ def describe(args: tuple, num_tensors: int) -> list[Any] | None:
         if value is None:
             found.append(None)
         elif type(value) in TENSORS:
-            found += value.shape, value.dtype, value.device, value.requires_grad
+            found.append(_facts(value))
         else:
             return None
-    for value in args[num_tensors:]:
-        if type(value) not in _OPTIONS:
-            return None
-        found += type(value), value  # 1, 1.0 and True are equal
-    return found
+    options = args[num_tensors:]
+    types = tuple(map(type, options))  # 1, 1.0 and True are equal
+    if not _OPTIONS.issuperset(types):
+        return None
+    return [*found, types, options]
 
 
 def make_plan(key: tuple, given: tuple, checked: tuple, num_tensors: int, implementation: str) -> Plan:

@@ -203,11 +203,10 @@ class _PromptPool(Op):
 
     def allocate(self, args: Arguments) -> Outputs:
         x, matrix = args.x, args.matrix
-        pooled = matrix.new_empty((x.shape[0], matrix.shape[-2], x.shape[2]))
-        mean, rstd = matrix.new_empty(x.shape[:2]), matrix.new_empty(x.shape[:2])
-        return Outputs(
-            empty_total(x, args.branch), empty_like(x, args.dtype), pooled, mean, rstd, empty_like(pooled)
-        )
+        batch, num_tokens, dim = x.shape
+        pooled, mean = matrix.new_empty(batch, matrix.shape[-2], dim), matrix.new_empty(batch, num_tokens)
+        tokens = empty_total(x, args.branch), empty_like(x, args.dtype)
+        return Outputs(*tokens, pooled, mean, empty_like(mean), empty_like(pooled))
 
     def save(self, args: Arguments, out: Outputs) -> Saved:
         x, branch = args.x, args.branch
