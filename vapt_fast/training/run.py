@@ -104,8 +104,7 @@ def run(
     parallel.wait()  # until all processes have read what is in the folder
     if begins and writes:
         _begin(options, folder, inputs)
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    _reset_peak_memory(device)
     places: dict[str, Any] = {"device": device, "workers": workers, "folder": folder}
     going: dict[str, Any] = {"validate_every": validate_every, "resume": resume, "progress": progress}
     found = search(make_model, splits, recipes, **places, **going, start=start, evaluate=task.evaluate)
@@ -245,6 +244,11 @@ def _cached(splits: Splits) -> Splits:
     """Keep what is read in every epoch in memory; the test images are read once."""
     validation = None if splits.validation is None else in_memory(splits.validation)
     return replace(splits, train=in_memory(splits.train), validation=validation)
+
+
+def _reset_peak_memory(device: torch.device | str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def _peak_memory(device: torch.device | str) -> int | None:

@@ -127,8 +127,7 @@ def search(
     def score_of(model: nn.Module, dataset: LabelledImages, recipe: Recipe) -> Score:
         return evaluate(model, dataset, batch_size=recipe.batch_size, amp=recipe.amp, **options)
 
-    for index in range(len(state["candidates"]), len(recipes)):
-        recipe = recipes[index]
+    for index, recipe in list(enumerate(recipes))[len(state["candidates"]) :]:
         trainer = Trainer(_seeded(make_model, recipe), recipe, splits.train, **options)
         if state["current"] is not None:
             trainer.load_state_dict(state["current"])
