@@ -136,12 +136,9 @@ def _num_row_blocks(args: Arguments | Saved, config: Config) -> int:
 
 
 def _masks(args: Arguments | Saved) -> tuple:
-    """The masks (B, P, C) and (B, P, r), the first one, which is (B, 1, C), without copying."""
-    channels = args.channel_mask
-    if channels is not None:
-        of_images, _, of_channels = channels.stride()
-        channels = channels, of_images, 0, of_channels
-    return channels, strided(args.feature_mask)
+    """The masks (B, P, C) and (B, P, r), the first one without copying."""
+    channels = None if args.channel_mask is None else args.channel_mask.expand(args.pooled.shape)
+    return strided(channels), strided(args.feature_mask)
 
 
 def _arithmetic(pooled: Tensor, dtype: torch.dtype) -> torch.dtype:
