@@ -33,13 +33,15 @@ def main(epochs: int = 5) -> None:
     model = Segmenter(BACKBONE, pretrained=True, num_classes=6, decoder="pup", **OPTIONS)
     splits = mask_splits(folder, full_data_config(model.pretrained_cfg), seed=0)
     train(model, splits.train, epochs)
-    print(f"Segmenter: mean IoU {evaluate_pixels(model, splits.test, splits.class_names).mean_iou:.1%}")
+    score = evaluate_pixels(model, splits.test, splits.class_names)
+    print(f"Segmenter: mean IoU {score.mean_iou:.1%}")
     model.save_adapter("segmenter", class_names=splits.class_names)
 
     # Any decoder that takes a timm backbone takes a vapt_ name; this one has "tu-" before it.
     other = smp.DPT(f"tu-vapt_{BACKBONE}", encoder_weights=None, classes=6, **OPTIONS)
     train(other, splits.train, epochs)
-    print(f"DPT: mean IoU {evaluate_pixels(other, splits.test, splits.class_names).mean_iou:.1%}")
+    score = evaluate_pixels(other, splits.test, splits.class_names, size=(64, 64))
+    print(f"DPT: mean IoU {score.mean_iou:.1%}")
 
 
 if __name__ == "__main__":

@@ -92,6 +92,7 @@ def evaluate_pixels(
     dataset: LabelledImages,
     class_names: list[str],
     *,
+    size: tuple[int, int] | None = None,
     batch_size: int = 8,
     device: torch.device | str = "cpu",
     amp: str | None = None,
@@ -103,9 +104,11 @@ def evaluate_pixels(
     Windows of the model's size slide over each image; their mean logits are resized to the labels' size.
 
     Args:
-        model: a Segmenter on ``device``; it is left in eval mode.
+        model: a Segmenter on ``device``, or with ``size`` any other model that gives logits (B, C, h, w); it
+            is left in eval mode.
         dataset: of (image (C, H, W), labels (h, w)), of any sizes that a window fits in.
         class_names: of the model, by index.
+        size: height and width of the windows; None for those that a Segmenter takes.
         batch_size: windows a step.
         device, amp, workers: as for vapt_fast.training.evaluate.
         progress: told how many images are done, of how many.
@@ -113,13 +116,14 @@ def evaluate_pixels(
     Raises:
         UserError: an image or mask that can't be used.
     """
-    device, segmenter = torch.device(device), cast(Segmenter, model)
-    size = segmenter.eval().pretrained_cfg["input_size"][-2:]
+    device = torch.device(device)
+    size = cast(Segmenter, model).pretrained_cfg["input_size"][-2:] if size is None else size
+    model.eval()
     confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
     loss, num_pixels = 0.0, 0
     for done, (images, labels) in enumerate(make_loader(dataset, 1, workers=workers), start=1):
         with autocast(device, amp):
-            logits = sliding_window(segmenter, images.to(device), size, batch_size=batch_size)
+            logits = sliding_window(model, images.to(device), size, batch_size=batch_size)
         logits, labels = resized(logits.float(), labels.shape[-2:]), labels.to(device)
         pixels = int((labels != IGNORED).sum())
         loss += cross_entropy(logits, labels).item() * pixels
