@@ -384,8 +384,9 @@ def odd_folder(tmp_path_factory):
 def odd_run(odd_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd") / "run[2]"
     arguments = ["--epochs", "2", "--lr", "1", "--prompts", "2", "--batch-size", "4", "--workers", "2"]
-    shown = succeed("train", "--data", odd_folder, "--output", folder, *arguments).stdout
-    assert f"wrote {folder}" in shown
+    shown = succeed("train", "--data", odd_folder, "--output", folder, *arguments)
+    assert f"wrote {folder}" in shown.stdout
+    assert "name one of timm's with --backbone" in " ".join(shown.output.split())
     return folder
 
 

@@ -127,6 +127,12 @@ def _describe(model: Any, splits: Any, options: RunOptions) -> None:
         status,
     )
     say(trainable_summary(model), status)
+    if options.backbone == DEMO_BACKBONE and options.data != "digits":
+        say(
+            f"the backbone is {DEMO_BACKBONE}, which has seen nothing but digits of 32 x 32 pixels: name one "
+            "of timm's with --backbone",
+            status,
+        )
     if options.needs_backbone_file:
         size = sum(tensor.nbytes for tensor in model.backbone.state_dict().values()) / 1e6
         say(
