@@ -8,9 +8,10 @@ from timm.utils import ModelEmaV3
 
 
 def main(epochs: int = 10) -> None:
+    torch.manual_seed(0)
     model = make_model()
     batches = loader(model)
-    optimizer = create_optimizer_v2(model, "momentum", lr=0.5, weight_decay=1e-4)
+    optimizer = create_optimizer_v2(model, "momentum", lr=0.2, weight_decay=1e-4)
     scheduler, epochs = create_scheduler_v2(optimizer, num_epochs=epochs, warmup_epochs=1)
     average = ModelEmaV3(model, decay=0.9)
     for epoch in range(epochs):

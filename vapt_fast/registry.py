@@ -130,8 +130,10 @@ def register(name: str) -> None:
         name: of an architecture that timm knows, without a tag: one of your own, after timm's register_model.
 
     Raises:
-        ValueError: timm doesn't know it.
+        ValueError: timm doesn't know it, or it has the prefix already.
     """
+    if name.startswith(PREFIX):
+        raise ValueError(f"name must be that of a backbone, without {PREFIX!r}, got {name!r}")
     if not timm.is_model(name):
         raise ValueError(f"timm knows no architecture {name!r}: pass it to timm's register_model first")
     cfgs = get_arch_pretrained_cfgs(name)  # by name and tag, the default first

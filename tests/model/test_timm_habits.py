@@ -129,6 +129,10 @@ except ValueError as error:
     assert "register_model" in str(error)
 register_model(my_vit)
 vapt_fast.registry.register("my_vit")
+try:
+    vapt_fast.registry.register("vapt_my_vit")
+except ValueError as error:
+    assert "without 'vapt_'" in str(error)
 model = timm.create_model("vapt_my_vit", num_prompts=3, num_classes=4)
 assert isinstance(model, vapt_fast.AdaptiveViT) and model.num_classes == 4
 

@@ -668,6 +668,12 @@ def test_command_line_refuses(canvases, trained, tmp_path):
     assert "cache" in error_of(*base, "--data", canvases, "--cache")
     assert "crop_pct" in error_of(*base, "--data", canvases, "--crop-pct", 0.9)
     assert "frozen backbone" in error_of(*base, "--data", canvases, "--method", "full", "--image-size", 64)
+    assert "give the task segmentation" in error_of("train", "--output", tmp_path / "o", "--data", canvases)
+    image = next(images.iterdir())
+    assert "is for segmentation" in error_of("explain", trained, image, "--output", tmp_path / "e.png")
+    if find_spec("ray") and find_spec("multipart"):
+        assert "is for segmentation" in error_of("serve", f"a={trained}", "--store", tmp_path / "store")
+        assert not (tmp_path / "store").exists()
 
 
 # ---- pictures

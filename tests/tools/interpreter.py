@@ -131,10 +131,11 @@ def _quick_tensor(make: Callable) -> Callable:
 
 def _quick_block_type(make: Callable) -> Callable:
     """What ``make`` sets depends on the shape, and on the name of the type of an element."""
-    known: dict[tuple[str | int, ...], dict[str, Any]] = {}
+    known: dict[tuple[Any, ...], dict[str, Any]] = {}
 
     def init(self: tl.block_type, element_ty: tl.dtype, shape: Any) -> None:
-        key = (str(element_ty), *(getattr(size, "value", size) for size in shape))
+        sizes = [getattr(size, "value", size) for size in shape]
+        key = (str(element_ty), *sizes, *map(type, sizes))  # 8.0 is refused, and equals 8
         if key not in known:
             make(self, element_ty, shape)
             known[key] = dict(vars(self))

@@ -3,11 +3,13 @@
 import multiprocessing
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from vapt_fast.adapters import AdapterError, AdapterNotFoundError
 from vapt_fast.training import UserError
 from vapt_fast.training.launch import launch
 from vapt_fast.training.parallel import add_up, joined, rank
@@ -20,6 +22,10 @@ def in_process(fault, folder):
     with joined("cpu"):
         if rank() == 1 and fault == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
+        if rank() == 1 and fault == "Unreadable":
+            raise Unreadable("full", "disk")
+        if rank() == 1 and fault == "SystemExit":
+            sys.exit("disk")
         if rank() == 1 and fault is not None:
             raise fault
         total = torch.ones(1)
@@ -46,13 +52,35 @@ def test_every_process_does_its_part(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2.0", "1": "2.0"}
 
 
-@pytest.mark.parametrize("fault", [UserError("what went wrong"), KeyError("unexpected")])
+FAULTS = [
+    UserError("what went wrong"),
+    KeyError("unexpected"),
+    AdapterError("it does not fit", ["one reason", "another"]),
+    AdapterNotFoundError("it is not there", []),
+]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: type(fault).__name__)
 def test_the_first_error_is_raised(fault, tmp_path, capfd):
     with pytest.raises(type(fault)) as raised:
         call(fault, tmp_path)
     assert raised.value.args == fault.args
     assert "in_process" in str(raised.value.__cause__)  # its traceback
     assert "Traceback" not in capfd.readouterr().err
+
+
+class Unreadable(Exception):
+    """One that pickle writes and can't read."""
+
+    def __init__(self, what, why):
+        super().__init__(f"{what}: {why}")
+
+
+@pytest.mark.parametrize("fault", ["Unreadable", "SystemExit"])
+def test_an_error_that_cannot_be_sent(fault, tmp_path):
+    with pytest.raises(RuntimeError, match=f"{fault}: .*disk") as raised:
+        call(fault, tmp_path)
+    assert "in_process" in str(raised.value.__cause__)
 
 
 def test_a_process_that_is_killed(tmp_path):

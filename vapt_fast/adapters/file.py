@@ -108,6 +108,16 @@ class AdapterError(ValueError):
         self.problems = tuple(problems)
         super().__init__(listing(summary, self.problems))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how another process gets the error, for pickle."""
+        return _error_of, (type(self), str(self), self.problems)
+
+
+def _error_of(kind: type[AdapterError], message: str, problems: tuple[str, ...]) -> AdapterError:
+    error = kind("", ())
+    error.args, error.problems = (message,), problems
+    return error
+
 
 class AdapterNotFoundError(AdapterError, FileNotFoundError):
     """A file of the adapter does not exist."""

@@ -167,9 +167,10 @@ class Batch(NamedTuple):
         """
         if isinstance(adapter_names, Tensor):
             least = -1 if has_base else 0
-            index = check_index(adapter_names, images, least, len(model.adapters))
+            hint = "" if has_base else "; the bare backbone, -1, has no classifier that was trained"
+            index = check_index(adapter_names, images, least, len(model.adapters), hint)
             assert_range(index, least, len(model.adapters))
-            names = [BASE, *model.adapters] if has_base else [*model.adapters]
+            names = [*((BASE,) if has_base else ()), *model.adapters.keys()]
             return cls([*map(model.find_adapter, names)], index - least, None)
         given = check_names(adapter_names, len(images), (BASE, *model.adapters))
         rows: dict[str, list[int]] = {}
@@ -198,12 +199,16 @@ def check_names(adapter_names: Any, batch: int, known: Sequence[str]) -> list[st
     hashed = frozenset(known)
     unknown = sorted({repr(name) for name in names if not isinstance(name, str) or name not in hashed})
     if unknown:
-        raise ValueError(f"adapter_names must be among {tuple(known)}, got {', '.join(unknown)}")
+        raise ValueError(
+            f"adapter_names must be among {tuple(known)}, or integers in a tensor, got {', '.join(unknown)}"
+        )
     return names
 
 
-def check_index(index: Tensor, images: Tensor, least: int, end: int) -> Tensor:
+def check_index(index: Tensor, images: Tensor, least: int, end: int, hint: str = "") -> Tensor:
     """Return the integers (B,) as int64; that they are in [least, end), ``assert_range`` may have to check.
+
+    ``hint`` ends the message for one out of range.
 
     Raises:
         TypeError: not integers.
@@ -217,7 +222,7 @@ def check_index(index: Tensor, images: Tensor, least: int, end: int) -> Tensor:
         raise ValueError(f"adapter_names must be on the images' device {images.device}, got {index.device}")
     index = index.long()
     if not _is_asserted(index) and not _is_within(index, least, end):
-        raise ValueError(f"adapter_names must be in [{least}, {end}), got {index.tolist()}")
+        raise ValueError(f"adapter_names must be in [{least}, {end}), got {index.tolist()}{hint}")
     return index
 
 

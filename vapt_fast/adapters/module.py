@@ -123,7 +123,7 @@ def find(adapters: nn.ModuleDict, name: str) -> Adapter:
     Raises:
         ValueError: there is none; lists those there are.
     """
-    if name not in tuple(adapters):
+    if name not in adapters:
         raise ValueError(f"adapter must be one of {tuple(adapters)}, got {name!r}")
     return cast(Adapter, adapters[name])
 

@@ -10,6 +10,7 @@ import typer
 from ..explain import explain_picture
 from ..files import write_atomically
 from ..model import AdaptiveViT
+from ..tasks.segmentation import Segmenter
 from ..training import UserError, load_model, open_image
 from ..training.run import check_backend
 from . import options
@@ -39,6 +40,8 @@ def explain(
             raise UserError(
                 f"{adapter} holds a model without prompts, trained by full fine-tuning; expected an adapter"
             )
+        if isinstance(model, Segmenter):
+            raise UserError(f"{adapter} is for segmentation, and explain is about the class of an image")
         names = metadata["class_names"]
         if target is not None and target not in names:
             raise UserError(f"--target must be one of the classes {', '.join(names)}, got {target!r}")

@@ -23,6 +23,7 @@ from ..serving.engine import add_adapters, check_installed, start, stop
 from ..serving.store import check_name
 from ..training import UserError
 from ..training.run import check_backend
+from ..training.saved import SEGMENTATION
 from . import options
 from .console import failures, pick_device, say
 
@@ -87,7 +88,7 @@ def serve(
         device = pick_device(device)
         _check_port(host, port)
         token, folders = _token(token_file), _named_folders(adapters)
-        largest = max(read(local_folder(folder)).num_classes for folder in folders.values())
+        largest = max(_classes_of(folder) for folder in folders.values())
         given = ServeOptions(
             first=next(iter(folders.values())),
             store=store.resolve(),
@@ -110,6 +111,14 @@ def serve(
         gpus = min(1.0, torch.cuda.device_count() / replicas) if device.startswith("cuda") else 0.0
         placing = {"replicas": replicas, "gpus": gpus, "timeout": timeout, "address": address}
         _serve(given, folders, host, port, **placing)
+
+
+def _classes_of(folder: str) -> int:
+    """Return how many classes an adapter tells apart."""
+    file = read(local_folder(folder))
+    if SEGMENTATION in file.config["metadata"]:
+        raise UserError(f"{folder} is for segmentation, and the server names the class of images")
+    return file.num_classes
 
 
 def _serve(given: ServeOptions, folders: dict[str, str], host: str, port: int, **placing: Any) -> None:

@@ -122,7 +122,10 @@ def sweep(
         named = [name for name in (*_OWN, *given) if is_given(context, name)]
         if data is None:
             if named:
-                raise UserError(f"--data must be given with {flag_of(named[0])}, as vtab or vtab:cifar")
+                raise UserError(
+                    f"--data must be given with {flag_of(named[0])}, as vtab or vtab:cifar; to go on with a "
+                    f"sweep, give neither"
+                )
             chosen = SweepOptions.read(output)
         else:
             chosen = SweepOptions(

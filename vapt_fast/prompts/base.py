@@ -178,7 +178,7 @@ class BlockPrompts(nn.Module):
             dtype: of the matrices, at least.
         """
         return [
-            block.plain() if "plain" in vars(type(block)) and not has_hooks(block) else None
+            block.plain() if "plain" in type(block).__dict__ and not has_hooks(block) else None
             for block in prompts.blocks
         ]
 

@@ -88,7 +88,7 @@ class Layout:
             num_patches: N.
             varying: whether adapters with fewer or narrower prompts may take the place of these.
         """
-        depth = max(map(len, adapters), default=0)
+        depth = max([len(blocks) for blocks in adapters], default=0)
         blocks = [[_at(adapter, i) for adapter in adapters] for i in range(depth)]
         every = [plain for block in blocks for plain in block]
         own = any(plain.pooling is not None and plain.pooling.own_projector for plain in every)
@@ -226,10 +226,10 @@ def _block_layout(block: Sequence[PlainPrompts], projector: int | None, varying:
     count = sum(plain.num_prompts > 0 for plain in block)
     return BlockLayout(
         num_prompts=max(numbers),
-        matrices=max((len(pooling.matrix) for pooling in poolings), default=0),
+        matrices=max([len(pooling.matrix) for pooling in poolings], default=0),
         kernel=any(pooling.kernel is not None for pooling in poolings),
         table=any(plain.table is not None for plain in block),
-        width=max((keys.shape[1] for keys in given), default=0),
+        width=max([keys.shape[1] for keys in given], default=0),
         projector=projector,
         varying=varying or len(numbers) > 1,
         pools=len(poolings) == count > 0,

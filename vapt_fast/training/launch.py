@@ -82,12 +82,22 @@ def _call(parent: int, folder: Path, function: Callable[..., None], arguments: t
     end_with(parent)
     try:
         function(*arguments)
-    except Exception as error:
-        content = pickle.dumps((time.time(), error, traceback.format_exc()))
+    except (Exception, SystemExit) as error:
+        content = pickle.dumps((time.time(), _as_sent(error), traceback.format_exc()))
         write_atomically(folder / f"{os.environ['RANK']}.error", content)
         if not isinstance(error, UserError):
             time.sleep(1)  # if a process was killed, which the others only notice, the launcher sees it first
-        raise
+        raise RuntimeError("left in a file") from error  # a SystemExit may look like success
+
+
+def _as_sent(error: BaseException) -> Exception:
+    """Return the error if another process can read it, and one that says the same if not."""
+    try:
+        if isinstance(error, Exception) and isinstance(pickle.loads(pickle.dumps(error)), type(error)):
+            return error
+    except Exception as unreadable:  # of any kind: it is raised by the error's own code
+        return RuntimeError(f"{type(error).__name__}: {error} (not sent as it is: {unreadable})")
+    return RuntimeError(f"{type(error).__name__}: {error}")
 
 
 def _first_error(folder: Path) -> tuple[Exception, str] | None:

@@ -167,7 +167,8 @@ def folder_splits(
         augmentation: of the training images.
 
     Raises:
-        UserError: a folder that is missing, empty or has other classes than the training folder.
+        UserError: a folder that is missing, empty or has other classes than the training folder, or one that
+            is laid out for segmentation.
     """
     root = Path(root)
     if not root.is_dir():
@@ -175,6 +176,8 @@ def folder_splits(
     learning, fixed = train_transform(config, augmentation), eval_transform(config)
     base = root / "train" if (root / "train").is_dir() else root
     train = _open_folder(base, learning)
+    if train.classes == ["images", "masks"]:
+        raise UserError(f"{printable(base)} has images/ and masks/: give the task segmentation")
     order = stratified_order(train.targets, seed)
     num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
     test: LabelledImages | None = None
