@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from report import table
 from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor
@@ -320,10 +321,6 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     return mean(values), t.ppf(0.975, len(values) - 1) * stdev(values) / math.sqrt(len(values))
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)) + "\n"
-
-
 def section(protocol: Protocol, results: Results) -> str:
     """Return the page's section of results."""
     shots = list(protocol.epochs)
@@ -353,11 +350,12 @@ def section(protocol: Protocol, results: Results) -> str:
     short = [f"k = {k}" for k in shots]
     return (
         f"Accuracy in %, mean of {len(protocol.test)} alphabets, over {len(protocol.test_seeds)} seeds with "
-        f"the 95% interval:\n\n{table(header, rows)}\n"
+        f"the 95% interval:\n\n{table(header, rows)}\n\n"
         "A step has a batch of 32 and one thread of a CPU. The differences, paired by seed:\n\n"
-        f"{table(['', *short], paired)}\n![Accuracy over the number of drawings](figures/omniglot.svg)\n\n"
-        f"By alphabet:\n\n{table(['method', 'alphabet', *short], apart)}\n"
-        f"Learning rates chosen on {', '.join(protocol.validation)}:\n\n{table(['method', *short], rates)}\n"
+        f"{table(['', *short], paired)}\n\n![Accuracy over the number of drawings](figures/omniglot.svg)\n\n"
+        f"By alphabet:\n\n{table(['method', 'alphabet', *short], apart)}\n\n"
+        f"Learning rates chosen on {', '.join(protocol.validation)}:\n\n"
+        f"{table(['method', *short], rates)}\n\n"
         f"The backbone names {backbone['held_out_accuracy']:.1%} of the held-out drawings of the characters "
         "that it was trained on.\n"
     )

@@ -21,7 +21,9 @@ def omniglot():
     spec = importlib.util.spec_from_file_location("omniglot", BENCH)
     module = importlib.util.module_from_spec(spec)
     sys.modules["omniglot"] = module  # for dataclasses
+    sys.path.insert(0, str(BENCH.parent))
     spec.loader.exec_module(module)
+    sys.path.remove(str(BENCH.parent))
     yield module
     del sys.modules["omniglot"]
 
