@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..modules import is_ordinary, register_by_token
 from ..ops.fp8_linear import Quantised, fp8_linear, quantise
+from ..ops.linear import linear
 
 __all__ = ["LINEARS", "Fp8GradientsLinear", "Fp8Linear", "Weights"]
 
@@ -76,7 +77,7 @@ class Weights:
     def __call__(self, x: Tensor, *, gelu: bool = False) -> Tensor:
         """Return x @ weight.T + bias, or with the exact GELU of x for x."""
         if not self.fp8:
-            return F.linear(F.gelu(x) if gelu else x, self.weight, self.bias)
+            return linear(F.gelu(x) if gelu else x, self.weight, self.bias)
         if self.quantised is None:
             self.quantised = quantise(self.weight)
         options = {"gelu": gelu, "fp8_gradients": self.fp8_gradients}
