@@ -144,11 +144,13 @@ def evaluate(model: nn.Module, dataset: LabelledImages, **options: Any) -> Score
 
     Of several processes that train together, each takes a part of the images, and all return the same.
     """
-    part: LabelledImages = dataset
+    part, left = dataset, len(dataset)
     if parallel.world_size() > 1:
-        part = Subset(cast(Any, dataset), range(parallel.rank(), len(dataset), parallel.world_size()))
+        part, left = _part(dataset)
     totals = torch.zeros(2, dtype=torch.float64, device=options.get("device", "cpu"))  # images right, loss
     for logits, labels in classify(model, part, **options):
+        logits, labels = logits[:left], labels[:left]
+        left -= len(labels)
         right = (logits.argmax(1) == labels).sum()
         totals += torch.stack([right.double(), _total_loss(logits, labels)])
     parallel.add_up(totals)
@@ -189,6 +191,17 @@ def evaluate_by_class(
         if progress is not None:
             progress(done, len(dataset))
     return Evaluation(tuple(class_names), confusion, loss / done)
+
+
+def _part(dataset: LabelledImages) -> tuple[LabelledImages, int]:
+    """Return this process's images, and how many of them count: the first one fills in for one too few.
+
+    With as many images all processes call the model as often, as they must where its weights are spread.
+    """
+    size = parallel.world_size()
+    indices = list(range(parallel.rank(), len(dataset), size))
+    fills = [0] * (-(-len(dataset) // size) - len(indices))
+    return Subset(cast(Any, dataset), indices + fills), len(indices)
 
 
 def _total_loss(logits: Tensor, labels: Tensor) -> Tensor:

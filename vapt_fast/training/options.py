@@ -129,6 +129,12 @@ class RunOptions:
         "products of the frozen backbone in 8 bits, and in its backward pass too (default: as all else)",
         choices=PRECISIONS,
     )
+    shard: bool = _model(
+        False,
+        "spread the frozen weights of the backbone's blocks over the processes that train together (FSDP2), "
+        "if a device is too small for all of them",
+        flags=("--shard",),
+    )
     lora_rank: int = _model(LoraOptions.rank, "rank of LoRA's matrices")
     lora_alpha: float = _model(LoraOptions.alpha, "LoRA's products are scaled by alpha / rank")
     lora_targets: list[str] = field(
@@ -191,6 +197,8 @@ class RunOptions:
                     raise UserError(
                         f"{name} is for data sets of a benchmark, as 'vtab:cifar', got data {self.data!r}"
                     )
+        if self.shard and self.method == "full":
+            raise UserError("shard spreads frozen weights, and method 'full' trains all of them")
         self.lora  # noqa: B018, checks its options
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             raise UserError(f"crop_pct must be in (0, 1], got {self.crop_pct}")

@@ -1,7 +1,7 @@
 """Data-parallel training by the processes of torchrun or ``launch``, each with its part of every batch.
 
 Gradients are added up after the backward pass, so a step is that of the whole batch in one process, but for
-dropout and augmentation, which every process draws by itself.
+dropout and augmentation, which every process draws by itself. Frozen weights may be spread over them.
 """
 
 from __future__ import annotations
@@ -9,12 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["add_up", "add_up_gradients", "joined", "rank", "wait", "world_size"]
+from .errors import UserError
+
+__all__ = ["add_up", "add_up_gradients", "joined", "place", "rank", "wait", "world_size"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 @contextmanager
@@ -75,3 +80,35 @@ def add_up_gradients(parameters: Iterable[nn.Parameter]) -> None:
     parts = together.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def place(model: Model, device: torch.device | str, shard: bool = False) -> Model:
+    """Move a model to a device; with ``shard``, of the frozen weights of its blocks a part only (FSDP2).
+
+    Each process then has its part of them, and those of a block or two whole while they are called: all
+    processes must call the model as often. What is learned, and what is outside of the blocks, stays with
+    each process. The model is changed in place.
+
+    Raises:
+        UserError: with ``shard``, a model without blocks, or without frozen weights in them.
+    """
+    if shard:
+        _shard(model, torch.device(device).type)
+    return model.to(device)
+
+
+def _shard(model: nn.Module, device_type: str) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    blocks: Any = getattr(getattr(model, "backbone", model), "blocks", None)
+    blocks = [] if blocks is None else list(blocks)
+    frozen = {p for block in blocks for p in block.parameters() if not p.requires_grad}
+    if not frozen:
+        raise UserError("shard spreads the frozen weights of a ViT's blocks, and this model has none")
+    options: dict[str, Any] = {
+        "mesh": dist.device_mesh.init_device_mesh(device_type, (world_size(),)),
+        "ignored_params": {p for p in model.parameters() if p not in frozen},
+    }
+    for block in blocks:
+        fully_shard(block, **options)
+    fully_shard(model, **options)

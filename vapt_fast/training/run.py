@@ -31,7 +31,7 @@ from .search import CHECKPOINT_NAME, Found, Progress, Start, search
 from .splits import Splits
 from .suites import find_data_set, is_suite_data
 from .task import find_task
-from .trainer import autocast, seed_everything
+from .trainer import autocast, load_trained_state, seed_everything
 
 __all__ = ["run"]
 
@@ -105,13 +105,14 @@ def run(
     if begins and writes:
         _begin(options, folder, inputs)
     _reset_peak_memory(device)
-    places: dict[str, Any] = {"device": device, "workers": workers, "folder": folder}
+    places: dict[str, Any] = {"device": device, "shard": options.shard, "workers": workers, "folder": folder}
     going: dict[str, Any] = {"validate_every": validate_every, "resume": resume, "progress": progress}
     found = search(make_model, splits, recipes, **places, **going, start=start, evaluate=task.evaluate)
     result = _result(options, splits, found, inputs) | {"peak_memory": _peak_memory(device)}
     if save and writes:
         metadata = {**result, **task.metadata(options), "class_names": list(splits.class_names)}
-        save_model(found.model, folder, metadata, include_backbone=options.needs_backbone_file)
+        model = _whole(found, make_model) if options.shard else found.model
+        save_model(model, folder, metadata, include_backbone=options.needs_backbone_file)
     if writes:
         write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
         (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
@@ -135,6 +136,14 @@ def check_backend(name: str | None, argument: str = "backend") -> None:
         backends.resolve(name)
     except ValueError as error:
         raise UserError(str(error)) from error
+
+
+def _whole(found: Found, make_model: Callable[[], nn.Module]) -> nn.Module:
+    """Make the model that was found again, whole, on the CPU."""
+    seed_everything(found.recipe.seed)
+    model = make_model()
+    load_trained_state(model, trained_state(found.model))
+    return model.eval()
 
 
 def _begin(options: RunOptions, folder: Path, inputs: dict[str, Any]) -> None:
@@ -228,6 +237,11 @@ def _check_image_size(options: RunOptions) -> None:
 
 
 def _check_processes(options: RunOptions) -> None:
+    if options.shard and parallel.world_size() == 1:
+        raise UserError(
+            "shard spreads weights over several processes, and this is the only one: start the command by "
+            "torchrun --nproc-per-node N -m vapt_fast, or give a sweep --processes-per-run N"
+        )
     if parallel.world_size() > 1 and options.task != "classification":
         # A batch's loss is a mean over its labelled pixels, of which each part has another number.
         raise UserError(f"task {options.task!r} is trained by one process, got {parallel.world_size()}")
@@ -287,4 +301,4 @@ def _try_first_image(
     """Run one image through the model, so that what can't run shows before anything is written."""
     image, _ = splits.train[0]
     with _user_errors(options), autocast(torch.device(device), options.recipe.get("amp")):
-        model.to(device).eval()(image[None].to(device))
+        parallel.place(model, device, options.shard).eval()(image[None].to(device))

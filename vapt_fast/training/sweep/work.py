@@ -121,6 +121,10 @@ def sweep(
             f"processes_per_run={options.processes_per_run} can't be had under torchrun, each of whose "
             "processes trains runs of its own: start the sweep without torchrun"
         )
+    if options.processes_per_run == 1 and options.run.get("shard"):
+        raise UserError(
+            "shard spreads weights over the processes of a run: give more than 1 processes_per_run"
+        )
     _check_inputs(cells)
     if (folder / SWEEP_NAME).exists():
         _check_same(SweepOptions.read(folder), options, folder)
