@@ -1,5 +1,6 @@
 """Products with frozen weights, by whichever library computes them."""
 
+import warnings
 from importlib import import_module
 
 import pytest
@@ -137,6 +138,12 @@ def with_tangents(x, weight, bias):
     return torch.func.jvp(lambda x: linear.linear(x, weight, bias), (x,), (x,))[1] + bias
 
 
+def sparse(x, weight, bias):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it is in beta
+        return linear.linear(x, weight.to_sparse_csr(), bias)
+
+
 def compiled(x, weight, bias):
     return torch.compile(linear.linear, backend="aot_eager", fullgraph=True)(x, weight, bias)
 
@@ -153,6 +160,7 @@ OTHERWISE = {
     "vmap": mapped,
     "jvp": with_tangents,
     "torch.compile": compiled,
+    "a sparse weight": sparse,
 }
 
 

@@ -44,11 +44,16 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not onednn_is_faster() or x.numel() * weight.shape[0] < SMALLEST or x.ndim < 2:
         return False
     parameters = (weight,) if bias is None else (weight, bias)
-    if any(t.dtype != torch.float32 or type(t) not in TENSORS for t in (x, *parameters)):
+    if not all(_is_ordinary(t) for t in (x, *parameters)):
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in parameters):
         return False
     return torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags
+
+
+def _is_ordinary(tensor: Tensor) -> bool:
+    dense = tensor.is_cpu and tensor.layout == torch.strided
+    return dense and tensor.dtype == torch.float32 and type(tensor) in TENSORS
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
