@@ -100,20 +100,19 @@ def run(
     del first
     begins = not resume or (start is not None and (folder / RESULT_NAME).exists())
     resume = not begins and (folder / CHECKPOINT_NAME).exists()
-    writes = parallel.rank() == 0
     parallel.wait()  # until all processes have read what is in the folder
-    if begins and writes:
+    if begins and parallel.rank() == 0:
         _begin(options, folder, inputs)
     _reset_peak_memory(device)
-    places: dict[str, Any] = {"device": device, "shard": options.shard, "workers": workers, "folder": folder}
+    places: dict[str, Any] = {"device": device, "workers": workers, "folder": folder, "start": start}
     going: dict[str, Any] = {"validate_every": validate_every, "resume": resume, "progress": progress}
-    found = search(make_model, splits, recipes, **places, **going, start=start, evaluate=task.evaluate)
-    result = _result(options, splits, found, inputs) | {"peak_memory": _peak_memory(device)}
-    if save and writes:
-        metadata = {**result, **task.metadata(options), "class_names": list(splits.class_names)}
-        model = _whole(found, make_model) if options.shard else found.model
-        save_model(model, folder, metadata, include_backbone=options.needs_backbone_file)
-    if writes:
+    place = partial(parallel.place, device=device, shard=options.shard)
+    found = search(lambda: place(make_model()), splits, recipes, **places, **going, evaluate=task.evaluate)
+    result = _result(options, splits, found, inputs, device)
+    if parallel.rank() == 0:
+        if save:
+            metadata = {**result, **task.metadata(options), "class_names": list(splits.class_names)}
+            _save(found, make_model, folder, metadata, options)
         write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
         (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
     return result
@@ -138,12 +137,19 @@ def check_backend(name: str | None, argument: str = "backend") -> None:
         raise UserError(str(error)) from error
 
 
-def _whole(found: Found, make_model: Callable[[], nn.Module]) -> nn.Module:
-    """Make the model that was found again, whole, on the CPU."""
-    seed_everything(found.recipe.seed)
-    model = make_model()
-    load_trained_state(model, trained_state(found.model))
-    return model.eval()
+def _save(
+    found: Found,
+    make_model: Callable[[], nn.Module],
+    folder: Path,
+    metadata: dict[str, Any],
+    options: RunOptions,
+) -> None:
+    model = found.model
+    if options.shard:  # it is made again, whole, on the CPU
+        seed_everything(found.recipe.seed)
+        model = make_model().eval()
+        load_trained_state(model, trained_state(found.model))
+    save_model(model, folder, metadata, include_backbone=options.needs_backbone_file)
 
 
 def _begin(options: RunOptions, folder: Path, inputs: dict[str, Any]) -> None:
@@ -154,7 +160,13 @@ def _begin(options: RunOptions, folder: Path, inputs: dict[str, Any]) -> None:
     write_inputs(folder, inputs)
 
 
-def _result(options: RunOptions, splits: Splits, found: Found, inputs: dict[str, Any]) -> dict[str, Any]:
+def _result(
+    options: RunOptions,
+    splits: Splits,
+    found: Found,
+    inputs: dict[str, Any],
+    device: torch.device | str,
+) -> dict[str, Any]:
     """Return what ``result.json`` holds."""
     head = cast(Any, found.model).get_classifier()
     parts = {"train": splits.train, "validation": splits.validation, "test": splits.test}
@@ -174,6 +186,7 @@ def _result(options: RunOptions, splits: Splits, found: Found, inputs: dict[str,
         "num_trained": _count(p for p in found.model.parameters() if p.requires_grad),
         "num_trained_in_head": _count(p for p in head.parameters() if p.requires_grad),
         "train_seconds": found.seconds,
+        "peak_memory": _peak_memory(device),
     }
     if options.extends is not None:
         result["extended_from_epochs"] = options.extends["epochs"]

@@ -73,7 +73,6 @@ def search(
     recipes: Sequence[Recipe],
     *,
     device: torch.device | str = "cpu",
-    shard: bool = False,
     workers: int = 0,
     validate_every: int = 1,
     folder: Path | None = None,
@@ -90,8 +89,7 @@ def search(
     Args:
         make_model: makes an untrained model; called with all random generators seeded by the recipe's seed.
         splits, recipes: the images, and the candidates, at least one; exactly one without validation images.
-        device, shard: as for ``parallel.place``.
-        workers: as for Trainer.
+        device, workers: as for Trainer.
         validate_every: epochs between scores in validation. The last is always taken and alone decides.
         folder: where the checkpoint and the metrics go, every epoch; None to keep nothing.
         resume: go on from the checkpoint in ``folder``, to the same bits as without the stop.
@@ -126,15 +124,11 @@ def search(
     log = MetricsLog(None if folder is None else folder / METRICS_NAME, keep=state["metrics_size"])
     options: dict[str, Any] = {"device": device, "workers": workers}
 
-    def make_placed(recipe: Recipe) -> nn.Module:
-        seed_everything(recipe.seed)
-        return parallel.place(make_model(), device, shard)
-
     def score_of(model: nn.Module, dataset: LabelledImages, recipe: Recipe) -> Score:
         return evaluate(model, dataset, batch_size=recipe.batch_size, amp=recipe.amp, **options)
 
     for index, recipe in list(enumerate(recipes))[len(state["candidates"]) :]:
-        trainer = Trainer(make_placed(recipe), recipe, splits.train, **options)
+        trainer = Trainer(_seeded(make_model, recipe), recipe, splits.train, **options)
         if state["current"] is not None:
             trainer.load_state_dict(state["current"])
         elif start is not None:
@@ -152,7 +146,7 @@ def search(
                 save_checkpoint(folder / CHECKPOINT_NAME, state)
             if progress is not None:
                 progress(index, epoch, score)
-    return _best(state, make_placed, splits.test, recipes, score_of)
+    return _best(state, make_model, splits.test, recipes, score_of, device)
 
 
 def _epochs(
@@ -168,10 +162,11 @@ def _epochs(
 
 def _best(
     state: dict[str, Any],
-    make_placed: Callable[[Recipe], nn.Module],
+    make_model: Callable[[], nn.Module],
     test_data: LabelledImages | None,
     recipes: Sequence[Recipe],
     score_of: Callable[..., Score],
+    device: torch.device | str,
 ) -> Found:
     """Make the best candidate's model again, and test it."""
     best = state["best"]
@@ -181,7 +176,7 @@ def _best(
             "give lower ones"
         )
     recipe = recipes[best["index"]]
-    model = make_placed(recipe)
+    model = _seeded(make_model, recipe).to(device)
     load_trained_state(model, best["model"])
     test = None if test_data is None else score_of(model, test_data, recipe)
     chosen = state["candidates"][best["index"]]
@@ -189,6 +184,11 @@ def _best(
     scored = chosen["validation_accuracy"] is not None
     validation = Score(*(chosen.get(name) for name in names)) if scored else None
     return Found(model.eval(), recipe, validation, test, state["candidates"], state["seconds"])
+
+
+def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
+    seed_everything(recipe.seed)
+    return make_model()
 
 
 def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score | None) -> None:
