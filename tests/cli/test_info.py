@@ -36,7 +36,7 @@ def test_costs_are_those_of_the_model(flags, options, monkeypatch):
     ("flags", "message"),
     [
         (["--method", "full"], "--method must leave the backbone frozen"),
-        (["--num-prompts", "1,2"], "num_prompts must have one number for each"),
+        (["--num-prompts", "1,2"], "--num-prompts must have one number for each"),
         (["--num-prompts", "few"], "--num-prompts must be an integer"),
     ],
 )

@@ -16,7 +16,7 @@ from ..training import METHODS, UserError, build_model
 from ..training.methods import check_backbone, method_name
 from . import options
 from .console import count, failures, out, say
-from .train_options import ARGUMENTS, value_of, with_run_options
+from .train_options import ARGUMENTS, value_of, with_flags, with_run_options
 
 __all__ = ["info"]
 
@@ -40,7 +40,7 @@ def info(
     say(machine.report())
     if model is None:
         return
-    with failures():
+    with failures(spell=with_flags):
         adapted = _adapted(model, num_classes, given)
         say(f"{model}\n{machine.forward_report(adapted)}")
         _show(METHODS[method_name(given["method"])].title, account(adapted, batch_size))

@@ -177,7 +177,7 @@ def folder_splits(
     base = root / "train" if (root / "train").is_dir() else root
     train = _open_folder(base, learning)
     if train.classes == ["images", "masks"]:
-        raise UserError(f"{printable(base)} has images/ and masks/: give the task segmentation")
+        raise UserError(f"{printable(base)} has images/ and masks/: give task='segmentation'")
     order = stratified_order(train.targets, seed)
     num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
     test: LabelledImages | None = None
@@ -194,7 +194,7 @@ def folder_splits(
     if not len(validation):
         raise UserError(
             f"{printable(root)} has too few images, none is left for validation, which chooses the learning "
-            "rate: add images, or give a larger validation share"
+            "rate: add images, or give a larger validation_share"
         )
     count = _check_num_train(num_train, len(order), len(train.classes))
     learned = Subset(train, order[:count])
@@ -303,7 +303,7 @@ def _check_num_train(num_train: int | None, available: int, num_classes: int) ->
         num_train = available
     if not num_classes <= num_train <= available:
         raise UserError(
-            f"training images must be between {num_classes}, one a class, and {available}, all that are left "
+            f"train_images must be between {num_classes}, one a class, and {available}, all that are left "
             f"after validation and test; got {num_train}"
         )
     return num_train
