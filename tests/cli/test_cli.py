@@ -116,7 +116,7 @@ def test_a_mistyped_backend_is_found_first(command, trained, digit_files, tmp_pa
     ("arguments", "message"),
     [
         (["bench", "--backbone", "vit_bse_patch16_224"], "similar: vit_base_patch16_224"),
-        (["info", "vit_bse_patch16_224"], "similar: vit_base_patch16_224"),
+        (["info", "vit_bse_patch16_224"], "error: backbone must be the name of a timm model"),
         (["info", "resnet18"], "ResNet (family 'resnet') is not supported"),
     ],
 )

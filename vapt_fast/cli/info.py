@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -40,7 +41,7 @@ def info(
     say(machine.report())
     if model is None:
         return
-    with failures(spell=with_flags):
+    with failures(spell=partial(with_flags, leave_out=_OTHERS)):
         adapted = _adapted(model, num_classes, given)
         say(f"{model}\n{machine.forward_report(adapted)}")
         _show(METHODS[method_name(given["method"])].title, account(adapted, batch_size))

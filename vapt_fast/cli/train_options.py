@@ -110,19 +110,17 @@ def flag_of(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-_FLAGS = {option.name: flag_of(name) for name, (_, option) in ARGUMENTS.items()} | {"base_lr": flag_of("lr")}
-_NAMES = re.compile(rf"(?<![\w/.'\"-])({'|'.join(_FLAGS)})(?![\w/'\"-]|\.\w)")
-
-
-def with_flags(message: str) -> str:
-    """Return an error's message with the flags of options in the place of their names in the dataclasses.
+def with_flags(message: str, leave_out: Collection[str] = ()) -> str:
+    """Return an error's message with the flags of ARGUMENTS, but for some, in the place of the fields' names.
 
     A name of one word ("data", "test") is that of an option only where the message begins with it. What is
     quoted or part of a path stays.
     """
+    given = {name: option for name, (_, option) in ARGUMENTS.items() if name not in leave_out}
+    flags = {option.name: flag_of(name) for name, option in given.items()} | {"base_lr": flag_of("lr")}
 
     def flag(found: re.Match[str]) -> str:
         name = found[0]
-        return _FLAGS[name] if "_" in name or found.start() == 0 else name
+        return flags[name] if "_" in name or found.start() == 0 else name
 
-    return _NAMES.sub(flag, message)
+    return re.sub(rf"(?<![\w/.'\"-])({'|'.join(flags)})(?![\w/'\"-]|\.\w)", flag, message)
