@@ -1,7 +1,7 @@
 """``vapt-fast info`` of a model: its costs, by the options that make it."""
 
 import pytest
-from command import error_of, succeed
+from command import error_of, invoke, succeed
 
 from vapt_fast import AdaptiveViT
 from vapt_fast.accounting import account
@@ -42,3 +42,4 @@ def test_costs_are_those_of_the_model(flags, options, monkeypatch):
 )
 def test_a_model_that_cannot_be(flags, message):
     assert message in error_of("info", DIGITS, *flags)
+    assert not invoke("info", DIGITS, *flags).stdout

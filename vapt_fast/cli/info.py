@@ -38,11 +38,11 @@ def info(
     With the name of a backbone: how its blocks would run, and what a method costs on it, in parameters,
     operations and memory. For that nothing is downloaded or computed.
     """
-    say(machine.report())
-    if model is None:
-        return
     with failures(spell=partial(with_flags, leave_out=_OTHERS)):
-        adapted = _adapted(model, num_classes, given)
+        adapted = None if model is None else _adapted(model, num_classes, given)
+        say(machine.report())
+        if adapted is None:
+            return
         say(f"{model}\n{machine.forward_report(adapted)}")
         _show(METHODS[method_name(given["method"])].title, account(adapted, batch_size))
 

@@ -176,6 +176,8 @@ def folder_splits(
     learning, fixed = train_transform(config, augmentation), eval_transform(config)
     base = root / "train" if (root / "train").is_dir() else root
     train = _open_folder(base, learning)
+    if len(train.classes) < 2:
+        raise UserError(f"{printable(base)} must have folders of two classes at least, got {train.classes}")
     if train.classes == ["images", "masks"]:
         raise UserError(f"{printable(base)} has images/ and masks/: give task='segmentation'")
     order = stratified_order(train.targets, seed)
@@ -299,6 +301,11 @@ def _find_split(root: Path, split: str) -> Path | None:
 
 
 def _check_num_train(num_train: int | None, available: int, num_classes: int) -> int:
+    if available < num_classes:
+        raise UserError(
+            f"{available} images are left to train on after validation and test, fewer than the "
+            f"{num_classes} classes: add images, or give a smaller validation_share or test_share"
+        )
     if num_train is None:
         num_train = available
     if not num_classes <= num_train <= available:
