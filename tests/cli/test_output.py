@@ -36,9 +36,9 @@ def test_what_is_there_is_replaced_only_if_asked(command, tmp_path):
     assert path.read_text() == "earlier"
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "sweep"])
 def test_a_place_where_nothing_can_be_written(command, tmp_path, monkeypatch):
-    line, output, _ = COMMANDS[command]
+    line, output, _ = COMMANDS.get(command, ("sweep --data vtab:cifar", "out", ""))
     (tmp_path / "file").touch()
     assert f"{tmp_path / 'file'} is a file" in error_of(*line.split(), "--output", f"file/{output}")
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)

@@ -21,6 +21,7 @@ from ..training.sweep import Places, Row, Spread, SweepOptions, Table, sweep_tab
 from ..training.sweep import sweep as run_sweep
 from . import options
 from .console import cell, failures, out, pick_device, progress_bars, say
+from .output import check_folder
 from .train_options import flag_of, is_given, run_options, with_flags, with_run_options
 
 __all__ = ["sweep"]
@@ -140,6 +141,7 @@ def sweep(
                 processes_per_run=processes_per_run,
             )
         if not table:
+            check_folder(output, (), overwrite=True)
             places = Places(_devices(device, engine), engine, jobs, workers, save_models)
             with progress_bars() as bars:
                 task = bars.add_task("runs", total=None)

@@ -179,7 +179,9 @@ def folder_splits(
     if len(train.classes) < 2:
         raise UserError(f"{printable(base)} must have folders of two classes at least, got {train.classes}")
     if train.classes == ["images", "masks"]:
-        raise UserError(f"{printable(base)} has images/ and masks/: give task='segmentation'")
+        raise UserError(
+            f"{printable(base)} has images/ and masks/: give task='segmentation' (--task segmentation)"
+        )
     order = stratified_order(train.targets, seed)
     num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
     test: LabelledImages | None = None
