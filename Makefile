@@ -22,7 +22,7 @@ $(BIN)/.installed: pyproject.toml setup.py $(CUDA_SOURCES)
 	touch $@
 
 demo: $(BIN)/.installed ## adapt a ViT to digits it has never seen; writes a table and a picture to OUT=demo-out
-	$(BIN)/vapt-fast demo --output $(OUT)
+	$(BIN)/vapt-fast demo --output $(OUT) --overwrite
 
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist worksteal
 

@@ -12,6 +12,8 @@ from torch.utils.data import DistributedSampler
 
 
 def main(epochs: int = 10, fsdp: bool = False) -> None:
+    if not dist.is_torchelastic_launched():
+        sys.exit("start it by: torchrun --nproc-per-node 2 examples/distributed.py")
     gpu = torch.cuda.is_available()
     dist.init_process_group("nccl" if gpu else "gloo")
     device = torch.device("cuda", dist.get_node_local_rank()) if gpu else torch.device("cpu")

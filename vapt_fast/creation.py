@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
+from timm.models import model_entrypoint
 from torch import nn
 
 from .arguments import integer, size_pair
-from .backbones import TimmViT, adopt, check_supported, copy_heads, take_heads
+from .backbones import TimmViT, adopt, check_supported, copy_heads, take_heads, timm_modules
 from .config import explain_unexpected
 from .names import create_backbone, is_backbone, similar_names
 from .source import PREFIX
@@ -70,6 +72,8 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         )
     if not is_backbone(name) and ":" not in name:
         raise ValueError(f"backbone {name!r} is no timm model; similar names: {similar_names(name)}")
+    if is_backbone(name):
+        _check_class(name.partition(".")[0])
     if options.get("num_classes") is not None:
         options = options | {"num_classes": integer("num_classes", options["num_classes"], minimum=0)}
     if options.get("img_size") is not None:
@@ -88,6 +92,14 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
         )
     check_supported(model)
     return model
+
+
+def _check_class(architecture: str) -> None:
+    """Raise NotImplementedError for models of timm's that are no ViT, before their weights are downloaded."""
+    package, _, module = model_entrypoint(architecture).__module__.rpartition(".")
+    if package == "timm.models" and module not in timm_modules():
+        with torch.device("meta"):
+            check_supported(create_backbone(architecture))
 
 
 def make_heads(model: TimmViT, num_classes: int) -> dict[str, nn.Module]:

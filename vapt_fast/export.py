@@ -22,7 +22,7 @@ from .data import full_data_config
 from .modules import weights_of
 from .ops.backend import use_backend
 
-__all__ = ["DESCRIPTION_NAME", "FORMATS", "ExportError", "export_model"]
+__all__ = ["DESCRIPTION_NAME", "FORMATS", "OWN_FILES", "ExportError", "check_formats", "export_model"]
 
 DESCRIPTION_NAME = "export.json"
 
@@ -81,7 +81,7 @@ def export_model(
             or a file that doesn't compute what the model computes.
         OSError: the file system's own refusals.
     """
-    formats = _check_formats(formats)
+    formats = check_formats(formats)
     if batch_size is not None:
         batch_size = integer("batch_size", batch_size, minimum=1)
     weight = _check_model(model, formats)
@@ -120,7 +120,13 @@ def export_model(
 # ---- what is given
 
 
-def _check_formats(formats: object) -> tuple[str, ...]:
+def check_formats(formats: object) -> tuple[str, ...]:
+    """Return the formats, each once.
+
+    Raises:
+        TypeError, ValueError: no list of some of FORMATS.
+        ModuleNotFoundError: packages for ONNX are missing; the message says how to install them.
+    """
     if isinstance(formats, str) or not isinstance(formats, Sequence):
         raise TypeError(f"formats must be a list of some of {tuple(FORMATS)}, got {formats!r}")
     if not formats:
@@ -182,7 +188,7 @@ def _class_names(model: nn.Module, given: Any, num_classes: int) -> list[str] | 
 
 def _check_free(folder: Path, overwrite: bool) -> Path:
     """Return the folder, or the next one above it that exists: a place in the same file system."""
-    found = [name for name in _OWN_FILES if (folder / name).exists()]
+    found = [name for name in OWN_FILES if (folder / name).exists()]
     if found and not overwrite:
         raise FileExistsError(
             f"{folder} has an export already ({', '.join(found)}): give another folder, or overwrite=True "
@@ -246,7 +252,7 @@ def _largest_difference(
 def _publish(unfinished: Path, folder: Path) -> None:
     """Move all files to ``folder`` in the place of an earlier export's; the description is the last."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (DESCRIPTION_NAME, *_OWN_FILES):
+    for name in (DESCRIPTION_NAME, *OWN_FILES):
         (folder / name).unlink(missing_ok=True)
     for path in sorted(unfinished.iterdir(), key=lambda path: path.name == DESCRIPTION_NAME):
         os.replace(path, folder / path.name)
@@ -313,4 +319,5 @@ FORMATS = {
 }
 """What a model can be exported to."""
 
-_OWN_FILES = (*(form.file for form in FORMATS.values()), "model.onnx.data", DESCRIPTION_NAME)
+OWN_FILES = (*(form.file for form in FORMATS.values()), "model.onnx.data", DESCRIPTION_NAME)
+"""The names of all that an export may write."""

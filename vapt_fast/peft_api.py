@@ -17,7 +17,7 @@ from .arguments import integer
 from .backbones import patch_size, take_heads
 from .config import PromptConfig, split_options
 from .creation import make_heads
-from .modules import weights_of
+from .modules import is_plain, weights_of
 from .prompts import Geometry, Prompts
 from .timm_api import TimmModel
 
@@ -88,7 +88,11 @@ class AdapterModel(TimmModel):
 
     @property
     def head(self) -> nn.Module:
-        """The head of the active adapter; assigning, which disable_adapter forbids, replaces it."""
+        """The head of the active adapter; assigning, which disable_adapter forbids, replaces it.
+
+        A new one takes features (B, head_hidden_size). What is no module is a TypeError; a Linear of another
+        width, or a Sequential that begins with one, a ValueError.
+        """
         return self._adapter.head
 
     @property
@@ -121,9 +125,32 @@ class AdapterModel(TimmModel):
     def __setattr__(self, name: str, value: Any) -> None:
         # torch would register a module of that name beside the property, where nobody reads it.
         if "adapters" in self.__dict__.get("_modules", ()) and name in ("prompts", *self._adapter.head_names):
+            if name != "prompts":
+                self._check_head(name, value)
             setattr(self._changeable, name, value)
         else:
             super().__setattr__(name, value)
+
+    def _check_head(self, name: str, head: object) -> None:
+        """Refuse a head that can't take the features, as far as that is certain before it is called.
+
+        Raises:
+            TypeError: not a module.
+            ValueError: a Linear of another width, or modules in a row that begin with one.
+        """
+        if not isinstance(head, nn.Module):
+            raise TypeError(
+                f"{name} must be a module, got {head!r}; for a model without classifier, assign nn.Identity()"
+            )
+        first = head
+        while is_plain(first, nn.Sequential) and (parts := list(first.children())):
+            first = parts[0]
+        width = self.head_hidden_size
+        if is_plain(first, nn.Linear) and first.in_features != width:
+            raise ValueError(
+                f"{name} must take features of width {width} (model.head_hidden_size), got a Linear with "
+                f"in_features={first.in_features}"
+            )
 
     def named_adapter_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters of the active adapter by the names in its file, ``prompts.*`` and ``head.*``."""

@@ -212,6 +212,25 @@ def test_the_bare_backbone_cannot_be_changed(name):
         assert getattr(model, name) is before
 
 
+@pytest.mark.parametrize(
+    ("head", "error", "given"),
+    [
+        (torch.nn.Linear(10, 3), ValueError, "in_features=10"),
+        (torch.nn.Sequential(torch.nn.Sequential(torch.nn.Linear(10, 3))), ValueError, "in_features=10"),
+        (None, TypeError, "None"),
+    ],
+)
+def test_a_head_that_takes_no_features_is_refused_at_once(head, error, given):
+    model = several(adapters=THREE)
+    before = model.head
+    with pytest.raises(error, match=rf"head must .*{given}"):
+        model.head = head
+    assert model.head is before
+    for fitting in (torch.nn.Linear(model.head_hidden_size, 3), torch.nn.LazyLinear(3), torch.nn.Identity()):
+        model.head = fitting
+        assert model.head is fitting
+
+
 def test_graphs_see_another_classifier_of_the_bare_backbone():
     model = several(adapters=THREE)
     images = tiny_images(model)

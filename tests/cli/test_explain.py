@@ -13,7 +13,7 @@ from vapt_fast.training import build_model, save_model
 pytestmark = pytest.mark.full
 
 DIGITS = "vit_digits_patch4_32"
-NAMES = ["five", "six", "seven", "eight", "nine"]
+NAMES = ["$five", "six", "seven", "eight^$", "nine"]
 
 
 def adapted(**options):
@@ -67,7 +67,7 @@ def test_wrong_use(digit, tmp_path):
     folder = saved(tmp_path)
     output = tmp_path / "picture.png"
     to = ["--output", output]
-    assert "--target must be one of the classes five, six" in error_of(
+    assert "--target must be one of the classes $five, six" in error_of(
         "explain", folder, digit, "--target", "5", *to
     )
     assert "does not exist" in error_of("explain", folder, tmp_path / "none.png", *to)

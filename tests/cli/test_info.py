@@ -1,7 +1,7 @@
 """``vapt-fast info`` of a model: its costs, by the options that make it."""
 
 import pytest
-from command import error_of, succeed
+from command import error_of, invoke, succeed
 
 from vapt_fast import AdaptiveViT
 from vapt_fast.accounting import account
@@ -36,9 +36,10 @@ def test_costs_are_those_of_the_model(flags, options, monkeypatch):
     ("flags", "message"),
     [
         (["--method", "full"], "--method must leave the backbone frozen"),
-        (["--num-prompts", "1,2"], "num_prompts must have one number for each"),
+        (["--num-prompts", "1,2"], "--num-prompts must have one number for each"),
         (["--num-prompts", "few"], "--num-prompts must be an integer"),
     ],
 )
 def test_a_model_that_cannot_be(flags, message):
     assert message in error_of("info", DIGITS, *flags)
+    assert not invoke("info", DIGITS, *flags).stdout

@@ -19,7 +19,7 @@ COMMANDS = {
         *("segmentation_models_pytorch", "segmentation"),
         f"train --task segmentation --data {{masks}} --backbone {BACKBONE} --decoder dpt --output {{out}}",
     ),
-    "explain": ("matplotlib", "demo", "explain {adapter} {image} --output {out}"),
+    "explain": ("matplotlib", "demo", "explain {adapter} {image} --output {out}.png"),
     "demo": ("sklearn", "demo", "demo --output {out}"),
     "demo, picture": ("matplotlib", "demo", "demo --output {out}"),
     **{

@@ -109,6 +109,7 @@ def test_an_adapter_of_a_state_dict(timm_trained, tmp_path):
     loaded, metadata = load_model(tmp_path / "out")
     assert metadata["class_names"] == ["0", "1", "2"]
     assert_same(loaded.state_dict(), models[0].state_dict(), 0)
+    command.append("--overwrite")
     assert "doesn't tell its model: give --model vapt_NAME" in error_of(*command)
     assert "the checkpoint doesn't fit" in error_of(*command, "--model", NAME)
     assert "must be KEY=VALUE, got 'depth'" in error_of(*command, "--model-kwarg", "depth")

@@ -369,9 +369,11 @@ def test_refused_families(architecture: str, family: str) -> None:
         assert name in str(refusal.value)
 
 
-def test_refused_by_name() -> None:
-    with pytest.raises(NotImplementedError, match="ResNet"):
-        AdaptiveViT("test_resnet")
+def test_refused_by_name_before_weights_are_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("timm.models._builder.load_pretrained", lambda *_, **__: pytest.fail("looked for"))
+    for pretrained in (False, True):
+        with pytest.raises(NotImplementedError, match="ResNet"):
+            AdaptiveViT("resnet18", pretrained=pretrained)
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,12 @@ def test_distributed(option):
     check_trained()
 
 
+def test_distributed_without_its_launcher(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(SystemExit, match="torchrun --nproc-per-node 2"):
+        importlib.import_module("distributed").main()
+
+
 @pytest.mark.parametrize("name", ["method", "attention", "pooling", "steps"])
 def test_pictures_of_the_documentation(name, monkeypatch):
     pytest.importorskip("matplotlib")

@@ -405,5 +405,7 @@ def test_the_command_reports_what_is_no_image(digits, tmp_path):
     assert "note.png" in result.stderr
     assert "00.png" in result.stdout
     assert "none of the 1 files" in error_of("retrieve", BACKBONE, tmp_path / "note.png", "--gallery", digits)
+    missing = error_of("retrieve", "no_such_model", digits, "--gallery", tmp_path / "none")
+    assert "--gallery must be a folder" in missing
     assert "adapters" in error_of("retrieve", BACKBONE, digits, "--gallery", digits, "--backend", "torch")
     assert "does not exist" in error_of("retrieve", "no_such_model", digits, "--gallery", digits)

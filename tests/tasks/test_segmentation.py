@@ -226,7 +226,9 @@ def test_methods_that_a_decoder_has_no_use_for():
         model.prune_intermediate_layers(1)
     with pytest.raises(ValueError, match="global_pool"):
         model.reset_classifier(2, "avg")
+    model.class_names = ("sky", "sea", "land")
     model.reset_classifier(7)
+    assert model.class_names is None
     assert model(noise(1, 3, 32, 32)).shape == (1, 7, 32, 32)
 
 
@@ -662,14 +664,19 @@ def test_zero_that_is_no_class(canvases, tmp_path):
 def test_command_line_refuses(canvases, trained, tmp_path):
     images = canvases / "test" / "images"
     assert "--output" in error_of("predict", trained, images)
+    (tmp_path / "masks").mkdir()
+    mask = tmp_path / "masks" / "0001.png"
+    mask.touch()
+    assert f"{mask} exists already" in error_of("predict", trained, images, "--output", tmp_path)
+    assert not mask.read_bytes()
     twice = error_of("predict", trained, images, canvases / "val" / "images", "--output", tmp_path)
     assert "several images" in twice
     base = ["train", "--task", "segmentation", "--output", tmp_path / "out"]
     assert "train/images" in error_of(*base)
     assert "cache" in error_of(*base, "--data", canvases, "--cache")
-    assert "crop_pct" in error_of(*base, "--data", canvases, "--crop-pct", 0.9)
+    assert "--crop-pct" in error_of(*base, "--data", canvases, "--crop-pct", 0.9)
     assert "frozen backbone" in error_of(*base, "--data", canvases, "--method", "full", "--image-size", 64)
-    assert "give the task segmentation" in error_of("train", "--output", tmp_path / "o", "--data", canvases)
+    assert "give task='segmentation'" in error_of("train", "--output", tmp_path / "o", "--data", canvases)
     image = next(images.iterdir())
     assert "is for segmentation" in error_of("explain", trained, image, "--output", tmp_path / "e.png")
     if find_spec("ray") and find_spec("multipart"):

@@ -81,6 +81,14 @@ def test_without_a_share_there_is_no_test(image_folder, config):
         folder_splits(image_folder, config, seed=0, validation_share=0.0)
 
 
+def test_too_little_to_train_on(image_folder, config):
+    with pytest.raises(UserError, match=r"1 images are left to train on .* fewer than the 2 classes"):
+        folder_splits(image_folder, config, seed=0, validation_share=0.5, test_share=0.45)
+    (image_folder / "light").rename(image_folder.parent / "light")
+    with pytest.raises(UserError, match=r"folders of two classes at least, got \['dark'\]"):
+        folder_splits(image_folder, config, seed=0)
+
+
 def test_a_folder_that_is_split_already(image_folder, config):
     root = image_folder.parent / "split"
     for index, file in enumerate(sorted(image_folder.rglob("*.png"))):

@@ -287,7 +287,7 @@ def _making(adapter: AdapterFile, name: str, pretrained: bool, make: Callable[[]
         raise
     except Exception as error:  # whatever timm, the hub's client or the network raise
         problems = [f"timm.create_model({name!r}, {pretrained=}) failed: {type(error).__name__}: {error}"]
-        if pretrained:
+        if pretrained and not isinstance(error, NotImplementedError):
             problems.append(
                 "if its weights can't be downloaded here, make the timm model yourself and pass it: "
                 "backbone=..."

@@ -14,6 +14,7 @@ from .demo import demo
 from .evaluate import evaluate
 from .explain import explain
 from .export import export
+from .help import Command, Group
 from .info import info
 from .predict import predict
 from .retrieve import retrieve
@@ -27,18 +28,20 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="vapt-fast",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 COMMANDS = (
     *(train, sweep, predict, evaluate, explain, export, serve),
     *(retrieve, demo, bench, info, timm_adapter),
 )
 for command in COMMANDS:
-    app.command()(command)
+    app.command(cls=Command)(command)
 # Whatever comes after the script's name is the script's, its --help too.
-app.command(context_settings={"allow_interspersed_args": False})(timm)
+app.command(cls=Command, context_settings={"allow_interspersed_args": False})(timm)
 
 
 def _print_version(wanted: bool) -> None:

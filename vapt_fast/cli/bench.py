@@ -18,6 +18,7 @@ from ..training import METHODS, UserError
 from ..training.methods import check_backbone, method_name
 from . import options
 from .console import cell, failures, out, pick_device, say, status
+from .output import check_file
 
 __all__ = ["bench"]
 
@@ -53,6 +54,7 @@ def bench(
     rounds: Annotated[int, typer.Option(min=2, help="Times that everything is timed, in turns.")] = 6,
     memory: Annotated[bool, typer.Option(help="Measure peak memory.")] = True,
     output: Annotated[Path | None, typer.Option(help="JSON file for every timing.")] = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Compare the backends on your model and machine: training step and forward pass, speed and memory.
 
@@ -61,6 +63,8 @@ def bench(
     """
     with failures(), status.status("start") as bar:
         check_backbone(backbone)
+        if output is not None:
+            check_file(output, (".json",), overwrite)
         device = pick_device(device)
         on_gpu = torch.device(device).type == "cuda"
         setting = Setting(

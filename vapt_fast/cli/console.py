@@ -123,16 +123,17 @@ def pick_device(name: str) -> str:
 
 
 @contextmanager
-def failures(advice: str = "") -> Iterator[None]:
+def failures(advice: str = "", spell: Callable[[str], str] = str) -> Iterator[None]:
     """Turn errors that users can do something about into a message and an exit code.
 
     Args:
         advice: how to resume after Ctrl-C or a full disk.
+        spell: returns the message of an error as it is shown.
     """
     try:
         yield
     except (UserError, AdapterError, BackendUnavailableError, ModuleNotFoundError) as error:
-        fail(str(error))
+        fail(spell(str(error)))
     except KeyboardInterrupt:
         fail(f"stopped. {advice}".strip(), INTERRUPTED)
     except OSError as error:

@@ -17,7 +17,9 @@ from ..demo.picture import draw
 from ..files import write_atomically
 from ..training import METHODS, UserError
 from ..training.run import check_backend
+from . import options
 from .console import count, failures, out, progress_bars, say
+from .output import check_folder
 
 __all__ = ["demo"]
 
@@ -26,6 +28,7 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for results, models and the picture.")] = Path(
         "demo-out"
     ),
+    overwrite: options.Overwrite = False,
     seeds: Annotated[int, typer.Option(min=1, help="Repetitions, each with its own training images.")] = 3,
     processes: Annotated[
         int | None, typer.Option(min=1, help="Processes that share the work (default: one a core).")
@@ -42,6 +45,7 @@ def demo(
     with failures():
         _check_packages()
         check_backend(None)
+        check_folder(output, (results.name, picture.name), overwrite)
         with progress_bars() as bars:
             task = bars.add_task("training", total=len(experiment.methods) * len(experiment.epochs))
             outcomes = run_experiment(experiment, models, lambda _: bars.advance(task), processes)

@@ -24,13 +24,13 @@ from ..training.run import check_backend
 from ..training.splits import evaluation_data
 from . import options
 from .console import cell, count, failures, out, pick_device, progress_bars, say, status
+from .output import check_file
 from .segment import mask_data, show_pixels
 
 __all__ = ["evaluate"]
 
 _LARGEST_MATRIX = 20  # classes whose confusion matrix is shown as a whole
 _CONFUSIONS = 20  # how many are shown of more classes
-_SUFFIXES = (".json", ".csv")
 
 
 def evaluate(
@@ -60,6 +60,7 @@ def evaluate(
             help="File for all results (.json), or for the confusion matrix and the classes (.csv)."
         ),
     ] = None,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Test a trained model on labelled images: accuracy, also by class, and which classes are confused.
 
@@ -70,8 +71,8 @@ def evaluate(
     """
     with failures():
         check_backend(backend, "--backend")
-        if output is not None and output.suffix.lower() not in _SUFFIXES:
-            raise UserError(f"--output must end in one of {_SUFFIXES}, got {output}")
+        if output is not None:
+            check_file(output, (".json", ".csv"), overwrite)
         device = pick_device(device)
         model, metadata = load_model(
             adapter, backend, backbone=backbone, weights=weights, backbone_precision=backbone_precision

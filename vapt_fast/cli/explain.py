@@ -15,6 +15,7 @@ from ..training import UserError, load_model, open_image
 from ..training.run import check_backend
 from . import options
 from .console import failures, pick_device, say
+from .output import check_file
 
 __all__ = ["explain"]
 
@@ -26,6 +27,7 @@ def explain(
     target: Annotated[
         str | None, typer.Option(help="Name of the class to explain (default: the one that is predicted).")
     ] = None,
+    overwrite: options.Overwrite = False,
     device: options.Device = "auto",
     backbone: options.AdapterBackbone = None,
     weights: options.AdapterWeights = None,
@@ -34,6 +36,8 @@ def explain(
     """Draw what a trained model looks at in an image, and what its prompts have to do with it."""
     with failures():
         check_backend(backend, "--backend")
+        check_file(output, (".png",), overwrite)
+        picture = open_image(image)
         device = pick_device(device)
         model, metadata = load_model(adapter, backend, backbone=backbone, weights=weights)
         if not isinstance(model, AdaptiveViT):
@@ -45,11 +49,11 @@ def explain(
         names = metadata["class_names"]
         if target is not None and target not in names:
             raise UserError(f"--target must be one of the classes {', '.join(names)}, got {target!r}")
-        picture = explain_picture(
+        explained = explain_picture(
             model.to(device),
-            open_image(image),
+            picture,
             None if target is None else names.index(target),
             class_names=names,
         )
-        write_atomically(output, picture)
+        write_atomically(output, explained)
     say(f"wrote {output}")

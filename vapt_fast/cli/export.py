@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
-from ..export import DESCRIPTION_NAME, ExportError, export_model
+from ..export import DESCRIPTION_NAME, OWN_FILES, ExportError, check_formats, export_model
 from ..training import UserError, load_model
 from . import options
 from .console import failures, pick_device, say
+from .output import check_folder
 
 __all__ = ["export"]
 
@@ -41,15 +42,15 @@ def export(
     ] = "cpu",
     backbone: options.AdapterBackbone = None,
     weights: options.AdapterWeights = None,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace an export that is in --output.")
-    ] = False,
+    overwrite: options.Overwrite = False,
 ) -> None:
     """Write a trained model as files that run without this library, and check that they compute the same.
 
     They take prepared images and give logits. export.json tells how images are prepared, and the classes.
     """
     with failures():
+        chosen = check_formats([form.value for form in formats or [_Format.pt2]])
+        check_folder(output, OWN_FILES, overwrite)
         device = pick_device(device)
         model, metadata = load_model(adapter, backbone=backbone, weights=weights)
         known = {name: metadata[name] for name in ("class_names", "data_config")}
@@ -57,12 +58,12 @@ def export(
             written = export_model(
                 model.to(device),
                 output,
-                formats=[form.value for form in formats or [_Format.pt2]],
+                formats=chosen,
                 batch_size=batch_size,
                 overwrite=overwrite,
                 **known,
             )
-        except (ExportError, FileExistsError) as error:
+        except ExportError as error:
             raise UserError(str(error)) from error
     for entry in written["files"].values():
         say(

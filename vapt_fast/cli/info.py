@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, Any
 
 import torch
@@ -16,7 +17,7 @@ from ..training import METHODS, UserError, build_model
 from ..training.methods import check_backbone, method_name
 from . import options
 from .console import count, failures, out, say
-from .train_options import ARGUMENTS, value_of, with_run_options
+from .train_options import ARGUMENTS, value_of, with_flags, with_run_options
 
 __all__ = ["info"]
 
@@ -37,11 +38,11 @@ def info(
     With the name of a backbone: how its blocks would run, and what a method costs on it, in parameters,
     operations and memory. For that nothing is downloaded or computed.
     """
-    say(machine.report())
-    if model is None:
-        return
-    with failures():
-        adapted = _adapted(model, num_classes, given)
+    with failures(spell=partial(with_flags, leave_out=_OTHERS)):
+        adapted = None if model is None else _adapted(model, num_classes, given)
+        say(machine.report())
+        if adapted is None:
+            return
         say(f"{model}\n{machine.forward_report(adapted)}")
         _show(METHODS[method_name(given["method"])].title, account(adapted, batch_size))
 

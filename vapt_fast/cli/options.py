@@ -21,6 +21,9 @@ AdapterWeights = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images a step.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to --output.")
+]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
 
 Backend = Annotated[

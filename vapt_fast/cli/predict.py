@@ -16,7 +16,8 @@ from ..training.images import IMAGE_EXTENSIONS
 from ..training.run import check_backend
 from . import options
 from .console import failures, finish, pick_device, print_best
-from .segment import predict_masks, show_masks
+from .output import check_folder
+from .segment import picture_names, predict_masks, show_masks
 
 __all__ = ["image_files", "predict", "readable_batches"]
 
@@ -29,6 +30,7 @@ def predict(
     output: Annotated[
         Path | None, typer.Option(help="Folder for masks and overlays, of a model for segmentation.")
     ] = None,
+    overwrite: options.Overwrite = False,
     batch_size: options.BatchSize = 64,
     device: options.Device = "auto",
     backbone: options.AdapterBackbone = None,
@@ -42,11 +44,13 @@ def predict(
     """
     with failures():
         check_backend(backend, "--backend")
+        paths = image_files(images)
+        if output is not None:
+            check_folder(output, picture_names(paths), overwrite)
         device = pick_device(device)
         model, metadata = load_model(
             adapter, backend, backbone=backbone, weights=weights, backbone_precision=backbone_precision
         )
-        paths = image_files(images)
         show = _print_table
         if isinstance(model, Segmenter):
             if output is None:

@@ -48,11 +48,13 @@ def retrieve(
     """
     with failures():
         check_backend(backend, "--backend")
+        if not gallery.is_dir():
+            raise UserError(f"--gallery must be a folder of images, got {gallery}")
+        files = [image_files(queries), image_files([gallery])]
         device = pick_device(device)
         given = {"backbone": backbone, "weights": weights, "backbone_precision": backbone_precision}
         loaded, config = _load(model, backend, given)
         errors: list[str] = []
-        files = [image_files(queries), image_files([gallery])]
         names, features = zip(
             *(_embedded(loaded.to(device), paths, config, batch_size, device, errors) for paths in files),
             strict=True,

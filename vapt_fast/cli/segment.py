@@ -11,16 +11,33 @@ import torch
 from PIL import Image
 from rich.table import Table
 
-from ..files import write_files
+from ..files import write_atomically
 from ..tasks.segmentation import MaskedImages, PixelEvaluation, Preparation, Segmenter
 from ..tasks.segmentation.data import split_data
 from ..tasks.segmentation.pictures import mask_picture, overlay, palette, predict_labels
 from ..training import UserError, open_image
 from .console import cell, out, say
 
-__all__ = ["mask_data", "predict_masks", "show_masks", "show_pixels"]
+__all__ = ["mask_data", "picture_names", "predict_masks", "show_masks", "show_pixels"]
 
+_FOLDERS = ("masks", "overlays")
 _SMALLEST_SHARE = 0.01  # of the pixels, for a class to be in the table
+
+
+def picture_names(paths: list[Path]) -> list[str]:
+    """Return the names of the files that ``predict_masks`` writes for images.
+
+    Raises:
+        UserError: two images have one name.
+    """
+    twice = [name for name, number in Counter(path.stem for path in paths).items() if number > 1]
+    if twice:
+        raise UserError(f"several images are called {twice[0]!r}: predict them into different folders")
+    return [_picture_name(folder, path) for path in paths for folder in _FOLDERS]
+
+
+def _picture_name(folder: str, image: Path) -> str:
+    return f"{folder}/{image.stem}.png"
 
 
 def predict_masks(
@@ -34,9 +51,6 @@ def predict_masks(
         For each image its file, those written, and the share of its pixels that each class has; and the
         errors of files that are no images.
     """
-    twice = [name for name, number in Counter(path.stem for path in paths).items() if number > 1]
-    if twice:
-        raise UserError(f"several images are called {twice[0]!r}: predict them into different folders")
     prepare = Preparation(metadata["data_config"])
     names = metadata["class_names"]
     offset = int(bool(metadata.get("reduce_zero_label")))
@@ -50,16 +64,14 @@ def predict_masks(
             continue
         labels = predict_labels(model, image, prepare, batch_size=batch_size)
         shares = (torch.bincount(labels.flatten(), minlength=len(names)) / labels.numel()).tolist()
-        pictures = {
-            "masks": mask_picture(labels + offset, colours),
-            "overlays": overlay(image, labels + offset, colours),
-        }
-        for folder, picture in pictures.items():
-            write_files(output / folder, {f"{path.stem}.png": _png(picture)})
+        pictures = (mask_picture(labels + offset, colours), overlay(image, labels + offset, colours))
+        files = {folder: output / _picture_name(folder, path) for folder in _FOLDERS}
+        for file, picture in zip(files.values(), pictures, strict=True):
+            write_atomically(file, _png(picture))
         predictions.append(
             {
                 "file": str(path),
-                **{folder[:-1]: str(output / folder / f"{path.stem}.png") for folder in pictures},
+                **{folder[:-1]: str(file) for folder, file in files.items()},
                 "shares": {name: share for name, share in zip(names, shares, strict=True) if share},
             }
         )

@@ -21,7 +21,8 @@ from ..training.sweep import Places, Row, Spread, SweepOptions, Table, sweep_tab
 from ..training.sweep import sweep as run_sweep
 from . import options
 from .console import cell, failures, out, pick_device, progress_bars, say
-from .train_options import flag_of, is_given, run_options, with_run_options
+from .output import check_folder
+from .train_options import flag_of, is_given, run_options, with_flags, with_run_options
 
 __all__ = ["sweep"]
 
@@ -118,7 +119,7 @@ def sweep(
     Learning rates are chosen on validation images. The same command goes on with what was stopped, and
     several at a time share the work, also from other machines that have the folder.
     """
-    with failures(f"Go on with: vapt-fast sweep --output {shlex.quote(str(output))}"):
+    with failures(f"Go on with: vapt-fast sweep --output {shlex.quote(str(output))}", with_flags):
         named = [name for name in (*_OWN, *given) if is_given(context, name)]
         if data is None:
             if named:
@@ -140,6 +141,7 @@ def sweep(
                 processes_per_run=processes_per_run,
             )
         if not table:
+            check_folder(output, (), overwrite=True)
             places = Places(_devices(device, engine), engine, jobs, workers, save_models)
             with progress_bars() as bars:
                 task = bars.add_task("runs", total=None)

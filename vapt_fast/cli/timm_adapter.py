@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from ..adapters import CONFIG_NAME
 from ..training import UserError
 from ..training.timm_checkpoint import read_class_names, read_timm_checkpoint, timm_model
+from . import options
 from .console import count, failures, say, status
+from .output import check_folder
 
 __all__ = ["timm_adapter"]
 
@@ -21,6 +24,7 @@ _OWN_WEIGHTS = ("pretrained_path", "initial_checkpoint")
 def timm_adapter(
     checkpoint: Annotated[Path, typer.Argument(help="File that timm's train.py wrote, or a state dict.")],
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    overwrite: options.Overwrite = False,
     use_ema: Annotated[
         bool, typer.Option("--use-ema", help="Take the averaged weights (of --model-ema).")
     ] = False,
@@ -50,10 +54,11 @@ def timm_adapter(
 ) -> None:
     """Make an adapter folder, for predict and evaluate, of a checkpoint of timm's train.py."""
     with failures():
-        options = dict(map(_parse, model_kwarg or []))
+        check_folder(output, (CONFIG_NAME,), overwrite)
+        keywords = dict(map(_parse, model_kwarg or []))
         state, args = read_timm_checkpoint(checkpoint, use_ema=use_ema)
         built, data_config = timm_model(
-            state, args, model=model, num_classes=num_classes, image_size=image_size, options=options
+            state, args, model=model, num_classes=num_classes, image_size=image_size, options=keywords
         )
         names = None if class_names is None else read_class_names(class_names, built.num_classes)
         timms = args.get("pretrained") and not any(args.get(name) for name in _OWN_WEIGHTS)

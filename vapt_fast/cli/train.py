@@ -22,7 +22,8 @@ from ..training.run import check_backend
 from ..training.trainer import Epoch
 from . import options
 from .console import count, failures, out, pick_device, progress_bars, say, status
-from .train_options import ARGUMENTS, flag_of, is_given, run_options, with_run_options
+from .output import check_folder
+from .train_options import ARGUMENTS, flag_of, is_given, run_options, with_flags, with_run_options
 
 __all__ = ["train"]
 
@@ -41,9 +42,7 @@ def train(
             "again.",
         ),
     ] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a run that is in --output.")
-    ] = False,
+    overwrite: options.Overwrite = False,
     device: options.Device = "auto",
     threads: Annotated[
         int | None,
@@ -57,11 +56,12 @@ def train(
     Without options but --output: VAPT on real images of the digits 5 to 9, with the small backbone that comes
     with this package and has only seen 0 to 4.
     """
-    with failures(f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"):
+    with failures(f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}", with_flags):
         check_backend(given["backend"], "--backend")
         chosen = _resumed(context, given, output) if resume else RunOptions(**run_options(given))
         if not resume:
             _check_free(output, overwrite)
+        check_folder(output, (), overwrite)
         if threads is None and chosen.backbone == DEMO_BACKBONE:
             threads = 1  # so small a model has no work for more, which would wait for each other
         if threads is not None:

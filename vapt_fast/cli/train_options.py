@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import Field, fields
 from pathlib import Path
@@ -15,7 +16,7 @@ from ..training import METHODS, Recipe, RunOptions, UserError
 from ..training.methods import method_name
 from ..training.suites import is_suite_data
 
-__all__ = ["ARGUMENTS", "flag_of", "is_given", "run_options", "value_of", "with_run_options"]
+__all__ = ["ARGUMENTS", "flag_of", "is_given", "run_options", "value_of", "with_flags", "with_run_options"]
 
 _OWNERS = (RunOptions, Recipe, PromptConfig)
 
@@ -107,3 +108,19 @@ def value_of(name: str, given: Any) -> Any:
 def flag_of(name: str) -> str:
     """Return how an argument is given on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def with_flags(message: str, leave_out: Collection[str] = ()) -> str:
+    """Return an error's message with the flags of ARGUMENTS, but for some, in the place of the fields' names.
+
+    A name of one word ("data", "test") is that of an option only where the message begins with it. What is
+    quoted or part of a path stays.
+    """
+    given = {name: option for name, (_, option) in ARGUMENTS.items() if name not in leave_out}
+    flags = {option.name: flag_of(name) for name, option in given.items()} | {"base_lr": flag_of("lr")}
+
+    def flag(found: re.Match[str]) -> str:
+        name = found[0]
+        return flags[name] if "_" in name or found.start() == 0 else name
+
+    return re.sub(rf"(?<![\w/.'\"-])({'|'.join(flags)})(?![\w/'\"-]|\.\w)", flag, message)

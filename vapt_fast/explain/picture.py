@@ -86,9 +86,9 @@ def explain_picture(
         one.set_axis_off()
     axes[0, 0].imshow(pixels)
     axes[0, 0].set_title("image", fontsize=10)
-    figure.suptitle("   ".join(_likeliest(probabilities[0], names)), fontsize=11)
+    figure.suptitle("   ".join(_likeliest(probabilities[0], names)), fontsize=11, parse_math=False)
     for one, (title, make) in zip([*axes[0, 1:], *axes[1:].flat], [*panels, *shaping], strict=False):
-        one.set_title(title, fontsize=10)
+        one.set_title(title, fontsize=10, parse_math=False)  # names may have a "$"
         try:
             heat = normalise(make())[0]
         except NotImplementedError as error:

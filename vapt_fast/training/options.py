@@ -175,7 +175,10 @@ class RunOptions:
             if value not in choices:
                 raise UserError(f"{name} must be one of {choices}, got {value!r}")
         if self.augmentation.random and self.cache:
-            raise UserError(f"cache keeps every image as it is first read: not with {self.augmentation}")
+            raise UserError(
+                "cache keeps every image as it is first read: leave it out, or augment, color_jitter and "
+                "random_erasing"
+            )
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"image_size must be at least 1, got {self.image_size}")
         if min(self.validation_share, self.test_share) < 0 or self.validation_share + self.test_share >= 1:

@@ -176,8 +176,12 @@ def folder_splits(
     learning, fixed = train_transform(config, augmentation), eval_transform(config)
     base = root / "train" if (root / "train").is_dir() else root
     train = _open_folder(base, learning)
+    if len(train.classes) < 2:
+        raise UserError(f"{printable(base)} must have folders of two classes at least, got {train.classes}")
     if train.classes == ["images", "masks"]:
-        raise UserError(f"{printable(base)} has images/ and masks/: give the task segmentation")
+        raise UserError(
+            f"{printable(base)} has images/ and masks/: give task='segmentation' (--task segmentation)"
+        )
     order = stratified_order(train.targets, seed)
     num_test, num_validation = (round(share * len(order)) for share in (test_share, validation_share))
     test: LabelledImages | None = None
@@ -194,7 +198,7 @@ def folder_splits(
     if not len(validation):
         raise UserError(
             f"{printable(root)} has too few images, none is left for validation, which chooses the learning "
-            "rate: add images, or give a larger validation share"
+            "rate: add images, or give a larger validation_share"
         )
     count = _check_num_train(num_train, len(order), len(train.classes))
     learned = Subset(train, order[:count])
@@ -299,11 +303,16 @@ def _find_split(root: Path, split: str) -> Path | None:
 
 
 def _check_num_train(num_train: int | None, available: int, num_classes: int) -> int:
+    if available < num_classes:
+        raise UserError(
+            f"{available} images are left to train on after validation and test, fewer than the "
+            f"{num_classes} classes: add images, or give a smaller validation_share or test_share"
+        )
     if num_train is None:
         num_train = available
     if not num_classes <= num_train <= available:
         raise UserError(
-            f"training images must be between {num_classes}, one a class, and {available}, all that are left "
+            f"train_images must be between {num_classes}, one a class, and {available}, all that are left "
             f"after validation and test; got {num_train}"
         )
     return num_train

@@ -52,7 +52,8 @@ class Preparation:
         if augmentation.kind not in _AUGMENTATIONS or augmentation.random_erasing or augmentation.crop_scale:
             raise UserError(
                 f"segmentation takes the augmentations {_AUGMENTATIONS} and color_jitter, without crop_scale "
-                f"and random_erasing, got {augmentation}"
+                f"and random_erasing, got {augmentation.kind!r}, crop_scale={augmentation.crop_scale}, "
+                f"random_erasing={augmentation.random_erasing}"
             )
         channels, *size = config["input_size"]
         self.size: tuple[int, int] = (size[0], size[1])

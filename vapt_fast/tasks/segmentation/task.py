@@ -34,7 +34,9 @@ class Segmentation:
     def splits(self, options: RunOptions, config: dict[str, Any], seed: int) -> Splits:
         """Open a folder of images and masks."""
         if options.data == "digits":
-            raise UserError("segmentation needs data, a folder with train/images and train/masks")
+            raise UserError(
+                "data must be a folder with train/images and train/masks for segmentation, got 'digits'"
+            )
         for name, default in (("cache", False), ("crop_mode", None), ("crop_pct", None)):
             if getattr(options, name) != default:
                 raise UserError(

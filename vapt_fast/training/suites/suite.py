@@ -120,7 +120,7 @@ def open_from(suite: Suite, member: str, root: Path, *, other_sizes: bool = Fals
     if deviations and not other_sizes:
         raise UserError(
             f"{printable(folder)} is not {suite.title}'s {member}: {'; '.join(deviations)}. Get the whole "
-            "data set, or give other_sizes (--other-sizes) for a run that is not the benchmark"
+            "data set, or give other_sizes=True for a run that is not the benchmark"
         )
     return Opened(f"{suite.name}:{member}", class_names, lists, tuple(deviations))
 

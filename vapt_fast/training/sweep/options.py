@@ -101,7 +101,9 @@ class SweepOptions:
             options = json.loads(path.read_text(encoding="utf-8"))
             version = options.pop("library_version")
         except FileNotFoundError as error:
-            raise UserError(f"{path} does not exist: there is no sweep in {folder}") from error
+            raise UserError(
+                f"{path} does not exist: there is no sweep in {folder}; give data to start one"
+            ) from error
         except (ValueError, AttributeError, KeyError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
         if version != __version__:
