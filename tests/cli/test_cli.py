@@ -213,10 +213,16 @@ def test_a_finished_run_is_overwritten_or_trained_on_only_if_asked(copied):
     assert epochs_of(copied) == [1, 2]
 
 
-def test_resume_refuses_other_options(tmp_path, monkeypatch):
-    def stopped(*_, **__):
-        raise KeyboardInterrupt
+def stopped(*_, **__):
+    raise KeyboardInterrupt
 
+
+def test_what_is_stopped_before_it_has_begun_can_not_be_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr("vapt_fast.training.task.Classification.check_data", stopped)
+    assert error_of("train", "--output", tmp_path, *QUICK, code=130).strip() == "error: stopped."
+
+
+def test_resume_refuses_other_options(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("vapt_fast.training.trainer.Trainer.run_epoch", stopped)
         message = error_of("train", "--output", tmp_path, *QUICK, code=130)

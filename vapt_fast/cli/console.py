@@ -10,6 +10,7 @@ import errno
 import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -123,22 +124,29 @@ def pick_device(name: str) -> str:
 
 
 @contextmanager
-def failures(advice: str = "", spell: Callable[[str], str] = str) -> Iterator[None]:
+def failures(
+    advice: str = "", spell: Callable[[str], str] = str, *, begun: Path | None = None
+) -> Iterator[None]:
     """Turn errors that users can do something about into a message and an exit code.
 
     Args:
         advice: how to resume after Ctrl-C or a full disk.
         spell: returns the message of an error as it is shown.
+        begun: a file without which there is nothing to resume, and no advice.
     """
+
+    def go_on() -> str:
+        return f" {advice}" if advice and (begun is None or begun.exists()) else ""
+
     try:
         yield
     except (UserError, AdapterError, BackendUnavailableError, ModuleNotFoundError) as error:
         fail(spell(str(error)))
     except KeyboardInterrupt:
-        fail(f"stopped. {advice}".strip(), INTERRUPTED)
+        fail(f"stopped.{go_on()}", INTERRUPTED)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            fail(f"the disk is full: {error}. Free some space. {advice}".strip(), code=1)
+            fail(f"the disk is full: {error}. Free some space.{go_on()}", code=1)
         if error.filename is None:  # not about a file of the user's
             raise
         fail(f"{error.filename}: {error.strerror}", code=1)

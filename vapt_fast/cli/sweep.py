@@ -19,6 +19,7 @@ from ..training.methods import METHODS
 from ..training.suites import SUITES
 from ..training.sweep import Places, Row, Spread, SweepOptions, Table, sweep_table, write_table
 from ..training.sweep import sweep as run_sweep
+from ..training.sweep.options import SWEEP_NAME
 from . import options
 from .console import cell, failures, out, pick_device, progress_bars, say
 from .output import check_folder
@@ -119,7 +120,8 @@ def sweep(
     Learning rates are chosen on validation images. The same command goes on with what was stopped, and
     several at a time share the work, also from other machines that have the folder.
     """
-    with failures(f"Go on with: vapt-fast sweep --output {shlex.quote(str(output))}", with_flags):
+    advice = f"Go on with: vapt-fast sweep --output {shlex.quote(str(output))}"
+    with failures(advice, with_flags, begun=output / SWEEP_NAME):
         named = [name for name in (*_OWN, *given) if is_given(context, name)]
         if data is None:
             if named:

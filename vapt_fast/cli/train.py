@@ -56,7 +56,8 @@ def train(
     Without options but --output: VAPT on real images of the digits 5 to 9, with the small backbone that comes
     with this package and has only seen 0 to 4.
     """
-    with failures(f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}", with_flags):
+    advice = f"Go on with: vapt-fast train --resume --output {shlex.quote(str(output))}"
+    with failures(advice, with_flags, begun=output / OPTIONS_NAME):
         check_backend(given["backend"], "--backend")
         chosen = _resumed(context, given, output) if resume else RunOptions(**run_options(given))
         if not resume:
