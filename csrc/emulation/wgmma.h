@@ -35,7 +35,7 @@ void wgmma_commit();
 bool next_product(int pending);
 // Computes the current product.
 void compute_product();
-void check_complete(const float* accumulators);
+void check_complete(const float* accumulators, int count);
 
 // The offset in shared memory of an element of a matrix; ``row`` and ``column`` count from where its descriptor points.
 // Fails if a product can't see what was written there.
@@ -57,7 +57,7 @@ void wgmma_wait(float (&... done)[COUNTS]) {
   while (runtime::next_product(PENDING)) {
     runtime::compute_product();
   }
-  (runtime::check_complete(done), ...);
+  (runtime::check_complete(done, COUNTS), ...);
 }
 
 template <typename Element>
