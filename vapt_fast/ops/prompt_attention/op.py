@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -284,13 +284,14 @@ def _unpacked(args: PackedArguments) -> Arguments:
     return Arguments(q, k, v, prompt_k, prompt_v, bias, prompt_lengths, scale)
 
 
+def _of_packed(fits: Callable[[Arguments], bool]) -> Callable[[PackedArguments], bool]:
+    return lambda args: fits(_unpacked(args))
+
+
 class _PackedAttention(Op):
     name = "prompt_attention_packed"
     folder = "prompt_attention"
-    measured = tuple(
-        replace(entry, fits=lambda args, fits=entry.fits: fits(_unpacked(args)))
-        for entry in _PromptAttention.measured
-    )
+    measured = tuple(replace(entry, fits=_of_packed(entry.fits)) for entry in _PromptAttention.measured)
     signature = Signature(PackedArguments, Outputs, PackedSaved, PackedGradients)
 
     def check(self, args: PackedArguments) -> PackedArguments:
