@@ -45,6 +45,30 @@ struct Smem {
   }
 };
 
+// With what the tiles use of the block's shared memory.
+struct NarrowBlock : Block<kChannels> {
+  Smem smem;
+  char* shared;
+
+  __device__ __forceinline__ NarrowBlock(const Smem& smem, char* shared, float scale)
+      : Block<kChannels>{smem.num_queries,
+                         smem.num_keys,
+                         scale * kLog2E,
+                         {shared, chunk_rows(smem.num_queries)},
+                         {shared + smem.grad_out(), chunk_rows(smem.num_queries)},
+                         {shared + smem.keys(), smem.key_rows()},
+                         {shared + smem.values(), smem.key_rows()},
+                         reinterpret_cast<const float*>(shared + smem.lse()),
+                         reinterpret_cast<const float*>(shared + smem.row_dot())},
+        smem(smem),
+        shared(shared) {}
+
+  // Where the gradient of the scores of a tile of queries is kept.
+  __device__ __forceinline__ char* kept(int tile) const { return shared + smem.grad_scores(tile); }
+  // Where this warp puts its results together.
+  __device__ __forceinline__ char* staging() const { return shared + smem.results(warp_id()); }
+};
+
 // Loads all that the products take, and makes it visible to them.
 template <typename Element>
 __device__ __forceinline__ void load(const PromptAttentionBackward& arguments, const Smem& smem, char* shared) {
@@ -99,16 +123,12 @@ __device__ __forceinline__ void backward(const PromptAttentionBackward& argument
   char* const shared = shared_memory();
   load<Element>(arguments, smem, shared);
   sync_threads();
-  const int query_rows = chunk_rows(smem.num_queries);
-  const Block<kChannels> block{smem.num_queries,
-                               smem.num_keys,
-                               arguments.scale * kLog2E,
-                               {shared, query_rows},
-                               {shared + smem.grad_out(), query_rows},
-                               {shared + smem.keys(), smem.key_rows()},
-                               {shared + smem.values(), smem.key_rows()},
-                               reinterpret_cast<const float*>(shared + smem.lse()),
-                               reinterpret_cast<const float*>(shared + smem.row_dot())};
+  const NarrowBlock block(smem, shared, arguments.scale);
+  const auto keep_chunk = [&](const auto& grad_scores, int key, int query) {
+    if (query < block.smem.num_kept * kTile) {
+      keep(block.kept(query / kTile), grad_scores, key, block.num_keys);
+    }
+  };
   const PromptAttentionInputs& grads = arguments.grads;
   const int key_tiles = grads.k.data || grads.prompt_k.data ? smem.key_rows() / kTile : 0;
   const int query_tiles = grads.q.data ? round_up(smem.num_queries, kTile) / kTile : 0;
@@ -120,19 +140,13 @@ __device__ __forceinline__ void backward(const PromptAttentionBackward& argument
       float grad_keys[kChannels / 2] = {};
       float grad_values[kChannels / 2] = {};
       const int key = tile * kTile;
-      sum_over_queries<Element>(block, grad_keys, grad_values, key, key, [&](const auto& grad_scores, int query) {
-        if (query < smem.num_kept * kTile) {
-          keep(shared + smem.grad_scores(query / kTile), grad_scores, key, smem.num_keys);
-        }
-      });
-      store_keys<Element, kChannels>(arguments, shared + smem.results(warp_id()), grad_keys, grad_values, key,
-                                     smem.num_keys);
+      sum_over_queries<Element>(block, grad_keys, grad_values, key, key, keep_chunk);
+      store_keys<Element>(arguments, block, grad_keys, grad_values, key);
     } else if (tile < tiles) {
       float grad_queries[kChannels / 2] = {};
       const int query = (smem.num_kept + tile - key_tiles) * kTile;
       sum_over_keys<Element>(block, grad_queries, query, query);
-      store_queries<Element, kChannels>(arguments, shared + smem.results(warp_id()), grad_queries, query,
-                                        smem.num_queries);
+      store_queries<Element>(arguments, block, grad_queries, query);
     }
   }
   if (smem.num_kept > 0) {
@@ -140,9 +154,8 @@ __device__ __forceinline__ void backward(const PromptAttentionBackward& argument
     sync_threads();
     for (int tile = warpgroup_id(); tile < smem.num_kept; tile += kWarpgroups) {
       float grad_queries[kChannels / 2] = {};
-      sum_of_kept<Element>(block, grad_queries, shared + smem.grad_scores(tile));
-      store_queries<Element, kChannels>(arguments, shared + smem.results(warp_id()), grad_queries, tile * kTile,
-                                        smem.num_queries);
+      sum_of_kept<Element>(block, grad_queries, block.kept(tile));
+      store_queries<Element>(arguments, block, grad_queries, tile * kTile);
     }
   }
 }

@@ -10,6 +10,8 @@ namespace vapt_fast::prompt_attention {
 // What the tiles are computed from: matrices in shared memory, each as far as it lies there.
 template <int CHANNELS>
 struct Block {
+  static constexpr int kChannels = CHANNELS;
+
   int num_queries;
   int num_keys;
   float factor;  // of scores in base 2
@@ -21,8 +23,8 @@ struct Block {
   const float* row_dot;  // out . grad_out
 };
 
-// Copies rows of the gradient of out from row ``begin`` on to a matrix of ``rows`` rows, as far as that goes, with zeros
-// after the last; computes their products with out, and copies their lse.
+// Copies the gradient of out, with zeros after the last row, to a matrix of ``rows`` rows: from row ``begin`` on, as far as
+// that goes. Computes the products with out, and copies lse.
 template <int THREADS, int CHANNELS, typename Element>
 __device__ __forceinline__ void load_grad_out(const PromptAttentionBackward& arguments, const Position& position,
                                               char* shared, int rows, int begin, float* lse, float* row_dot) {
@@ -33,8 +35,11 @@ __device__ __forceinline__ void load_grad_out(const PromptAttentionBackward& arg
   const int unit = thread_id() % kUnits;
   const bool is_channel = unit * kVec < arguments.sizes.channels;
   constexpr int kStep = THREADS / kUnits;
+  int end = chunk_rows(count);
+  if constexpr (CHANNELS > kPanel) {
+    end = min(end, begin + rows);
+  }
   constexpr int kBatch = 6;  // rows that a thread loads before it needs the first
-  const int end = min(chunk_rows(count), begin + rows);
   for (int first = begin + thread_id() / kUnits; first < end; first += kBatch * kStep) {
     Vec8<Element> grads[kBatch] = {};
     Vec8<Element> values[kBatch] = {};
@@ -91,7 +96,7 @@ __device__ __forceinline__ void multiply(float (&scores)[COUNT], float (&grads)[
 }
 
 // The gradients of 64 keys and values, from key ``key`` on, which is row ``row`` of their matrices: scores have a row for
-// each of them, a column for each query. Calls ``keep(grad_scores, query)`` with the columns of each chunk.
+// each of them, a column for each query. Calls ``keep(grad_scores, key, query)`` with the columns of each chunk.
 template <typename Element, int CHANNELS, typename Keep>
 __device__ __forceinline__ void sum_over_queries(const Block<CHANNELS>& block, float (&grad_keys)[CHANNELS / 2],
                                                  float (&grad_values)[CHANNELS / 2], int key, int row, Keep keep) {
@@ -136,7 +141,7 @@ __device__ __forceinline__ void sum_over_queries(const Block<CHANNELS>& block, f
     accumulate<Element>(grad_values, softmax, grad_out);
     accumulate<Element>(grad_keys, grad_scores, queries);
     wgmma_commit();
-    keep(grad_scores, query);
+    keep(grad_scores, key, query);
     wgmma_wait<0>(grad_values, grad_keys);
   });
 }
@@ -184,10 +189,11 @@ __device__ __forceinline__ void sum_over_keys(const Block<CHANNELS>& block, floa
 // The warpgroup, as a number that the compiler knows to be the same for all lanes.
 __device__ __forceinline__ int warpgroup_id() { return shuffle(warp_id(), 0) / 4; }
 
-template <typename Element, int CHANNELS>
-__device__ __forceinline__ void store_keys(const PromptAttentionBackward& arguments, char* staging,
-                                           const float (&grad_keys)[CHANNELS / 2],
-                                           const float (&grad_values)[CHANNELS / 2], int key, int num_keys) {
+// Stores the gradients of keys and values. ``block`` is a Block, and says where each warp puts its results together.
+template <typename Element, typename Block>
+__device__ __forceinline__ void store_keys(const PromptAttentionBackward& arguments, const Block& block,
+                                           const float (&grad_keys)[Block::kChannels / 2],
+                                           const float (&grad_values)[Block::kChannels / 2], int key) {
   const PromptAttentionSizes& sizes = arguments.sizes;
   const PromptAttentionInputs& to = arguments.grads;
   const Position position(sizes);
@@ -195,16 +201,18 @@ __device__ __forceinline__ void store_keys(const PromptAttentionBackward& argume
   const int channels = static_cast<int>(sizes.channels);
   const JointRows<Element> k{{to.prompt_k, position}, {to.k, position}, num_prompts};
   const JointRows<Element> v{{to.prompt_v, position}, {to.v, position}, num_prompts};
-  store_tile<Element, CHANNELS>(staging, grad_keys, arguments.scale, k, key, num_keys, channels);
-  store_tile<Element, CHANNELS>(staging, grad_values, 1.0f, v, key, num_keys, channels);
+  char* const staging = block.staging();
+  store_tile<Element, Block::kChannels>(staging, grad_keys, arguments.scale, k, key, block.num_keys, channels);
+  store_tile<Element, Block::kChannels>(staging, grad_values, 1.0f, v, key, block.num_keys, channels);
 }
 
-template <typename Element, int CHANNELS>
-__device__ __forceinline__ void store_queries(const PromptAttentionBackward& arguments, char* staging,
-                                              const float (&grad_queries)[CHANNELS / 2], int query, int num_queries) {
+// Stores the gradient of queries.
+template <typename Element, typename Block>
+__device__ __forceinline__ void store_queries(const PromptAttentionBackward& arguments, const Block& block,
+                                              const float (&grad_queries)[Block::kChannels / 2], int query) {
   const Rows<Element> q(arguments.grads.q, Position(arguments.sizes));
-  store_tile<Element, CHANNELS>(staging, grad_queries, arguments.scale, q, query, num_queries,
-                                static_cast<int>(arguments.sizes.channels));
+  store_tile<Element, Block::kChannels>(block.staging(), grad_queries, arguments.scale, q, query, block.num_queries,
+                                        static_cast<int>(arguments.sizes.channels));
 }
 
 // The launch for heads of more than 64 channels, of checked arguments.

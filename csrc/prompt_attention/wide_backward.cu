@@ -27,10 +27,6 @@ struct Smem {
   __host__ __device__ __forceinline__ int part(int matrix) const {
     return whole(2) + matrix * kPartRows * Matrix<CHANNELS>::kRowBytes;
   }
-  // The results of a warp take the place of parts that have been read.
-  __host__ __device__ __forceinline__ int results(int warp) const {
-    return part(0) + warp * Matrix<CHANNELS>::kStagedBytes;
-  }
   __host__ __device__ __forceinline__ int lse() const { return part(2); }
   __host__ __device__ __forceinline__ int row_dot() const {
     return lse() + round_up(num_queries, kTile) * static_cast<int>(sizeof(float));
@@ -38,6 +34,14 @@ struct Smem {
   __host__ __device__ __forceinline__ int size() const {
     return row_dot() + round_up(num_queries, kTile) * static_cast<int>(sizeof(float));
   }
+};
+
+// With where results are put together.
+template <int CHANNELS>
+struct WideBlock : Block<CHANNELS> {
+  char* results;
+
+  __device__ __forceinline__ char* staging() const { return results + warp_id() * Matrix<CHANNELS>::kStagedBytes; }
 };
 
 // Copies a part of the ``count`` rows of ``source``, from row ``first`` on, and zeros after the last.
@@ -83,15 +87,16 @@ __device__ __forceinline__ void keys_pass(const PromptAttentionBackward& argumen
     clear_from<kThreads, CHANNELS>(shared, rows, num_queries);
     load_grad_out<kThreads, CHANNELS, Element>(arguments, position, shared + smem.whole(1), rows, 0, lse, row_dot);
   }
-  const Block<CHANNELS> block{num_queries,
-                              num_keys,
-                              arguments.scale * kLog2E,
-                              {shared, rows},
-                              {shared + smem.whole(1), rows},
-                              {shared + smem.part(0), kPartRows},
-                              {shared + smem.part(1), kPartRows},
-                              lse,
-                              row_dot};
+  const WideBlock<CHANNELS> block{{num_queries,
+                                   num_keys,
+                                   arguments.scale * kLog2E,
+                                   {shared, rows},
+                                   {shared + smem.whole(1), rows},
+                                   {shared + smem.part(0), kPartRows},
+                                   {shared + smem.part(1), kPartRows},
+                                   lse,
+                                   row_dot},
+                                  shared + smem.part(0)};
   const int row = warpgroup_id() * kTile;
   for (int first = 0; first < num_keys; first += kPartRows) {
     {
@@ -106,12 +111,11 @@ __device__ __forceinline__ void keys_pass(const PromptAttentionBackward& argumen
     float grad_keys[CHANNELS / 2] = {};
     float grad_values[CHANNELS / 2] = {};
     if (key < num_keys) {
-      sum_over_queries<Element>(block, grad_keys, grad_values, key, row, [](const auto&, int) {});
+      sum_over_queries<Element>(block, grad_keys, grad_values, key, row, [](const auto&, int, int) {});
     }
-    sync_threads();  // the parts have been read
+    sync_threads();  // the parts have been read: results take their place
     if (key < num_keys) {
-      char* const staging = shared + smem.results(warp_id());
-      store_keys<Element, CHANNELS>(arguments, staging, grad_keys, grad_values, key, num_keys);
+      store_keys<Element>(arguments, block, grad_keys, grad_values, key);
     }
     sync_threads();  // the results have left
   }
@@ -134,15 +138,16 @@ __device__ __forceinline__ void queries_pass(const PromptAttentionBackward& argu
     load_keys<kThreads, CHANNELS, Element>(shared, in.prompt_k, in.k, sizes, position, rows);
     load_keys<kThreads, CHANNELS, Element>(shared + smem.whole(1), in.prompt_v, in.v, sizes, position, rows);
   }
-  const Block<CHANNELS> block{num_queries,
-                              num_keys,
-                              arguments.scale * kLog2E,
-                              {shared + smem.part(0), kPartRows},
-                              {shared + smem.part(1), kPartRows},
-                              {shared, rows},
-                              {shared + smem.whole(1), rows},
-                              lse,
-                              row_dot};
+  const WideBlock<CHANNELS> block{{num_queries,
+                                   num_keys,
+                                   arguments.scale * kLog2E,
+                                   {shared + smem.part(0), kPartRows},
+                                   {shared + smem.part(1), kPartRows},
+                                   {shared, rows},
+                                   {shared + smem.whole(1), rows},
+                                   lse,
+                                   row_dot},
+                                  shared + smem.part(0)};
   const int row = warpgroup_id() * kTile;
   for (int first = 0; first < num_queries; first += kPartRows) {
     {
@@ -157,10 +162,9 @@ __device__ __forceinline__ void queries_pass(const PromptAttentionBackward& argu
     if (query < num_queries) {
       sum_over_keys<Element>(block, grad_queries, query, row);
     }
-    sync_threads();  // the parts have been read
+    sync_threads();  // the parts have been read: results take their place
     if (query < num_queries) {
-      char* const staging = shared + smem.results(warp_id());
-      store_queries<Element, CHANNELS>(arguments, staging, grad_queries, query, num_queries);
+      store_queries<Element>(arguments, block, grad_queries, query);
     }
     sync_threads();  // the results have left
   }
