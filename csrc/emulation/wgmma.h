@@ -104,7 +104,7 @@ void compute(const runtime::Product& product, float* c) {
 
 template <typename Element, bool IN_REGISTERS, bool BY_ROWS, int COUNT>
 void issue(float (&c)[COUNT], const std::uint32_t (&words)[4], SharedMatrix a, SharedMatrix b, bool accumulate) {
-  static_assert(COUNT % 4 == 0 && COUNT <= 128 && (!BY_ROWS || COUNT <= 32));
+  static_assert(COUNT % 4 == 0 && COUNT <= 128 && (!BY_ROWS || COUNT == 32));
   runtime::Product product{
       compute<Element, IN_REGISTERS, BY_ROWS>, a.descriptor(), b.descriptor(), accumulate, COUNT, {}};
   const char* all = runtime::exchange("wgmma", words, sizeof words);

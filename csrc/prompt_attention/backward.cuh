@@ -98,8 +98,10 @@ __device__ __forceinline__ void multiply(float (&scores)[COUNT], float (&grads)[
 // The gradients of 64 keys and values, from key ``key`` on, which is row ``row`` of their matrices: scores have a row for
 // each of them, a column for each query. Calls ``keep(grad_scores, key, query)`` with the columns of each chunk.
 template <typename Element, int CHANNELS, typename Keep>
-__device__ __forceinline__ void sum_over_queries(const Block<CHANNELS>& block, float (&grad_keys)[CHANNELS / 2],
-                                                 float (&grad_values)[CHANNELS / 2], int key, int row, Keep keep) {
+__device__ __forceinline__ void sum_over_queries(const Block<CHANNELS>& block,
+                                                 float (&grad_keys)[Matrix<CHANNELS>::kSums],
+                                                 float (&grad_values)[Matrix<CHANNELS>::kSums], int key, int row,
+                                                 Keep keep) {
   const Matrix<CHANNELS> keys = block.keys.rows_from(row);
   const Matrix<CHANNELS> values = block.values.rows_from(row);
   const bool is_needed = key + warp_row() < block.num_keys;  // or the warp computes what nobody reads
@@ -149,8 +151,8 @@ __device__ __forceinline__ void sum_over_queries(const Block<CHANNELS>& block, f
 // The gradient of 64 queries, from query ``query`` on, which is row ``row`` of their matrices: scores have a row for each
 // of them, a column for each key.
 template <typename Element, int CHANNELS>
-__device__ __forceinline__ void sum_over_keys(const Block<CHANNELS>& block, float (&grad_queries)[CHANNELS / 2],
-                                              int query, int row) {
+__device__ __forceinline__ void sum_over_keys(const Block<CHANNELS>& block,
+                                              float (&grad_queries)[Matrix<CHANNELS>::kSums], int query, int row) {
   const Matrix<CHANNELS> queries = block.queries.rows_from(row);
   const Matrix<CHANNELS> grad_out = block.grad_out.rows_from(row);
   const bool is_needed = query + warp_row() < block.num_queries;
@@ -192,8 +194,8 @@ __device__ __forceinline__ int warpgroup_id() { return shuffle(warp_id(), 0) / 4
 // Stores the gradients of keys and values. ``block`` is a Block, and says where each warp puts its results together.
 template <typename Element, typename Block>
 __device__ __forceinline__ void store_keys(const PromptAttentionBackward& arguments, const Block& block,
-                                           const float (&grad_keys)[Block::kChannels / 2],
-                                           const float (&grad_values)[Block::kChannels / 2], int key) {
+                                           const float (&grad_keys)[Matrix<Block::kChannels>::kSums],
+                                           const float (&grad_values)[Matrix<Block::kChannels>::kSums], int key) {
   const PromptAttentionSizes& sizes = arguments.sizes;
   const PromptAttentionInputs& to = arguments.grads;
   const Position position(sizes);
@@ -209,7 +211,7 @@ __device__ __forceinline__ void store_keys(const PromptAttentionBackward& argume
 // Stores the gradient of queries.
 template <typename Element, typename Block>
 __device__ __forceinline__ void store_queries(const PromptAttentionBackward& arguments, const Block& block,
-                                              const float (&grad_queries)[Block::kChannels / 2], int query) {
+                                              const float (&grad_queries)[Matrix<Block::kChannels>::kSums], int query) {
   const Rows<Element> q(arguments.grads.q, Position(arguments.sizes));
   store_tile<Element, Block::kChannels>(block.staging(), grad_queries, arguments.scale, q, query, block.num_queries,
                                         static_cast<int>(arguments.sizes.channels));

@@ -31,6 +31,7 @@ struct Matrix {
   static constexpr int kUnits = kPanels * SharedMatrix::kRowBytes / SharedMatrix::kUnitBytes;  // of a row
   static constexpr int kRowBytes = kPanels * SharedMatrix::kRowBytes;
   static constexpr int kStagedBytes = kStagedRows * kRowBytes;  // of a warp's results, see store_tile
+  static constexpr int kSums = kPanels * kPanel / 2;            // of a thread, of a tile that has as many columns
 
   SharedMatrix first;         // panel
   std::uint32_t panel_units;  // from a panel to the next
@@ -59,13 +60,10 @@ struct Matrix {
   }
 };
 
-// The accumulators of a panel's columns, of those of all columns.
+// Those of a thread's sums that are of a panel's columns.
 template <int PANEL, int COUNT>
-__device__ __forceinline__ auto& panel_of(float (&sum)[COUNT]) {
-  constexpr int kFirst = PANEL * kPanel / 2;
-  constexpr int kRest = COUNT - kFirst;
-  constexpr int kCount = kRest < kPanel / 2 ? kRest : kPanel / 2;
-  return reinterpret_cast<float (&)[kCount]>(sum[kFirst]);
+__device__ __forceinline__ auto& panel_of(float (&sums)[COUNT]) {
+  return reinterpret_cast<float (&)[kPanel / 2]>(sums[PANEL * kPanel / 2]);
 }
 
 // Of a thread's accumulators, number i is in row first_row() + row_of(i) of its warpgroup's tile and in column
@@ -196,7 +194,7 @@ __device__ __forceinline__ void load_keys(char* shared, const Tensor4& of_prompt
 // Stores a warp's 16 rows of a tile times ``factor``, by way of 8 rows in shared memory. The tile's first row is row
 // ``first`` of ``to``, which has ``count``.
 template <typename Element, int CHANNELS, typename Destination>
-__device__ __forceinline__ void store_tile(char* staging, const float (&tile)[CHANNELS / 2], float factor,
+__device__ __forceinline__ void store_tile(char* staging, const float (&tile)[Matrix<CHANNELS>::kSums], float factor,
                                            const Destination& to, int first, int count, int channels) {
   constexpr int kUnits = Matrix<CHANNELS>::kUnits;
   const int lane = opaque(lane_id());
@@ -229,9 +227,9 @@ __device__ __forceinline__ void pack_tile(std::uint32_t (&packed)[COUNT / 8][4],
   }
 }
 
-// Issues sum += tile b.
+// Issues sum += tile b, panel by panel.
 template <typename Element, int CHANNELS, int COUNT>
-__device__ __forceinline__ void accumulate(float (&sum)[CHANNELS / 2], const std::uint32_t (&tile)[COUNT][4],
+__device__ __forceinline__ void accumulate(float (&sum)[Matrix<CHANNELS>::kSums], const std::uint32_t (&tile)[COUNT][4],
                                            const Matrix<CHANNELS>& b) {
 #pragma unroll
   for (int k = 0; k < COUNT; ++k) {

@@ -32,7 +32,7 @@ struct Softmax {
   // kSlack: then the sums would be corrected, which is rare after the first chunk.
   float reference[2] = {kLowest, kLowest};
   float sum[2] = {};  // the thread's part
-  float out[CHANNELS / 2] = {};
+  float out[Matrix<CHANNELS>::kSums] = {};
 
   static constexpr float kLowest = -1e30f;
   static constexpr float kSlack = 8.0f;

@@ -108,8 +108,8 @@ __device__ __forceinline__ void keys_pass(const PromptAttentionBackward& argumen
     }
     finish_loads();
     const int key = first + row;
-    float grad_keys[CHANNELS / 2] = {};
-    float grad_values[CHANNELS / 2] = {};
+    float grad_keys[Matrix<CHANNELS>::kSums] = {};
+    float grad_values[Matrix<CHANNELS>::kSums] = {};
     if (key < num_keys) {
       sum_over_queries<Element>(block, grad_keys, grad_values, key, row, [](const auto&, int, int) {});
     }
@@ -158,7 +158,7 @@ __device__ __forceinline__ void queries_pass(const PromptAttentionBackward& argu
     }
     finish_loads();
     const int query = first + row;
-    float grad_queries[CHANNELS / 2] = {};
+    float grad_queries[Matrix<CHANNELS>::kSums] = {};
     if (query < num_queries) {
       sum_over_keys<Element>(block, grad_queries, query, row);
     }
