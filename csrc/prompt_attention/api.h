@@ -16,7 +16,8 @@
 // not matter, and a stride may be 0. Bare pointers are contiguous. Outputs must not overlap with anything.
 //
 // A block has all queries and keys of an image and head in shared memory: Q and P + T, each rounded up to a multiple of
-// 64, are at most 832 together. With heads of more than 64 channels it has either: both are at most 320.
+// 64, are at most 832 together. With heads of more than 64 channels the backward has one side as a whole at a time, and
+// each is at most 320.
 
 #pragma once
 

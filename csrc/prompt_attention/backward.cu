@@ -45,7 +45,7 @@ struct Smem {
   }
 };
 
-// With what the tiles use of the block's shared memory.
+// With what else the tiles use of the block's shared memory.
 struct NarrowBlock : Block<kChannels> {
   Smem smem;
   char* shared;

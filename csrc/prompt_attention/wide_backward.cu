@@ -36,7 +36,7 @@ struct Smem {
   }
 };
 
-// With where results are put together.
+// With the place where the warps put their results together.
 template <int CHANNELS>
 struct WideBlock : Block<CHANNELS> {
   char* results;
