@@ -155,16 +155,16 @@ __device__ __forceinline__ void wgmma(float (&c)[COUNT], const std::uint32_t (&a
   wgmma_of<Element, false>(c, a, b, accumulate);
 }
 
-// c = a b, or c += a b: a (64, 16) in registers, b (16, N).
-template <typename Element, int COUNT>
-__device__ __forceinline__ void wgmma_by_rows(float (&c)[COUNT], const std::uint32_t (&a)[4], SharedMatrix b,
+// c = a b, or c += a b: a (64, 16) in registers, b (16, 64), since the rows of b are swizzled in units of 64 columns.
+template <typename Element>
+__device__ __forceinline__ void wgmma_by_rows(float (&c)[32], const std::uint32_t (&a)[4], SharedMatrix b,
                                               bool accumulate) {
   wgmma_of<Element, true>(c, a, b, accumulate);
 }
 
-// c = a^T b, or c += a^T b: a (16, 64), b (16, N).
-template <typename Element, int COUNT>
-__device__ __forceinline__ void wgmma_by_rows(float (&c)[COUNT], SharedMatrix a, SharedMatrix b, bool accumulate) {
+// c = a^T b, or c += a^T b: a (16, 64), b (16, 64).
+template <typename Element>
+__device__ __forceinline__ void wgmma_by_rows(float (&c)[32], SharedMatrix a, SharedMatrix b, bool accumulate) {
   wgmma_of<Element, true>(c, a, b, accumulate);
 }
 

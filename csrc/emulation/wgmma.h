@@ -35,7 +35,7 @@ void wgmma_commit();
 bool next_product(int pending);
 // Computes the current product.
 void compute_product();
-void check_complete(const float* accumulators);
+void check_complete(const float* accumulators, int count);
 
 // The offset in shared memory of an element of a matrix; ``row`` and ``column`` count from where its descriptor points.
 // Fails if a product can't see what was written there.
@@ -57,7 +57,7 @@ void wgmma_wait(float (&... done)[COUNTS]) {
   while (runtime::next_product(PENDING)) {
     runtime::compute_product();
   }
-  (runtime::check_complete(done), ...);
+  (runtime::check_complete(done, COUNTS), ...);
 }
 
 template <typename Element>
@@ -104,7 +104,7 @@ void compute(const runtime::Product& product, float* c) {
 
 template <typename Element, bool IN_REGISTERS, bool BY_ROWS, int COUNT>
 void issue(float (&c)[COUNT], const std::uint32_t (&words)[4], SharedMatrix a, SharedMatrix b, bool accumulate) {
-  static_assert(COUNT % 4 == 0 && COUNT <= 128 && (!BY_ROWS || COUNT <= 32));
+  static_assert(COUNT % 4 == 0 && COUNT <= 128 && (!BY_ROWS || COUNT == 32));
   runtime::Product product{
       compute<Element, IN_REGISTERS, BY_ROWS>, a.descriptor(), b.descriptor(), accumulate, COUNT, {}};
   const char* all = runtime::exchange("wgmma", words, sizeof words);

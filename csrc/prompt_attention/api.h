@@ -16,7 +16,8 @@
 // not matter, and a stride may be 0. Bare pointers are contiguous. Outputs must not overlap with anything.
 //
 // A block has all queries and keys of an image and head in shared memory: Q and P + T, each rounded up to a multiple of
-// 64, are at most 832 together.
+// 64, are at most 832 together. With heads of more than 64 channels the backward has one side as a whole at a time, and
+// each is at most 320.
 
 #pragma once
 
@@ -31,7 +32,7 @@ struct PromptAttentionSizes {
   std::int64_t tokens = 0;        // T; P + T is at least 1
   std::int64_t prompts = 0;       // P
   std::int64_t heads = 0;         // H
-  std::int64_t channels = 0;      // of a head, D: a multiple of 8, at most 64
+  std::int64_t channels = 0;      // of a head, D: a multiple of 8, at most 128
 };
 
 struct PromptAttentionInputs {

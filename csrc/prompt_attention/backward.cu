@@ -1,10 +1,10 @@
-// The backward of prompt_attention: see prompt_attention/api.h.
+// The backward of prompt_attention for heads of at most 64 channels, and the launcher of all: see
+// prompt_attention/api.h.
 //
 // A block computes an image and head, of which queries, keys, values and the gradient of out lie in its shared memory.
-// Its warpgroups share the tiles: those of keys, which give the gradients of keys and values, and those of queries, which
-// give the gradient of queries. Both compute the scores again. No two warpgroups add to the same sum.
+// Its warpgroups share the tiles, first those of keys.
 
-#include "prompt_attention/common.cuh"
+#include "prompt_attention/backward.cuh"
 
 namespace vapt_fast {
 namespace prompt_attention {
@@ -13,6 +13,8 @@ namespace {
 constexpr int kWarpgroups = 3;
 constexpr int kThreads = kWarpgroups * kWarpgroupSize;
 constexpr std::int64_t kMaxSharedMemory = 227 * 1024;
+constexpr int kChannels = 64;
+constexpr int kStagedBytes = Matrix<kChannels>::kStagedBytes;
 
 // The block's shared memory: four matrices; of ``num_kept`` tiles of queries the gradient of the scores, transposed; for
 // each warp 8 rows of results; and of each query lse, all in a row, and out . grad_out.
@@ -43,80 +45,29 @@ struct Smem {
   }
 };
 
-// What the tiles are computed from.
-struct Block {
+// With what else the tiles use of the block's shared memory.
+struct NarrowBlock : Block<kChannels> {
   Smem smem;
   char* shared;
-  float factor;  // of scores in base 2
-  SharedMatrix queries;
-  SharedMatrix grad_out;
-  SharedMatrix keys;
-  SharedMatrix values;
-  const float* lse;
-  const float* row_dot;
 
-  __device__ __forceinline__ Block(const Smem& smem, float scale)
-      : smem(smem),
-        shared(shared_memory()),
-        factor(scale * kLog2E),
-        queries(shared_matrix(shared)),
-        grad_out(shared_matrix(shared + smem.grad_out())),
-        keys(shared_matrix(shared + smem.keys())),
-        values(shared_matrix(shared + smem.values())),
-        lse(reinterpret_cast<const float*>(shared + smem.lse())),
-        row_dot(reinterpret_cast<const float*>(shared + smem.row_dot())) {}
+  __device__ __forceinline__ NarrowBlock(const Smem& smem, char* shared, float scale)
+      : Block<kChannels>{smem.num_queries,
+                         smem.num_keys,
+                         scale * kLog2E,
+                         {shared, chunk_rows(smem.num_queries)},
+                         {shared + smem.grad_out(), chunk_rows(smem.num_queries)},
+                         {shared + smem.keys(), smem.key_rows()},
+                         {shared + smem.values(), smem.key_rows()},
+                         reinterpret_cast<const float*>(shared + smem.lse()),
+                         reinterpret_cast<const float*>(shared + smem.row_dot())},
+        smem(smem),
+        shared(shared) {}
+
+  // Where the gradient of the scores of a tile of queries is kept.
+  __device__ __forceinline__ char* kept(int tile) const { return shared + smem.grad_scores(tile); }
+  // Where this warp puts its results together.
+  __device__ __forceinline__ char* staging() const { return shared + smem.results(warp_id()); }
 };
-
-// Copies the gradient of out to shared memory, and computes its products with out.
-template <typename Element>
-__device__ __forceinline__ void load_grad_out(const PromptAttentionBackward& arguments, const Smem& smem, char* shared,
-                                              const Position& position) {
-  const Rows<const Element> grad_out(arguments.grad_out, position);
-  const Rows<const Element> out(arguments.out, position);
-  auto* const lse = reinterpret_cast<float*>(shared + smem.lse());
-  auto* const row_dot = reinterpret_cast<float*>(shared + smem.row_dot());
-  const int count = static_cast<int>(arguments.sizes.queries);
-  const int unit = thread_id() % kUnits;
-  const bool is_channel = unit * kVec < arguments.sizes.channels;
-  constexpr int kStep = kThreads / kUnits;
-  constexpr int kBatch = 6;  // rows that a thread loads before it needs the first
-  const int end = chunk_rows(count);
-  for (int first = thread_id() / kUnits; first < end; first += kBatch * kStep) {
-    Vec8<Element> grads[kBatch] = {};
-    Vec8<Element> values[kBatch] = {};
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int row = first + i * kStep;
-      if (row < count && is_channel) {
-        grads[i] = load_vec8(grad_out.at(row) + unit * kVec);
-        values[i] = load_vec8(out.at(row) + unit * kVec);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {
-      const int row = first + i * kStep;
-      if (row >= end) {
-        break;  // a whole warp: it has four rows
-      }
-      store16(shared + smem.grad_out() + SharedMatrix::offset(row, unit), grads[i].bytes[0]);
-      float grad[kVec];
-      float value[kVec];
-      widen(grads[i], grad);
-      widen(values[i], value);
-      float dot = 0.0f;
-#pragma unroll
-      for (int j = 0; j < kVec; ++j) {
-        dot += grad[j] * value[j];
-      }
-      dot = lane_sum<1, kUnits>(dot);
-      if (unit == 0) {
-        // Beyond the queries the softmax is 0.
-        lse[row] = row < count ? arguments.lse[block_id() * count + row] : INFINITY;
-        row_dot[row] = dot;
-      }
-    }
-  }
-}
 
 // Loads all that the products take, and makes it visible to them.
 template <typename Element>
@@ -125,41 +76,18 @@ __device__ __forceinline__ void load(const PromptAttentionBackward& arguments, c
   const PromptAttentionInputs& in = arguments.in;
   const Position position(sizes);
   const int num_queries = static_cast<int>(sizes.queries);
-  load_rows<kThreads>(shared, 0, Rows<const Element>(in.q, position), num_queries, static_cast<int>(sizes.channels));
-  clear_rows<kThreads>(shared, num_queries, chunk_rows(num_queries));
-  load_keys<kThreads, Element>(shared + smem.keys(), in.prompt_k, in.k, sizes, position, smem.key_rows());
-  load_keys<kThreads, Element>(shared + smem.values(), in.prompt_v, in.v, sizes, position, smem.key_rows());
+  const int rows = chunk_rows(num_queries);
+  load_rows<kThreads, kChannels>(shared, rows, 0, Rows<const Element>(in.q, position), num_queries,
+                                 static_cast<int>(sizes.channels));
+  clear_from<kThreads, kChannels>(shared, rows, num_queries);
+  load_keys<kThreads, kChannels, Element>(shared + smem.keys(), in.prompt_k, in.k, sizes, position, smem.key_rows());
+  load_keys<kThreads, kChannels, Element>(shared + smem.values(), in.prompt_v, in.v, sizes, position, smem.key_rows());
   cp_async_commit();
-  load_grad_out<Element>(arguments, smem, shared, position);
+  load_grad_out<kThreads, kChannels, Element>(arguments, position, shared + smem.grad_out(), rows, 0,
+                                              reinterpret_cast<float*>(shared + smem.lse()),
+                                              reinterpret_cast<float*>(shared + smem.row_dot()));
   cp_async_wait<0>();
   fence_shared();
-}
-
-// Issues scores = a b^T and grads = grad_a grad_b^T, two groups.
-template <typename Element, int COUNT>
-__device__ __forceinline__ void multiply(float (&scores)[COUNT], float (&grads)[COUNT], SharedMatrix a, SharedMatrix b,
-                                         SharedMatrix grad_a, SharedMatrix grad_b) {
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < kChannels; k += kDepth) {
-    wgmma<Element>(scores, a.columns_from(k), b.columns_from(k), k > 0);
-  }
-  wgmma_commit();
-#pragma unroll
-  for (int k = 0; k < kChannels; k += kDepth) {
-    wgmma<Element>(grads, grad_a.columns_from(k), grad_b.columns_from(k), k > 0);
-  }
-  wgmma_commit();
-}
-
-// Issues sum += tile b.
-template <typename Element, int COUNT>
-__device__ __forceinline__ void accumulate(float (&sum)[kChannels / 2], const std::uint32_t (&tile)[COUNT][4],
-                                           SharedMatrix b) {
-#pragma unroll
-  for (int k = 0; k < COUNT; ++k) {
-    wgmma_by_rows<Element>(sum, tile[k], b.rows_from(k * kDepth), true);
-  }
 }
 
 // Stores the gradient of scores, 64 keys from row ``key`` on and the columns of one chunk, for sum_of_kept.
@@ -174,143 +102,33 @@ __device__ __forceinline__ void keep(char* to, const std::uint32_t (&grad_scores
   }
 }
 
-// The gradients of 64 keys and values, from row ``key`` on: scores have a row for each of them, a column for each query.
+// The gradient of a tile of queries by the gradient of scores that the keys' tiles have kept.
 template <typename Element>
-__device__ __forceinline__ void sum_over_queries(const Block& block, float (&grad_keys)[kChannels / 2],
-                                                 float (&grad_values)[kChannels / 2], int key) {
-  const SharedMatrix keys = block.keys.rows_from(key);
-  const SharedMatrix values = block.values.rows_from(key);
-  const bool is_needed = key + warp_row() < block.smem.num_keys;  // or the warp computes what nobody reads
-  for_each_chunk(block.smem.num_queries, [&](auto size, int query) {
-    constexpr int QUERIES = decltype(size)::value;
-    const SharedMatrix queries = block.queries.rows_from(query);
-    const SharedMatrix grad_out = block.grad_out.rows_from(query);
-    const int column = query + first_column();
-    float scores[QUERIES / 2];
-    float grads[QUERIES / 2];
-    multiply<Element>(scores, grads, keys, queries, values, grad_out);
-    wgmma_wait<1>(scores);
-    if (is_needed) {
-#pragma unroll
-      for (int i = 0; i < QUERIES / 2; i += 4) {
-        const Bytes8 lse = load8(block.lse + column + column_of(i));
-#pragma unroll
-        for (int j = i; j < i + 4; ++j) {
-          scores[j] = exp2_approx(scores[j] * block.factor - float_of(lse.words[j % 2]));
-        }
-      }
-    }
-    wgmma_wait<0>(grads);
-    if (is_needed) {
-#pragma unroll
-      for (int i = 0; i < QUERIES / 2; i += 4) {
-        const Bytes8 row_dot = load8(block.row_dot + column + column_of(i));
-#pragma unroll
-        for (int j = i; j < i + 4; ++j) {
-          grads[j] = scores[j] * (grads[j] - float_of(row_dot.words[j % 2]));
-        }
-      }
-    }
-    std::uint32_t softmax[QUERIES / kDepth][4];
-    std::uint32_t grad_scores[QUERIES / kDepth][4];
-    pack_tile<Element>(softmax, scores);
-    pack_tile<Element>(grad_scores, grads);
-    wgmma_fence();
-    accumulate<Element>(grad_values, softmax, grad_out);
-    accumulate<Element>(grad_keys, grad_scores, queries);
-    wgmma_commit();
-    if (query < block.smem.num_kept * kTile) {
-      keep(block.shared + block.smem.grad_scores(query / kTile), grad_scores, key, block.smem.num_keys);
-    }
-    wgmma_wait<0>(grad_values, grad_keys);
-  });
-}
-
-// The gradient of 64 queries, from row ``query`` on: scores have a row for each of them, a column for each key.
-template <typename Element>
-__device__ __forceinline__ void sum_over_keys(const Block& block, float (&grad_queries)[kChannels / 2], int query) {
-  const SharedMatrix queries = block.queries.rows_from(query);
-  const SharedMatrix grad_out = block.grad_out.rows_from(query);
-  const bool is_needed = query + warp_row() < block.smem.num_queries;
-  const int row = query + first_row();
-  const float lse[2] = {block.lse[row], block.lse[row + 8]};
-  const float row_dot[2] = {block.row_dot[row], block.row_dot[row + 8]};
-  for_each_chunk(block.smem.num_keys, [&](auto size, int key) {
-    constexpr int KEYS = decltype(size)::value;
-    float scores[KEYS / 2];
-    float grads[KEYS / 2];
-    multiply<Element>(scores, grads, queries, block.keys.rows_from(key), grad_out, block.values.rows_from(key));
-    wgmma_wait<1>(scores);
-    if (is_needed) {
-#pragma unroll
-      for (int i = 0; i < KEYS / 2; ++i) {
-        scores[i] = exp2_approx(scores[i] * block.factor - lse[i / 2 % 2]);
-      }
-    }
-    wgmma_wait<0>(grads);
-    if (is_needed) {
-      const int valid = block.smem.num_keys - key - first_column();
-#pragma unroll
-      for (int i = 0; i < KEYS / 2; ++i) {
-        grads[i] = column_of(i) < valid ? scores[i] * (grads[i] - row_dot[i / 2 % 2]) : 0.0f;
-      }
-    }
-    std::uint32_t grad_scores[KEYS / kDepth][4];
-    pack_tile<Element>(grad_scores, grads);
-    wgmma_fence();
-    accumulate<Element>(grad_queries, grad_scores, block.keys.rows_from(key));
-    wgmma_commit();
-    wgmma_wait<0>(grad_queries);
-  });
-}
-
-// The same by the gradient of scores that the keys' tiles have kept.
-template <typename Element>
-__device__ __forceinline__ void sum_of_kept(const Block& block, float (&grad_queries)[kChannels / 2], int tile) {
-  const SharedMatrix grad_scores = shared_matrix(block.shared + block.smem.grad_scores(tile));
-  for_each_chunk(block.smem.num_keys, [&](auto size, int key) {
+__device__ __forceinline__ void sum_of_kept(const Block<kChannels>& block, float (&grad_queries)[kChannels / 2],
+                                            const char* kept) {
+  const SharedMatrix grad_scores = shared_matrix(kept);
+  for_each_chunk(block.num_keys, [&](auto size, int key) {
     wgmma_fence();
 #pragma unroll
     for (int k = key; k < key + decltype(size)::value; k += kDepth) {
-      wgmma_by_rows<Element>(grad_queries, grad_scores.rows_from(k), block.keys.rows_from(k), true);
+      wgmma_by_rows<Element>(grad_queries, grad_scores.rows_from(k), block.keys.rows_from(k).first, true);
     }
     wgmma_commit();
     wgmma_wait<0>(grad_queries);
   });
-}
-
-// The warpgroup, as a number that the compiler knows to be the same for all lanes.
-__device__ __forceinline__ int warpgroup_id() { return shuffle(warp_id(), 0) / 4; }
-
-template <typename Element>
-__device__ __forceinline__ void store_keys(const PromptAttentionBackward& arguments, const Block& block,
-                                           const float (&grad_keys)[kChannels / 2],
-                                           const float (&grad_values)[kChannels / 2], int key) {
-  const PromptAttentionSizes& sizes = arguments.sizes;
-  const PromptAttentionInputs& to = arguments.grads;
-  const Position position(sizes);
-  const int num_prompts = static_cast<int>(sizes.prompts);
-  const int channels = static_cast<int>(sizes.channels);
-  const JointRows<Element> k{{to.prompt_k, position}, {to.k, position}, num_prompts};
-  const JointRows<Element> v{{to.prompt_v, position}, {to.v, position}, num_prompts};
-  char* const staging = block.shared + block.smem.results(warp_id());
-  store_tile<Element>(staging, grad_keys, arguments.scale, k, key, block.smem.num_keys, channels);
-  store_tile<Element>(staging, grad_values, 1.0f, v, key, block.smem.num_keys, channels);
-}
-
-template <typename Element>
-__device__ __forceinline__ void store_queries(const PromptAttentionBackward& arguments, const Block& block,
-                                              const float (&grad_queries)[kChannels / 2], int query) {
-  const Rows<Element> q(arguments.grads.q, Position(arguments.sizes));
-  store_tile<Element>(block.shared + block.smem.results(warp_id()), grad_queries, arguments.scale, q, query,
-                      block.smem.num_queries, static_cast<int>(arguments.sizes.channels));
 }
 
 template <typename Element>
 __device__ __forceinline__ void backward(const PromptAttentionBackward& arguments, const Smem& smem) {
-  load<Element>(arguments, smem, shared_memory());
+  char* const shared = shared_memory();
+  load<Element>(arguments, smem, shared);
   sync_threads();
-  const Block block(smem, arguments.scale);
+  const NarrowBlock block(smem, shared, arguments.scale);
+  const auto keep_chunk = [&](const auto& grad_scores, int key, int query) {
+    if (query < block.smem.num_kept * kTile) {
+      keep(block.kept(query / kTile), grad_scores, key, block.num_keys);
+    }
+  };
   const PromptAttentionInputs& grads = arguments.grads;
   const int key_tiles = grads.k.data || grads.prompt_k.data ? smem.key_rows() / kTile : 0;
   const int query_tiles = grads.q.data ? round_up(smem.num_queries, kTile) / kTile : 0;
@@ -321,12 +139,13 @@ __device__ __forceinline__ void backward(const PromptAttentionBackward& argument
     if (tile < key_tiles) {
       float grad_keys[kChannels / 2] = {};
       float grad_values[kChannels / 2] = {};
-      sum_over_queries<Element>(block, grad_keys, grad_values, tile * kTile);
-      store_keys<Element>(arguments, block, grad_keys, grad_values, tile * kTile);
+      const int key = tile * kTile;
+      sum_over_queries<Element>(block, grad_keys, grad_values, key, key, keep_chunk);
+      store_keys<Element>(arguments, block, grad_keys, grad_values, key);
     } else if (tile < tiles) {
       float grad_queries[kChannels / 2] = {};
       const int query = (smem.num_kept + tile - key_tiles) * kTile;
-      sum_over_keys<Element>(block, grad_queries, query);
+      sum_over_keys<Element>(block, grad_queries, query, query);
       store_queries<Element>(arguments, block, grad_queries, query);
     }
   }
@@ -335,7 +154,7 @@ __device__ __forceinline__ void backward(const PromptAttentionBackward& argument
     sync_threads();
     for (int tile = warpgroup_id(); tile < smem.num_kept; tile += kWarpgroups) {
       float grad_queries[kChannels / 2] = {};
-      sum_of_kept<Element>(block, grad_queries, tile);
+      sum_of_kept<Element>(block, grad_queries, block.kept(tile));
       store_queries<Element>(arguments, block, grad_queries, tile * kTile);
     }
   }
@@ -389,6 +208,9 @@ Status launch_prompt_attention_backward(const PromptAttentionBackward& given, St
   }
   if (sizes.prompts + sizes.tokens == 0) {
     return check.status();
+  }
+  if (sizes.channels > kChannels) {
+    return launch_wide_backward(arguments, stream);
   }
   const bool keeps = grads.q.data && (grads.k.data || grads.prompt_k.data);
   const Smem smem = smem_of(sizes.queries, sizes.prompts + sizes.tokens, keeps);

@@ -12,16 +12,59 @@
 namespace vapt_fast::prompt_attention {
 
 // A tile is what a warpgroup computes: 64 rows of scores, over all columns, a chunk of at most 64 at a time. Each of its
-// warps has 16 rows. Heads have 64 channels in shared memory, zeros beyond their own.
+// warps has 16 rows. The kernels' CHANNELS are those of a head, with zeros after its own: 64, 80, 96 or 128.
 constexpr int kTile = 64;
-constexpr int kMostRows = 13 * kTile;  // of queries and keys, each in whole tiles
-constexpr int kChannels = 64;
+constexpr int kMostRows = 13 * kTile;     // of queries and keys, each in whole tiles, with heads of 64 channels
+constexpr int kMostWideRows = 5 * kTile;  // of queries, and of keys, with wider heads
+constexpr int kMostChannels = 128;
+constexpr int kPanel = 64;  // channels of a SharedMatrix
 constexpr int kDepth = 16;  // of a product
 constexpr int kWarpRows = 16;
 constexpr int kStagedRows = kWarpRows / 2;
-constexpr int kStagedBytes = kStagedRows * SharedMatrix::kRowBytes;
-constexpr int kUnits = SharedMatrix::kRowBytes / SharedMatrix::kUnitBytes;
 constexpr float kLog2E = 1.4426950408889634f;
+
+// A matrix of CHANNELS columns in shared memory: panels of 64 columns, one after the other, each of all rows, which are a
+// multiple of 8.
+template <int CHANNELS>
+struct Matrix {
+  static constexpr int kPanels = (CHANNELS + kPanel - 1) / kPanel;
+  static constexpr int kUnits = kPanels * SharedMatrix::kRowBytes / SharedMatrix::kUnitBytes;  // of a row
+  static constexpr int kRowBytes = kPanels * SharedMatrix::kRowBytes;
+  static constexpr int kStagedBytes = kStagedRows * kRowBytes;  // of a warp's results, see store_tile
+  static constexpr int kSums = kPanels * kPanel / 2;            // of a thread, of a tile that has as many columns
+
+  SharedMatrix first;         // panel
+  std::uint32_t panel_units;  // from a panel to the next
+
+  __device__ __forceinline__ Matrix(const char* shared, int rows)
+      : first(shared_matrix(shared)), panel_units(rows * SharedMatrix::kRowBytes / SharedMatrix::kUnitBytes) {}
+  __device__ __forceinline__ Matrix(SharedMatrix first, std::uint32_t panel_units)
+      : first(first), panel_units(panel_units) {}
+
+  // Where a unit of 16 bytes of a row lies in a matrix of ``rows`` rows.
+  __device__ __forceinline__ static int offset(int row, int unit, int rows) {
+    if constexpr (kPanels == 1) {
+      return SharedMatrix::offset(row, unit);
+    } else {
+      constexpr int kPanelUnits = kUnits / kPanels;
+      return unit / kPanelUnits * rows * SharedMatrix::kRowBytes + SharedMatrix::offset(row, unit % kPanelUnits);
+    }
+  }
+
+  // What begins at a row, a multiple of 8.
+  __device__ __forceinline__ Matrix rows_from(int row) const { return {first.rows_from(row), panel_units}; }
+
+  // What begins at a column, a multiple of 16, as far as its panel goes.
+  __device__ __forceinline__ SharedMatrix columns_from(int column) const {
+    return {first.columns_from(column % kPanel).first_unit + column / kPanel * panel_units};
+  }
+};
+
+// Those of a thread's sums that are of a panel's columns.
+template <int PANEL, int COUNT>
+__device__ __forceinline__ auto& panel_of(float (&sums)[COUNT]) {
+  return reinterpret_cast<float (&)[kPanel / 2]>(sums[PANEL * kPanel / 2]);
+}
 
 // Of a thread's accumulators, number i is in row first_row() + row_of(i) of its warpgroup's tile and in column
 // first_column() + column_of(i).
@@ -96,14 +139,15 @@ struct JointRows {
   __device__ __forceinline__ bool has(int row) const { return row < num_prompts ? prompts.exist : tokens.exist; }
 };
 
-// Copies ``count`` rows to shared memory, from row ``first`` of it on, with all THREADS; asynchronously.
-template <int THREADS, typename Element>
-__device__ __forceinline__ void load_rows(char* shared, int first, const Rows<Element>& source, int count,
+// Copies ``count`` rows to a matrix of ``rows`` rows, from row ``first`` of it on, with all THREADS; asynchronously.
+template <int THREADS, int CHANNELS, typename Element>
+__device__ __forceinline__ void load_rows(char* shared, int rows, int first, const Rows<Element>& source, int count,
                                           int channels) {
+  constexpr int kUnits = Matrix<CHANNELS>::kUnits;
   constexpr int kStep = THREADS / kUnits;  // a multiple of 8, so that a thread's units are all in one column
   const int unit = thread_id() % kUnits;
   int row = thread_id() / kUnits;
-  char* to = shared + SharedMatrix::offset(first + row, unit);
+  char* to = shared + Matrix<CHANNELS>::offset(first + row, unit, rows);
   const Element* from = source.at(row) + unit * kVec;
   const bool is_channel = unit * kVec < channels;
 #pragma unroll 4
@@ -119,44 +163,56 @@ __device__ __forceinline__ void load_rows(char* shared, int first, const Rows<El
 // Fills rows of shared memory with zeros.
 template <int THREADS>
 __device__ __forceinline__ void clear_rows(char* shared, int first, int end) {
+  constexpr int kUnits = Matrix<kPanel>::kUnits;
   for (int unit = first * kUnits + thread_id(); unit < end * kUnits; unit += THREADS) {
     store16(shared + unit * SharedMatrix::kUnitBytes, Bytes16{});
   }
 }
 
-// Copies the prompts' rows, then the tokens', and zeros up to row ``end``.
-template <int THREADS, typename Element>
+// Fills a matrix of ``rows`` rows with zeros from row ``first`` on.
+template <int THREADS, int CHANNELS>
+__device__ __forceinline__ void clear_from(char* shared, int rows, int first) {
+  clear_rows<THREADS>(shared, first, rows);
+  if constexpr (CHANNELS > kPanel) {
+    clear_rows<THREADS>(shared, rows + first, 2 * rows);
+  }
+}
+
+// Copies the prompts' rows, then the tokens', and zeros, to a matrix of ``rows`` rows.
+template <int THREADS, int CHANNELS, typename Element>
 __device__ __forceinline__ void load_keys(char* shared, const Tensor4& of_prompts, const Tensor4& of_tokens,
-                                          const PromptAttentionSizes& sizes, const Position& position, int end) {
+                                          const PromptAttentionSizes& sizes, const Position& position, int rows) {
   const int num_prompts = static_cast<int>(sizes.prompts);
   const int num_tokens = static_cast<int>(sizes.tokens);
   const int channels = static_cast<int>(sizes.channels);
-  load_rows<THREADS>(shared, 0, Rows<const Element>(of_prompts, position), num_prompts, channels);
-  load_rows<THREADS>(shared, num_prompts, Rows<const Element>(of_tokens, position), num_tokens, channels);
-  clear_rows<THREADS>(shared, num_prompts + num_tokens, end);
+  load_rows<THREADS, CHANNELS>(shared, rows, 0, Rows<const Element>(of_prompts, position), num_prompts, channels);
+  load_rows<THREADS, CHANNELS>(shared, rows, num_prompts, Rows<const Element>(of_tokens, position), num_tokens,
+                               channels);
+  clear_from<THREADS, CHANNELS>(shared, rows, num_prompts + num_tokens);
 }
 
 // Stores a warp's 16 rows of a tile times ``factor``, by way of 8 rows in shared memory. The tile's first row is row
 // ``first`` of ``to``, which has ``count``.
-template <typename Element, typename Destination>
-__device__ __forceinline__ void store_tile(char* staging, const float (&tile)[kChannels / 2], float factor,
+template <typename Element, int CHANNELS, typename Destination>
+__device__ __forceinline__ void store_tile(char* staging, const float (&tile)[Matrix<CHANNELS>::kSums], float factor,
                                            const Destination& to, int first, int count, int channels) {
+  constexpr int kUnits = Matrix<CHANNELS>::kUnits;
   const int lane = opaque(lane_id());
   const int unit = lane % kUnits;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     sync_warp();  // the last rows have left
 #pragma unroll
-    for (int i = 2 * half; i < kChannels / 2; i += 4) {
+    for (int i = 2 * half; i < CHANNELS / 2; i += 4) {
       const std::uint32_t word = pack<Element>(tile[i] * factor, tile[i + 1] * factor);
-      store4(staging + SharedMatrix::offset(lane / 4, i / 4) + lane % 4 * 4, word);
+      store4(staging + Matrix<CHANNELS>::offset(lane / 4, i / 4, kStagedRows) + lane % 4 * 4, word);
     }
     sync_warp();
 #pragma unroll
     for (int from = lane / kUnits; from < kStagedRows; from += kWarpSize / kUnits) {
       const int row = first + warp_row() + half * kStagedRows + from;
       if (row < count && unit * kVec < channels && to.has(row)) {
-        store16(to.at(row) + unit * kVec, load16(staging + SharedMatrix::offset(from, unit)));
+        store16(to.at(row) + unit * kVec, load16(staging + Matrix<CHANNELS>::offset(from, unit, kStagedRows)));
       }
     }
   }
@@ -171,6 +227,20 @@ __device__ __forceinline__ void pack_tile(std::uint32_t (&packed)[COUNT / 8][4],
   }
 }
 
+// Issues sum += tile b, panel by panel.
+template <typename Element, int CHANNELS, int COUNT>
+__device__ __forceinline__ void accumulate(float (&sum)[Matrix<CHANNELS>::kSums], const std::uint32_t (&tile)[COUNT][4],
+                                           const Matrix<CHANNELS>& b) {
+#pragma unroll
+  for (int k = 0; k < COUNT; ++k) {
+    const Matrix<CHANNELS> rows = b.rows_from(k * kDepth);
+    wgmma_by_rows<Element>(panel_of<0>(sum), tile[k], rows.columns_from(0), true);
+    if constexpr (CHANNELS > kPanel) {
+      wgmma_by_rows<Element>(panel_of<1>(sum), tile[k], rows.columns_from(kPanel), true);
+    }
+  }
+}
+
 inline Check checked_sizes(const PromptAttentionSizes& sizes) {
   Check check;
   const std::int64_t counts[] = {sizes.batch, sizes.queries, sizes.tokens, sizes.prompts, sizes.heads};
@@ -182,14 +252,17 @@ inline Check checked_sizes(const PromptAttentionSizes& sizes) {
   if (sizes.tokens + sizes.prompts < 1) {
     check.fail(Code::invalid, "there must be a key");
   }
-  if (sizes.channels < kVec || sizes.channels > kChannels || sizes.channels % kVec) {
-    check.fail(Code::unsupported, "channels must be 8, 16, 24, ... or %d, got %lld", kChannels,
+  if (sizes.channels < kVec || sizes.channels > kMostChannels || sizes.channels % kVec) {
+    check.fail(Code::unsupported, "channels must be 8, 16, 24, ... or %d, got %lld", kMostChannels,
                static_cast<long long>(sizes.channels));
   }
+  const std::int64_t keys = sizes.tokens + sizes.prompts;
   const auto padded = [](std::int64_t rows) { return (rows + kTile - 1) / kTile * kTile; };
-  if (padded(sizes.queries) + padded(sizes.tokens + sizes.prompts) > kMostRows) {
-    check.fail(Code::unsupported, "%lld queries and %lld keys don't fit in shared memory",
-               static_cast<long long>(sizes.queries), static_cast<long long>(sizes.tokens + sizes.prompts));
+  if (sizes.channels > kPanel ? max(sizes.queries, keys) > kMostWideRows
+                              : padded(sizes.queries) + padded(keys) > kMostRows) {
+    check.fail(Code::unsupported, "%lld queries and %lld keys of %lld channels don't fit in shared memory",
+               static_cast<long long>(sizes.queries), static_cast<long long>(keys),
+               static_cast<long long>(sizes.channels));
   }
   if (sizes.batch * sizes.heads > 0x7fffffff) {
     check.fail(Code::unsupported, "images times heads must be below 2^31");
@@ -208,6 +281,20 @@ inline void check_inputs(Check& check, const PromptAttentionSizes& sizes, const 
 template <typename Use>
 Status dispatch_dtype(Dtype dtype, Use use) {
   return dtype == Dtype::float16 ? use(Float16{}) : use(BFloat16{});
+}
+
+// Of heads with more than 64 channels: calls ``use(element, channels)``, where CHANNELS is the value of a type.
+template <typename Use>
+Status dispatch_wide(const PromptAttentionSizes& sizes, Use use) {
+  return dispatch_dtype(sizes.dtype, [&](auto element) {
+    if (sizes.channels <= 80) {
+      return use(element, std::integral_constant<int, 80>{});
+    }
+    if (sizes.channels <= 96) {
+      return use(element, std::integral_constant<int, 96>{});
+    }
+    return use(element, std::integral_constant<int, kMostChannels>{});
+  });
 }
 
 }  // namespace vapt_fast::prompt_attention

@@ -14,22 +14,25 @@ namespace {
 constexpr int kThreads = 2 * kWarpgroupSize;
 
 // The block's shared memory: keys and values, and for each warp its 16 queries and 8 rows of results.
+template <int CHANNELS>
 struct Smem {
+  static constexpr int kStagedBytes = Matrix<CHANNELS>::kStagedBytes;
   int rows;  // of keys
 
-  __host__ __device__ __forceinline__ int values() const { return rows * SharedMatrix::kRowBytes; }
+  __host__ __device__ __forceinline__ int values() const { return rows * Matrix<CHANNELS>::kRowBytes; }
   __host__ __device__ __forceinline__ int queries(int warp) const { return 2 * values() + 3 * warp * kStagedBytes; }
   __host__ __device__ __forceinline__ int results(int warp) const { return queries(warp) + 2 * kStagedBytes; }
   __host__ __device__ __forceinline__ int size() const { return queries(kThreads / kWarpSize); }
 };
 
 // The softmax of a thread's two rows so far.
+template <int CHANNELS>
 struct Softmax {
   // All sums are divided by 2^reference. That is the largest score of some chunk, and no score is larger by more than
   // kSlack: then the sums would be corrected, which is rare after the first chunk.
   float reference[2] = {kLowest, kLowest};
   float sum[2] = {};  // the thread's part
-  float out[kChannels / 2] = {};
+  float out[Matrix<CHANNELS>::kSums] = {};
 
   static constexpr float kLowest = -1e30f;
   static constexpr float kSlack = 8.0f;
@@ -40,7 +43,7 @@ struct Softmax {
       reference[half] = highest;
       sum[half] *= correction;
 #pragma unroll
-      for (int i = 2 * half; i < kChannels / 2; i += 4) {
+      for (int i = 2 * half; i < CHANNELS / 2; i += 4) {
         out[i] *= correction;
         out[i + 1] *= correction;
       }
@@ -78,8 +81,9 @@ struct Softmax {
 };
 
 // Copies the warp's 16 queries of the tile that begins at ``tile``, a group.
-template <typename Element>
+template <typename Element, int CHANNELS>
 __device__ __forceinline__ void load_queries(char* shared, const PromptAttentionForward& arguments, int tile) {
+  constexpr int kUnits = Matrix<CHANNELS>::kUnits;
   const PromptAttentionSizes& sizes = arguments.sizes;
   const Rows<const Element> queries(arguments.in.q, Position(sizes));
   const int first = tile + warp_row();
@@ -87,7 +91,7 @@ __device__ __forceinline__ void load_queries(char* shared, const PromptAttention
   const int unit = lane % kUnits;
 #pragma unroll
   for (int row = lane / kUnits; row < kWarpRows; row += kWarpSize / kUnits) {
-    char* const to = shared + SharedMatrix::offset(row, unit);
+    char* const to = shared + Matrix<CHANNELS>::offset(row, unit, kWarpRows);
     if (first + row < sizes.queries && unit * kVec < sizes.channels) {
       cp_async(to, queries.at(first + row) + unit * kVec);
     } else {
@@ -97,22 +101,22 @@ __device__ __forceinline__ void load_queries(char* shared, const PromptAttention
   cp_async_commit();
 }
 
-template <typename Element>
+template <typename Element, int CHANNELS>
 __device__ __forceinline__ void forward(const PromptAttentionForward& arguments) {
   const PromptAttentionSizes& sizes = arguments.sizes;
   const int num_queries = static_cast<int>(sizes.queries);
   const int num_keys = static_cast<int>(sizes.prompts + sizes.tokens);
   const int channels = static_cast<int>(sizes.channels);
-  const Smem smem{chunk_rows(num_keys)};
+  const Smem<CHANNELS> smem{chunk_rows(num_keys)};
   char* const shared = shared_memory();
   char* const my_queries = shared + smem.queries(warp_id());
   const PromptAttentionInputs& in = arguments.in;
   int tile = warp_id() / 4 * kTile;  // its first query
   {
     const Position position(sizes);
-    load_keys<kThreads, Element>(shared, in.prompt_k, in.k, sizes, position, smem.rows);
-    load_queries<Element>(my_queries, arguments, tile);
-    load_keys<kThreads, Element>(shared + smem.values(), in.prompt_v, in.v, sizes, position, smem.rows);
+    load_keys<kThreads, CHANNELS, Element>(shared, in.prompt_k, in.k, sizes, position, smem.rows);
+    load_queries<Element, CHANNELS>(my_queries, arguments, tile);
+    load_keys<kThreads, CHANNELS, Element>(shared + smem.values(), in.prompt_v, in.v, sizes, position, smem.rows);
     cp_async_commit();
   }
   cp_async_wait<1>();
@@ -123,34 +127,34 @@ __device__ __forceinline__ void forward(const PromptAttentionForward& arguments)
   // Scores in base 2. A negative scale changes the queries' signs; where it is 0, this is still right.
   const float factor = max(fabsf(arguments.scale) * kLog2E, FLT_MIN);
   const std::uint32_t signs = arguments.scale < 0.0f ? 0x80008000u : 0u;
-  const SharedMatrix key_matrix = shared_matrix(shared);
-  const SharedMatrix value_matrix = shared_matrix(shared + smem.values());
+  const Matrix<CHANNELS> key_matrix(shared, smem.rows);
+  const Matrix<CHANNELS> value_matrix(shared + smem.values(), smem.rows);
   // Both warpgroups go through as many tiles, for their barriers.
   for (int both = 0; both < num_queries; both += 2 * kTile, tile += 2 * kTile) {
-    std::uint32_t q[kChannels / kDepth][4];
+    std::uint32_t q[CHANNELS / kDepth][4];
     if (has_values) {
       cp_async_wait<0>();  // before, the first queries came with the keys
     }
     sync_warp();
 #pragma unroll
-    for (int k = 0; k < kChannels / kDepth; ++k) {
+    for (int k = 0; k < CHANNELS / kDepth; ++k) {
       const int lane = opaque(lane_id());
-      ldmatrix_x4(q[k], my_queries + SharedMatrix::offset(lane % kWarpRows, 2 * k + lane / kWarpRows));
+      ldmatrix_x4(q[k], my_queries + Matrix<CHANNELS>::offset(lane % kWarpRows, 2 * k + lane / kWarpRows, kWarpRows));
 #pragma unroll
       for (std::uint32_t& word : q[k]) {
         word ^= signs;
       }
     }
     sync_warp();
-    load_queries<Element>(my_queries, arguments, tile + 2 * kTile);
+    load_queries<Element, CHANNELS>(my_queries, arguments, tile + 2 * kTile);
 
-    Softmax rows;
+    Softmax<CHANNELS> rows;
     for_each_chunk(num_keys, [&](auto size, int key) {
       constexpr int KEYS = decltype(size)::value;
       float scores[KEYS / 2];
       wgmma_fence();
 #pragma unroll
-      for (int k = 0; k < kChannels / kDepth; ++k) {
+      for (int k = 0; k < CHANNELS / kDepth; ++k) {
         wgmma<Element>(scores, q[k], key_matrix.rows_from(key).columns_from(k * kDepth), k > 0);
       }
       wgmma_commit();
@@ -167,10 +171,7 @@ __device__ __forceinline__ void forward(const PromptAttentionForward& arguments)
       std::uint32_t numerators[KEYS / kDepth][4];
       pack_tile<Element>(numerators, scores);
       wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < KEYS / kDepth; ++k) {
-        wgmma_by_rows<Element>(rows.out, numerators[k], value_matrix.rows_from(key + k * kDepth), true);
-      }
+      accumulate<Element>(rows.out, numerators, value_matrix.rows_from(key));
       wgmma_commit();
       wgmma_wait<0>(rows.out);
     });
@@ -184,21 +185,22 @@ __device__ __forceinline__ void forward(const PromptAttentionForward& arguments)
         arguments.lse[block_id() * num_queries + query] = rows.reference[half] + log2_approx(sum);
       }
 #pragma unroll
-      for (int i = 2 * half; i < kChannels / 2; i += 4) {
+      for (int i = 2 * half; i < CHANNELS / 2; i += 4) {
         rows.out[i] *= inverse;
         rows.out[i + 1] *= inverse;
       }
     }
     const Rows<Element> out(arguments.out, Position(sizes));
-    store_tile<Element>(shared + smem.results(warp_id()), rows.out, 1.0f, out, tile, num_queries, channels);
+    store_tile<Element, CHANNELS>(shared + smem.results(warp_id()), rows.out, 1.0f, out, tile, num_queries, channels);
   }
   cp_async_wait<0>();
 }
 
-template <typename Element>
-__global__ void __launch_bounds__(kThreads, 2) prompt_attention_fwd_kernel(const PromptAttentionForward arguments) {
+template <typename Element, int CHANNELS>
+__global__ void __launch_bounds__(kThreads, CHANNELS > kPanel ? 1 : 2)
+    prompt_attention_fwd_kernel(const PromptAttentionForward arguments) {
 #ifdef VAPT_FAST_HAS_WGMMA
-  forward<Element>(arguments);
+  forward<Element, CHANNELS>(arguments);
 #else
   trap();
 #endif
@@ -208,7 +210,7 @@ __global__ void __launch_bounds__(kThreads, 2) prompt_attention_fwd_kernel(const
 }  // namespace prompt_attention
 
 Status prompt_attention_supported(int device) {
-  return supported(prompt_attention::prompt_attention_fwd_kernel<BFloat16>, device);
+  return supported(prompt_attention::prompt_attention_fwd_kernel<BFloat16, 64>, device);
 }
 
 Status launch_prompt_attention_forward(const PromptAttentionForward& arguments, Stream stream) {
@@ -224,10 +226,16 @@ Status launch_prompt_attention_forward(const PromptAttentionForward& arguments, 
   LaunchShape shape;
   shape.blocks = sizes.batch * sizes.heads;
   shape.threads = kThreads;
-  shape.shared_memory = Smem{chunk_rows(static_cast<int>(sizes.prompts + sizes.tokens))}.size();
-  return dispatch_dtype(sizes.dtype, [&](auto element) {
-    return launch(prompt_attention_fwd_kernel<decltype(element)>, shape, stream, arguments);
-  });
+  const auto launch_with = [&](auto element, auto channels) {
+    constexpr int CHANNELS = decltype(channels)::value;
+    shape.shared_memory = Smem<CHANNELS>{chunk_rows(static_cast<int>(sizes.prompts + sizes.tokens))}.size();
+    return launch(prompt_attention_fwd_kernel<decltype(element), CHANNELS>, shape, stream, arguments);
+  };
+  if (sizes.channels > kPanel) {
+    return dispatch_wide(sizes, launch_with);
+  }
+  return dispatch_dtype(sizes.dtype,
+                        [&](auto element) { return launch_with(element, std::integral_constant<int, kPanel>{}); });
 }
 
 }  // namespace vapt_fast

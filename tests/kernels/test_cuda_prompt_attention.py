@@ -39,6 +39,13 @@ SHAPES = [
     (1, 257, 257, 1, 64, 7),
     (1, 384, 320, 1, 8, 64),
     (1, 512, 319, 1, 8, 1),  # as many as fit
+    # Wide heads: their own channels and zeros, one and several tiles of queries and of keys.
+    *((1, 20, 30, 2, dim, 4) for dim in (72, 80, 88, 96, 104, 112, 120, 128)),
+    *((1, queries, 30, 1, 80, 2) for queries in (1, 64, 65, 129)),
+    *((2, 20, tokens, 1, 96, 7) for tokens in (1, 57, 58, 121, 122)),
+    (1, 197, 197, 1, 80, 50),
+    (1, 257, 257, 1, 128, 50),
+    (1, 320, 319, 1, 72, 1),  # as many as fit
 ]
 
 
@@ -156,10 +163,11 @@ def test_the_largest_score_comes_last():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", ["q", "k", "v", "prompt_k"])
-def test_nan_and_infinity_reach_what_they_do_in_eager_pytorch(name, value):
-    args = arguments(batch=2, heads=2, tokens=70)
+@pytest.mark.parametrize("dim", [24, 72])
+def test_nan_and_infinity_reach_what_they_do_in_eager_pytorch(name, value, dim):
+    args = arguments(batch=2, heads=2, tokens=70, dim=dim)
     tensor = getattr(args, name).clone()
-    tensor[1, 1, 0, 3] = value
+    tensor[1, 1, 0, -1] = value
     given = args._replace(**{name: tensor})
     out = forward(given).out
     exact = attention_formula(*(t.double() for t in given[:5]), scale=args.scale)
@@ -175,6 +183,9 @@ def test_nan_and_infinity_reach_what_they_do_in_eager_pytorch(name, value):
         {"prompts": 0},
         {"prompts": 0, "queries": 197, "tokens": 197},
         {"tokens": 0},
+        {"queries": 0, "dim": 80},
+        {"prompts": 0, "dim": 80},
+        {"tokens": 0, "dim": 80},
     ],
     ids=str,
 )
@@ -204,9 +215,9 @@ def test_prompts_of_all_images():
     [("q",), ("k", "v"), ("prompt_k", "prompt_v"), ("q", "k", "v"), ("q", "prompt_k", "prompt_v"), NAMES[1:]],
     ids=str,
 )
-@pytest.mark.parametrize("prompts", [5, 70])
-def test_only_what_is_needed(needed, prompts):
-    args = arguments(tokens=70, queries=70, batch=1, prompts=prompts)
+@pytest.mark.parametrize(("prompts", "dim"), [(5, 24), (70, 24), (70, 72)])
+def test_only_what_is_needed(needed, prompts, dim):
+    args = arguments(tokens=70, queries=70, batch=1, prompts=prompts, dim=dim)
     grad_out = torch.randn(args.q.shape).bfloat16()
     everything = backward(args, grad_out)
     grads = backward(args, grad_out, needed)
@@ -290,18 +301,19 @@ def test_layouts_make_no_difference():
         assert_same(*(backward(args, same) for same in pair))
 
 
+@pytest.mark.parametrize("dim", [8, 72])
 @pytest.mark.parametrize("axis", [0, 1, 2])
-def test_offsets_beyond_32_bits(axis):
+def test_offsets_beyond_32_bits(axis, dim):
     pages = mmap.mmap(-1, 4 * (2**31 + 2**24))  # only those that are written take any memory
     memory = torch.frombuffer(pages, dtype=torch.float16)
     places = iter(range(0, 2**22, 2**14))
 
     def apart(tensor):
-        strides = [512, 64, 8, 1]
+        strides = [64 * dim, 8 * dim, dim, 1]
         strides[axis] = 2**31 + 64
         return memory[next(places) :].as_strided(tensor.shape, strides).copy_(tensor)
 
-    args = arguments(torch.float16, batch=2, queries=2, tokens=2, prompts=2, heads=2, dim=8)
+    args = arguments(torch.float16, batch=2, queries=2, tokens=2, prompts=2, heads=2, dim=dim)
     grad_out = torch.randn(args.q.shape).half()
     expected = forward_and_backward(args, grad_out)
     far = args._replace(**{name: apart(getattr(args, name)) for name in NAMES})
@@ -321,10 +333,12 @@ def test_offsets_beyond_32_bits(axis):
             "all tensors must be of one dtype, float16 or bfloat16, got torch.float32",
             {"dtype": torch.float32},
         ),
-        ("heads must have 8, 16, 24, ... or 64 channels, got 12", {"dim": 12}),
-        ("heads must have 8, 16, 24, ... or 64 channels, got 72", {"dim": 72}),
+        ("heads must have 8, 16, 24, ... or 128 channels, got 12", {"dim": 12}),
+        ("heads must have 8, 16, 24, ... or 128 channels, got 136", {"dim": 136}),
         ("there must be a key, got no prompt and no token", {"tokens": 0, "prompts": 0}),
         ("512 queries and 321 keys don't fit in shared memory", {"queries": 512, "tokens": 316}),
+        ("321 queries and 24 keys don't fit in shared memory", {"queries": 321, "dim": 72}),
+        ("20 queries and 321 keys don't fit in shared memory", {"tokens": 316, "dim": 128}),
     ],
     ids=str,
 )
@@ -357,8 +371,10 @@ def test_biases_lengths_and_grouped_queries_are_refused():
         ("every row of {} must begin at a multiple of 16 bytes", (16, 960, 48, 25), "q k v out"),
         ("lse must begin at a multiple of 4 bytes", 6, "lse"),
         ("lse must not be null", 0, "lse"),
-        ("channels must be 8, 16, 24, ... or 64, got 12", 12, "channels"),
-        ("769 queries and 24 keys don't fit in shared memory", 769, "queries"),
+        ("channels must be 8, 16, 24, ... or 128, got 12", 12, "channels"),
+        ("769 queries and 24 keys of 24 channels don't fit in shared memory", 769, "queries"),
+        ("321 queries and 24 keys of 72 channels", {"queries": 321, "channels": 72}, "queries"),
+        ("20 queries and 321 keys of 128 channels", {"tokens": 316, "channels": 128}, "queries"),
         ("there must be a key", 0, "tokens"),
     ],
     ids=str,
@@ -371,7 +387,8 @@ def test_what_contradicts_the_header_is_refused(launching, op, message, value, n
     for name in names.split():
         out, grads = OP.allocate(args), OP.allocate_gradients(saved, NAMES)
         message_of = rf"prompt_attention_{op}\(dtype=bfloat16, batch=2, .*\): " + message.format(name)
-        with launching(**{name: value}), pytest.raises(error, match=message_of):
+        changes = value if isinstance(value, dict) else {name: value}
+        with launching(**changes), pytest.raises(error, match=message_of):
             cuda.forward(args, out) if op == "forward" else cuda.backward(saved, (grad_out,), grads)
         written = out if op == "forward" else grads
         assert all(t.isnan().all() for t in written)
@@ -401,6 +418,7 @@ def test_gradients_come_in_pairs(launching, name):
         {"queries": 70, "tokens": 75, "prompts": 50, "dim": 64, "batch": 1},
         {"queries": 1, "tokens": 1, "prompts": 0, "dim": 8},
         {"queries": 150, "tokens": 30, "prompts": 1, "heads": 1, "shared": True},
+        {"queries": 130, "tokens": 99, "prompts": 30, "heads": 1, "dim": 72, "batch": 1},
     ],
     ids=str,
 )
@@ -415,4 +433,4 @@ def test_no_stray_address_and_no_race(sanitizer):
     tests = f"{__file__}::{test_a_step_is_finite.__name__}"
     ran = emulation.run_sanitized(sanitizer, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", tests)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "4 passed" in ran.stdout
+    assert "5 passed" in ran.stdout

@@ -18,6 +18,7 @@ from vapt_fast.ops.base import OPS, Op
 from vapt_fast.ops.device import unavailable_reasons
 from vapt_fast.ops.measurement import Measurement
 from vapt_fast.ops.prompt_attention.op import Arguments as AttentionArguments
+from vapt_fast.ops.prompt_attention.op import PackedArguments, unpack
 from vapt_fast.ops.prompt_pool.op import Arguments as PoolArguments
 
 
@@ -278,6 +279,15 @@ def test_attention_over_many_keys_or_with_a_bias_was_not_measured(num_keys, bias
     q, k, prompts = (torch.zeros(1, n, 1, 8, dtype=torch.bfloat16) for n in (9, num_keys, 50))
     for entry in OPS["prompt_attention"].measured:
         assert entry.fits(AttentionArguments(q, k, k, prompts, prompts, bias, None, 1.0)) == fits
+
+
+@pytest.mark.parametrize(("dim", "fitting"), [(64, ["cuda", "triton"]), (72, ["triton"])])
+def test_attention_of_wide_heads_was_not_measured_in_cuda(dim, fitting):
+    qkv, prompt_kv = (torch.zeros(1, 9, n * dim, dtype=torch.bfloat16) for n in (3, 2))
+    packed = PackedArguments(qkv, prompt_kv, None, None, 1, 1, 1.0)
+    separate = AttentionArguments(*unpack(qkv, prompt_kv, 1, 1), None, None, 1.0)
+    for name, args in (("prompt_attention", separate), ("prompt_attention_packed", packed)):
+        assert [entry.implementation for entry in OPS[name].measured if entry.fits(args)] == fitting
 
 
 def test_every_measurement_names_an_implementation_and_says_what_was_compared():

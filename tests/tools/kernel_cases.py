@@ -231,10 +231,10 @@ KERNELS = {
         cuda_sizes={
             "batch": [1, 2, 5],
             "queries": [1, 16, 65, 197, 257],
-            "tokens": [1, 15, 64, 197, 257],
+            "tokens": [1, 15, 64, 197, 220],  # with 100 prompts as many as wide heads may have
             "heads": [2],
             "groups": [2],
-            "dim": [8, 32, 40, 64],
+            "dim": [8, 32, 40, 64, 72, 80, 96, 128],
             "prompts": [1, 10, 50, 100],
             "shared": YES_OR_NO,
         },
@@ -242,6 +242,7 @@ KERNELS = {
             {"batch": 2, "queries": 70, "tokens": 75, "heads": 2, "groups": 2, "dim": 40, "prompts": 9},
             {"batch": 1, "queries": 193, "tokens": 197, "dim": 64, "prompts": 50, "shared": True},
             {"batch": 3, "queries": 1, "tokens": 3, "dim": 8, "prompts": 0},
+            {"batch": 2, "queries": 130, "tokens": 99, "dim": 80, "prompts": 30},
         ],
     ),
     "prompt_attention_packed": Kernels(
@@ -272,7 +273,10 @@ KERNELS = {
             (ONE_HEAD | {"batch": 1, "tokens": 162, "prompts": 1}, 1, 2**24 - 8),
         ],
         [({"tokens": 4, "heads": 1, "groups": 1, "dim": 64, "prompts": 4}, range(2), range(2))],
-        cuda_quick=[{"tokens": 75, "heads": 3, "groups": 3, "dim": 40, "prompts": 9, "shared": True}],
+        cuda_quick=[
+            {"tokens": 75, "heads": 3, "groups": 3, "dim": 40, "prompts": 9, "shared": True},
+            {"tokens": 75, "heads": 2, "groups": 2, "dim": 96, "prompts": 9, "shared": True},
+        ],
     ),
     "absorbed_attention": Kernels(
         cls_case,

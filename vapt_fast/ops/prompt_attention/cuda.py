@@ -13,9 +13,11 @@ from .op import Arguments, Gradients, Outputs, Saved
 
 __all__ = ["backward", "forward", "unsupported_reasons"]
 
-LARGEST_HEAD = 64  # channels
+LARGEST_HEAD = 128  # channels
+WIDE_HEAD = 64  # those of more channels are wide
 TILE = 64  # rows
 MOST_ROWS = 832  # of queries and keys, each in whole tiles
+MOST_WIDE_ROWS = 320  # of queries, and of keys, with wide heads
 
 
 def unsupported_reasons(args: Arguments) -> list[str]:
@@ -33,8 +35,16 @@ def unsupported_reasons(args: Arguments) -> list[str]:
         reasons.append(f"heads must have 8, 16, 24, ... or {LARGEST_HEAD} channels, got {dim}")
     if not keys:
         reasons.append("there must be a key, got no prompt and no token")
-    elif _padded(queries) + _padded(keys) > MOST_ROWS:
-        reasons.append(f"{queries} queries and {keys} keys don't fit in shared memory")
+    elif dim <= WIDE_HEAD and _padded(queries) + _padded(keys) > MOST_ROWS:
+        reasons.append(
+            f"{queries} queries and {keys} keys don't fit in shared memory: in whole tiles of {TILE} they "
+            f"must be at most {MOST_ROWS}"
+        )
+    elif dim > WIDE_HEAD and max(queries, keys) > MOST_WIDE_ROWS:
+        reasons.append(
+            f"{queries} queries and {keys} keys don't fit in shared memory: of heads with more than "
+            f"{WIDE_HEAD} channels there must be at most {MOST_WIDE_ROWS} of each"
+        )
     return reasons
 
 
