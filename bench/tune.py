@@ -347,9 +347,10 @@ def measure(
                 if result["key"] in known or name_of(result) in lost:
                     continue
                 try:
+                    changed = runner.launches({question: config})[question]
                     default = default or captured(launches)
-                    times = in_turns(default, captured(runner.launches({question: config})[question]))
-                    result["default_us"], result["us"] = (us / REPEATS / len(launches) for us in times)
+                    times = in_turns(default, captured(changed))
+                    result["default_us"], result["us"] = (us / REPEATS / len(changed) for us in times)
                 except Exception as error:  # too much shared memory, wrong numbers: a candidate less
                     result[FAILED] = str(error).partition("\n")[0]
                 if is_slower(result):
