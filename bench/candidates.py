@@ -36,7 +36,10 @@ def candidates(kernel: str, sizes: dict[str, int]) -> Candidates:
     rows = min(128, max(16, 1 << (sizes.get("rows", 1) - 1).bit_length()))
     prompts = tuple(block for block in (16, 32, 64) if block < max(32, 2 * sizes.get("prompts", 1)))
     whole = 1 << (sizes.get("channels", 768) - 1).bit_length()
-    projector = configs(blocks("ROWS C", (16,), (32, 64, 128, 256)), (4, 8), (1, 2, 3))
+    features = (sizes.get("features", 16),)
+    projector = configs(blocks("ROWS R C", (16,), features, (64, 128, 256)), (4, 8), (1, 3))
+    if features == (16,):  # rows in registers
+        projector += configs(blocks("ROWS R C", (1, 2, 3, 4), (2, 4), (128,)), (1,), (1,))
     table: dict[str, Callable[[], Candidates]] = {
         "prompt_pool_weights": lambda: configs(blocks("R T", (4, 8, 16), (64, 256)), (4,), (1,)),
         "prompt_pool_fwd": lambda: configs(

@@ -237,6 +237,8 @@ LOOPS: dict[str, tuple[str | tuple[str, str], ...]] = {
     "prompt_pool_bwd_tokens": (("num_rows", "BLOCK_R"),),
     "prompt_projector_fwd": (("num_channels", "BLOCK_C"),) * 4,
     "prompt_projector_bwd_rows": (("num_channels", "BLOCK_C"),) * 3,
+    "prompt_projector_fwd_in_registers": (("WIDTH", "BLOCK_R"),),
+    "prompt_projector_bwd_rows_in_registers": (("WIDTH", "BLOCK_R"),) * 2,
     "prompt_projector_bwd_weights": (("rows_per_program", "BLOCK_ROWS"),),
     "absorbed_attention_scores": (("num_channels", "BLOCK_C"),),
     "absorbed_attention_sums": (("num_keys", "BLOCK_K"),),

@@ -118,7 +118,7 @@ def watched(
     def record(jit: Any, config: Config, programs: int, *args: Any, **constants: Any) -> None:
         one = Launch(jit, config, programs, args, constants)
         for question, own in (configs | change).items():
-            if own is config and jit.__name__ == f"{question.kernel}_kernel":
+            if own is config and jit.__name__.startswith(question.kernel):
                 found.setdefault(question, []).append(one)
         if launching:
             one()

@@ -12,10 +12,11 @@ from ..tuned import tuned
 __all__ = ["LARGEST_PROJECTOR", "config"]
 
 LARGEST_PROJECTOR = 64  # features
+LARGEST_ROWS = 1536  # channels of all rows that a warp keeps in its registers, in float32
 
 # By bytes of an element and features at most: channels, warps and stages of a program of each kernel. "fwd"
-# and "bwd_weights" of the first line were the fastest on an H200 (C = 768, r = 8, P = 50), the others hardly
-# spill.
+# and "bwd_weights" of the first line were the fastest of their form on an H200 (C = 768, r = 8, P = 50), the
+# others hardly spill.
 _BLOCKS = {
     (2, 16): {"fwd": (256, 8, 1), "bwd_rows": (64, 4, 1), "bwd_weights": (64, 4, 3)},
     (2, 64): {"fwd": (32, 8, 1), "bwd_rows": (32, 8, 1), "bwd_weights": (32, 8, 1)},
@@ -27,15 +28,28 @@ _BLOCKS = {
 
 
 @lru_cache
-def config(kernel: str, dtype: torch.dtype, width: int) -> Config:
+def config(kernel: str, dtype: torch.dtype, width: int, dim: int, activation: str) -> Config:
     """For prompts of ``dtype`` and ``width`` features, at most LARGEST_PROJECTOR, 0 without a projector.
+
+    Fewer than 16 rows, which a tensor core takes, stay in the registers of a warp. That is the default where
+    prompts have 16 bits and features are few, and not for softmax, which sees several features.
 
     Args:
         kernel: "fwd", "bwd_rows" or "bwd_weights".
         dtype: of the prompts, float64 where they are computed in that.
         width: r.
+        dim: C.
+        activation: of the features.
     """
     features = block_size(width, LARGEST_PROJECTOR)
-    channels, num_warps, num_stages = _BLOCKS[dtype.itemsize, 16 if features == 16 else 64][kernel]
-    default = Config({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps, num_stages)
-    return tuned(f"prompt_projector_{kernel}", default, bytes=dtype.itemsize, features=features)
+    rows = min(4, LARGEST_ROWS // max(1, dim))
+    few = features == 16 and dtype.itemsize == 2 and activation != "softmax"
+    if few and rows and kernel != "bwd_weights":
+        default = Config({"BLOCK_ROWS": rows, "BLOCK_R": 4, "BLOCK_C": 128}, num_warps=1)
+    else:
+        channels, num_warps, num_stages = _BLOCKS[dtype.itemsize, 16 if features == 16 else 64][kernel]
+        blocks = {"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}
+        default = Config(blocks, num_warps, num_stages)
+    if activation == "softmax":
+        return default
+    return tuned(f"prompt_projector_{kernel}", default, bytes=dtype.itemsize, features=features, channels=dim)
