@@ -296,6 +296,7 @@ class Compiled:
             for loop in LOOPS.get(name, ())
         ]
         code, loops = disassemble(made[0].asm["cubin"])
+        trips = trips if loops else []  # the compiler has unrolled them all
         scores = 0
         if name in ATTENTION:
             keys = arguments.get("num_keys", arguments.get("num_tokens", 0) + arguments.get("num_prompts", 0))

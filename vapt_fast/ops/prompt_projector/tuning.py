@@ -45,7 +45,7 @@ def config(kernel: str, dtype: torch.dtype, width: int, dim: int, activation: st
     rows = min(4, LARGEST_ROWS // max(1, dim))
     few = features == 16 and dtype.itemsize == 2 and activation != "softmax"
     if few and rows and kernel != "bwd_weights":
-        default = Config({"BLOCK_ROWS": rows, "BLOCK_R": 4, "BLOCK_C": 128}, num_warps=1)
+        default = Config({"BLOCK_ROWS": rows, "BLOCK_R": 2, "BLOCK_C": 128}, num_warps=1)
     else:
         channels, num_warps, num_stages = _BLOCKS[dtype.itemsize, 16 if features == 16 else 64][kernel]
         blocks = {"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}
