@@ -59,12 +59,13 @@ def load_t(
     channel_mask,
     rows,
     DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """t, in blocks; 0 past the last channel."""
     values = ()
-    for chunk in tl.static_range((DIM + BLOCK_C - 1) // BLOCK_C):
+    for chunk in tl.static_range(CHUNKS):
         channel, is_channel = channels_of(chunk, DIM, BLOCK_C)
         for index in tl.static_range(ROWS):
             row = rows[index]
@@ -214,7 +215,7 @@ def product_of(left, right):
 def centre(values, means, DIM: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr):
     """``values`` minus a number of each row; 0 past the last channel."""
     centred = ()
-    for chunk in tl.static_range((DIM + BLOCK_C - 1) // BLOCK_C):
+    for chunk in tl.static_range(len(values) // ROWS):
         _, is_channel = channels_of(chunk, DIM, BLOCK_C)
         for index in tl.static_range(ROWS):
             centred += (tl.where(is_channel, values[chunk * ROWS + index] - means[index], 0),)
@@ -231,7 +232,7 @@ def store_rows(
     BLOCK_C: tl.constexpr,
 ):
     """Write rows of a contiguous tensor (B, P, C)."""
-    for chunk in tl.static_range((DIM + BLOCK_C - 1) // BLOCK_C):
+    for chunk in tl.static_range(len(values) // ROWS):
         channel, is_channel = channels_of(chunk, DIM, BLOCK_C)
         for index in tl.static_range(ROWS):
             at = tensor + rows[index][0] * DIM + channel
@@ -264,6 +265,7 @@ def prompt_projector_fwd_in_registers_kernel(
     EPS: tl.constexpr,
     BY_IMAGE: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -271,7 +273,7 @@ def prompt_projector_fwd_in_registers_kernel(
 ):
     """prompts (B, P, C), hidden (B, P, r), mean and rstd (B, P). One program: BLOCK_ROWS rows."""
     rows = rows_of_program(num_rows, num_prompts, BY_IMAGE, BLOCK_ROWS)
-    values = load_t(pooled, bias, channel_mask, rows, DIM, BLOCK_ROWS, BLOCK_C)
+    values = load_t(pooled, bias, channel_mask, rows, DIM, CHUNKS, BLOCK_ROWS, BLOCK_C)
 
     if down is not None:
         if BY_IMAGE:
@@ -297,7 +299,7 @@ def prompt_projector_fwd_in_registers_kernel(
         store_numbers(mu, mean, rows, 1, BLOCK_ROWS)
         store_numbers(r, rstd, rows, 1, BLOCK_ROWS)
         affine = ()
-        for chunk in tl.static_range((DIM + BLOCK_C - 1) // BLOCK_C):
+        for chunk in tl.static_range(len(values) // BLOCK_ROWS):
             channel, is_channel = channels_of(chunk, DIM, BLOCK_C)
             if norm_weight is not None:
                 weight = load_vector(norm_weight, channel, is_channel, values[0])
@@ -321,12 +323,13 @@ def load_grads(
     rows,
     like,
     DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """g = grad_prompts * norm_weight, in blocks of the dtype of ``like``."""
     grads = ()
-    for chunk in tl.static_range((DIM + BLOCK_C - 1) // BLOCK_C):
+    for chunk in tl.static_range(CHUNKS):
         channel, is_channel = channels_of(chunk, DIM, BLOCK_C)
         for index in tl.static_range(ROWS):
             grad = load_row(grad_prompts, rows[index], channel, is_channel).to(like.dtype)
@@ -376,6 +379,7 @@ def prompt_projector_bwd_rows_in_registers_kernel(
     ACTIVATION: tl.constexpr,
     BY_IMAGE: tl.constexpr,
     DIM: tl.constexpr,
+    CHUNKS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -383,8 +387,8 @@ def prompt_projector_bwd_rows_in_registers_kernel(
 ):
     """What prompt_projector_bwd_rows_kernel writes. One program: BLOCK_ROWS rows."""
     rows = rows_of_program(num_rows, num_prompts, BY_IMAGE, BLOCK_ROWS)
-    values = load_t(pooled, bias, channel_mask, rows, DIM, BLOCK_ROWS, BLOCK_C)
-    grads = load_grads(grad_prompts, norm_weight, rows, values[0], DIM, BLOCK_ROWS, BLOCK_C)
+    values = load_t(pooled, bias, channel_mask, rows, DIM, CHUNKS, BLOCK_ROWS, BLOCK_C)
+    grads = load_grads(grad_prompts, norm_weight, rows, values[0], DIM, CHUNKS, BLOCK_ROWS, BLOCK_C)
     if up is not None:
         if BY_IMAGE:
             down, up = matrix_of(down, rows[0][1]), matrix_of(up, rows[0][1])
@@ -430,7 +434,7 @@ def prompt_projector_bwd_rows_in_registers_kernel(
     store_numbers(sum_of(grads, BLOCK_ROWS), sums, rows, 1, BLOCK_ROWS)
     if channel_mask is not None:
         masked = ()
-        for chunk in tl.static_range((DIM + BLOCK_C - 1) // BLOCK_C):
+        for chunk in tl.static_range(len(grads) // BLOCK_ROWS):
             channel, is_channel = channels_of(chunk, DIM, BLOCK_C)
             for index in tl.static_range(BLOCK_ROWS):
                 mask = load_row(channel_mask, rows[index], channel, is_channel)

@@ -104,7 +104,8 @@ def in_registers(rows, check, *arguments):
 
 
 OWN = KERNELS["prompt_projector"]
-CASES = [*OWN.quick, OWN.quick[0] | {"batch": 0}, *random_cases("prompt_projector", 6)]
+BLOCKS = {"batch": 2, "prompts": 3, "dim": 40, "masked": True, "eps": 0.1, "learned_scale": True}
+CASES = [*OWN.quick, BLOCKS, OWN.quick[0] | {"batch": 0}, *random_cases("prompt_projector", 6)]
 
 
 @pytest.mark.parametrize("rows", [1, 3])

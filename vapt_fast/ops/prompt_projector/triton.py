@@ -97,7 +97,7 @@ def _launch_by_rows(
     constants |= {"SCALE": args.factor, "ACTIVATION": args.activation, "BY_IMAGE": _by_image(args)}
     if _in_registers(config):
         numbers: tuple[int, ...] = (num_rows, num_prompts)
-        constants |= {"DIM": dim, "WIDTH": width}
+        constants |= {"DIM": dim, "CHUNKS": num_blocks(config, BLOCK_C=dim), "WIDTH": width}
     else:
         numbers = (num_rows, num_prompts, dim, width)
         constants["PRECISION"] = product_precision(arithmetic)
