@@ -189,8 +189,9 @@ def _caller(op: Op, inputs: list[Tensor], mode: str) -> Callable[[], tuple[Tenso
 
 def outputs_and_gradients(op: Op, inputs: list[Tensor]) -> list[Tensor]:
     outputs = _tuple(op(*inputs))
-    generator = torch.Generator().manual_seed(SEED)
-    incoming = [torch.randn(output.shape, generator=generator).to(output) for output in outputs]
+    device = outputs[0].device
+    generator = torch.Generator(device).manual_seed(SEED)
+    incoming = [torch.randn(o.shape, generator=generator, device=device).to(o) for o in outputs]
     grads = torch.autograd.grad(outputs, [tensor for tensor in inputs if tensor.requires_grad], incoming)
     return [tensor.detach() for tensor in (*outputs, *grads)]
 

@@ -237,6 +237,8 @@ LOOPS: dict[str, tuple[str | tuple[str, str], ...]] = {
     "prompt_pool_bwd_tokens": (("num_rows", "BLOCK_R"),),
     "prompt_projector_fwd": (("num_channels", "BLOCK_C"),) * 4,
     "prompt_projector_bwd_rows": (("num_channels", "BLOCK_C"),) * 3,
+    "prompt_projector_fwd_in_registers": (("WIDTH", "BLOCK_R"),),
+    "prompt_projector_bwd_rows_in_registers": (("WIDTH", "BLOCK_R"),) * 2,
     "prompt_projector_bwd_weights": (("rows_per_program", "BLOCK_ROWS"),),
     "absorbed_attention_scores": (("num_channels", "BLOCK_C"),),
     "absorbed_attention_sums": (("num_keys", "BLOCK_K"),),
@@ -294,6 +296,7 @@ class Compiled:
             for loop in LOOPS.get(name, ())
         ]
         code, loops = disassemble(made[0].asm["cubin"])
+        trips = trips if loops else []  # the compiler has unrolled them all
         scores = 0
         if name in ATTENTION:
             keys = arguments.get("num_keys", arguments.get("num_tokens", 0) + arguments.get("num_prompts", 0))

@@ -1,4 +1,4 @@
-"""Triton kernels, one op a file: only @triton.jit functions, which vapt_fast/ops/*/triton.py launch."""
+"""Triton kernels, in files named as their ops: only @triton.jit functions. vapt_fast.ops launches them."""
 
 if __name__ == "kernels":
     raise ImportError("this folder is packaged as vapt_fast.kernels; `kernels` is another project's package")

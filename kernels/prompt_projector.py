@@ -280,17 +280,23 @@ def load_grad(grad_prompts, norm_weight, rows, channel, is_channel, like):
 
 
 @triton.jit
-def grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel):
-    """The gradient of raw (rows, channels); 0 past the last channel.
+def through_norm(grad, raw, norm, is_channel):
+    """The gradient of raw (rows, channels), from g of ``load_grad``; 0 past the last channel.
 
-    rstd * (g - mean(g) - xhat * mean(g * xhat)), g of ``load_grad`` and means over the channels; ``norm`` is
-    (mean, rstd, mean(g), mean(g * xhat)), of (rows,) each, or None.
+    rstd * (g - mean(g) - xhat * mean(g * xhat)), means over the channels; ``norm`` is (mean, rstd, mean(g),
+    mean(g * xhat)), of (rows,) each, or None.
     """
-    grad = load_grad(grad_prompts, norm_weight, rows, channel, is_channel, raw)
     if norm is not None:
         xhat = (raw - norm[0][:, None]) * norm[1][:, None]
         grad = norm[1][:, None] * (grad - norm[2][:, None] - xhat * norm[3][:, None])
     return tl.where(is_channel[None, :], grad, 0)
+
+
+@triton.jit
+def grad_of_raw(grad_prompts, norm_weight, raw, norm, rows, channel, is_channel):
+    """The gradient of raw (rows, channels), from that of prompts."""
+    grad = load_grad(grad_prompts, norm_weight, rows, channel, is_channel, raw)
+    return through_norm(grad, raw, norm, is_channel)
 
 
 @triton.jit
@@ -326,7 +332,7 @@ def prompt_projector_bwd_rows_kernel(
 ):
     """grad_pooled (B, P, C), and what the other gradients need. One program: as in the forward kernel.
 
-    grad_hidden (B, P, r); ``means`` (2, B, P), the last two of grad_of_raw's ``norm``; ``sums`` (B, P), each
+    grad_hidden (B, P, r); ``means`` (2, B, P), the last two of through_norm's ``norm``; ``sums`` (B, P), each
     row's part of the gradient of bias; ``products`` (B, P), that of the tensor scale.
     """
     dtype = pooled[0].dtype.element_ty

@@ -48,6 +48,9 @@ def test_the_nearest_serves_sizes_that_are_not_far_away(found):
     assert found(0) is DEFAULT
     assert found(50, size=4) is DEFAULT
     assert found(50, kernel="another") is DEFAULT
+    # A kernel that is asked for by fewer sizes may not have the blocks of the others.
+    assert module.tuned("pool", DEFAULT, rows=50) is DEFAULT
+    assert module.tuned("pool", DEFAULT, bytes=2, rows=50, tokens=197) is DEFAULT
 
 
 def test_another_gpu_has_no_entries(found, monkeypatch):

@@ -44,7 +44,8 @@ from vapt_fast import functional, use_backend
 FILES = {
     "add_norm": ["add_norm", "prompt_pool"],
     "prompt_pool": ["prompt_pool"],
-    "prompt_projector": ["prompt_projector"],
+    "prompt_projector": ["prompt_projector", "prompt_projector_in_registers"],
+    "prompt_projector_in_registers": ["prompt_projector_in_registers"],
     "prompt_attention": ["prompt_attention", "prompt_attention_packed"],
     "absorbed_attention": ["absorbed_attention"],
     "mlp": ["mlp"],
@@ -107,6 +108,10 @@ ALONE: dict[str, list[Check]] = {
         test_quantise.test_far_apart,
     ],
     "prompt_projector": [partial(test_projector.test_prompts_of_zero, torch.float64, "relu")],
+    "prompt_projector_in_registers": [
+        *(partial(test_projector.in_registers, 3, check_values, sizes) for sizes in test_projector.CASES),
+        *(partial(test_projector.in_registers, 3, check_far_offsets, *far) for far in test_projector.OWN.far),
+    ],
 }
 
 

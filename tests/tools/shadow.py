@@ -116,7 +116,7 @@ class _Launch:
             position = np.searchsorted(self.elements, addresses).clip(max=len(self.elements) - 1)
             inside = (self.elements[position] == addresses) & (argument < len(self.views))
             inside[inside] &= self.belongs[argument[inside], position[inside]]
-        return addresses, argument, position, mask & inside
+        return addresses, argument, position, mask.astype(bool) & inside
 
     def report(self, kind: str, which: np.ndarray, addresses, argument, detail) -> None:
         """Add a finding for the first lane of ``which``, unless there is one of its kind and argument."""

@@ -25,8 +25,8 @@ TABLE = Path(__file__).parent / "tuned.json"
 def tuned(kernel: str, default: Config, **sizes: int) -> Config:
     """The measured configuration of ``kernel`` for ``sizes``, or ``default`` where none was measured.
 
-    An entry serves sizes of which none is more than one and a half times smaller or larger than its own; the
-    nearest is taken. It may leave out blocks, which are then the default's.
+    An entry serves sizes of the same names, of which none is more than one and a half times smaller or larger
+    than its own; the nearest is taken. It may leave out blocks, which are then the default's.
     """
     nearest = min(_entries(kernel), key=lambda entry: _distance(entry, sizes), default=None)
     if nearest is None or _distance(nearest, sizes) > math.log(1.5):
@@ -40,12 +40,11 @@ def tuned(kernel: str, default: Config, **sizes: int) -> Config:
 
 
 def _distance(entry: dict[str, Any], sizes: dict[str, int]) -> float:
-    pairs = ((entry["sizes"].get(name), size) for name, size in sizes.items())
+    if entry["sizes"].keys() != sizes.keys():
+        return math.inf
+    pairs = ((entry["sizes"][name], size) for name, size in sizes.items())
     return max(
-        (
-            math.inf if known is None or min(known, size) < 1 else abs(math.log(known / size))
-            for known, size in pairs
-        ),
+        (math.inf if min(known, size) < 1 else abs(math.log(known / size)) for known, size in pairs),
         default=0.0,
     )
 

@@ -1,11 +1,17 @@
-"""What is particular to prompt_projector on Triton: prompts that are exactly 0, a scale that is a number."""
+"""What is particular to prompt_projector on Triton: prompts of 0, a number as scale, rows in registers."""
 
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from interpreter import bfloat16
+from kernel_cases import KERNELS, random_cases
+from kernel_checks import check_far_offsets, check_values
 from op_cases import assert_same_results, projector_case, results
+
+from vapt_fast.ops.prompt_projector import tuning
+from vapt_fast.ops.triton_launch import Config
 
 EVERYTHING = {"masked": True, "eps": 1e-6, "learned_scale": True}
 
@@ -79,3 +85,52 @@ def test_the_prompts_have_the_dtype_that_is_asked_for(dtype):
     for ours, theirs in zip((*actual[0], *actual[1]), (*expected[0], *expected[1]), strict=True):
         size = theirs.abs().max().item()
         torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance * size)
+
+
+# ---- rows in registers, which only the table of what was measured can choose
+
+
+def in_registers(rows, check, *arguments):
+    """Run a check with so many rows a program, in several blocks of channels, whatever the dtype."""
+    default = tuning.config
+
+    def config(kernel, dtype, width, dim, activation):
+        if kernel == "bwd_weights" or activation == "softmax":
+            return default(kernel, dtype, width, dim, activation)
+        return Config({"BLOCK_ROWS": rows, "BLOCK_R": 4, "BLOCK_C": 16}, num_warps=1)
+
+    with mock.patch.object(tuning, "config", config):
+        check("prompt_projector", *arguments)
+
+
+OWN = KERNELS["prompt_projector"]
+BLOCKS = {"batch": 2, "prompts": 3, "dim": 40, "masked": True, "eps": 0.1, "learned_scale": True}
+CASES = [*OWN.quick, BLOCKS, OWN.quick[0] | {"batch": 0}, *random_cases("prompt_projector", 6)]
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("sizes", CASES, ids=str)
+def test_rows_in_registers_equal_the_formula(sizes, rows):
+    in_registers(rows, check_values, sizes)
+
+
+@pytest.mark.parametrize("far", OWN.far, ids=str)
+def test_offsets_of_rows_in_registers(far):
+    in_registers(3, check_far_offsets, *far)
+
+
+@pytest.mark.parametrize(("activation", "rows"), [("relu", 2), ("softmax", 16)])
+def test_rows_stay_in_registers_where_the_table_says_so(activation, rows, monkeypatch):
+    """Not of softmax, which sees several features at once."""
+
+    def chosen():
+        tuning.config.cache_clear()
+        return tuning.config("fwd", torch.bfloat16, 8, 768, activation).blocks["BLOCK_ROWS"]
+
+    assert chosen() == 16
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            tuning, "tuned", lambda *_, **__: Config({"BLOCK_ROWS": 2, "BLOCK_R": 2, "BLOCK_C": 128}, 1)
+        )
+        assert chosen() == rows
+    tuning.config.cache_clear()

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ...kernels import prompt_projector as kernels
+from ...kernels import prompt_projector_in_registers as in_registers
 from ..base import empty_like
 from ..checks import KERNEL_DTYPES, unsupported_dtypes
 from ..triton_launch import (
@@ -36,47 +39,41 @@ def unsupported_reasons(args: Arguments) -> list[str]:
 
 def forward(args: Arguments, out: Outputs) -> None:
     """Write prompts, hidden features, and mean and rstd."""
-    num_rows, *sizes = _sizes(args)
-    arithmetic = _arithmetic(args.pooled, args.dtype)
-    config = tuning.config("fwd", arithmetic, sizes[-1])
-    launch(
-        kernels.prompt_projector_fwd_kernel,
+    (_, _, dim, width), arithmetic = _sizes(args), _arithmetic(args.pooled, args.dtype)
+    config = tuning.config("fwd", arithmetic, width, dim, args.activation)
+    _launch_by_rows(
+        (kernels.prompt_projector_fwd_kernel, in_registers.prompt_projector_fwd_in_registers_kernel),
         config,
-        _num_row_blocks(args, config),
+        args,
+        arithmetic,
         *(out.prompts, out.hidden, *_mean_and_rstd(out.statistics)),
-        *_learned(args),
+        *_learned(args, config),
         *_masks(args),
         *map(strided, (args.norm_weight, args.norm_bias)),
-        *(num_rows, *sizes),
-        SCALE=args.factor,
-        ACTIVATION=args.activation,
         EPS=args.eps,
-        PRECISION=product_precision(arithmetic),
-        BY_IMAGE=_by_image(args),
     )
 
 
 def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> None:
     """Write the gradients of pooled and of all that is learned."""
     (grad_prompts,), pooled, statistics = grad_results, saved.pooled, _mean_and_rstd(saved.statistics)
-    sizes, arithmetic = _sizes(saved), _arithmetic(pooled, grad_prompts.dtype)
+    (_, _, dim, width), arithmetic = _sizes(saved), _arithmetic(pooled, grad_prompts.dtype)
     grad_hidden = empty_like(saved.hidden)
     means = empty_like(saved.statistics) if saved.statistics.shape[0] else None
     sums = grads.bias if saved.bias.ndim == 2 else pooled.new_empty(pooled.shape[:2])
     products = None if saved.scale is None else pooled.new_empty(pooled.shape[:2])
-    config = tuning.config("bwd_rows", arithmetic, sizes[-1])
-    launch(
-        kernels.prompt_projector_bwd_rows_kernel,
+    config = tuning.config("bwd_rows", arithmetic, width, dim, saved.activation)
+    _launch_by_rows(
+        (
+            kernels.prompt_projector_bwd_rows_kernel,
+            in_registers.prompt_projector_bwd_rows_in_registers_kernel,
+        ),
         config,
-        _num_row_blocks(saved, config),
+        saved,
+        arithmetic,
         *(grads.pooled, grad_hidden, means, sums, products),
-        *(strided(grad_prompts), *_learned(saved), *_masks(saved), strided(saved.norm_weight)),
+        *(strided(grad_prompts), *_learned(saved, config), *_masks(saved), strided(saved.norm_weight)),
         *(saved.hidden, *statistics),
-        *sizes,
-        SCALE=saved.factor,
-        ACTIVATION=saved.activation,
-        PRECISION=product_precision(arithmetic),
-        BY_IMAGE=_by_image(saved),
     )
     if sums is not grads.bias:
         torch.sum(sums, dim=0, out=grads.bias)
@@ -87,17 +84,38 @@ def backward(saved: Saved, grad_results: tuple[Tensor], grads: Gradients) -> Non
         _write_grad_weights(saved, grad_prompts, kept, grads.weights)
 
 
+def _launch_by_rows(
+    forms: tuple[Any, Any],
+    config: Config,
+    args: Arguments | Saved,
+    arithmetic: torch.dtype,
+    *given: Any,
+    **constants: Any,
+) -> None:
+    """Run one of two kernels that go over the rows: the general one, or that with the rows in registers."""
+    num_rows, num_prompts, dim, width = _sizes(args)
+    constants |= {"SCALE": args.factor, "ACTIVATION": args.activation, "BY_IMAGE": _by_image(args)}
+    if _in_registers(config):
+        numbers: tuple[int, ...] = (num_rows, num_prompts)
+        constants |= {"DIM": dim, "CHUNKS": num_blocks(config, BLOCK_C=dim), "WIDTH": width}
+    else:
+        numbers = (num_rows, num_prompts, dim, width)
+        constants["PRECISION"] = product_precision(arithmetic)
+    kernel = forms[_in_registers(config)]
+    launch(kernel, config, _num_row_blocks(args, config), *given, *numbers, **constants)
+
+
 def _write_grad_weights(saved: Saved, grad_prompts: Tensor, kept: tuple, grad_weights: Tensor) -> None:
     """Write the gradients of down and up, from what the kernels before have ``kept``."""
     sizes, arithmetic = _sizes(saved), _arithmetic(saved.pooled, grad_prompts.dtype)
     _, num_prompts, dim, width = sizes
-    config = tuning.config("bwd_weights", arithmetic, width)
+    config = tuning.config("bwd_weights", arithmetic, width, dim, saved.activation)
     batch = saved.pooled.shape[0]
     images = 1 if _by_image(saved) else images_per_program(batch)
     partial = grad_weights
     if not _by_image(saved):
         partial = grad_weights.new_empty((-(-batch // images), *grad_weights.shape))
-    pooled, bias, _, up, scale = _learned(saved)
+    pooled, bias, _, up, scale = _learned(saved, config)
     launch(
         kernels.prompt_projector_bwd_weights_kernel,
         config,
@@ -114,11 +132,18 @@ def _write_grad_weights(saved: Saved, grad_prompts: Tensor, kept: tuple, grad_we
         sum_chunks(partial, out=grad_weights)
 
 
-def _learned(args: Arguments | Saved) -> tuple:
+def _in_registers(config: Config) -> bool:
+    """Whether rows stay in registers: a product of a tensor core has 16 of them."""
+    return config.blocks["BLOCK_ROWS"] < 16
+
+
+def _learned(args: Arguments | Saved, config: Config) -> tuple:
     """pooled, bias, down, up and scale; a scale of all images without a stride."""
-    scale = args.scale
+    scale, up = args.scale, args.up
     of_all = scale is not None and scale.shape[0] == 1
-    weights = map(strided, (args.pooled, args.bias, args.down, args.up))
+    if up is not None and _in_registers(config):
+        up = up.mT.contiguous()
+    weights = map(strided, (args.pooled, args.bias, args.down, up))
     return *weights, (scale,) if of_all else strided(scale)
 
 

@@ -27,15 +27,22 @@ _BLOCKS = {
 
 
 @lru_cache
-def config(kernel: str, dtype: torch.dtype, width: int) -> Config:
+def config(kernel: str, dtype: torch.dtype, width: int, dim: int, activation: str) -> Config:
     """For prompts of ``dtype`` and ``width`` features, at most LARGEST_PROJECTOR, 0 without a projector.
+
+    Fewer than 16 rows, which a tensor core takes, stay in the registers of a warp. No default has so few: the
+    table of measured ones may, where features are few, and not for softmax, which sees several of them.
 
     Args:
         kernel: "fwd", "bwd_rows" or "bwd_weights".
         dtype: of the prompts, float64 where they are computed in that.
         width: r.
+        dim: C.
+        activation: of the features.
     """
     features = block_size(width, LARGEST_PROJECTOR)
     channels, num_warps, num_stages = _BLOCKS[dtype.itemsize, 16 if features == 16 else 64][kernel]
     default = Config({"BLOCK_ROWS": 16, "BLOCK_R": features, "BLOCK_C": channels}, num_warps, num_stages)
-    return tuned(f"prompt_projector_{kernel}", default, bytes=dtype.itemsize, features=features)
+    if activation == "softmax":
+        return default
+    return tuned(f"prompt_projector_{kernel}", default, bytes=dtype.itemsize, features=features, channels=dim)
