@@ -127,7 +127,7 @@ def sweep(
             if named:
                 raise UserError(
                     f"--data must be given with {flag_of(named[0])}, as vtab or vtab:cifar; to go on with a "
-                    f"sweep, give neither"
+                    "sweep, give neither"
                 )
             chosen = SweepOptions.read(output)
         else:
