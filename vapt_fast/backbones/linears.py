@@ -58,6 +58,7 @@ class Weights:
         fp8: whether products are computed in e4m3.
         fp8_gradients: whether gradients of what they are multiplied with are, too.
         quantised: the weight in e4m3, once it was needed.
+        whole, first: the weight of which this one is the rows from ``first`` on; None: of none.
     """
 
     weight: Tensor
@@ -65,6 +66,8 @@ class Weights:
     fp8: bool = False
     fp8_gradients: bool = False
     quantised: Quantised | None = None
+    whole: Tensor | None = None
+    first: int = 0
 
     @classmethod
     def of(cls, linear: Any) -> Weights:
@@ -80,7 +83,8 @@ class Weights:
             return linear(F.gelu(x) if gelu else x, self.weight, self.bias)
         if self.quantised is None:
             self.quantised = quantise(self.weight)
-        options = {"gelu": gelu, "fp8_gradients": self.fp8_gradients}
+        options: dict[str, Any] = {"gelu": gelu, "fp8_gradients": self.fp8_gradients}
+        options |= {"whole": self.whole, "first": self.first}
         return fp8_linear(x, self.weight, self.bias, self.quantised, **options)
 
     def split(self, at: int) -> tuple[Weights, Weights]:
@@ -93,6 +97,8 @@ class Weights:
                 self.fp8,
                 self.fp8_gradients,
                 None if self.quantised is None else Quantised(*(t[part] for t in self.quantised)),
+                self.weight if self.fp8 else None,
+                part.start or 0,
             )
             for part in parts
         )

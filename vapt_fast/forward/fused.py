@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -261,10 +260,6 @@ def _attention(
     options: dict[str, Any] = {"bias": bias, "prompt_lengths": prompts.lengths, "backend": backend}
     if num_rows is None and as_projected and parts.q_norm is None and parts.qkv is not None:
         scale = parts.softmax_scale(parts.qkv.weight.shape[0] // (heads + 2 * kv_heads))
-        num_prompts = prompts.normed.shape[1]
-        if given is None and num_prompts and parts.qkv.fp8:
-            joint = torch.cat([prompts.normed.expand(normed.shape[0], -1, -1), normed], dim=1)
-            return _joint_attention(parts.qkv(joint), num_prompts, heads, kv_heads, scale, options).flatten(2)
         qkv = parts.qkv(normed)
         of_kv = parts.q_and_kv()[1]
         if given is None:
@@ -292,24 +287,6 @@ def _attention(
         scale = parts.softmax_scale(q.shape[-1])
         out = prompt_attention(q, k, v, prompt_k, prompt_v, scale=scale, **options)
     return out.flatten(2)
-
-
-def _joint_attention(
-    qkv: Tensor, num_prompts: int, heads: int, kv_heads: int, scale: float, options: dict
-) -> Tensor:
-    """The attention of the tokens, (B, T, h, d), where ``qkv`` (B, P + T, ...) has the prompts in front.
-
-    So in FP8, whose scales are those of the whole weight: of the rows for keys and values alone they differ.
-    """
-    by_head = torch.unflatten(qkv, -1, (heads + 2 * kv_heads, -1))
-    q, k, v = by_head.split_with_sizes((heads, kv_heads, kv_heads), 2)
-    num_keys = num_prompts  # of which each image may have its own number
-    if options["prompt_lengths"] is None:
-        num_keys, bias = 0, options["bias"]
-        if bias is not None:
-            options = options | {"bias": F.pad(bias, (num_prompts, 0))}
-    of_prompts, of_tokens = ((k[:, rows], v[:, rows]) for rows in (slice(num_keys), slice(num_keys, None)))
-    return prompt_attention(q[:, num_prompts:], *of_tokens, *of_prompts, scale=scale, **options)
 
 
 def _absorbed_attention(

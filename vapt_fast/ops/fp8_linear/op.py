@@ -74,6 +74,8 @@ def fp8_linear(
     *,
     gelu: bool = False,
     fp8_gradients: bool = False,
+    whole: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     """Compute x @ weight.T + bias with both factors in e4m3.
 
@@ -85,6 +87,9 @@ def fp8_linear(
         gelu: take the exact GELU of x for x; it is rounded to e4m3 only.
         fp8_gradients: compute the gradient of x in e4m3 too, with a scale for each token and one for each of
             its channels.
+        whole: (M, K), of which ``weight`` is the rows from ``first`` on; None: it is no part of another. With
+            ``fp8_gradients`` the scales of its channels are taken, so that parts give what the whole would.
+        first: see ``whole``.
 
     Returns:
         (..., N) in x's dtype, or in that of autocast, rounded to bfloat16 before. Differentiable in x, weight
@@ -103,7 +108,8 @@ def fp8_linear(
     if not x.numel():
         return F.linear(F.gelu(x) if gelu else x, weight, bias)
     with without_autocast(x.device.type):
-        y: Tensor = _Fp8Linear.apply(x, weight, bias, *quantised, gelu, fp8_gradients)
+        part = None if whole is None or not fp8_gradients else (cast(whole.detach()), first)
+        y: Tensor = _Fp8Linear.apply(x, weight, bias, *quantised, gelu, fp8_gradients, part)
         return y
 
 
@@ -120,10 +126,12 @@ class _Fp8Linear(torch.autograd.Function):
         scale: Tensor,
         gelu: bool,
         fp8_gradients: bool,
+        part: tuple[Tensor, int] | None,
     ) -> Tensor:
         """Return the product."""
+        whole, ctx.first = (weight, 0) if part is None else part
         ctx.gelu, ctx.fp8_gradients = gelu, fp8_gradients
-        ctx.save_for_backward(weight, x if gelu or ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(weight, whole, x if gelu or ctx.needs_input_grad[1] else None)
         y = _product(quantise(x.flatten(0, -2), gelu=gelu), Quantised(values, scale), bias)
         return y.to(x.dtype).view(*x.shape[:-1], -1)
 
@@ -131,13 +139,15 @@ class _Fp8Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of x, weight and bias."""
         (grad,) = grads
-        weight, x = ctx.saved_tensors
+        weight, whole, x = ctx.saved_tensors
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         rows = grad.flatten(0, -2)
         with without_autocast(grad.device.type):
             grad_x = None
             if of_x and ctx.fp8_gradients:
-                grad_x = fp8_linear(grad, weight.t(), None, quantise(weight.t()))
+                values, scale = quantise(whole.t())
+                values = values[:, ctx.first : ctx.first + len(weight)].contiguous()
+                grad_x = fp8_linear(grad, weight.t(), None, Quantised(values, scale))
             elif of_x:
                 grad_x = grad @ weight
             if of_x and ctx.gelu:
@@ -145,7 +155,7 @@ class _Fp8Linear(torch.autograd.Function):
             grad_weight = None
             if of_weight:
                 grad_weight = rows.t() @ (F.gelu(x) if ctx.gelu else x).flatten(0, -2)
-        return grad_x, grad_weight, rows.sum(0) if of_bias else None, *[None] * 4
+        return grad_x, grad_weight, rows.sum(0) if of_bias else None, *[None] * 5
 
 
 def _product(a: Quantised, b: Quantised, bias: Tensor | None) -> Tensor:
