@@ -35,7 +35,8 @@ from vapt_fast.files import write_atomically
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "tools"))
 
-OPS = ("prompt_pool", "prompt_projector", "prompt_attention", "add_norm", "absorbed_attention")
+QUANTISING = "fp8_linear"
+OPS = (QUANTISING, "prompt_pool", "prompt_projector", "prompt_attention", "add_norm", "absorbed_attention")
 DIM, HEADS, GRID = 768, 12, (14, 14)
 
 # ---- an H200. MEMORY, CACHE, BARRIER, HGMMA, L2, SHARPNESS and CONFLICTS were fitted to measured times.
@@ -243,6 +244,7 @@ LOOPS: dict[str, tuple[str | tuple[str, str], ...]] = {
     "absorbed_attention_scores": (("num_channels", "BLOCK_C"),),
     "absorbed_attention_sums": (("num_keys", "BLOCK_K"),),
     "absorbed_attention_bwd_rows": (("num_queries", "BLOCK_M"),),
+    "quantise_by_two_passes": (("num_columns", "BLOCK_COLUMNS"),) * 2,
     "sum_chunks": (("num_chunks", "BLOCK_CHUNKS"),),
 }
 ATTENTION = [f"prompt_attention_{kernel}" for kernel in ("fwd", "bwd_queries", "bwd_keys")]
@@ -353,16 +355,36 @@ def launches(op: str, batch: int, num_prompts: int) -> list[tuple]:
     """Return what ``op`` launches forward and backward, for a block of a ViT-B/16 in bfloat16."""
     from compiled import recorded_launches
 
-    sizes = Sizes(torch.device("cpu"), torch.bfloat16, batch, GRID, DIM, HEADS, 4 * DIM)
-    module = importlib.import_module(f"ops.{op}")
     found: list[tuple] = []
 
     def record(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         found.append((kernel, grid[0], args, options))
 
     with recorded_launches(), mock.patch.object(JITFunction, "run", record):
-        outputs_and_gradients(module.implementation("triton", sizes), module.job(sizes, num_prompts).make())
+        if op == QUANTISING:
+            quantise(batch)
+        else:
+            sizes = Sizes(torch.device("cpu"), torch.bfloat16, batch, GRID, DIM, HEADS, 4 * DIM)
+            module = importlib.import_module(f"ops.{op}")
+            job = module.job(sizes, num_prompts)
+            outputs_and_gradients(module.implementation("triton", sizes), job.make())
     return found
+
+
+def quantise(batch: int) -> None:
+    """Quantise what a block in FP8 multiplies: tokens, hidden features, fc1's weight, and it transposed."""
+    from vapt_fast.ops.fp8_linear import triton as fp8
+
+    tokens, weight = batch * (GRID[0] * GRID[1] + 1), torch.empty(4 * DIM, DIM, dtype=torch.bfloat16)
+    hidden = weight.new_empty(tokens, 4 * DIM)
+    for rows, gelu in (
+        (hidden[:, :DIM].contiguous(), False),
+        (hidden, True),
+        (weight, False),
+        (weight.t(), False),
+    ):
+        values = torch.empty(rows.shape, dtype=torch.float8_e4m3fn)
+        fp8.quantise(rows, values, torch.empty(len(rows), 1), gelu)
 
 
 def main(arguments: list[str] | None = None) -> None:

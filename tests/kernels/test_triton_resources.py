@@ -24,6 +24,7 @@ CASES = [
     "absorbed_attention bfloat16",
     "mlp bfloat16",
     "quantise rows",
+    "quantise long rows",
     "quantise transposed",
 ]
 

@@ -95,13 +95,13 @@ CASES = {
 }
 
 
-def quantise_case(transposed: bool, gelu: bool) -> Callable[[], Any]:
-    """The rows of a ViT-B/16, or a transposed weight, to FP8."""
+def quantise_case(columns: int, transposed: bool, gelu: bool) -> Callable[[], Any]:
+    """Rows to FP8, or the columns of a transposed weight."""
 
     def run() -> None:
         from vapt_fast.ops.fp8_linear import triton
 
-        rows = torch.empty(768, 3072, dtype=torch.bfloat16)
+        rows = torch.empty(768, columns, dtype=torch.bfloat16)
         rows = rows.t() if transposed else rows
         values, scale = torch.empty(rows.shape, dtype=torch.float8_e4m3fn), torch.empty(len(rows), 1)
         triton.quantise(rows, values, scale, gelu)
@@ -109,7 +109,11 @@ def quantise_case(transposed: bool, gelu: bool) -> Callable[[], Any]:
     return run
 
 
-CASES |= {f"{FP8} rows": quantise_case(False, True), f"{FP8} transposed": quantise_case(True, False)}
+CASES |= {
+    f"{FP8} rows": quantise_case(3072, False, True),
+    f"{FP8} long rows": quantise_case(16384, False, True),
+    f"{FP8} transposed": quantise_case(3072, True, False),
+}
 
 Launch = tuple[JITFunction, tuple, dict[str, Any]]
 

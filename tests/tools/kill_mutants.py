@@ -103,6 +103,7 @@ ALONE: dict[str, list[Check]] = {
             for layout in ("rows", "transposed", "every other")
         ),
         partial(test_quantise.test_the_same_as_torch, torch.float32, (33, 80), "transposed"),
+        partial(test_quantise.test_the_same_as_torch, torch.float32, (2, 8208), "rows"),
         partial(test_quantise.test_of_the_gelu, torch.float32),
         test_quantise.test_odd_rows,
         test_quantise.test_far_apart,

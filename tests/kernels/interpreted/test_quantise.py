@@ -28,7 +28,9 @@ def assert_equal(found: Quantised, expected: Quantised) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 16), (5, 256), (9, 272), (0, 16), (33, 768)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 16), (5, 256), (9, 272), (0, 16), (33, 768), (3, 3072), (2, 8208)], ids=str
+)
 @pytest.mark.parametrize("layout", ["rows", "transposed", "every other"])
 def test_the_same_as_torch(dtype: torch.dtype, shape: tuple[int, int], layout: str) -> None:
     torch.manual_seed(0)
@@ -53,8 +55,8 @@ def test_of_the_gelu(dtype: torch.dtype) -> None:
 def test_far_apart() -> None:
     """Offsets that leave 32 bits, in both directions."""
     memory = torch.empty(2**34 // 2, dtype=torch.bfloat16)  # only the pages that are written take any
-    rows = torch.randn(3, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
-    for strides in ((2**31, 1), (1, 2**28)):
+    for num_rows, strides in ((3, (2**31, 1)), (3, (1, 2**28)), (2, (2**32, 2**28))):
+        rows = torch.randn(num_rows, 16, generator=torch.Generator().manual_seed(0)).bfloat16()
         far = memory.as_strided(rows.shape, strides).copy_(rows)
         with no_overflow():
             assert_equal(quantise(far), quantise_by_torch(rows))
@@ -67,4 +69,5 @@ def test_odd_rows() -> None:
     rows[2, 290] = float("nan")
     rows[3, 5] = float("-inf")
     rows[4] = 1e-44
-    assert_equal(quantise(rows), quantise_by_torch(rows))
+    for laid_out in (rows, rows.t().contiguous().t()):
+        assert_equal(quantise(laid_out), quantise_by_torch(rows))

@@ -1,8 +1,8 @@
 """Products with frozen weights in FP8 (e4m3): a scale for each token, and one for each output channel.
 
-A row is divided by its scale, so that its largest value becomes the largest of e4m3, and rounded to 3 bits of
-mantissa. Products of such numbers are exact in float32, in which they are added up, unless the GPU's
-accumulators are shorter. A token's scale is its own: what becomes of it does not depend on other tokens.
+A row is multiplied by the reciprocal of its scale, so that its largest value becomes the largest of e4m3, and
+rounded to 3 bits of mantissa. Products of such numbers are exact in float32, in which they are added up,
+unless the GPU's accumulators are shorter. A token's scale is its own: it does not depend on other tokens.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def quantise_by_torch(rows: Tensor, *, gelu: bool = False) -> Quantised:
     rows = F.gelu(rows) if gelu else rows
     largest = torch.linalg.vector_norm(rows, math.inf, dim=-1, keepdim=True).float()
     scale = (largest / LARGEST).clamp_min(SMALLEST_SCALE)
-    return Quantised((rows / scale).to(E4M3).contiguous(), scale)
+    return Quantised((rows * scale.reciprocal()).to(E4M3).contiguous(), scale)
 
 
 def fp8_linear(
