@@ -66,12 +66,13 @@ KERNELS = tuple(
     for precision in ("bfloat16", "bfloat16-autocast")
     for backend in OURS
 )
+FP8 = Variant("auto", precision="bfloat16-fp8")
 EAGER = Variant("auto", precision="bfloat16", cuda_graphs=False)
 PROBE = Variant(LINEAR_PROBE, precision="bfloat16")
 
 # What is compared in one table. Everything but "all" takes long to compile.
 SETS = {
-    "all": (*LITERAL, *REWRITTEN, *KERNELS, EAGER, PROBE),
+    "all": (*LITERAL, *REWRITTEN, *KERNELS, FP8, EAGER, PROBE),
     "compiled": (Variant("reference", precision="bfloat16"), *COMPILED, REWRITTEN[1], *KERNELS[: len(OURS)]),
     "autotuned": (
         Variant("reference", precision="bfloat16"),

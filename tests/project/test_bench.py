@@ -92,6 +92,7 @@ def test_precisions(precision):
     workload = Workload(TINY, Variant("torch", num_prompts=2, precision=precision))
     weights = PRECISIONS[precision].weights
     assert {p.dtype for p in workload.model.backbone.parameters()} == {weights}
+    assert workload.model.backbone_precision == PRECISIONS[precision].backbone
     learned = torch.float64 if weights == torch.float64 else torch.float32
     assert {p.dtype for p in workload.model.prompts.parameters()} == {learned}
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32

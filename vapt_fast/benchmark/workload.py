@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..backbones import head_names, image_size
+from ..backbones.precision import set_precision
 from ..config import PromptConfig
 from ..cuda_graphs import use_cuda_graphs
 from ..cuda_graphs.recorder import RECORDERS
@@ -50,11 +51,13 @@ class Precision:
         weights: dtype of the backbone and of the images; the prompts stay in float32 at least.
         autocast: dtype of autocast, or None.
         tf32: whether products of float32 matrices may be rounded to TF32 (GPU only).
+        backbone: of the products with frozen weights, see AdaptiveViT.backbone_precision.
     """
 
     weights: torch.dtype
     autocast: torch.dtype | None = None
     tf32: bool = False
+    backbone: str | None = None
 
     @property
     def compute(self) -> torch.dtype:
@@ -70,6 +73,7 @@ PRECISIONS = {
     "float16-autocast": Precision(torch.float32, autocast=torch.float16),
     "bfloat16": Precision(torch.bfloat16),
     "bfloat16-tf32": Precision(torch.bfloat16, tf32=True),  # of what learned weights, in float32, multiply
+    "bfloat16-fp8": Precision(torch.bfloat16, backbone="fp8"),
     "float16": Precision(torch.float16),
 }
 
@@ -292,22 +296,24 @@ def _make_backbone(model: str, image_size: int | None, device: str) -> nn.Module
     return create_backbone(model, num_classes=NUM_CLASSES, **options).to(device)
 
 
-def _make_model(setting: Setting, variant: Variant) -> nn.Module:
-    model = copy.deepcopy(backbone_of(setting))
-    model = model.to(PRECISIONS[variant.precision].weights)
+def _make_model(setting: Setting, variant: Variant) -> Any:
+    model: Any = copy.deepcopy(backbone_of(setting))
+    precision = PRECISIONS[variant.precision]
+    model = model.to(precision.weights).requires_grad_(False)
     if variant.attention == "explicit":
         for module in model.modules():
             if hasattr(module, "fused_attn"):
-                module.fused_attn = False  # type: ignore[assignment]
+                module.fused_attn = False
     if variant.backend == LINEAR_PROBE:
-        model.requires_grad_(False)
+        set_precision(model.blocks, precision.backbone)
         for name in head_names(model):
             getattr(model, name).requires_grad_(True)
         return model
     config = PromptConfig(kind=variant.kind, num_prompts=variant.num_prompts, prompt_dropout=0.1)
     torch.manual_seed(SEED)
-    adapted = AdaptiveViT(model, prompts=config, backend=variant.backend)
-    adapted.prompts.to(torch.promote_types(PRECISIONS[variant.precision].weights, torch.float32))
+    options: dict[str, Any] = {"backend": variant.backend, "backbone_precision": precision.backbone}
+    adapted = AdaptiveViT(model, prompts=config, **options)
+    adapted.prompts.to(torch.promote_types(precision.weights, torch.float32))
     make_trained_like(adapted.prompts)
     return adapted
 

@@ -41,10 +41,20 @@ def bench(
         list[int] | None, typer.Option(min=1, help="Prompts a block; may be given several times.")
     ] = None,
     precision: Annotated[
-        Literal["float64", "float32", "tf32", "bfloat16-autocast", "float16-autocast", "bfloat16", "float16"]
+        Literal[
+            "float64",
+            "float32",
+            "tf32",
+            "bfloat16-autocast",
+            "float16-autocast",
+            "bfloat16",
+            "bfloat16-fp8",
+            "float16",
+        ]
         | None,
         typer.Option(
-            help="Dtype of weights, or of autocast (default: float32 on a CPU, bfloat16-autocast on a GPU)."
+            help="Dtype of weights, or of autocast (default: float32 on a CPU, bfloat16-autocast on a GPU); "
+            "bfloat16-fp8 has an FP8 backbone."
         ),
     ] = None,
     device: options.Device = "auto",
