@@ -144,8 +144,25 @@ def sparse(x, weight, bias):
         return linear.linear(x, weight.to_sparse_csr(), bias)
 
 
-def compiled(x, weight, bias):
-    return torch.compile(linear.linear, backend="aot_eager", fullgraph=True)(x, weight, bias)
+def compiled(function):
+    torch.compiler.reset()
+    return torch.compile(function, backend="aot_eager", fullgraph=True)
+
+
+class Layer(nn.Module):
+    def __init__(self, weight, bias):
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x):
+        return linear.linear(x, self.weight, self.bias)
+
+
+def exported(x, weight, bias):
+    program = torch.export.export(Layer(weight, bias), (x,))
+    assert "onednn" not in str(program.graph)
+    return program.module()(x)
 
 
 OTHERWISE = {
@@ -159,7 +176,10 @@ OTHERWISE = {
     "a mode of dispatch": watched,
     "vmap": mapped,
     "jvp": with_tangents,
-    "torch.compile": compiled,
+    "vmap, compiled": lambda *case: compiled(mapped)(*case),
+    "jvp, compiled": lambda *case: compiled(with_tangents)(*case),
+    "autocast, compiled": lambda *case: compiled(in_autocast)(*case),
+    "export": exported,
     "a sparse weight": sparse,
 }
 
@@ -174,6 +194,40 @@ def test_pytorch_decides_where_more_is_asked(name):
     torch.testing.assert_close(
         results[0].double(), expected, rtol=2e-2 if coarse else 1e-5, atol=1e-1 if coarse else 2e-5
     )
+
+
+def takes_compiling_for_exporting():
+    return compiled(lambda x: x if torch.compiler.is_exporting() else -x)(torch.ones(())) == 1
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_code(name):
+    if takes_compiling_for_exporting():
+        pytest.skip("this PyTorch does, so what is compiled is left to it")
+    x, weight, bias = case(**CASES[name])
+    function = compiled(Layer(weight, bias))
+    expected = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    for repeats in (1, 2):
+        batch = torch.cat([x] * repeats).requires_grad_()
+        torch._dynamo.maybe_mark_dynamic(batch, 0)
+        results = []
+        assert used_onednn(lambda batch=batch, results=results: results.append(function(batch)))
+        assert used_onednn(results[0].sum().backward)
+        assert_near(results[0], torch.cat([expected] * repeats))
+        assert_near(batch.grad, weight.sum(0).expand_as(batch))
+        with torch.no_grad():
+            assert torch.equal(function(batch), results[0])
+
+
+def test_small_weights_of_compiled_code_are_left_to_pytorch(monkeypatch):
+    monkeypatch.setattr(linear, "SMALLEST", linear.FEW_TOKENS * 24 * 40 + 1)
+    assert not used_onednn(lambda: compiled(linear.linear)(*case()))
+
+
+def test_the_op_of_compiled_code():
+    x, weight, bias = case()
+    for some in ((x.requires_grad_(), weight, bias), (x.detach(), weight.t().contiguous().t(), None)):
+        torch.library.opcheck(torch.ops.vapt_fast.onednn_linear.default, some)
 
 
 def test_weights_that_learn_get_gradients():

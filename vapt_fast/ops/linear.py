@@ -19,6 +19,7 @@ from .plan import TENSORS, is_watched
 __all__ = ["linear"]
 
 SMALLEST = 2**21  # multiplications, below which oneDNN's call takes longer than MKL's product
+FEW_TOKENS = 32  # as many are there in compiled code, which does not ask
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,16 +40,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if is_watched() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_dynamo_compiling():
+        # What is exported may run elsewhere. How many tokens there are may differ from call to call.
+        alone = not torch.compiler.is_exporting() and not _is_transformed()
+        tokens = FEW_TOKENS
+    else:
+        alone, tokens = not is_watched(), x.numel() // max(weight.shape[-1], 1)
+    if not alone or tokens * weight.numel() < SMALLEST or x.ndim < 2:
         return False
-    if not onednn_is_faster() or x.numel() * weight.shape[0] < SMALLEST or x.ndim < 2:
+    if forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu") or not _has_fast_onednn():
         return False
     parameters = (weight,) if bias is None else (weight, bias)
     if not all(_is_ordinary(t) for t in (x, *parameters)):
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in parameters):
-        return False
-    return torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in parameters))
+
+
+# What torch.compile can't trace: it asks while it compiles.
+@torch.compiler.assume_constant_result
+def _is_transformed() -> bool:
+    return torch._C._functorch.maybe_current_level() is not None
+
+
+@torch.compiler.assume_constant_result
+def _has_fast_onednn() -> bool:
+    return onednn_is_faster() and torch._C._get_mkldnn_enabled()  # torch.backends.mkldnn.flags
 
 
 def _is_ordinary(tensor: Tensor) -> bool:
@@ -57,8 +73,14 @@ def _is_ordinary(tensor: Tensor) -> bool:
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return _LIBRARY_OP(x, weight, bias)
     if torch.is_grad_enabled() and x.requires_grad:
         return _Product.apply(x, weight, bias)
+    return _by_onednn(x, weight, bias)
+
+
+def _by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Any:
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
@@ -77,3 +99,27 @@ class _Product(torch.autograd.Function):
         """Return the gradient of x."""
         (weight,) = ctx.saved_tensors
         return linear(grads[0], weight.t()), None, None
+
+
+# ---- in compiled code, where PyTorch's own op takes only weights that are constants
+
+NAME = "vapt_fast::onednn_linear"
+torch.library.define(NAME, "(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+torch.library.impl(NAME, "cpu", _by_onednn)
+_LIBRARY_OP = torch.ops.vapt_fast.onednn_linear
+
+
+@torch.library.register_fake(NAME)
+def _allocate(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return _LIBRARY_OP(grad, ctx.saved_tensors[0].t(), None), None, None
+
+
+torch.library.register_autograd(NAME, _backward, setup_context=_setup_context)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 __all__ = ["PLANS", "TENSORS", "Plan", "describe", "is_watched", "make_plan"]
 
-TENSORS = {Tensor, torch.nn.Parameter}  # subclasses may mean something of their own
+TENSORS = (Tensor, torch.nn.Parameter)  # subclasses may mean something of their own
 _OPTIONS = {int, float, bool, str, torch.dtype, type(None)}
 _MOST_PLANS = 4096  # of calls in ever new shapes
 _facts = attrgetter("shape", "dtype", "device", "requires_grad")
