@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
+from copies import Copies
 from several import BASE, OTHERS, STACKABLE, mixed_batch, one_by_one, outcome, places, several
 from tiny import assert_same, tiny_images
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from vapt_fast import use_backend
 from vapt_fast.adapters import MissingHead, mixing
@@ -340,21 +340,6 @@ def test_what_can_be_stacked():
     assert stackable == set(STACKABLE)
 
 
-class BlockingCopies(TorchDispatchMode):
-    """Counts copies from the CPU to another device, and those of them that wait for it."""
-
-    def __init__(self):
-        super().__init__()
-        self.copies, self.blocking = 0, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        if function is torch.ops.aten._to_copy.default and args[0].is_cpu and kwargs["device"].type == "cuda":
-            self.copies += 1
-            self.blocking += not kwargs.get("non_blocking", False)
-        return function(*args, **kwargs)
-
-
 def on_fake_gpu(model):
     """A copy of ``model`` whose tensors are fake and on a GPU, within a FakeTensorMode."""
     fakes = {}
@@ -372,8 +357,8 @@ def test_nothing_waits_for_a_gpu(others):
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_backend("torch"):
         model = on_fake_gpu(model)
         images = torch.empty_like(images, device="cuda")
-        with BlockingCopies() as seen:
+        with Copies("cuda") as copies:
             model(images, adapter_names=names)
             model.forward_features(images, adapter_names=names)
-    assert seen.copies
-    assert not seen.blocking
+    assert copies.all
+    assert not copies.waiting
