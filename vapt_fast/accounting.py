@@ -103,7 +103,7 @@ def account(model: AdaptiveViT, batch_size: int = 64) -> Account:
     with FakeTensorMode(allow_non_fake_inputs=True):
         copied = _without_numbers(model)
         shape = batch_size, *copied.pretrained_cfg["input_size"]
-        images = torch.zeros(shape, dtype=next(copied.backbone.parameters()).dtype)
+        images = torch.zeros(shape, dtype=next(copied.backbone.parameters()).dtype, device="cpu")
         literal, rewritten = _costs(copied, images, "reference"), _costs(copied, images, "torch")
         copied.prompts.prune(0)
         bare = _costs(copied, images, "reference")
@@ -134,7 +134,7 @@ def _without_numbers(model: AdaptiveViT) -> AdaptiveViT:
     """Return a copy of the model with fake tensors on a CPU, within a FakeTensorMode."""
     fakes: dict[int, Any] = {}
     for tensor in _tensors(model):
-        fake = torch.empty(tensor.shape, dtype=tensor.dtype)
+        fake = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
         learned = isinstance(tensor, nn.Parameter)
         fakes[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if learned else fake
     copied = copy.deepcopy(model, fakes)

@@ -78,7 +78,8 @@ def _sample(
         for i, patches in entering.items():
             rows = patches.flatten(0, 1)
             if i == indices[0]:
-                chosen = torch.randperm(len(rows), generator=generator)[: TOKENS_PER_IMAGE * len(images)]
+                order = torch.randperm(len(rows), generator=generator, device="cpu")
+                chosen = order[: TOKENS_PER_IMAGE * len(images)]
             found[i].append(rows[chosen.to(rows.device)])
         remaining -= len(images)
         if remaining == 0:
@@ -113,7 +114,7 @@ def _k_means(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
     points = points.to(torch.promote_types(points.dtype, torch.float32))
     if not points.isfinite().all():
         raise ValueError("loader must give images whose tokens are finite, got infinities or NaN")
-    first = torch.randperm(len(points), generator=generator)[:count]
+    first = torch.randperm(len(points), generator=generator, device="cpu")[:count]
     centres = points[first.to(points.device)]
     for _ in range(NUM_STEPS):
         nearest = torch.cdist(points, centres).argmin(dim=1)

@@ -1,9 +1,14 @@
 """A batch in which each image has an adapter of its own: the same as each image by itself."""
 
+import copy
+import itertools
+
 import pytest
 import torch
+from copies import Copies
 from several import BASE, OTHERS, STACKABLE, mixed_batch, one_by_one, outcome, places, several
 from tiny import assert_same, tiny_images
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vapt_fast import use_backend
 from vapt_fast.adapters import MissingHead, mixing
@@ -333,3 +338,27 @@ def test_what_can_be_stacked():
         if mixing.plain_adapter(model, a, torch.float64) is not None
     }
     assert stackable == set(STACKABLE)
+
+
+def on_fake_gpu(model):
+    """A copy of ``model`` whose tensors are fake and on a GPU, within a FakeTensorMode."""
+    fakes = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers(), model.find_adapter(BASE).parameters()):
+        fake = torch.empty_like(tensor, device="cuda")
+        fakes[id(tensor)] = torch.nn.Parameter(fake) if isinstance(tensor, torch.nn.Parameter) else fake
+    return copy.deepcopy(model, fakes)
+
+
+@pytest.mark.parametrize("others", [{}, OTHERS], ids=["together", "in groups"])
+def test_nothing_waits_for_a_gpu(others):
+    """Who has which adapter gets there behind what the GPU is still computing."""
+    model = several(adapters=STACKABLE | others)
+    images, names = mixed_batch(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), use_backend("torch"):
+        model = on_fake_gpu(model)
+        images = torch.empty_like(images, device="cuda")
+        with Copies("cuda") as copies:
+            model(images, adapter_names=names)
+            model.forward_features(images, adapter_names=names)
+    assert copies.all
+    assert not copies.waiting

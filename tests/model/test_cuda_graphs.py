@@ -981,6 +981,31 @@ def test_a_model_that_changes_now_and_then_is_captured_again(
     assert len(replays) == 4 * (1 + graphs_module.WORTHWHILE)
 
 
+def test_adapters_in_turn_keep_their_graphs(device: str, replays: list[Any]) -> None:
+    """Whatever string object names them."""
+
+    def in_turn(model: AdaptiveViT) -> Iterator[Tensor]:
+        for seed in range(CALLS):
+            for letter in "ab":
+                model.set_adapter(f"task {letter}")
+                yield from step(model, seed)
+
+    def model() -> AdaptiveViT:
+        made = make(device)
+        for scale, name in enumerate(("task a", "task b"), start=1):
+            made.adapters[name] = copy.deepcopy(made.adapters["default"])
+            with torch.no_grad():
+                for parameter in made.adapters[name].parameters():
+                    parameter.mul_(scale)
+        return made
+
+    with use_cuda_graphs(False):
+        expected = list(in_turn(model()))
+    assert not replays
+    assert_equal(in_turn(model()), expected)
+    assert len(replays) == 2
+
+
 @pytest.mark.parametrize("change", ["deleted", "moved", "cleared by a new storage"])
 def test_memory_is_freed(change: str, device: str) -> None:
     model = make(device)

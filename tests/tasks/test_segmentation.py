@@ -18,6 +18,7 @@ from PIL import Image
 from replaying import replaying_on_cpu
 from tiny import randomize, tiny_backbone
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vapt_fast.demo  # noqa: F401, gives timm the digits' backbone
 from vapt_fast import AdapterError, AdaptiveViT, use_backend
@@ -168,6 +169,29 @@ def test_dpt_without_its_library(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'vapt_fast\[segmentation\]'"):
         tiny_segmenter("dpt")
+
+
+class Interpolations(TorchDispatchMode):
+    """The dtypes of all maps that are interpolated, and of their gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "upsample_bilinear2d" in str(function):
+            self.dtypes.append(args[0].dtype)
+        return function(*args, **(kwargs or {}))
+
+
+def test_gradients_of_hundreds_of_pixels_are_not_added_up_in_16_bits():
+    """As a GPU would, which adds them in the dtype of what is interpolated."""
+    model = tiny_segmenter(backend="torch").to(torch.bfloat16)
+    with Interpolations() as seen:
+        logits = model(noise(1, 3, 32, 32).bfloat16())
+        logits.sum().backward()
+    assert logits.dtype == torch.bfloat16
+    assert seen.dtypes == [torch.float32, torch.float32]
 
 
 def test_everything_that_learns_gets_a_gradient():

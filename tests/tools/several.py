@@ -92,7 +92,9 @@ def outcome(model: AdaptiveViT, call: Callable[[], Tensor]) -> dict[str, Tensor]
     logits = call()
     known = logits.isfinite()
     assert not logits[~known].isnan().any()
-    weights = torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype).view_as(logits).cos()
+    weights = (
+        torch.linspace(-1, 1, logits.numel(), dtype=logits.dtype, device=logits.device).view_as(logits).cos()
+    )
     torch.where(known, logits * weights, 0).sum().backward()
     gradients = {
         name: torch.zeros_like(p) if p.grad is None else p.grad

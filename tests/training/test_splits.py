@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from copies import Copies
 from PIL import Image
 from torch.utils.data import Subset, TensorDataset
 from training_cases import noise, rows
@@ -128,6 +129,14 @@ def test_loader_gives_every_image_once(toy):
         images, same = (torch.cat([images for images, _ in of]) for of in (batches, again))
         assert {image.numpy().tobytes() for image in images} == rows(toy.train)
         assert torch.equal(images, same)
+
+
+def test_batches_do_not_wait_for_the_device(toy):
+    for dataset in (toy.train, Subset(toy.train, range(12))):
+        with Copies("meta") as copies:
+            batches = list(make_loader(dataset, 5, device="meta"))
+        assert all(part.is_meta for batch in batches for part in batch)
+        assert (copies.all, copies.waiting) == (6, 0)
 
 
 # ---- augmentation

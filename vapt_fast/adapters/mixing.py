@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..backbones.blocks import standard_block
 from ..modules import has_global_hooks, has_hooks, is_plain
 from ..prompts import Masks
-from ..prompts.layout import Layout, flatten
+from ..prompts.layout import Layout, flatten, small_tensor
 from ..prompts.mixed import MixedPrompts, cut_masks
 from ..prompts.plain import PlainPrompts
 from ..timm_api import normed_tokens
@@ -142,13 +142,13 @@ class Batch(NamedTuple):
         """Return the images, in order, of some adapters, by place."""
         device = self.places.device
         if self.rows is None:
-            return torch.isin(self.places, torch.tensor(group, device=device)).nonzero().squeeze(1)
+            return torch.isin(self.places, small_tensor(list(group), device)).nonzero().squeeze(1)
         rows = sorted(row for place in group for row in self.rows[place])
-        return torch.tensor(rows, dtype=torch.long, device=device)
+        return small_tensor(rows, device)
 
     def take(self, group: Sequence[int], rows: Tensor) -> Batch:
         """Return the batch of some adapters, by place in ascending order, and of all their images."""
-        places = torch.searchsorted(torch.tensor(group, device=rows.device), self.places[rows])
+        places = torch.searchsorted(small_tensor(list(group), rows.device), self.places[rows])
         return Batch([self.adapters[i] for i in group], places, None)
 
     @classmethod
@@ -178,7 +178,7 @@ class Batch(NamedTuple):
             rows.setdefault(name, []).append(i)
         names = [name for name in (BASE, *model.adapters) if name in rows] or [model.active_adapter]
         numbers = {name: i for i, name in enumerate(names)}
-        places = torch.tensor([numbers[name] for name in given], dtype=torch.long, device=images.device)
+        places = small_tensor([numbers[name] for name in given], images.device)
         return cls([*map(model.find_adapter, names)], places, [rows.get(name, []) for name in names])
 
 
@@ -305,7 +305,7 @@ class Heads:
         rows = torch.stack([head_row(adapter, fields, like) for adapter in adapters])
         counts = [adapter.num_classes for adapter in adapters]
         differ = len(set(counts)) > 1
-        return cls(num_classes, fields, rows, torch.tensor(counts, device=like.device), differ)
+        return cls(num_classes, fields, rows, small_tensor(counts, like.device), differ)
 
     def __call__(self, inputs: tuple[Tensor, ...], index: Tensor) -> Tensor:
         """Return the logits (B, K) of what the heads read, each (B, C), by the adapters at ``index`` (B,)."""

@@ -21,7 +21,7 @@ from ..config import PromptConfig
 from ..cuda_graphs import Graphs
 from ..data import eval_transform, full_data_config
 from ..ops.backend import BACKENDS, resolve
-from ..prompts.layout import Facts, Layout
+from ..prompts.layout import Facts, Layout, small_tensor
 from ..prompts.mixed import MixedPrompts
 from .checks import backbone_problems
 from .file import AdapterError, read
@@ -198,8 +198,7 @@ class AdapterStack(nn.Module):
 
         They are good until an adapter is deleted. Raises TypeError or ValueError for what are no names.
         """
-        device = self._rows.device
-        return torch.tensor(self._find(names, len(names)), dtype=torch.long, device=device)
+        return small_tensor(self._find(names, len(names)), self._rows.device)
 
     def add_adapter(self, name: str, adapter: Adapter | None = None) -> None:
         """Add a copy of an adapter, or replace the one of that name by it.
@@ -314,8 +313,7 @@ class AdapterStack(nn.Module):
             if isinstance(adapter_names, Tensor):
                 places = check_index(adapter_names, images, *self._range)
             else:
-                found = self._find(adapter_names, len(images))
-                places = torch.tensor(found, dtype=torch.long, device=images.device)
+                places = small_tensor(self._find(adapter_names, len(images)), images.device)
             if compiling:
                 return self._logits(images, places, backend)
             return self._cuda_graphs(_LOGITS[backend], self, images, places, preferred=self.model.cuda_graphs)

@@ -49,8 +49,8 @@ class Graphs:
     """The CUDA graphs of one model.
 
     A call is captured when there were a few of the same kind before: shape, dtype and layout of the images,
-    grad mode, autocast, PyTorch's settings, and all that the model's Python code can see of the model. Then
-    such calls repeat the graphs. A call that they can't serve is made as it is.
+    grad mode, autocast, PyTorch's settings, the active adapter, and all that the model's Python code can see
+    of the model. Then such calls repeat the graphs. A call that they can't serve is made as it is.
 
     A copy has no graphs, nor has what is unpickled.
     """
@@ -150,6 +150,7 @@ class Graphs:
         key = (
             *(logits, images.shape, images.stride(), images.dtype, images.requires_grad),
             *(torch.is_grad_enabled(), autocast, global_state(), tuple(t.dtype for t in others)),
+            getattr(model, "active_adapter", None),
         )
         known = self._known.get(key)
         if known is None or not known.state.matches(model):

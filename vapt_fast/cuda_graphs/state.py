@@ -92,8 +92,8 @@ def _same(values: list[Any], others: list[Any]) -> bool:
     return len(values) == len(others) and all(map(is_, values, others))
 
 
-# What is compared otherwise, or does not matter.
-_NOT_COMPARED = ("_cuda_graphs", "_modules", "_parameters", "_buffers", *HOOKS)
+# What is compared otherwise, or does not matter. Calls by another adapter are of another kind.
+_NOT_COMPARED = ("_cuda_graphs", "active_adapter", "_modules", "_parameters", "_buffers", *HOOKS)
 
 
 def _own_values(model: nn.Module) -> list[Any]:

@@ -166,7 +166,7 @@ def _area(
     before, after = (background, images) if insert else (images, background)
     grid, steps = maps.shape[1:], min(steps, cells)
     counts = [round(step * cells / steps) for step in range(steps + 1)]
-    shares = torch.tensor(counts, dtype=torch.float64) / cells
+    shares = torch.tensor(counts, dtype=torch.float64, device=maps.device) / cells
 
     def area(values: Tensor, probability: Callable[[Tensor], Tensor]) -> Tensor:
         order = _descending(values, generator)
@@ -198,7 +198,7 @@ def _area(
 
 def _descending(values: Tensor, generator: torch.Generator) -> Tensor:
     """Return the order (B, n) of values (B, n) from the highest down, ties in random order."""
-    shuffled = torch.rand(values.shape, generator=generator).argsort(1).to(values.device)
+    shuffled = torch.rand(values.shape, generator=generator, device="cpu").argsort(1).to(values.device)
     ranked = values.gather(1, shuffled).argsort(dim=1, descending=True, stable=True)
     return shuffled.gather(1, ranked)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .plain import PlainProjector, PlainPrompts
 
-__all__ = ["Facts", "Layout", "flatten"]
+__all__ = ["Facts", "Layout", "flatten", "small_tensor"]
 
 Shape = tuple[int, ...]
 Key = tuple[str, int]
@@ -159,11 +159,11 @@ class Layout:
             activations.append([0 if p is None else it.activations.index(p.activation) for p, it in own])
             widths.append([it.width if p is None else len(p.down) for p, it in own])
         return Facts(
-            lengths=torch.tensor(numbers, device=device, dtype=torch.long).view(*shape),
-            kinds=torch.tensor(kinds, device=device, dtype=torch.bool).view(*shape, 2),
-            activations=torch.tensor(activations, device=device, dtype=torch.long).view(shape[0], -1),
-            widths=torch.tensor(widths, device=device, dtype=torch.long).view(shape[0], -1),
-            rates=torch.tensor([[p.rates for p in b] for b in blocks], device=device).view(*shape, 3),
+            lengths=small_tensor(numbers, device).view(*shape),
+            kinds=small_tensor(kinds, device, torch.bool).view(*shape, 2),
+            activations=small_tensor(activations, device).view(shape[0], -1),
+            widths=small_tensor(widths, device).view(shape[0], -1),
+            rates=small_tensor([[p.rates for p in b] for b in blocks], device, torch.float32).view(*shape, 3),
         )
 
     def problems(self, adapter: Sequence[PlainPrompts]) -> Iterator[str]:
@@ -275,3 +275,9 @@ def flatten(tensors: Mapping[Key, Tensor | None], fields: Mapping[Key, Shape], l
             tensor = F.pad(tensor, [side for n in reversed(missing) for side in (0, n)])
         parts.append(tensor.reshape(-1))
     return torch.cat(parts) if parts else like.new_zeros(0)
+
+
+def small_tensor(values: Any, device: Any, dtype: torch.dtype = torch.long) -> Tensor:
+    """Return Python's numbers as a tensor on a device, without waiting for what a GPU has yet to compute."""
+    # ``torch.tensor(values, device=...)`` waits. CUDA keeps a copy of memory that is not pinned.
+    return torch.tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)

@@ -133,10 +133,10 @@ def classify(
     """
     device = torch.device(device)
     model.eval()
-    for images, labels in make_loader(dataset, batch_size, workers=workers):
+    for images, labels in make_loader(dataset, batch_size, workers=workers, device=device):
         with autocast(device, amp):
-            logits = model(images.to(device))
-        yield logits.float(), labels.to(device)
+            logits = model(images)
+        yield logits.float(), labels
 
 
 def evaluate(model: nn.Module, dataset: LabelledImages, **options: Any) -> Score:

@@ -38,13 +38,13 @@ def in_memory(dataset: LabelledImages) -> TensorDataset:
 
 
 class Batches:
-    """The batches of a DataLoader, which raise the UserError that names an image that can't be read.
+    """The batches of a DataLoader on a device, which raise the UserError that names an unreadable image.
 
     A worker hands errors over as values: raised, they would arrive wrapped in its traceback.
     """
 
-    def __init__(self, loader: DataLoader) -> None:
-        self._loader = loader
+    def __init__(self, loader: DataLoader, device: torch.device | str) -> None:
+        self._loader, self._device = loader, device
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -53,7 +53,8 @@ class Batches:
         for batch in self._loader:
             if isinstance(batch, UserError):
                 raise batch
-            yield batch
+            images, labels = (part.to(self._device, non_blocking=True) for part in batch)
+            yield images, labels
 
 
 def _read(dataset: LabelledImages, indices: list[int]) -> Any:
@@ -85,6 +86,7 @@ def make_loader(
     shuffle_seed: int | None = None,
     workers: int = 0,
     part: tuple[int, int] = (0, 1),
+    device: torch.device | str = "cpu",
 ) -> Batches:
     """Return batches of (images (B, 3, H, W), labels (B,)).
 
@@ -94,6 +96,7 @@ def make_loader(
         shuffle_seed: of the order and of the workers' own randomness; None for the stored order.
         workers: processes that read images; 0 reads in this one. Data in memory needs none.
         part: (i, n) for the images i, i + n, ... of each batch; its first, where there is none of these.
+        device: where to put the batches; a GPU gets the next one behind what it is still computing.
 
     Raises:
         UserError: while iterating, an image that can't be read; the message names it.
@@ -108,7 +111,7 @@ def make_loader(
         batches = _Parts(cast(BatchSampler, batches), *part)
     if isinstance(dataset, TensorDataset):
         # One indexing a batch instead of one an image.
-        return Batches(DataLoader(dataset, batch_size=None, sampler=batches, generator=generator))
+        return Batches(DataLoader(dataset, batch_size=None, sampler=batches, generator=generator), device)
     loader = DataLoader(
         cast(Any, range(len(dataset))),
         batch_sampler=batches,
@@ -117,4 +120,4 @@ def make_loader(
         collate_fn=partial(_read, dataset),
         pin_memory=torch.cuda.is_available(),
     )
-    return Batches(loader)
+    return Batches(loader, device)

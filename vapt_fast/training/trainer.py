@@ -86,9 +86,8 @@ class Trainer:
         started = time.perf_counter()
         epoch_seed = seed_everything(self.recipe.seed, self.epoch)
         batch_size, part = self.recipe.batch_size, (parallel.rank(), parallel.world_size())
-        loader = make_loader(
-            self._data, batch_size, shuffle_seed=epoch_seed, workers=self._workers, part=part
-        )
+        places: dict[str, Any] = {"workers": self._workers, "part": part, "device": self._device}
+        loader = make_loader(self._data, batch_size, shuffle_seed=epoch_seed, **places)
         if parallel.rank():
             seed_everything(epoch_seed, parallel.rank())  # dropout of its own
         self.model.train()
@@ -97,7 +96,7 @@ class Trainer:
             lr = self.recipe.learning_rate(self.epoch * len(loader) + index, len(loader))
             count = min(batch_size, len(self._data) - index * batch_size)
             share = len(range(count)[part[0] :: part[1]]) / count
-            totals += self._step(images.to(self._device), labels.to(self._device), lr, share)
+            totals += self._step(images, labels, lr, share)
         parallel.add_up(totals)
         loss, right = (totals / len(self._data)).tolist()
         self.epoch += 1

@@ -164,5 +164,7 @@ DECODERS: dict[str, type[Decoder]] = dict(
 
 
 def resized(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """Return a map (B, K, h, w) at another (height, width), bilinear."""
-    return F.interpolate(logits, tuple(size), mode="bilinear", align_corners=False)
+    """Return a map (B, K, h, w) at another (height, width), bilinear, computed in float32 at least."""
+    # A GPU adds up the gradient of an entry, of hundreds of pixels, in the dtype of the map.
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.interpolate(wide, tuple(size), mode="bilinear", align_corners=False).to(logits.dtype)

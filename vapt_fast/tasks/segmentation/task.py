@@ -123,10 +123,11 @@ def evaluate_pixels(
     model.eval()
     confusion = torch.zeros(len(class_names), len(class_names), dtype=torch.int64)
     loss, num_pixels = 0.0, 0
-    for done, (images, labels) in enumerate(make_loader(dataset, 1, workers=workers), start=1):
+    loader = make_loader(dataset, 1, workers=workers, device=device)
+    for done, (images, labels) in enumerate(loader, start=1):
         with autocast(device, amp):
-            logits = sliding_window(model, images.to(device), size, batch_size=batch_size)
-        logits, labels = resized(logits.float(), labels.shape[-2:]), labels.to(device)
+            logits = sliding_window(model, images, size, batch_size=batch_size)
+        logits = resized(logits.float(), labels.shape[-2:])
         pixels = int((labels != IGNORED).sum())
         loss += cross_entropy(logits, labels).item() * pixels
         num_pixels += pixels
