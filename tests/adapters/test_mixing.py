@@ -49,6 +49,12 @@ def test_adapters_of_one_kind(names):
     check(model, *mixed_batch(model), "torch")
 
 
+def test_a_norm_with_an_eps_of_its_own():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more")})
+    model.adapters["more"].prompts.blocks[2].norm.eps = 0.1
+    check(model, *mixed_batch(model), "torch")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.full
 def test_families(name):

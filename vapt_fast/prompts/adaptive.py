@@ -234,10 +234,12 @@ class AdaptivePrompts(BlockPrompts):
 
     @classmethod
     def plain_blocks(cls, prompts: Prompts, dtype: torch.dtype) -> list[PlainPrompts | None]:
-        """Return matrices where all weights may be read."""
+        """Return matrices where all weights may be read, and the norm's eps is the one for all."""
         blocks = super().plain_blocks(prompts, dtype)
         projectors: dict[Any, PlainProjector | None] = {None: None}  # a shared one stays one
         for i, projector, matrix in _pooled_blocks(prompts, len(blocks), dtype):
+            if prompts.blocks[i].norm.eps != PROMPT_NORM_EPS:
+                continue
             if projector not in projectors:
                 projectors[projector] = projector.plain()
             blocks[i] = prompts.blocks[i].plain_pooling(projectors[projector], matrix)
