@@ -39,6 +39,8 @@ Keys of the config (others may be added):
   ``global_pool``; its ``fingerprint``; and ``precision``, the ``backbone_precision`` of the model that was
   saved (null, or missing, for that of the weights).
 - ``prompts``: the options of PromptConfig, all of them.
+- ``heads``: the name of each classifier's class: "Linear", "Identity", or a user's own, which no file can
+  make. Adapters of earlier versions lack it.
 - ``class_names``: a name for each class, or null.
 - ``data``: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``: how images are
   prepared, as timm says it.
@@ -162,8 +164,8 @@ def write(
 
     Args:
         folder: where to; it is made if it does not exist.
-        config: the keys ``base_model_name_or_path``, ``backbone``, ``prompts``, ``class_names``, ``data`` and
-            ``metadata``.
+        config: the keys ``base_model_name_or_path``, ``backbone``, ``prompts``, ``heads``, ``class_names``,
+            ``data`` and ``metadata``.
         tensors: the tensors of the adapter.
         backbone: those of the backbone, None to leave it out.
     """
@@ -342,6 +344,8 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
     if type(num_classes) is not int or num_classes < 0:
         raise unreadable(path, f"backbone num_classes is {num_classes!r}, expected an int of at least 0")
     problems = list(class_name_problems(config.get("class_names"), num_classes))
+    if not isinstance(heads := config.get("heads", {}), dict):
+        problems.append(f"heads is {heads!r}, expected classes by name")
     try:
         check_data_config({"crop_mode": "center", **config["data"]})
     except (KeyError, TypeError, ValueError) as error:
