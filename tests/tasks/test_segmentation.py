@@ -462,6 +462,15 @@ def test_splits_of_a_folder(tmp_path, config):
         mask_splits(tmp_path, config, 0, num_train=6)
 
 
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_no_image_is_dropped_for_another_of_its_name(tmp_path, config, kind):
+    small_folder(tmp_path, [[0], [1], [2]])
+    for ending in ("bmp", "gif"):
+        Image.new("L", (10, 8), 1).save(tmp_path / "train" / kind / f"1.{ending}")
+    with pytest.raises(UserError, match="differ in their endings only"):
+        mask_splits(tmp_path, config, 0)
+
+
 def test_folders_that_are_refused(tmp_path, config):
     with pytest.raises(UserError, match="train/images"):
         mask_splits(tmp_path, config, 0)
