@@ -71,6 +71,7 @@ from ..files import write_files
 
 __all__ = [
     "CONFIG_NAME",
+    "HEADER_KEY",
     "WEIGHTS_NAME",
     "AdapterError",
     "AdapterFile",
@@ -79,6 +80,7 @@ __all__ = [
     "config_sha256",
     "read",
     "read_backbone",
+    "remove",
     "tensor_table",
     "unreadable",
     "write",
@@ -190,6 +192,13 @@ def write(
     contents[WEIGHTS_NAME] = safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(whole)})
     write_files(folder, contents)  # the one that counts comes last
     _remove_other_backbones(folder, keep=contents)
+
+
+def remove(folder: Path) -> None:
+    """Remove the adapter in a folder, and the backbone that it came with."""
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        (folder / name).unlink(missing_ok=True)
+    _remove_other_backbones(folder, keep={})
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
