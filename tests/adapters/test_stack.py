@@ -70,6 +70,13 @@ def test_smaller_adapters_fit():
     assert_equal(stack(images, names), model(images, adapter_names=names))
 
 
+def test_the_only_block_with_a_projector_of_its_own():
+    options = {"num_prompts": 3, "projector_dim": 4, "projector_shared": False, "static_depth": 2}
+    model = several(adapters={"default": (options, 3)})
+    images = tiny_images(model)
+    assert_equal(stack_of(model)(images, ["default"] * 2), model(images))
+
+
 def test_swapping_is_seen_and_changes_no_address():
     model = several()
     images, names = mixed_batch(model)
