@@ -216,6 +216,13 @@ def test_refused(options, error, message):
         Segmenter(backbone, **{"num_classes": 3, "num_prompts": 1, **options})
 
 
+def test_pooled_prompts_are_refused_in_a_further_adapter():
+    model = Segmenter(tiny_backbone(VIT, global_pool="avg"), num_classes=3, num_prompts=1)
+    with pytest.raises(ValueError, match="pool_prompts"):
+        model.add_adapter("more", pool_prompts=True)
+    assert list(model.adapters) == ["default"]
+
+
 def test_methods_that_a_decoder_has_no_use_for():
     model = tiny_segmenter()
     tokens = model.forward_features(noise(1, 3, 32, 32))
