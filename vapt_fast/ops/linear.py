@@ -27,7 +27,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: (..., K).
         weight: (N, K), of any strides.
-        bias: (N,) or None.
+        bias: (N,), of any stride, or None.
 
     Returns:
         (..., N). Differentiable in all, any number of times.
@@ -42,6 +42,8 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if is_watched() or forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu"):
         return False
     if not onednn_is_faster() or x.numel() * weight.shape[0] < SMALLEST or x.ndim < 2:
+        return False
+    if bias is not None and not bias.is_contiguous():  # of which oneDNN would read other memory
         return False
     parameters = (weight,) if bias is None else (weight, bias)
     if not all(_is_ordinary(t) for t in (x, *parameters)):
