@@ -37,7 +37,8 @@ def init_from_data(
 
     Raises:
         TypeError: a batch that is neither a tensor nor begins with one.
-        ValueError: no tables, no or too few images, or tokens that are not finite; nothing is changed.
+        ValueError: no tables, or computed ones (parametrised, pruned), no or too few images, or tokens that
+            are not finite; nothing is changed.
     """
     num_images = integer("num_images", num_images, minimum=1)
     generator = torch.Generator().manual_seed(integer("seed", seed))
@@ -48,6 +49,12 @@ def init_from_data(
         raise ValueError(
             f"kind {model.config.kind!r} with these options has no tables of prompt tokens; expected "
             "'deep', 'shallow', or 'adaptive' with static_depth > 0 or add_table=True"
+        )
+    computed = sorted(i for i, table in tables.items() if not isinstance(table, nn.Parameter))
+    if computed:
+        raise ValueError(
+            f"the tables of blocks {computed} must be parameters, got computed ones (parametrised, pruned): "
+            "initialise them before that"
         )
     with evaluating(model):
         tokens = _sample(model, loader, sorted(tables), num_images, generator)

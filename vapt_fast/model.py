@@ -197,8 +197,8 @@ class AdaptiveViT(AdapterModel):
                 integers (B,) on the images' device, the places of the adapters in ``model.adapters``, -1 for
                 the bare backbone; one out of range fails an assertion of the GPU. None for the active
                 adapter. A batch for several adapters is computed as one; see vapt_fast.adapters.mixing. Its
-                logits have as many columns as the largest head, and -inf in those that an image's own head
-                does not have; see ``class_counts``.
+                logits have as many columns as the largest head (in use; with integers, of all), and -inf in
+                those that an image's own head does not have; see ``class_counts``.
 
         Raises:
             TypeError, ValueError: images of a wrong type, dtype, number of channels, size or device;

@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 from small_adapters import SMALL, WEIGHTS, learned, make_backbone, make_model, same, timm_model
 from timm.models.deit import VisionTransformerDistilled
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
-from vapt_fast import AdapterError, AdaptiveViT, adapters
+from vapt_fast import AdapterError, AdapterStack, AdaptiveViT, adapters
 
 
 @pytest.fixture
@@ -124,6 +125,38 @@ def test_buffers_of_the_head_belong_to_the_adapter(tmp_path: Path) -> None:
     other.load_adapter(tmp_path)
     assert same(other.state_dict(), model.state_dict())
     assert other.head[0].num_batches_tracked == 1
+
+
+class Cosine(nn.Linear):
+    """A head with the tensors of a Linear, which computes something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(nn.functional.normalize(input), self.weight, self.bias)
+
+
+def test_a_head_of_a_users_own_class_never_becomes_a_linear(tmp_path: Path) -> None:
+    backbone = timm_model()
+    model, other = (AdaptiveViT(backbone, prompts=SMALL).eval() for _ in range(2))
+    model.head = Cosine(24, 3)
+    model.save_adapter(tmp_path)
+    message = "head: the adapter has a Cosine, the model a Linear"
+    with pytest.raises(AdapterError, match=message):
+        AdaptiveViT.from_adapter(tmp_path, backbone=backbone)
+    for name in ("default", "new"):
+        with pytest.raises(AdapterError, match=message):
+            other.load_adapter(tmp_path, name)
+    with pytest.raises(AdapterError, match=message):
+        AdapterStack(other, capacity=1).load_adapter(tmp_path, name="new")
+    other.head = Cosine(24, 3)
+    other.load_adapter(tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(other(images), model(images))
+
+
+def test_a_head_that_is_parametrised_stays_a_linear() -> None:
+    model = AdaptiveViT(timm_model(), prompts=SMALL)
+    register_parametrization(model.head, "weight", nn.Identity())
+    assert model.adapters["default"].head_classes() == {"head": "Linear"}
 
 
 # ---- class names and the preparation of images

@@ -67,7 +67,7 @@ def test_keys_of_the_config(folder: Path) -> None:
     assert config.keys() == {
         *("format_version", "library", "library_version", "config_sha256"),
         *("peft_type", "base_model_name_or_path"),
-        *("backbone", "prompts", "class_names", "data", "tensors", "metadata"),
+        *("backbone", "prompts", "heads", "class_names", "data", "tensors", "metadata"),
     }
     assert config["backbone"].keys() == {
         *("name", "architecture", "args", "args_left_out", "weights_path", "pretrained", "file_sha256"),
@@ -137,6 +137,7 @@ OTHER_VERSION = f"saved by vapt_fast 7.1, and this is {vapt_fast.__version__}"
         (lambda c: c["prompts"].update(conv_kernel="2"), ["conv_kernel must be an int, got '2'"]),
         (lambda c: c.pop("prompts"), ["'prompts' is missing"]),
         (lambda c: c["data"].update(std=[0, 1, 1]), ["data: data_config std must be positive"]),
+        (lambda c: c.update(heads=["Linear"]), ["heads is ['Linear'], expected classes by name"]),
         (lambda c: c.update(class_names=["a"]), ["class_names must be 3, one a class, got 1"]),
         (lambda c: c["backbone"].update(num_classes=True), ["backbone num_classes is True"]),
         (lambda c: c["backbone"].update(file_sha256="../passwd"), ["file_sha256 is '../passwd'"]),

@@ -54,6 +54,12 @@ def test_adapters_of_one_kind(names):
     check(model, *mixed_batch(model), "torch")
 
 
+def test_a_norm_with_an_eps_of_its_own():
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more")})
+    model.adapters["more"].prompts.blocks[2].norm.eps = 0.1
+    check(model, *mixed_batch(model), "torch")
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.full
 def test_families(name):
@@ -111,6 +117,25 @@ def test_only_what_was_used_gets_a_gradient():
     model(images, adapter_names=["deep", "sum", "deep", "sum"]).nan_to_num(neginf=0).sum().backward()
     used = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None}
     assert used == {"deep", "sum"}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("others", [{}, OTHERS], ids=["rows", "others"])
+def test_integers_of_some_adapters(others, backend):
+    """There are columns for all adapters, and gradients for those in use, whichever way they are computed."""
+    model = several(adapters={name: STACKABLE[name] for name in ("default", "more", "deep")} | others)
+    images = tiny_images(model)
+    for names in (["default", "deep"], ["deep", "deep"]):
+        model.zero_grad()
+        with use_backend(backend):
+            logits = model(images, adapter_names=places(model, names))
+            expected = model(images, adapter_names=names)
+        assert logits.shape == (2, 7)
+        torch.testing.assert_close(logits[:, : expected.shape[1]], expected, rtol=0, atol=1e-9)
+        assert logits[:, expected.shape[1] :].isneginf().all()
+        logits.nan_to_num(neginf=0).sum().backward()
+        used = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None}
+        assert used == set(names)
 
 
 def test_an_adapter_with_no_numbers_left_spoils_no_other():

@@ -70,6 +70,13 @@ def test_smaller_adapters_fit():
     assert_equal(stack(images, names), model(images, adapter_names=names))
 
 
+def test_the_only_block_with_a_projector_of_its_own():
+    options = {"num_prompts": 3, "projector_dim": 4, "projector_shared": False, "static_depth": 2}
+    model = several(adapters={"default": (options, 3)})
+    images = tiny_images(model)
+    assert_equal(stack_of(model)(images, ["default"] * 2), model(images))
+
+
 def test_swapping_is_seen_and_changes_no_address():
     model = several()
     images, names = mixed_batch(model)
@@ -120,10 +127,24 @@ def test_hooks_that_come_later_are_not_ignored():
         stack(images, ["more"])
 
 
+def test_another_image_size_is_not_ignored():
+    model = several(adapters=FOUR)
+    stack = stack_of(model)
+    model.set_input_size((48, 32))  # as many patches, so that every shape stays
+    with pytest.raises(ValueError, match="model must have the 2x3 patches"):
+        stack(tiny_images(model, batch=1), ["more"])
+    with pytest.raises(ValueError, match="of one backbone"):
+        stack.add_adapter("more")
+    model.set_input_size((32, 48))
+    images = tiny_images(model, batch=1)
+    assert_equal(stack(images, ["deep"]), model(images, adapter_names=["deep"]))
+
+
 @pytest.mark.parametrize(
     ("name", "options"),
     [
         ("default", {"img_size": (32, 32)}),
+        ("default", {"img_size": (48, 32)}),  # as many patches
         *((name, {"embed_dim": 16}) for name in ("default", "deep", "none")),
     ],
 )

@@ -14,6 +14,8 @@ COMMANDS = {
     "timm-adapter": ("timm-adapter none.pth", "out", "out/adapter_config.json"),
     "demo": ("demo", "out", "out/results.json"),
     "train": ("train --backbone test_vit", "out", "out/run.json"),
+    "train over an adapter": ("train --backbone test_vit", "out", "out/adapter_model.safetensors"),
+    "train over a model": ("train --backbone test_vit", "out", "out/model.safetensors"),
 }
 
 

@@ -1,6 +1,7 @@
 """Models as files: what is written runs without this library, and what is wrong is not written."""
 
 import importlib.util
+import io
 import json
 import subprocess
 import sys
@@ -207,3 +208,16 @@ def test_a_missing_compiler_is_said(tmp_path):
     ):
         export_model(make_model(), tmp_path, formats=["aoti"])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_strict_export_without_a_convolution():
+    prompts = PromptConfig(num_prompts=3, projector_dim=4, conv_kernel=None, static_depth=0)
+    model = tiny_model(VIT, prompts=prompts, depth=2)
+    batch, file = {"images": {0: torch.export.Dim("batch", min=1, max=64)}}, io.BytesIO()
+    with torch.no_grad():
+        program = torch.export.export(model, (tiny_images(model),), dynamic_shapes=batch, strict=True)
+        torch.export.save(program, file)
+        file.seek(0)
+        images = tiny_images(model, batch=5)
+        logits = torch.export.load(file).module()(images)
+        torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-12)

@@ -10,8 +10,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from tiny import assert_alike, assert_same, bare, run, tiny_backbone, tiny_images, tiny_model
+from tiny import Scaled, assert_alike, assert_same, bare, run, tiny_backbone, tiny_images, tiny_model
 from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
+from torch.nn.utils.prune import random_unstructured
 
 from vapt_fast import AdaptiveViT, PromptConfig, from_official, to_official
 from vapt_fast.config import KINDS
@@ -473,6 +475,21 @@ def test_data_that_give_no_tables():
         tiny_model(VIT, prompts=PromptConfig(kind="kv")).init_from_data([images])
     with pytest.raises(ValueError, match="num_images must be at least 1"):
         model.init_from_data([images], num_images=0)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda block: register_parametrization(block, "table", Scaled()),
+        lambda block: random_unstructured(block, "table", amount=0.5),
+    ],
+    ids=["parametrised", "pruned"],
+)
+def test_tables_that_are_computed_are_not_given_data_in_vain(compute):
+    model = tiny_model(VIT, prompts=PromptConfig(kind="deep", num_prompts=2))
+    compute(model.prompts.blocks[1])
+    with pytest.raises(ValueError, match=r"tables of blocks \[1\] must be parameters"):
+        model.init_from_data([tiny_images(model)])
 
 
 def test_no_more_images_are_taken_than_asked_for():

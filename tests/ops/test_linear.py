@@ -62,6 +62,16 @@ def assert_near(given, expected):
     torch.testing.assert_close(given.double(), expected.double(), rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize(
+    "bias",
+    [torch.arange(80.0)[::2], torch.arange(3.0)[1:2].expand(40), torch.arange(80.0).view(40, 2)[:, 1]],
+    ids=["every other", "expanded", "a column"],
+)
+def test_strides_of_the_bias(bias):
+    x, weight, _ = case()
+    assert_near(linear.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double()))
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     x, weight, bias = case(**CASES[name])

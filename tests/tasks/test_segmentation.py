@@ -240,6 +240,13 @@ def test_refused(options, error, message):
         Segmenter(backbone, **{"num_classes": 3, "num_prompts": 1, **options})
 
 
+def test_pooled_prompts_are_refused_in_a_further_adapter():
+    model = Segmenter(tiny_backbone(VIT, global_pool="avg"), num_classes=3, num_prompts=1)
+    with pytest.raises(ValueError, match="pool_prompts"):
+        model.add_adapter("more", pool_prompts=True)
+    assert list(model.adapters) == ["default"]
+
+
 def test_methods_that_a_decoder_has_no_use_for():
     model = tiny_segmenter()
     tokens = model.forward_features(noise(1, 3, 32, 32))
@@ -484,6 +491,15 @@ def test_splits_of_a_folder(tmp_path, config):
     assert (len(splits.train), len(splits.validation)) == (5, 1)
     with pytest.raises(UserError, match="train_images"):
         mask_splits(tmp_path, config, 0, num_train=6)
+
+
+@pytest.mark.parametrize("kind", ["images", "masks"])
+def test_no_image_is_dropped_for_another_of_its_name(tmp_path, config, kind):
+    small_folder(tmp_path, [[0], [1], [2]])
+    for ending in ("bmp", "gif"):
+        Image.new("L", (10, 8), 1).save(tmp_path / "train" / kind / f"1.{ending}")
+    with pytest.raises(UserError, match="differ in their endings only"):
+        mask_splits(tmp_path, config, 0)
 
 
 def test_folders_that_are_refused(tmp_path, config):

@@ -1,6 +1,7 @@
 """Runs: what is written, what is refused before anything is, and how stopped and finished runs go on."""
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from training_cases import BACKBONE, Stop, assert_same_training, make_model, recipes, stop
 
-from vapt_fast import PromptConfig
+from vapt_fast import AdaptiveViT, PromptConfig
 from vapt_fast.data import full_data_config
 from vapt_fast.training import (
     METHODS,
@@ -74,6 +75,34 @@ def test_saved_models_come_back(method, toy, tmp_path):
         logits, expected = loaded(toy.test.tensors[0]), model.eval()(toy.test.tensors[0])
     # LoRA's products are added to the weights, which rounds them once.
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5 if method == "lora" else 0)
+
+
+@pytest.mark.parametrize("methods", [("full", "vapt"), ("vapt", "full")], ids="then".join)
+def test_a_model_of_another_kind_takes_the_place_of_the_one_before(methods, tmp_path):
+    for method in methods:
+        save_model(make_model(method), tmp_path, {"class_names": ["a", "b", "c"]}, include_backbone=True)
+    loaded, _ = load_model(tmp_path)
+    assert isinstance(loaded, AdaptiveViT) == (methods[-1] == "vapt")
+    assert ("model.safetensors" in os.listdir(tmp_path)) == (methods[-1] == "full")
+    assert len(os.listdir(tmp_path)) == {"vapt": 3, "full": 1}[methods[-1]]
+
+
+def test_of_two_models_none_is_taken(tmp_path):
+    save_model(make_model("full"), tmp_path, {"class_names": ["a", "b", "c"]})
+    make_model().save_adapter(tmp_path)
+    with pytest.raises(UserError, match="two models"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("method", ["vapt", "full"])
+def test_files_of_others_stay(method, tmp_path):
+    """timm and PEFT give their files the same names."""
+    names = {"vapt": ["model.safetensors"], "full": ["adapter_model.safetensors", "adapter_config.json"]}
+    for name in names[method]:
+        save_file({"a": torch.ones(1)}, tmp_path / name)
+    before = {name: (tmp_path / name).read_bytes() for name in names[method]}
+    save_model(make_model(method), tmp_path, {"class_names": ["a", "b", "c"]})
+    assert {name: (tmp_path / name).read_bytes() for name in names[method]} == before
 
 
 def test_damaged_or_missing_models(tmp_path):

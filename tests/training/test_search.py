@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ import vapt_fast.files as files
 import vapt_fast.training.checkpoint as checkpoint
 from vapt_fast.training import Splits, Trainer, UserError, evaluate, search
 from vapt_fast.training.checkpoint import load_checkpoint, save_checkpoint
+from vapt_fast.training.evaluation import evaluate_by_class
 
 
 class Guarded(TensorDataset):
@@ -67,6 +69,23 @@ def test_diverged_candidates_lose(toy):
     assert [c["diverged"] for c in found.candidates] == [True, False]
     with pytest.raises(UserError, match="diverged with every learning rate"):
         search(make_model, toy, recipes(1e30))
+
+
+@pytest.mark.parametrize("classes", [(0, 1, 2), (0, 0, 0)], ids=["of three", "of the first"])
+def test_a_candidate_that_diverges_in_its_last_step_loses(toy, classes):
+    """The loss of its only step is that of the model before it; NaN as logits look like the first class."""
+    images, labels = toy.validation.tensors
+    splits = replace(toy, validation=TensorDataset(images, torch.tensor(classes)[labels]))
+    candidates = [replace(recipe, batch_size=12) for recipe in recipes(1e30, 0.1, epochs=1)]
+    found = search(make_model, splits, candidates)
+    assert [c["diverged"] for c in found.candidates] == [True, False]
+    assert found.recipe.base_lr == 0.1
+    with pytest.raises(UserError, match="diverged with every learning rate"):
+        search(make_model, splits, candidates[:1])
+    untested = search(make_model, replace(splits, validation=None), candidates[:1])
+    assert untested.test.accuracy == 0
+    with pytest.raises(UserError, match="gives NaN for 9 of 9 images"):
+        evaluate_by_class(untested.model, toy.test, toy.class_names)
 
 
 def metrics(folder):

@@ -220,6 +220,8 @@ def test_evaluation_matches_classes_by_name(image_folder, config):
     assert [label for _, label in dataset] == [2] * 10 + [0] * 10
     with pytest.raises(UserError, match=r"images has classes that the model doesn't know: \['dark'\]"):
         evaluation_data(image_folder, config, ["light"])
+    with pytest.raises(UserError, match=r"several classes of the model are called \['dark'\]"):
+        evaluation_data(image_folder, config, ["light", "dark", "dark"])
     with pytest.raises(UserError, match="no folder val/: leave the split out"):
         evaluation_data(image_folder, config, names, "validation")
 

@@ -101,8 +101,15 @@ def head_problems(own_adapter: Adapter, adapter: AdapterFile) -> Iterator[str]:
 
 
 def tensor_problems(model: AdaptiveViT, own_adapter: Adapter, adapter: AdapterFile) -> Iterator[str]:
-    """Yield the tensors that the model has not, the adapter has not, or that have another shape or dtype."""
+    """Yield the tensors that the model has not, the adapter has not, or that have another shape or dtype.
+
+    And the heads of another class, which would compute something else with the same tensors.
+    """
     own = own_adapter.state_dict(keep_vars=True)
+    for name, mine in own_adapter.head_classes().items():
+        saved = adapter.config.get("heads", {}).get(name, mine)
+        if saved != mine:
+            yield f"{name}: the adapter has a {saved}, the model a {mine}; give the model one first"
     yield from (f"{name}: the adapter has no such tensor" for name in own if name not in adapter.tensors)
     other_size = _differing(model, adapter) == ["grid"]  # is told by itself
     for name, value in adapter.tensors.items():

@@ -39,6 +39,8 @@ Keys of the config (others may be added):
   ``global_pool``; its ``fingerprint``; and ``precision``, the ``backbone_precision`` of the model that was
   saved (null, or missing, for that of the weights).
 - ``prompts``: the options of PromptConfig, all of them.
+- ``heads``: the name of each classifier's class: "Linear", "Identity", or a user's own, which no file can
+  make. Adapters of earlier versions lack it.
 - ``class_names``: a name for each class, or null.
 - ``data``: ``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``: how images are
   prepared, as timm says it.
@@ -69,6 +71,7 @@ from ..files import write_files
 
 __all__ = [
     "CONFIG_NAME",
+    "HEADER_KEY",
     "WEIGHTS_NAME",
     "AdapterError",
     "AdapterFile",
@@ -77,6 +80,7 @@ __all__ = [
     "config_sha256",
     "read",
     "read_backbone",
+    "remove",
     "tensor_table",
     "unreadable",
     "write",
@@ -162,8 +166,8 @@ def write(
 
     Args:
         folder: where to; it is made if it does not exist.
-        config: the keys ``base_model_name_or_path``, ``backbone``, ``prompts``, ``class_names``, ``data`` and
-            ``metadata``.
+        config: the keys ``base_model_name_or_path``, ``backbone``, ``prompts``, ``heads``, ``class_names``,
+            ``data`` and ``metadata``.
         tensors: the tensors of the adapter.
         backbone: those of the backbone, None to leave it out.
     """
@@ -188,6 +192,13 @@ def write(
     contents[WEIGHTS_NAME] = safetensors.torch.save(tensors, metadata={HEADER_KEY: json.dumps(whole)})
     write_files(folder, contents)  # the one that counts comes last
     _remove_other_backbones(folder, keep=contents)
+
+
+def remove(folder: Path) -> None:
+    """Remove the adapter in a folder, and the backbone that it came with."""
+    for name in (WEIGHTS_NAME, CONFIG_NAME):
+        (folder / name).unlink(missing_ok=True)
+    _remove_other_backbones(folder, keep={})
 
 
 def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -342,6 +353,8 @@ def _check_config(config: dict[str, Any], path: Path) -> None:
     if type(num_classes) is not int or num_classes < 0:
         raise unreadable(path, f"backbone num_classes is {num_classes!r}, expected an int of at least 0")
     problems = list(class_name_problems(config.get("class_names"), num_classes))
+    if not isinstance(heads := config.get("heads", {}), dict):
+        problems.append(f"heads is {heads!r}, expected classes by name")
     try:
         check_data_config({"crop_mode": "center", **config["data"]})
     except (KeyError, TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..backbones.blocks import standard_block
 from ..modules import has_global_hooks, has_hooks, is_plain
+from ..ops.plan import is_watched
 from ..prompts import Masks
 from ..prompts.layout import Layout, flatten, small_tensor
 from ..prompts.mixed import MixedPrompts, cut_masks
@@ -42,9 +43,13 @@ __all__ = [
 
 
 def logits(model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Tensor, backend: str) -> Tensor:
-    """Return the logits (B, K) as AdaptiveViT.forward does, K the classes of the largest head in use."""
+    """Return the logits (B, K) as AdaptiveViT.forward does, K the classes of the largest head.
+
+    That is of those in use with names, of all with integers.
+    """
     has_base = not any(isinstance(head, MissingHead) for head in model.find_adapter(BASE).heads())
-    batch = Batch.of(model, images, adapter_names, has_base=has_base)
+    known = Batch.of(model, images, adapter_names, has_base=has_base)
+    width = max(_num_outputs(model, adapter) for adapter in known.adapters)
 
     def compute(images: Tensor, prompts: Any, masks: list[Any] | None, batch: Batch) -> Tensor:
         inputs, adapters = model._head_inputs(images, backend, prompts, masks=masks), batch.adapters
@@ -58,7 +63,7 @@ def logits(model: AdaptiveViT, images: Tensor, adapter_names: Sequence[str] | Te
             parts.append((rows, adapter(tuple(x[rows] for x in inputs))))
         return _together(parts)
 
-    return _run(model, images, batch, compute, mixed=backend != "reference")
+    return _widened(_run(model, images, known.used(), compute, mixed=backend != "reference"), width)
 
 
 def features(
@@ -69,7 +74,7 @@ def features(
     def compute(images: Tensor, prompts: Any, masks: list[Any] | None, batch: Batch) -> Tensor:
         return model._run(images, normed_tokens, backend, prompts=prompts, masks=masks)
 
-    batch = Batch.of(model, images, adapter_names)
+    batch = Batch.of(model, images, adapter_names).used()
     return _run(model, images, batch, compute, mixed=backend != "reference")
 
 
@@ -121,11 +126,21 @@ def _together(parts: list[tuple[Tensor, Tensor]]) -> Tensor:
     """Return the outputs of some images each, in the images' order, filled up with -inf to the widest."""
     order, outputs = torch.cat([rows for rows, _ in parts]).argsort(), [output for _, output in parts]
     width = max(output.shape[-1] for output in outputs)
-    outputs = [
-        nn.functional.pad(out, (0, width - out.shape[-1]), value=-torch.inf) if out.shape[-1] < width else out
-        for out in outputs
-    ]
-    return torch.cat(outputs)[order]
+    return torch.cat([_widened(output, width) for output in outputs])[order]
+
+
+def _widened(output: Tensor, width: int) -> Tensor:
+    """Return an output of ``width`` columns at least, filled up with -inf."""
+    missing = width - output.shape[-1]
+    return nn.functional.pad(output, (0, missing), value=-torch.inf) if missing > 0 else output
+
+
+def _num_outputs(model: AdaptiveViT, adapter: Adapter) -> int:
+    """Return how many columns an adapter's logits have; 0 if its head does not say."""
+    try:
+        return adapter.num_classes or model.head_hidden_size  # features, without a classifier
+    except ValueError:
+        return 0
 
 
 class Batch(NamedTuple):
@@ -145,6 +160,13 @@ class Batch(NamedTuple):
             return torch.isin(self.places, small_tensor(list(group), device)).nonzero().squeeze(1)
         rows = sorted(row for place in group for row in self.rows[place])
         return small_tensor(rows, device)
+
+    def used(self) -> Batch:
+        """Return the batch of the adapters that its images have, where they can be read off the integers."""
+        if self.rows is not None or _is_asserted(self.places) or is_watched():
+            return self
+        group = self.places.unique().tolist() or [0]
+        return self.take(group, torch.arange(len(self.places)))
 
     def take(self, group: Sequence[int], rows: Tensor) -> Batch:
         """Return the batch of some adapters, by place in ascending order, and of all their images."""

@@ -78,6 +78,12 @@ class Adapter(nn.Module):
         """Return the classifiers."""
         return [getattr(self, name) for name in self.head_names]
 
+    def head_classes(self) -> dict[str, str]:
+        """Return the name of each classifier's class; "Linear" for all that compute what nn.Linear does."""
+        classes = {name: type(getattr(self, name)) for name in self.head_names}
+        linears = {cls for cls in classes.values() if getattr(cls, "forward", None) is nn.Linear.forward}
+        return {name: "Linear" if cls in linears else cls.__name__ for name, cls in classes.items()}
+
     def forward(self, inputs: tuple[Tensor, ...]) -> Tensor:
         """Return the logits (B, num_classes) of what each classifier reads, (B, C); the mean of several."""
         return mean_logits([head(features) for head, features in zip(self.heads(), inputs, strict=True)])

@@ -86,6 +86,7 @@ def save(
             "fingerprint": backbone_fingerprint(model),
         },
         "prompts": asdict(adapter.prompts.config),
+        "heads": adapter.head_classes(),
         "class_names": None if names is None else list(map(str, names)),
         "data": full_data_config(model.pretrained_cfg, data_config),
         "metadata": metadata,

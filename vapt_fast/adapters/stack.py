@@ -119,6 +119,7 @@ class AdapterStack(nn.Module):
         _check_blocks(model)
         plain = [self._plain(model, adapter) for adapter in reserved]
         self.model = model
+        self._grid = model.grid
         self._layout = Layout.of(plain, model.embed_dim, math.prod(model.grid), varying=True)
         self._head_fields = head_fields(reserved[0], classes)
         self._max_classes = classes
@@ -258,6 +259,12 @@ class AdapterStack(nn.Module):
 
     def _write(self, name: str, adapter: Adapter) -> None:
         problems: list[str] = []
+        for block in adapter.prompts.blocks:
+            if getattr(block, "grid", self._grid) != self._grid:
+                raise ValueError(
+                    f"adapters in one batch must be of one backbone, but one is for {block.grid} patches and "
+                    f"the stack for {self._grid}"
+                )
         with torch.no_grad():
             plain = self._plain(self.model, adapter)
             problems += self._layout.problems(plain)
@@ -296,11 +303,16 @@ class AdapterStack(nn.Module):
 
         Raises:
             TypeError, ValueError: images that the model can't take, not one known adapter an image, or a
-                model in training mode.
+                model in training mode or whose image size was changed.
             NotImplementedError: blocks that were given hooks or other modules meanwhile.
         """
         self.model.check_images(images)
         _check_blocks(self.model)  # which may have got hooks since
+        if self.model.grid != self._grid:
+            raise ValueError(
+                f"model must have the {self._grid[0]}x{self._grid[1]} patches that its stack was made for, "
+                f"got {self.model.grid[0]}x{self.model.grid[1]}; make another stack after set_input_size()"
+            )
         if self.model.training:
             raise ValueError("model must be in eval mode, as its stack is: call model.eval()")
         backend = resolve(self.model.backend)

@@ -13,12 +13,13 @@ import torch
 import typer
 from rich.table import Table
 
-from ..adapters import trainable_summary
+from ..adapters import WEIGHTS_NAME, trainable_summary
 from ..names import DEMO_BACKBONE
 from ..training import Recipe, RunOptions, Score, UserError, run
 from ..training.options import OPTIONS_NAME, RESULT_NAME
 from ..training.parallel import joined, rank
 from ..training.run import check_backend
+from ..training.saved import FULL_MODEL_NAME
 from ..training.trainer import Epoch
 from . import options
 from .console import count, failures, out, pick_device, progress_bars, say, status
@@ -62,7 +63,7 @@ def train(
         chosen = _resumed(context, given, output) if resume else RunOptions(**run_options(given))
         if not resume:
             _check_free(output, overwrite)
-        check_folder(output, (), overwrite)
+        check_folder(output, () if resume else (WEIGHTS_NAME, FULL_MODEL_NAME), overwrite)
         if threads is None and chosen.backbone == DEMO_BACKBONE:
             threads = 1  # so small a model has no work for more, which would wait for each other
         if threads is not None:

@@ -28,7 +28,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Args:
         x: (..., K).
         weight: (N, K), of any strides.
-        bias: (N,) or None.
+        bias: (N,), of any stride, or None.
 
     Returns:
         (..., N). Differentiable in all, any number of times.
@@ -49,6 +49,8 @@ def _is_for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if not alone or tokens * weight.numel() < SMALLEST or x.ndim < 2:
         return False
     if forward_ad._current_level >= 0 or torch.is_autocast_enabled("cpu") or not _has_fast_onednn():
+        return False
+    if bias is not None and not bias.is_contiguous():  # of which oneDNN would read other memory
         return False
     parameters = (weight,) if bias is None else (weight, bias)
     if not all(_is_ordinary(t) for t in (x, *parameters)):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import PromptConfig
 from ..functional import prompt_matrices, prompt_pool, prompt_projector
 from ..modules import Once, has_global_hooks, is_plain, remember_forward, weights_of
+from ..ops.autocast import without_autocast
 from .base import (
     BlockPrompts,
     Geometry,
@@ -234,10 +235,12 @@ class AdaptivePrompts(BlockPrompts):
 
     @classmethod
     def plain_blocks(cls, prompts: Prompts, dtype: torch.dtype) -> list[PlainPrompts | None]:
-        """Return matrices where all weights may be read."""
+        """Return matrices where all weights may be read, and the norm's eps is the one for all."""
         blocks = super().plain_blocks(prompts, dtype)
         projectors: dict[Any, PlainProjector | None] = {None: None}  # a shared one stays one
         for i, projector, matrix in _pooled_blocks(prompts, len(blocks), dtype):
+            if prompts.blocks[i].norm.eps != PROMPT_NORM_EPS:
+                continue
             if projector not in projectors:
                 projectors[projector] = projector.plain()
             blocks[i] = prompts.blocks[i].plain_pooling(projectors[projector], matrix)
@@ -421,7 +424,7 @@ def _matrices(blocks: list[AdaptivePrompts], dtype: torch.dtype) -> Tensor:
     if config.conv_kernel is not None:
         kernels = torch.stack([block.kernel[:, 0] for block in blocks if block.kernel is not None])
         kernels = kernels[:, 0] if config.conv_shared else kernels
-    with torch.autocast(weights.device.type, enabled=False):
+    with without_autocast(weights.device.type):  # an empty context of autocast can't be exported
         return prompt_matrices(
             weights,
             kernels,

@@ -194,7 +194,8 @@ class Layout:
             yield f"a convolution of {len(pooling.matrix)} matrices, reserved are {block.matrices}"
         if (projector := pooling.projector) is None:
             return
-        if block.projector is None or (pooling.own_projector and len(self.projectors) == 1):
+        sharers = sum(other.projector == block.projector for other in self.blocks)
+        if block.projector is None or (pooling.own_projector and sharers > 1):
             yield "a projector of its own, reserved is none"
             return
         reserved = self.projectors[block.projector]

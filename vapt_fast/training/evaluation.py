@@ -151,7 +151,7 @@ def evaluate(model: nn.Module, dataset: LabelledImages, **options: Any) -> Score
     for logits, labels in classify(model, part, **options):
         logits, labels = logits[:left], labels[:left]
         left -= len(labels)
-        right = (logits.argmax(1) == labels).sum()
+        right = ((logits.argmax(1) == labels) & ~logits.isnan().any(1)).sum()  # NaN names no class
         totals += torch.stack([right.double(), _total_loss(logits, labels)])
     parallel.add_up(totals)
     accuracy, loss = (totals / len(dataset)).tolist()
@@ -176,7 +176,8 @@ def evaluate_by_class(
         **options: as for ``classify``.
 
     Raises:
-        UserError: another number of class names than of logits, or an image that can't be read.
+        UserError: another number of class names than of logits, logits that are NaN, or an image that can't
+            be read.
     """
     size = len(class_names)
     confusion = torch.zeros(size, size, dtype=torch.int64)
@@ -184,6 +185,10 @@ def evaluate_by_class(
     for logits, labels in classify(model, dataset, **options):
         if logits.shape[1] != size:
             raise UserError(f"the model tells {logits.shape[1]} classes apart, but has {size} class names")
+        if unknown := int(logits.isnan().any(1).sum()):
+            raise UserError(
+                f"the model gives NaN for {unknown} of {len(labels)} images, which names no class"
+            )
         loss += _total_loss(logits, labels).item()
         cells = (labels * size + logits.argmax(1)).cpu()
         confusion += torch.bincount(cells, minlength=size * size).view(size, size)

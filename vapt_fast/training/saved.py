@@ -11,7 +11,8 @@ import safetensors
 import safetensors.torch
 from torch import nn
 
-from ..adapters import read_config
+from ..adapters import WEIGHTS_NAME, read_config
+from ..adapters.file import HEADER_KEY, remove
 from ..data import full_data_config
 from ..files import write_atomically
 from ..model import AdaptiveViT
@@ -48,6 +49,8 @@ def save_model(
         known = {name: metadata.get(name) for name in ("class_names", "data_config")}
         own = {name: value for name, value in metadata.items() if name not in known}
         model.save_adapter(folder, metadata=own, include_backbone=include_backbone, **known)
+        if _has_key(Path(folder) / FULL_MODEL_NAME, _HEADER_KEY):
+            (Path(folder) / FULL_MODEL_NAME).unlink()
         return
     if has_lora(model):
         model = merged_lora(model)
@@ -61,6 +64,8 @@ def save_model(
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = safetensors.torch.save(tensors, metadata={_HEADER_KEY: json.dumps(description)})
     write_atomically(Path(folder) / FULL_MODEL_NAME, content)
+    if _has_key(Path(folder) / WEIGHTS_NAME, HEADER_KEY):
+        remove(Path(folder))
 
 
 def load_model(
@@ -85,11 +90,13 @@ def load_model(
         saved without names), ``data_config`` (all of timm's keywords), and what the user stored.
 
     Raises:
-        UserError: no model there, a damaged one, or one whose backbone can't be made.
+        UserError: no model there, two of them, a damaged one, or one whose backbone can't be made.
     """
     folder = Path(folder)
-    whole = folder / FULL_MODEL_NAME
-    if whole.exists():
+    whole, adapter = folder / FULL_MODEL_NAME, folder / WEIGHTS_NAME
+    if adapter.exists() and _has_key(whole, _HEADER_KEY):
+        raise UserError(f"{folder} has two models, {whole.name} and {adapter.name}: move one of them away")
+    if whole.exists() and not adapter.exists():
         if any(option is not None for option in (backbone, weights, backbone_precision)):
             raise UserError(
                 f"{whole} is a whole model: it needs no backbone and no weights, and has no "
@@ -109,6 +116,15 @@ def load_model(
     names = model.class_names or [str(index) for index in range(model.num_classes)]
     config = full_data_config(model.pretrained_cfg, model.data_config)
     return model, {**model.adapter_metadata, "class_names": list(names), "data_config": config}
+
+
+def _has_key(path: Path, key: str) -> bool:
+    """Return whether a file is of safetensors, with that key in its header."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return key in (file.metadata() or {})
+    except (FileNotFoundError, safetensors.SafetensorError):
+        return False
 
 
 def _class_of(folder: Path) -> type[AdaptiveViT]:

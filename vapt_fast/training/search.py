@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -193,15 +194,17 @@ def _seeded(make_model: Callable[[], nn.Module], recipe: Recipe) -> nn.Module:
 
 def _finish_candidate(state: dict[str, Any], trainer: Trainer, score: Score | None) -> None:
     """List a trained candidate, and keep its tensors if it is the best so far."""
+    # The loss of an epoch says nothing of its last step.
+    diverged = trainer.diverged or not (score is None or math.isfinite(score.loss))
     candidate = {
         "base_lr": trainer.recipe.base_lr,
         "weight_decay": trainer.recipe.weight_decay,
-        "diverged": trainer.diverged,
+        "diverged": diverged,
         **_entries(score),
     }
     state["candidates"].append(candidate)
     state["current"] = None
-    if trainer.diverged:
+    if diverged:
         return
     merit = [] if score is None else [score.merit, -score.loss]
     if state["best"] is None or merit > state["best"]["merit"]:

@@ -267,6 +267,11 @@ def _matched(names: Sequence[str], class_names: Sequence[str], where: str) -> li
         raise UserError(
             f"{where} has classes that the model doesn't know: {unknown}; it knows {list(class_names)}"
         )
+    several = sorted(name for name in names if list(class_names).count(name) > 1)
+    if several:
+        raise UserError(
+            f"{where} can't be matched by name: several classes of the model are called {several}"
+        )
     return [class_names.index(name) for name in names]
 
 

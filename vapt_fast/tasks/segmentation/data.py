@@ -268,8 +268,7 @@ def _pairs(root: Path, split: str) -> list[tuple[Path, Path]] | None:
     folder = next((root / name for name in SPLIT_FOLDERS[split] if (root / name / "images").is_dir()), None)
     if folder is None:
         return None
-    masks = {_key(path, folder / "masks"): path for path in _files(folder / "masks")}
-    images = {_key(path, folder / "images"): path for path in _files(folder / "images")}
+    masks, images = _by_name(folder / "masks"), _by_name(folder / "images")
     missing = [printable(path) for key, path in images.items() if key not in masks]
     if missing or not images:
         what = f"{len(missing)} have none: {', '.join(missing[:3])}" if missing else "there are no images"
@@ -277,12 +276,17 @@ def _pairs(root: Path, split: str) -> list[tuple[Path, Path]] | None:
     return [(path, masks[key]) for key, path in images.items()]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
-
-
-def _key(path: Path, folder: Path) -> str:
-    return path.relative_to(folder).with_suffix("").as_posix()
+def _by_name(folder: Path) -> dict[str, Path]:
+    """Return the images in a folder, sorted, by their paths within it without the ending."""
+    found: dict[str, Path] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS):
+        other = found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
+        if other is not path:
+            raise UserError(
+                f"{printable(path)} and {printable(other)} differ in their endings only: an image and its "
+                "mask belong together by the rest of the name, so keep one of them"
+            )
+    return found
 
 
 def _class_names(root: Path, train: list[tuple[Path, Path]], reduce_zero_label: bool) -> tuple[str, ...]:

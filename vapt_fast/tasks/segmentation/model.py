@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from ...adapters import Adapter, AdapterError, MissingHead, build, read_config
 from ...arguments import choice, integer
 from ...backbones import patch_size
+from ...config import PromptConfig
 from ...model import AdaptiveViT
+from ...prompts import Prompts
 from ...training.saved import SEGMENTATION
 from .decoders import DECODERS, resized
 
@@ -56,8 +58,7 @@ class Segmenter(AdaptiveViT):
         num_classes = integer("num_classes", num_classes, minimum=1)
         decoder_class = DECODERS[choice("decoder", decoder, tuple(DECODERS))]
         super().__init__(backbone, num_classes=num_classes, **options)
-        if self.config.pool_prompts:
-            raise ValueError("pool_prompts=True is for one vector an image; leave it out of a Segmenter")
+        _check_not_pooled(self.config)
         depth = len(self.backbone.blocks)
         self.decoder = decoder
         self.taps = _checked_taps(decoder_class.default_taps(depth) if taps is None else taps, depth)
@@ -79,6 +80,11 @@ class Segmenter(AdaptiveViT):
         )
         weight = next(self.backbone.parameters())
         return {"head": decoder.to(weight.device, weight.dtype)}
+
+    def make_prompts(self, config: PromptConfig) -> Prompts:
+        """As AdaptiveViT, and ValueError for prompts that are pooled."""
+        _check_not_pooled(config)
+        return super().make_prompts(config)
 
     def forward(self, images: Tensor, adapter_names: Any = None) -> Tensor:
         """Images (B, in_chans, height, width) to logits (B, num_classes, height, width).
@@ -190,6 +196,11 @@ def _description(folder: str | PathLike[str]) -> dict[str, Any]:
             [f"its metadata have no {SEGMENTATION!r} with decoder and taps; try AdaptiveViT.from_adapter"],
         )
     return described
+
+
+def _check_not_pooled(config: PromptConfig) -> None:
+    if config.pool_prompts:
+        raise ValueError("pool_prompts=True is for one vector an image; leave it out of a Segmenter")
 
 
 def _checked_taps(taps: Sequence[int], depth: int) -> tuple[int, ...]:
