@@ -10,6 +10,7 @@ from torch.utils.data import Subset, TensorDataset
 from training_cases import noise, rows
 
 from vapt_fast.training import UserError, digit_splits, folder_splits
+from vapt_fast.training.images import images_in
 from vapt_fast.training.loader import make_loader
 from vapt_fast.training.splits import evaluation_data, image_files, stratified_order
 from vapt_fast.training.transforms import AUGMENTATIONS, Augmentation, train_transform
@@ -72,6 +73,19 @@ def test_one_folder_is_split_in_three(image_folder, config):
     assert [str(image_folder / file) for part in splits.files.values() for file in part] == files
     assert files[0] == splits.train.dataset.samples[splits.train.indices[0]][0]
     assert image_files(TensorDataset(torch.zeros(2)), Subset(TensorDataset(torch.zeros(2)), [0])) == []
+
+
+@pytest.mark.parametrize(
+    "hidden", ["dark/._0.png", "dark/.ipynb_checkpoints/0-checkpoint.png", ".ipynb_checkpoints/0.png"]
+)
+def test_what_is_hidden_is_no_image_and_no_class(hidden, image_folder, config):
+    visible = sorted(image_folder.rglob("*.png"))
+    (image_folder / hidden).parent.mkdir(exist_ok=True)
+    noise(0, 255, 0).save(image_folder / hidden)
+    splits = folder_splits(image_folder, config, seed=0)
+    assert splits.class_names == ("dark", "light")
+    assert sorted(image_files(*parts_of(splits))) == [str(path) for path in visible]
+    assert images_in(image_folder) == visible
 
 
 def test_without_a_share_there_is_no_test(image_folder, config):

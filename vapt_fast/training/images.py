@@ -32,7 +32,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..arguments import listing
 from .errors import UserError, printable
 
-__all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image", "read_image"]
+__all__ = ["IMAGE_EXTENSIONS", "check_images", "images_in", "is_image", "open_image", "read_image"]
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 """Endings, in lower case, of the files in a folder that are taken for images."""
@@ -40,6 +40,21 @@ IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 _DEPTHS = (8, 10, 12, 14, 16)
 _SAMPLE_FORMAT = 339  # TIFF tag: 1 is unsigned, 2 signed
 _SHOWN = 20
+
+
+def is_image(path: str | Path, folder: str | Path) -> bool:
+    """Whether a file in a folder is taken for an image: by its ending, unless it or a folder is hidden.
+
+    Jupyter keeps copies of images in .ipynb_checkpoints, macOS writes ._NAME.jpg beside NAME.jpg.
+    """
+    inside = Path(path).relative_to(folder)
+    hidden = any(part.startswith(".") for part in inside.parts)
+    return inside.suffix.lower() in IMAGE_EXTENSIONS and not hidden
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Return the images in a folder and those below it, sorted."""
+    return sorted(path for path in folder.rglob("*") if is_image(path, folder))
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from ...training.errors import UserError, printable
-from ...training.images import IMAGE_EXTENSIONS, open_image
+from ...training.images import images_in, open_image
 from ...training.loss import IGNORED
 from ...training.splits import SPLIT_FOLDERS, Splits
 from ...training.transforms import NO_AUGMENTATION, Augmentation
@@ -268,17 +268,13 @@ def _pairs(root: Path, split: str) -> list[tuple[Path, Path]] | None:
     folder = next((root / name for name in SPLIT_FOLDERS[split] if (root / name / "images").is_dir()), None)
     if folder is None:
         return None
-    masks = {_key(path, folder / "masks"): path for path in _files(folder / "masks")}
-    images = {_key(path, folder / "images"): path for path in _files(folder / "images")}
+    masks = {_key(path, folder / "masks"): path for path in images_in(folder / "masks")}
+    images = {_key(path, folder / "images"): path for path in images_in(folder / "images")}
     missing = [printable(path) for key, path in images.items() if key not in masks]
     if missing or not images:
         what = f"{len(missing)} have none: {', '.join(missing[:3])}" if missing else "there are no images"
         raise UserError(f"{printable(folder)} must have a mask in masks/ for every image in images/; {what}")
     return [(path, masks[key]) for key, path in images.items()]
-
-
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
 
 
 def _key(path: Path, folder: Path) -> str:
