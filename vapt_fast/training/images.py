@@ -54,7 +54,7 @@ def is_image(path: str | Path, folder: str | Path) -> bool:
 
 def images_in(folder: Path) -> list[Path]:
     """Return the images in a folder and those below it, sorted."""
-    return sorted(path for path in folder.rglob("*") if is_image(path, folder))
+    return sorted(path for path in folder.rglob("*") if is_image(path, folder) and not path.is_dir())
 
 
 def open_image(path: str | Path) -> Image.Image:
