@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..arguments import plain
 from ..data import full_data_config
@@ -134,7 +135,10 @@ def _rebuild_problems(model: AdaptiveViT) -> Iterator[str]:
         changed = [
             name
             for name, value in own.items()
-            if name not in made or made[name].shape != value.shape or value.is_quantized
+            if name not in made
+            or made[name].shape != value.shape
+            or value.is_quantized
+            or is_traceable_wrapper_subclass(value)
         ]
         changed += [name for name in made if name not in own and not name.startswith(HEADS)]
         if changed:
