@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -207,3 +208,10 @@ def test_a_missing_compiler_is_said(tmp_path):
     ):
         export_model(make_model(), tmp_path, formats=["aoti"])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_an_error_that_can_be_caught():
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    with pytest.raises(OSError, match="No space left"):
+        FORMATS["pt2"].write(program, Path("/dev/full"))
