@@ -1,5 +1,7 @@
 """Splits are disjoint, stratified and reproducible, and images are prepared as was asked for."""
 
+import errno
+import os
 import random
 
 import numpy as np
@@ -86,6 +88,28 @@ def test_what_is_hidden_is_no_image_and_no_class(hidden, image_folder, config):
     assert splits.class_names == ("dark", "light")
     assert sorted(image_files(*parts_of(splits))) == [str(path) for path in visible]
     assert images_in(image_folder) == visible
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder, config, _: folder_splits(folder, config, seed=0),
+        evaluation_data,
+        lambda folder, *_: images_in(folder),
+    ],
+)
+def test_a_folder_that_can_not_be_read_is_not_passed_over(read, image_folder, config, monkeypatch):
+    (image_folder / "dark" / "more").mkdir()
+    scandir = os.scandir
+
+    def without_permission(path):
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", without_permission)
+    with pytest.raises(UserError, match="more can't be read: Permission denied"):
+        read(image_folder, config, ["dark", "light"])
 
 
 def test_without_a_share_there_is_no_test(image_folder, config):

@@ -16,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from ..demo import NEW_DIGITS, digit_images
 from .errors import UserError, printable
-from .images import IMAGE_EXTENSIONS, is_image, open_image
+from .images import IMAGE_EXTENSIONS, check_folders, is_image, open_image
 from .listed import ListedImages
 from .loader import LabelledImages, in_memory
 from .transforms import NO_AUGMENTATION, Augmentation, eval_transform, train_transform
@@ -280,6 +280,7 @@ def _no_folder(root: Path) -> UserError:
 def _open_folder(
     root: Path, transform: Any, classes: Sequence[str] | None = None, *, allow_empty: bool = False
 ) -> ImageFolder:
+    check_folders(root)
     try:
         dataset = _VisibleFolder(
             str(root),
