@@ -115,6 +115,8 @@ def tensor_problems(model: AdaptiveViT, own_adapter: Adapter, adapter: AdapterFi
     """Yield the tensors that the model has not, the adapter has not, or that have another shape or dtype."""
     own = own_adapter.state_dict(keep_vars=True)
     yield from (f"{name}: the adapter has no such tensor" for name in own if name not in adapter.tensors)
+    if any(name.startswith("head.") for name in own.keys() ^ adapter.tensors.keys()):
+        yield "head: the adapter's is another module; set model.head to one like it, then call load_adapter"
     other_size = _differing(model, adapter) == ["grid"]  # is told by itself
     for name, value in adapter.tensors.items():
         if name not in own:
