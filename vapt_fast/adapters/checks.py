@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..backbones import patch_size
+from ..modules import is_wrapper
 from .file import AdapterError, AdapterFile
 from .module import Adapter
 
@@ -53,7 +53,7 @@ def fingerprint(state: Mapping[str, Tensor]) -> str:
             where = "on meta, as accelerate offloads it" if value.is_meta else "sharded (DTensor)"
             advice = "gather the whole state dict into a model that is neither, and take that"
             raise AdapterError("the backbone's weights aren't all here", [f"{name} is {where}; {advice}"])
-        if is_traceable_wrapper_subclass(value):  # quantised by torchao
+        if is_wrapper(value):  # quantised by torchao
             value = value.dequantize()
         value = value.detach().to("cpu", torch.bfloat16 if value.is_floating_point() else value.dtype)
         digest.update(f"{name} {tuple(value.shape)}\n".encode())

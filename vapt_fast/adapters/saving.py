@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..arguments import plain
 from ..data import full_data_config
+from ..modules import is_wrapper
 from ..names import create_backbone
 from ..source import HEADS, HUB_PREFIX, hub_repository
 from .checks import backbone_fingerprint, geometry
@@ -135,10 +135,7 @@ def _rebuild_problems(model: AdaptiveViT) -> Iterator[str]:
         changed = [
             name
             for name, value in own.items()
-            if name not in made
-            or made[name].shape != value.shape
-            or value.is_quantized
-            or is_traceable_wrapper_subclass(value)
+            if name not in made or made[name].shape != value.shape or value.is_quantized or is_wrapper(value)
         ]
         changed += [name for name in made if name not in own and not name.startswith(HEADS)]
         if changed:
