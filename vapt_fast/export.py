@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib.util
+import io
 import json
 import os
 import tempfile
@@ -261,18 +262,29 @@ def _publish(unfinished: Path, folder: Path) -> None:
 # ---- formats
 
 
+# Into memory first: where the disk is full, PyTorch's own writing of a file ends the process.
+
+
+def _write_pt2(program: ExportedProgram, path: Path) -> None:
+    content = io.BytesIO()
+    torch.export.save(program, content)
+    path.write_bytes(content.getbuffer())
+
+
 def _write_aoti(program: ExportedProgram, path: Path) -> None:
     from torch._inductor import aoti_compile_and_package
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
+    content = io.BytesIO()
     try:
-        aoti_compile_and_package(program, package_path=str(path))
+        aoti_compile_and_package(program, package_path=content)
     except (InductorError, InvalidCxxCompiler) as error:  # PyTorch 2.14 puts the second into the first
         if not isinstance(getattr(error, "inner_exception", error), InvalidCxxCompiler):
             raise
         raise ExportError(
             "format 'aoti' needs a C++ compiler, which was not found; install g++, or set CXX"
         ) from error
+    path.write_bytes(content.getbuffer())
 
 
 def _load_aoti(path: Path) -> Callable[[Tensor], Tensor]:
@@ -313,7 +325,7 @@ class _Format(NamedTuple):
 
 
 FORMATS = {
-    "pt2": _Format("model.pt2", (), torch.export.save, lambda path: torch.export.load(path).module()),
+    "pt2": _Format("model.pt2", (), _write_pt2, lambda path: torch.export.load(path).module()),
     "aoti": _Format("model_aoti.pt2", (), _write_aoti, _load_aoti),
     "onnx": _Format("model.onnx", ("onnx", "onnxruntime", "onnxscript"), _write_onnx, _load_onnx),
 }

@@ -156,7 +156,11 @@ class AdaptiveViT(AdapterModel):
         return self
 
     def transform(self) -> Any:
-        """From a PIL image to the tensor (in_chans, H, W) that the model takes; see vapt_fast.data."""
+        """From a PIL image to the tensor (in_chans, H, W) that the model takes; see vapt_fast.data.
+
+        It takes pixels as they are. EXIF orientation, transparency and 16 bits are for what opens the file:
+        ``vapt_fast.training.open_image``, as in ``vapt-fast train`` and ``predict``.
+        """
         return eval_transform(full_data_config(self.pretrained_cfg, self.data_config))
 
     def trainable_parameters(self) -> Iterator[nn.Parameter]:

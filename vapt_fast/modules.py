@@ -52,6 +52,7 @@ __all__ = [
     "is_ordinary",
     "is_patched",
     "is_plain",
+    "is_wrapper",
     "register_by_token",
     "remember_forward",
     "share_tensors",
@@ -60,6 +61,9 @@ __all__ = [
 ]
 
 Answer = TypeVar("Answer")
+
+# Whether a tensor is made of others: a quantised one of torchao, or a DTensor.
+is_wrapper: Callable[[object], bool] = is_traceable_wrapper_subclass
 
 # The packages whose hooks bring a module's weights to where they are needed, or compute them (FSDP, pruning,
 # weight norm, offloading), and leave what the module computes as it is.
@@ -450,7 +454,6 @@ def share_tensors(module: nn.Module, own: Iterable[nn.Module]) -> nn.Module:
 
 
 def _frozen_view(parameter: nn.Parameter) -> nn.Parameter:
-    is_wrapper: Callable[[object], bool] = is_traceable_wrapper_subclass
     if type(parameter) is nn.Parameter or is_wrapper(parameter):
         return nn.Parameter(parameter.detach(), requires_grad=False)
     return parameter  # the quantised weights of some libraries carry more than data

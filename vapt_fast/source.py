@@ -130,8 +130,8 @@ def load_weights(backbone: nn.Module, path: str | PathLike) -> None:
         state = load_state_dict(str(path), weights_only=True)
     except Exception as error:  # for damaged files, torch's unpickler raises whatever it comes upon
         raise ValueError(
-            f"weights {str(path)!r} can't be read as a state dict; expected a safetensors file or one of "
-            f"torch.save: {type(error).__name__}: {error}"
+            f"weights {str(path)!r} can't be read as a state dict; expected a safetensors file, named "
+            f"*.safetensors, or one of torch.save with another ending: {type(error).__name__}: {error}"
         ) from error
     if any(name.startswith("backbone.") for name in state):
         raise ValueError(

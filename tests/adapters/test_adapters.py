@@ -357,3 +357,19 @@ def test_trainable_summary() -> None:
     total = sum(parameter.numel() for parameter in model.parameters())
     assert model.trainable_summary() == f"trainable: {own:,} of {total:,} parameters ({own / total:.2%})"
     assert adapters.trainable_summary(nn.Identity()) == "trainable: 0 of 0 parameters (0.00%)"
+
+
+def test_a_head_of_ones_own(tmp_path: Path) -> None:
+    def make() -> AdaptiveViT:
+        model = make_model()
+        model.head = nn.Sequential(nn.Linear(model.head.in_features, 4), nn.ReLU(), nn.Linear(4, 3))
+        return model
+
+    model, other = make(), make()
+    model.save_adapter(tmp_path)
+    with pytest.raises(AdapterError, match=r"set model\.head"):
+        make_model().load_adapter(tmp_path)
+    other.load_adapter(tmp_path)
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.head.parameters(), other.head.parameters(), strict=True)
+    )

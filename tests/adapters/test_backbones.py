@@ -301,6 +301,20 @@ def test_a_backbone_that_timm_cannot_make_again_is_not_included(tmp_path: Path) 
     assert not (tmp_path / "new").exists()
 
 
+def test_a_quantised_backbone(tmp_path: Path) -> None:
+    torchao = pytest.importorskip("torchao.quantization", reason="needs torchao")
+    model = make_model()
+    model.save_adapter(tmp_path / "exact")
+    torchao.quantize_(model.backbone, torchao.Int8WeightOnlyConfig())
+    model.save_adapter(tmp_path / "quantised")
+    with pytest.raises(AdapterError, match="include_backbone"):
+        model.save_adapter(tmp_path / "whole", include_backbone=True)
+    model.load_adapter(tmp_path / "quantised")
+    with pytest.raises(AdapterError, match="quantised copy"):
+        model.load_adapter(tmp_path / "exact")
+    model.load_adapter(tmp_path / "exact", check_backbone=False)
+
+
 def test_random_weights_are_told(tmp_path: Path) -> None:
     model = AdaptiveViT("vit_digits_patch4_32", prompts=SMALL)
     model.save_adapter(tmp_path)

@@ -87,7 +87,8 @@ def test_an_adapter_of_a_timm_checkpoint(timm_trained, flags, tmp_path):
     checkpoint, models = timm_trained
     (tmp_path / "names.txt").write_text("cat\ndog\nowl\n")
     arguments = ["--output", tmp_path / "out", "--class-names", tmp_path / "names.txt"]
-    succeed("timm-adapter", checkpoint, *arguments, *flags)
+    result = succeed("timm-adapter", checkpoint, *arguments, *flags)
+    assert ("--use-ema" in result.stderr) == (not flags)  # the other weights aren't passed over in silence
     loaded = AdaptiveViT.from_adapter(tmp_path / "out", backbone=models[0].backbone).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
@@ -126,11 +127,13 @@ def test_timm_checkpoints_that_make_no_adapter(timm_trained, tmp_path):
     checkpoint, models = timm_trained
     torch.save({"state_dict": {}, "code": os.system}, tmp_path / "code.pth")
     (tmp_path / "cut.pth").write_bytes(checkpoint.read_bytes()[:1000])
+    write_checkpoint(tmp_path / "named.safetensors", models[0])
     write_checkpoint(tmp_path / "plain.pth", models[0], model="vit_tiny_patch16_224")
     (tmp_path / "names.txt").write_text("cat\n")
     for name, flags, message in (
         ("code.pth", [], "is damaged or no checkpoint"),
         ("cut.pth", [], "is damaged or no checkpoint"),
+        ("named.safetensors", [], "--safetensors"),
         ("none.pth", [], "does not exist"),
         ("plain.pth", [], "one of timm's names with vapt_ before it, got 'vit_tiny_patch16_224'"),
         ("plain.pth", ["--use-ema"], "has no averaged weights"),

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -221,3 +222,10 @@ def test_a_strict_export_without_a_convolution():
         images = tiny_images(model, batch=5)
         logits = torch.export.load(file).module()(images)
         torch.testing.assert_close(logits, model(images), rtol=0, atol=1e-12)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux's /dev/full")
+def test_a_full_disk_is_an_error_that_can_be_caught():
+    program = torch.export.export(nn.Linear(2, 2), (torch.zeros(1, 2),))
+    with pytest.raises(OSError, match="No space left"):
+        FORMATS["pt2"].write(program, Path("/dev/full"))

@@ -16,7 +16,7 @@ from tiny import assert_same, run, tiny_backbone, tiny_images, tiny_model
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
-from vapt_fast import AdaptiveViT, PromptConfig, use_backend
+from vapt_fast import AdapterError, AdaptiveViT, PromptConfig, use_backend
 from vapt_fast.prompts import AdaptivePrompts, StaticPrompts
 
 OPTIONS = {"projector_dim": 4, "projector_dropout": 0.0, "channel_dropout": 0.0}
@@ -79,12 +79,20 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
+def refusal_of_sharded_weights(mesh: dist.DeviceMesh, folder: Path) -> str:
+    model = tiny_model("vit_base_patch16_224")
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(AdapterError) as raised:
+        model.save_adapter(folder / "adapter")
+    return str(raised.value)
+
+
 def in_process(rank: int, folder: Path) -> None:
     """One of two processes, with half of the batch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
-    results = {}
+    results = {"refusal": refusal_of_sharded_weights(mesh, folder)}
     for name, units in CASES:
         model, images = make(name)
         network: nn.Module = model
@@ -128,6 +136,11 @@ def test_distributed(results: list[dict], case: tuple[str, str]) -> None:
         assert_same(gradients, expected, 1e-12)
 
 
+def test_sharded_weights_are_not_saved(results: list[dict]) -> None:
+    for of_rank in results:
+        assert "is sharded (DTensor)" in of_rank["refusal"]
+
+
 # ---- accelerate
 
 
@@ -163,6 +176,14 @@ def test_cpu_offload_out_of_reach(name: str, backend: str) -> None:
     accelerate.cpu_offload(model, torch.device("cpu"))
     with torch.no_grad(), use_backend(backend), pytest.raises(RuntimeError, match="preload_module_classes"):
         model(images)
+
+
+def test_offloaded_weights_are_not_saved(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate", reason="needs accelerate")
+    model = tiny_model("vit_base_patch16_224")
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(AdapterError, match="as accelerate offloads it"):
+        model.save_adapter(tmp_path)
 
 
 def test_align_devices() -> None:

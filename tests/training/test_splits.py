@@ -1,5 +1,7 @@
 """Splits are disjoint, stratified and reproducible, and images are prepared as was asked for."""
 
+import errno
+import os
 import random
 
 import numpy as np
@@ -11,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 from training_cases import noise, rows
 
 from vapt_fast.training import UserError, digit_splits, folder_splits
+from vapt_fast.training.images import images_in
 from vapt_fast.training.loader import make_loader
 from vapt_fast.training.splits import evaluation_data, image_files, stratified_order
 from vapt_fast.training.transforms import AUGMENTATIONS, Augmentation, train_transform
@@ -73,6 +76,41 @@ def test_one_folder_is_split_in_three(image_folder, config):
     assert [str(image_folder / file) for part in splits.files.values() for file in part] == files
     assert files[0] == splits.train.dataset.samples[splits.train.indices[0]][0]
     assert image_files(TensorDataset(torch.zeros(2)), Subset(TensorDataset(torch.zeros(2)), [0])) == []
+
+
+@pytest.mark.parametrize(
+    "hidden", ["dark/._0.png", "dark/.ipynb_checkpoints/0-checkpoint.png", ".ipynb_checkpoints/0.png"]
+)
+def test_what_is_hidden_is_no_image_and_no_class(hidden, image_folder, config):
+    visible = sorted(image_folder.rglob("*.png"))
+    (image_folder / hidden).parent.mkdir(exist_ok=True)
+    noise(0, 255, 0).save(image_folder / hidden)
+    splits = folder_splits(image_folder, config, seed=0)
+    assert splits.class_names == ("dark", "light")
+    assert sorted(image_files(*parts_of(splits))) == [str(path) for path in visible]
+    assert images_in(image_folder) == visible
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda folder, config, _: folder_splits(folder, config, seed=0),
+        evaluation_data,
+        lambda folder, *_: images_in(folder),
+    ],
+)
+def test_a_folder_that_can_not_be_read_is_not_passed_over(read, image_folder, config, monkeypatch):
+    (image_folder / "dark" / "more").mkdir()
+    scandir = os.scandir
+
+    def without_permission(path):
+        if str(path).endswith("more"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", without_permission)
+    with pytest.raises(UserError, match="more can't be read: Permission denied"):
+        read(image_folder, config, ["dark", "light"])
 
 
 def test_without_a_share_there_is_no_test(image_folder, config):

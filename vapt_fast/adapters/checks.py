@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backbones import patch_size
-from .file import AdapterFile
+from ..modules import is_wrapper
+from .file import AdapterError, AdapterFile
 from .module import Adapter
 
 if TYPE_CHECKING:
@@ -41,9 +42,19 @@ def backbone_fingerprint(model: AdaptiveViT) -> str:
 
 
 def fingerprint(state: Mapping[str, Tensor]) -> str:
-    """Return the sha256 of names, shapes and values, as ``backbone_fingerprint`` has them."""
+    """Return the sha256 of names, shapes and values, as ``backbone_fingerprint`` has them.
+
+    Raises:
+        AdapterError: values that are not here: sharded ones (DTensor), or ones that accelerate has offloaded.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
+        if value.is_meta or hasattr(value, "full_tensor"):
+            where = "on meta, as accelerate offloads it" if value.is_meta else "sharded (DTensor)"
+            advice = "gather the whole state dict into a model that is neither, and take that"
+            raise AdapterError("the backbone's weights aren't all here", [f"{name} is {where}; {advice}"])
+        if is_wrapper(value):  # quantised by torchao
+            value = value.dequantize()
         value = value.detach().to("cpu", torch.bfloat16 if value.is_floating_point() else value.dtype)
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -111,6 +122,8 @@ def tensor_problems(model: AdaptiveViT, own_adapter: Adapter, adapter: AdapterFi
         if saved != mine:
             yield f"{name}: the adapter has a {saved}, the model a {mine}; give the model one first"
     yield from (f"{name}: the adapter has no such tensor" for name in own if name not in adapter.tensors)
+    if any(name.startswith("head.") for name in own.keys() ^ adapter.tensors.keys()):
+        yield "head: the adapter's is another module; set model.head to one like it, then call load_adapter"
     other_size = _differing(model, adapter) == ["grid"]  # is told by itself
     for name, value in adapter.tensors.items():
         if name not in own:

@@ -302,7 +302,8 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
-        expected = f"an adapter is a folder with {CONFIG_NAME} and {WEIGHTS_NAME}, as save_adapter writes it"
+        files = f"{CONFIG_NAME} and {WEIGHTS_NAME}, as save_adapter writes it"
+        expected = f"an adapter is a folder with {files}; one on the Hub is hf-hub:owner/name"
         raise AdapterNotFoundError(f"{path} does not exist", [expected]) from error
 
 

@@ -13,6 +13,7 @@ import torch
 
 from ..arguments import plain
 from ..data import full_data_config
+from ..modules import is_wrapper
 from ..names import create_backbone
 from ..source import HEADS, HUB_PREFIX, hub_repository
 from .checks import backbone_fingerprint, geometry
@@ -135,7 +136,7 @@ def _rebuild_problems(model: AdaptiveViT) -> Iterator[str]:
         changed = [
             name
             for name, value in own.items()
-            if name not in made or made[name].shape != value.shape or value.is_quantized
+            if name not in made or made[name].shape != value.shape or value.is_quantized or is_wrapper(value)
         ]
         changed += [name for name in made if name not in own and not name.startswith(HEADS)]
         if changed:

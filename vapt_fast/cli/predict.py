@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..tasks.segmentation import Segmenter
 from ..training import UserError, eval_transform, load_model, open_image
-from ..training.images import IMAGE_EXTENSIONS
+from ..training.images import IMAGE_EXTENSIONS, images_in
 from ..training.run import check_backend
 from . import options
 from .console import failures, finish, pick_device, print_best
@@ -71,7 +71,7 @@ def image_files(given: list[Path]) -> list[Path]:
         if not path.is_dir():
             paths.append(path)
             continue
-        inside = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_EXTENSIONS)
+        inside = images_in(path)
         if not inside:
             raise UserError(f"{path} has no images; expected files that end in one of {IMAGE_EXTENSIONS}")
         paths += inside

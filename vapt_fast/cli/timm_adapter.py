@@ -56,13 +56,19 @@ def timm_adapter(
     with failures():
         check_folder(output, (CONFIG_NAME,), overwrite)
         keywords = dict(map(_parse, model_kwarg or []))
-        state, args = read_timm_checkpoint(checkpoint, use_ema=use_ema)
+        state, args, averaged = read_timm_checkpoint(checkpoint, use_ema=use_ema)
         built, data_config = timm_model(
             state, args, model=model, num_classes=num_classes, image_size=image_size, options=keywords
         )
         names = None if class_names is None else read_class_names(class_names, built.num_classes)
         timms = args.get("pretrained") and not any(args.get(name) for name in _OWN_WEIGHTS)
         built.save_adapter(output, class_names=names, data_config=data_config, include_backbone=not timms)
+    if averaged and not use_ema:
+        say(
+            "the checkpoint has averaged weights too, and timm's train.py chooses model_best by theirs: "
+            "--use-ema takes them",
+            status,
+        )
     if class_names is None:
         say("no --class-names were given: the classes are called by their numbers", status)
     if not timms:

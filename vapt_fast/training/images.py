@@ -18,6 +18,7 @@ read.
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -32,7 +33,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from ..arguments import listing
 from .errors import UserError, printable
 
-__all__ = ["IMAGE_EXTENSIONS", "check_images", "open_image", "read_image"]
+__all__ = [
+    "IMAGE_EXTENSIONS",
+    "check_folders",
+    "check_images",
+    "images_in",
+    "is_image",
+    "open_image",
+    "read_image",
+]
 
 IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 """Endings, in lower case, of the files in a folder that are taken for images."""
@@ -40,6 +49,36 @@ IMAGE_EXTENSIONS = (*IMG_EXTENSIONS, ".gif")
 _DEPTHS = (8, 10, 12, 14, 16)
 _SAMPLE_FORMAT = 339  # TIFF tag: 1 is unsigned, 2 signed
 _SHOWN = 20
+
+
+def is_image(path: str | Path, folder: str | Path) -> bool:
+    """Whether a file in a folder is taken for an image: by its ending, unless it or a folder is hidden.
+
+    Jupyter keeps copies of images in .ipynb_checkpoints, macOS writes ._NAME.jpg beside NAME.jpg.
+    """
+    inside = Path(path).relative_to(folder)
+    hidden = any(part.startswith(".") for part in inside.parts)
+    return inside.suffix.lower() in IMAGE_EXTENSIONS and not hidden
+
+
+def check_folders(root: Path) -> None:
+    """Raise a UserError if a folder in ``root`` can't be listed: glob and os.walk say nothing then."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"{printable(error.filename)} can't be read: {error.strerror}") from error
+
+    for _, folders, _ in os.walk(root, onerror=refuse, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Return the images in a folder and those below it, sorted.
+
+    Raises:
+        UserError: one of the folders can't be read.
+    """
+    check_folders(folder)
+    return sorted(path for path in folder.rglob("*") if is_image(path, folder) and not path.is_dir())
 
 
 def open_image(path: str | Path) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torchvision.datasets import ImageFolder
 
 from ..demo import NEW_DIGITS, digit_images
 from .errors import UserError, printable
-from .images import IMAGE_EXTENSIONS, open_image
+from .images import IMAGE_EXTENSIONS, check_folders, is_image, open_image
 from .listed import ListedImages
 from .loader import LabelledImages, in_memory
 from .transforms import NO_AUGMENTATION, Augmentation, eval_transform, train_transform
@@ -284,9 +285,14 @@ def _no_folder(root: Path) -> UserError:
 def _open_folder(
     root: Path, transform: Any, classes: Sequence[str] | None = None, *, allow_empty: bool = False
 ) -> ImageFolder:
+    check_folders(root)
     try:
-        dataset = ImageFolder(
-            str(root), transform, loader=open_image, is_valid_file=_is_image, allow_empty=allow_empty
+        dataset = _VisibleFolder(
+            str(root),
+            transform,
+            loader=open_image,
+            is_valid_file=partial(is_image, folder=root),
+            allow_empty=allow_empty,
         )
     except FileNotFoundError as error:
         raise UserError(
@@ -299,8 +305,12 @@ def _open_folder(
     return dataset
 
 
-def _is_image(path: str) -> bool:
-    return path.lower().endswith(IMAGE_EXTENSIONS)
+class _VisibleFolder(ImageFolder):
+    """An ImageFolder of which hidden folders are no classes."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        found = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        return found, {name: index for index, name in enumerate(found)}
 
 
 def _find_split(root: Path, split: str) -> Path | None:

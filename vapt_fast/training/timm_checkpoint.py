@@ -29,12 +29,15 @@ _HEADS = (f"adapters.{DEFAULT_ADAPTER}.head.weight", "head.weight")
 
 def read_timm_checkpoint(
     path: str | Path, *, use_ema: bool = False
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read the tensors of a timm checkpoint and train.py's arguments. Nothing in the file can run code.
+) -> tuple[dict[str, Tensor], dict[str, Any], bool]:
+    """Read a timm checkpoint. Nothing in the file can run code.
 
     Args:
         path: what timm's CheckpointSaver wrote, or a state dict, also as a .safetensors file.
         use_ema: take the averaged weights.
+
+    Returns:
+        The tensors by name, train.py's arguments, and whether there are averaged weights.
 
     Raises:
         UserError: no such file, no checkpoint, or one without averaged weights.
@@ -51,18 +54,21 @@ def read_timm_checkpoint(
     except (RuntimeError, EOFError, ValueError, KeyError, pickle.UnpicklingError, OSError) as error:
         raise UserError(f"{shown} is damaged or no checkpoint of tensors, numbers and texts") from error
     except safetensors.SafetensorError as error:
-        raise UserError(f"{shown} is damaged: {error}") from error
+        raise UserError(
+            f"{shown} is damaged or no safetensors file: {error}; timm's avg_checkpoints.py and "
+            "clean_checkpoint.py write one with --safetensors only, and else what should end in .pth"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(f"{shown} must hold a dict, as timm's checkpoints do, got {type(content).__name__}")
-    key = "state_dict_ema" if use_ema else "state_dict"
-    if use_ema and key not in content:
+    key, averaged = "state_dict_ema" if use_ema else "state_dict", "state_dict_ema" in content
+    if use_ema and not averaged:
         raise UserError(f"{shown} has no averaged weights (state_dict_ema): leave out --use-ema")
     found: Any = content.get(key, content)
     state = clean_state_dict(found)
     if not state or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise UserError(f"{shown} has no state dict; expected tensors by name, under {key!r} or on their own")
     args = content.get("args")
-    return state, vars(args) if isinstance(args, argparse.Namespace) else {}
+    return state, vars(args) if isinstance(args, argparse.Namespace) else {}, averaged
 
 
 def timm_model(

@@ -15,7 +15,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import InterpolationMode, v2
 
 from ...training.errors import UserError, printable
-from ...training.images import IMAGE_EXTENSIONS, open_image
+from ...training.images import images_in, open_image
 from ...training.loss import IGNORED
 from ...training.splits import SPLIT_FOLDERS, Splits
 from ...training.transforms import NO_AUGMENTATION, Augmentation
@@ -279,7 +279,7 @@ def _pairs(root: Path, split: str) -> list[tuple[Path, Path]] | None:
 def _by_name(folder: Path) -> dict[str, Path]:
     """Return the images in a folder, sorted, by their paths within it without the ending."""
     found: dict[str, Path] = {}
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS):
+    for path in images_in(folder):
         other = found.setdefault(path.relative_to(folder).with_suffix("").as_posix(), path)
         if other is not path:
             raise UserError(
