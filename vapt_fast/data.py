@@ -11,6 +11,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms
 
 from .arguments import choice, integer, plain, real
+from .pixels import as_seen
 
 __all__ = ["DATA_KEYS", "NORMALIZATIONS", "eval_transform", "full_data_config"]
 
@@ -79,7 +80,7 @@ def check_data_config(config: Mapping[str, Any]) -> dict[str, Any]:
 def eval_transform(config: Mapping[str, Any]) -> transforms.Compose:
     """Return the transform of a PIL image to a normalised tensor (in_chans, H, W); nothing in it is random.
 
-    Images in colour become grey for a model of one channel.
+    Images are taken as a person sees them, see vapt_fast.pixels. For a model of one channel they become grey.
 
     Args:
         config: of ``full_data_config``.
@@ -94,12 +95,8 @@ def eval_transform(config: Mapping[str, Any]) -> transforms.Compose:
             "Prepare them yourself: resize, then subtract the data config's mean and divide by its std"
         )
     steps = create_transform(**{**config, "input_size": tuple(config["input_size"])}).transforms
-    mode = transforms.Grayscale() if channels == 1 else transforms.Lambda(_to_rgb)
-    return transforms.Compose([mode, *steps])
-
-
-def _to_rgb(image: Any) -> Any:
-    return image.convert("RGB")
+    grey = [transforms.Grayscale()] if channels == 1 else []
+    return transforms.Compose([transforms.Lambda(as_seen), *grey, *steps])
 
 
 def _size(value: Any) -> list[int]:

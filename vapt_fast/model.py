@@ -156,10 +156,9 @@ class AdaptiveViT(AdapterModel):
         return self
 
     def transform(self) -> Any:
-        """From a PIL image to the tensor (in_chans, H, W) that the model takes; see vapt_fast.data.
+        """The function that turns a PIL image into the tensor (in_chans, H, W) that the model takes.
 
-        It takes pixels as they are. EXIF orientation, transparency and 16 bits are for what opens the file:
-        ``vapt_fast.training.open_image``, as in ``vapt-fast train`` and ``predict``.
+        As in ``vapt-fast predict``, EXIF's orientation, transparency and 16 bits count; see vapt_fast.pixels.
         """
         return eval_transform(full_data_config(self.pretrained_cfg, self.data_config))
 

@@ -15,7 +15,7 @@ PACKAGE = Path(vapt_fast.__file__).parent
 # Layers from the bottom up; a module may import from its own layer's siblings only where listed as free.
 LAYERS = [
     {"kernels"},
-    {"_version", "activations", "arguments", "config", "modules", "data", "files", "source"},
+    {"_version", "activations", "arguments", "config", "modules", "data", "pixels", "files", "source"},
     {"ops", "functional"},
     {"backbones", "names"},
     {"prompts", "cuda_graphs"},

@@ -5,8 +5,11 @@ import warnings
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image, ImageCms
 
+from vapt_fast.data import eval_transform, full_data_config
+from vapt_fast.pixels import as_seen
 from vapt_fast.training import UserError, open_image
 from vapt_fast.training.images import check_images
 
@@ -24,6 +27,7 @@ def read(tmp_path):
         image.save(path, **options)
         opened = open_image(path)
         assert opened.mode == "RGB"
+        assert (np.asarray(as_seen(opened)) == np.asarray(opened)).all()
         return np.asarray(opened)
 
     return save_and_read
@@ -154,6 +158,20 @@ def test_exif_orientation(read, suffix, bits, orientation, turns):
     exif[0x0112] = orientation
     expected = np.rot90(GRAY[:16], turns)
     assert np.abs(gray(read(pixels, suffix, exif=exif)).astype(int) - expected).max() <= 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize(
+    ("image", "orientation"), [(RAMP, 6), (plain("RGBA", (0, 0, 0, 51)), 1), (palette(1), 3)]
+)
+def test_a_models_transform_takes_what_pillow_opens(tmp_path, channels, image, orientation):
+    path, exif = tmp_path / "image.png", Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(image) if isinstance(image, np.ndarray) else image
+    image.save(path, exif=exif)
+    transform = eval_transform(full_data_config({"input_size": (channels, 32, 32)}))
+    with Image.open(path) as opened:
+        assert torch.equal(transform(opened), transform(open_image(path)))
 
 
 # ---- what can't be read
