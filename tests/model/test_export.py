@@ -211,6 +211,9 @@ def test_a_missing_compiler_is_said(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.8"), reason="its strict export hands no functions to modules"
+)
 def test_a_strict_export_without_a_convolution():
     prompts = PromptConfig(num_prompts=3, projector_dim=4, conv_kernel=None, static_depth=0)
     model = tiny_model(VIT, prompts=prompts, depth=2)
