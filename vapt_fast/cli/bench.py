@@ -22,6 +22,18 @@ from .output import check_file
 
 __all__ = ["bench"]
 
+Precision = Literal[
+    "float64",
+    "float32",
+    "tf32",
+    "bfloat16-autocast",
+    "float16-autocast",
+    "bfloat16",
+    "bfloat16-fp8",
+    "float16",
+]
+"""Those of ``vapt_fast.benchmark``, by name."""
+
 
 def bench(
     backbone: Annotated[
@@ -41,17 +53,7 @@ def bench(
         list[int] | None, typer.Option(min=1, help="Prompts a block; may be given several times.")
     ] = None,
     precision: Annotated[
-        Literal[
-            "float64",
-            "float32",
-            "tf32",
-            "bfloat16-autocast",
-            "float16-autocast",
-            "bfloat16",
-            "bfloat16-fp8",
-            "float16",
-        ]
-        | None,
+        Precision | None,
         typer.Option(
             help="Dtype of weights, or of autocast (default: float32 on a CPU, bfloat16-autocast on a GPU); "
             "bfloat16-fp8 has an FP8 backbone."
