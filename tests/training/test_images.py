@@ -11,7 +11,7 @@ from PIL import Image, ImageCms
 from vapt_fast.data import eval_transform, full_data_config
 from vapt_fast.pixels import as_seen
 from vapt_fast.training import UserError, open_image
-from vapt_fast.training.images import check_images
+from vapt_fast.training.images import check_images, images_in
 
 RAMP = np.linspace(0, 65535, 1024).reshape(32, 32).astype(np.uint16)
 GRAY = np.round(RAMP / 257).astype(np.uint8)
@@ -172,6 +172,16 @@ def test_a_models_transform_takes_what_pillow_opens(tmp_path, channels, image, o
     transform = eval_transform(full_data_config({"input_size": (channels, 32, 32)}))
     with Image.open(path) as opened:
         assert torch.equal(transform(opened), transform(open_image(path)))
+
+
+def test_the_images_in_folders_that_link_to_each_other(tmp_path):
+    names = ["a", "b", "c"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        plain("L", 1).save(tmp_path / name / "1.png")
+        for other in names:
+            (tmp_path / name / f"to {other}").symlink_to(tmp_path / other, target_is_directory=True)
+    assert images_in(tmp_path) == [tmp_path / name / "1.png" for name in names]
 
 
 # ---- what can't be read

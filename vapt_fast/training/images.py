@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import IO, Any, cast
@@ -44,23 +44,30 @@ def is_image(path: str | Path, folder: str | Path) -> bool:
 
 
 def check_folders(root: Path) -> None:
-    """Raise a UserError if a folder in ``root`` can't be listed: glob and os.walk say nothing then."""
+    """Raise a UserError if a folder in ``root``, or linked to from there, can't be listed."""
+    for _ in _files_by_folder(root, follow_links=True):
+        pass
+
+
+def images_in(folder: Path) -> list[Path]:
+    """Return the images in a folder and those below it, sorted; links to folders are not followed.
+
+    Raises:
+        UserError: one of the folders can't be listed.
+    """
+    listed = _files_by_folder(folder, follow_links=False)
+    return sorted(path for files in listed for path in files if is_image(path, folder))
+
+
+def _files_by_folder(root: Path, follow_links: bool) -> Iterator[list[Path]]:
+    """Yield the files of each folder that is not hidden; os.walk and glob pass over what they can't list."""
 
     def refuse(error: OSError) -> None:
         raise UserError(f"{printable(error.filename)} can't be read: {error.strerror}") from error
 
-    for _, folders, _ in os.walk(root, onerror=refuse, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=follow_links):
         folders[:] = [name for name in folders if not name.startswith(".")]
-
-
-def images_in(folder: Path) -> list[Path]:
-    """Return the images in a folder and those below it, sorted.
-
-    Raises:
-        UserError: one of the folders can't be read.
-    """
-    check_folders(folder)
-    return sorted(path for path in folder.rglob("*") if is_image(path, folder) and not path.is_dir())
+        yield [Path(folder, name) for name in files]
 
 
 def open_image(path: str | Path) -> Image.Image:
