@@ -272,8 +272,8 @@ class Service:
 def filled_size(count: int, most: int) -> int:
     """Return the size to which ``count`` images in a batch of at most ``most`` are filled up on a GPU.
 
-    It is 1, 4, 16, ... or ``most``: each size has a CUDA graph, and a model has few. Without one a call takes
-    longer than with images that nobody asked for.
+    It is 1, 4, 16, ... or ``most``: each size has a CUDA graph, and a model has few of them. What the host
+    launches bounds a call that has none.
     """
     size = 1
     while size < count:
