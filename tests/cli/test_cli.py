@@ -171,7 +171,7 @@ def test_train_writes_and_tells_the_result(tmp_path):
             ["--data", "/nowhere"],
             "--data must be 'digits' or a folder",
         ),
-        (["--backbone", "vit_digit"], "--backbone must be the name of a timm model, got 'vit_digit'"),
+        (["--backbone", "vit_digit"], "--backbone must be the name of a timm model, hf-hub:owner/name or"),
         (["--prompts", "-1"], "--num-prompts must be at least 0, got -1"),
         (["--num-prompts", "2,x"], "--num-prompts must be an integer or one for each block, as 10,10,0, got"),
         (

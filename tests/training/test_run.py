@@ -11,6 +11,7 @@ import torch
 from peft_import import peft
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from training_cases import BACKBONE, Stop, assert_same_training, make_model, recipes, stop
 
 from vapt_fast import AdaptiveViT, PromptConfig
@@ -324,6 +325,23 @@ def test_a_finished_run_is_trained_on(tmp_path, method):
     assert_same_training(load_model(tmp_path)[0], model)
 
 
+@pytest.mark.parametrize("method", ["vapt", "full"])
+def test_a_backbone_that_timm_saved(method, tmp_path):
+    """Its folder says how images are prepared; the trained model needs it no more."""
+    backbone = timm.create_model(BACKBONE, pretrained=True)
+    backbone.pretrained_cfg |= {"mean": (0.1, 0.2, 0.3), "tag": "of_mine"}
+    save_for_hf(backbone, tmp_path / "backbone")
+    chosen = options(method=method, base_lrs=[0.05], backbone=f"local-dir:{tmp_path / 'backbone'}")
+    result = run(chosen, tmp_path / "out")
+    expected = run(options(method=method, base_lrs=[0.05]), tmp_path / "by_name")
+    assert result["weights"] == expected["weights"]
+    assert result["data_config"]["mean"] == [0.1, 0.2, 0.3]
+    shutil.rmtree(tmp_path / "backbone")
+    model, metadata = load_model(tmp_path / "out")
+    test = evaluation_data("digits", metadata["data_config"], metadata["class_names"])
+    assert evaluate(model, test, batch_size=5).accuracy == result["test_accuracy"]
+
+
 # ---- refused before anything is written
 
 
@@ -331,7 +349,9 @@ def test_a_finished_run_is_trained_on(tmp_path, method):
     ("changes", "message"),
     [
         ({"method": "adapter"}, "method must be one of"),
-        ({"backbone": "vit_digit"}, "backbone must be the name of a timm model, got 'vit_digit'; similar:"),
+        ({"backbone": "vit_digit"}, r"must be the name of a timm model, .*got 'vit_digit'; similar:"),
+        ({"backbone": "local-dir:/nowhere"}, "'local-dir:/nowhere' can't be made: .*/nowhere/config"),
+        ({"backbone": "me/cars"}, "hf-hub:owner/name or local-dir:/folder, got 'me/cars'"),
         ({"backbone": "vit_tiny_patch16_224.augreg_in21"}, "similar: vit_tiny_patch16_224.augreg_in21k, "),
         ({"backbone": "resnet18", "pretrained": False}, "vapt with backbone 'resnet18'"),
         ({"prompts": {"num_prompts": -1}}, "num_prompts must be at least 0, got -1"),

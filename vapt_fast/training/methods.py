@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from timm import get_pretrained_cfg
 from torch import Tensor, nn
 
@@ -63,21 +64,32 @@ METHODS = {
 }
 
 
-def check_backbone(name: str) -> None:
-    """Check that timm knows a backbone, and its tag if it has one.
+def check_backbone(name: str) -> dict[str, Any]:
+    """Return what timm knows of a backbone before it is made: its ``pretrained_cfg``.
+
+    Args:
+        name: as timm.create_model takes it. Of "hf-hub:owner/name" and "local-dir:/folder" that is read in
+            their config.json.
 
     Raises:
-        UserError: it doesn't; the message suggests similar names.
+        UserError: timm knows no such backbone, or no such tag; the message suggests similar names.
     """
     if is_backbone(name):
         try:
-            get_pretrained_cfg(name)
+            cfg = get_pretrained_cfg(name)
         except RuntimeError as error:
             problem = f"backbone {name!r}: {error}"
         else:
-            return
+            return {} if cfg is None else cfg.to_dict()
+    elif ":" in name:
+        try:
+            with torch.device("meta"):
+                return dict(cast(Any, create_backbone(name)).pretrained_cfg)
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise UserError(f"backbone {name!r} can't be made: {error}") from error
     else:
-        problem = f"backbone must be the name of a timm model, got {name!r}"
+        known = "the name of a timm model, hf-hub:owner/name or local-dir:/folder"
+        problem = f"backbone must be {known}, got {name!r}"
     similar = ", ".join(similar_names(name))
     raise UserError(f"{problem}; similar: {similar}" if similar else problem)
 

@@ -15,6 +15,7 @@ from ..config import described, option
 from ..data import NORMALIZATIONS
 from ..files import write_atomically
 from ..names import DEMO_BACKBONE
+from ..source import is_local
 from .errors import UserError, check_types
 from .methods import METHODS, LoraOptions, method_name
 from .recipe import Recipe
@@ -109,7 +110,7 @@ class RunOptions:
     cache: bool = _data(
         False, "keep the images for training and validation decoded in memory; not with augmentation"
     )
-    backbone: str = _model(DEMO_BACKBONE, "name of the backbone in timm")
+    backbone: str = _model(DEMO_BACKBONE, "name in timm, hf-hub:owner/name or local-dir:/folder")
     pretrained: bool = _model(True, "start from pre-trained weights")
     weights: str | None = _model(
         None,
@@ -236,9 +237,9 @@ class RunOptions:
 
     @property
     def needs_backbone_file(self) -> bool:
-        """Whether timm can't make the frozen backbone by its name: it is then kept with the adapter."""
+        """Whether the frozen backbone is kept with the adapter: elsewhere timm can't make it by its name."""
         frozen = METHODS[self.method].prompts is not None
-        return frozen and (self.weights is not None or not self.pretrained)
+        return frozen and (self.weights is not None or not self.pretrained or is_local(self.backbone))
 
     def extended(self, epochs: int, folder: Path) -> RunOptions:
         """Return the options to train the model of the finished run in ``folder`` on, up to ``epochs``.

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import timm
 import torch
 from torch import nn
 
@@ -214,9 +213,7 @@ def _prompts(options: RunOptions) -> PromptConfig:
 
 
 def _data_config(options: RunOptions) -> dict[str, Any]:
-    check_backbone(options.backbone)
-    cfg = timm.get_pretrained_cfg(options.backbone)
-    pretrained_cfg = {} if cfg is None else cfg.to_dict()
+    pretrained_cfg = check_backbone(options.backbone)
     if options.image_size is not None:
         pretrained_cfg["input_size"] = (3, options.image_size, options.image_size)
     suite = find_data_set(options.data)[0].preparation if is_suite_data(options.data) else {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -17,7 +17,7 @@ from ..data import full_data_config
 from ..files import write_atomically
 from ..model import AdaptiveViT
 from ..names import create_backbone
-from ..source import rebuild_args
+from ..source import backbone_source, rebuild_args
 from .errors import UserError
 from .lora import has_lora, merged_lora
 
@@ -54,10 +54,10 @@ def save_model(
         return
     if has_lora(model):
         model = merged_lora(model)
-    cfg: dict[str, Any] = cast(Any, model).pretrained_cfg
-    tag = cfg.get("tag")
+    source = backbone_source(model)
+    elsewhere = ":" in source["name"]  # what is there may be gone, and is not needed
     description = {
-        "backbone": f"{cfg['architecture']}.{tag}" if tag else cfg["architecture"],
+        "backbone": source["architecture" if elsewhere else "name"],
         "args": rebuild_args(model, num_classes=model.num_classes),
         "metadata": metadata,
     }
