@@ -52,8 +52,10 @@ def pytest_collection_finish():
 
 def pytest_report_header():
     """Say which tests of Triton's kernels this machine runs."""
-    if not importlib.util.find_spec("triton"):
-        return "Triton is not installed: tests/kernels/interpreted is left out"
+    from vapt_fast.ops.device import triton_missing_reasons
+
+    if reasons := triton_missing_reasons():
+        return f"tests/kernels/interpreted is left out: {reasons[0]}"
     if torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         return "Triton's kernels are compiled: TRITON_INTERPRET=1 runs tests/kernels/interpreted instead"
     return "Triton's kernels are interpreted"

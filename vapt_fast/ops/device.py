@@ -25,6 +25,7 @@ __all__ = [
     "native",
     "native_missing_reasons",
     "onednn_is_faster",
+    "triton_missing_reasons",
     "unavailable_reasons",
     "unsupported_reasons",
 ]
@@ -138,19 +139,25 @@ def _onednn_schema() -> str | None:
 # ---- Triton
 
 
-@functools.cache
-def _triton_unavailable_reasons(interpreted: bool) -> list[str]:
-    reasons = []
+def triton_missing_reasons() -> list[str]:
+    """Why this installation has no Triton that its kernels can be compiled with; empty if it has."""
     try:
         import triton
     except ImportError:
-        reasons.append("triton is not installed")
-    else:
-        if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MINIMUM_TRITON:
-            needed = ".".join(map(str, MINIMUM_TRITON))
-            reasons.append(f"triton {triton.__version__} is too old, its kernels need {needed}")
-        elif not interpreted:
-            reasons += _missing_tools(triton.knobs.cache.dir)
+        return ["triton is not installed"]
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < MINIMUM_TRITON:
+        needed = ".".join(map(str, MINIMUM_TRITON))
+        return [f"triton {triton.__version__} is too old, its kernels need {needed}"]
+    return []
+
+
+@functools.cache
+def _triton_unavailable_reasons(interpreted: bool) -> list[str]:
+    reasons = triton_missing_reasons()
+    if not reasons and not interpreted:
+        import triton
+
+        reasons += _missing_tools(triton.knobs.cache.dir)
     if not interpreted:
         if torch.version.cuda is None or not torch.cuda.is_available():
             reasons.append("its kernels need a CUDA GPU (or TRITON_INTERPRET=1, to run them slowly on CPU)")

@@ -1,14 +1,13 @@
 """Tests of the Triton kernels in Triton's interpreter, see tests/conftest.py."""
 
-import importlib.util
 import os
 
 import pytest
 import torch
 
-if not importlib.util.find_spec("triton") or (
-    torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
-):
+from vapt_fast.ops.device import triton_missing_reasons
+
+if triton_missing_reasons() or (torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"):
     collect_ignore_glob = ["test_*.py"]
 
 

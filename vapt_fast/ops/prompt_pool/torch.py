@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..autograd import differentiable_once
+from ..plan import is_watched
 from ..residual import add_residual
 from .op import Arguments
 
@@ -42,8 +43,10 @@ def compute(args: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     # PyTorch 2.8 exports no autograd.Function with dynamic sizes, and torch.jit.save knows none.
     if torch.compiler.is_exporting() or torch.jit.is_tracing():
         normed, pooled = _literal(inputs)
-    else:
+    elif torch.is_grad_enabled() or is_watched():
         normed, pooled, *_ = _PromptPool.apply(*inputs)
+    else:  # without what autograd.Function does in each call
+        normed, pooled, *_ = _pool(inputs)
     return total, normed.to(args.dtype), pooled
 
 
