@@ -468,7 +468,7 @@ def test_sweeps_with_lora_need_peft(root, tmp_path, monkeypatch):
         ({"train_shares": [0.0]}, r"train_share must be in \(0, 1\]"),
         ({"num_prompts": [-1], "methods": ["vapt"]}, "num_prompts must be at least 0"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"run": {"augment": "crop-flip"}}, "cache keeps every image"),
+        ({"run": {"augment": "crop-flip"}}, r"cache keeps every image .* \(--no-cache\)"),
         ({"run": {"colour": 1}}, "colour"),
         ({"run": {"recipe": {"momentun": 1}}}, "momentun"),
     ],
