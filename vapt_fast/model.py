@@ -167,13 +167,13 @@ class AdaptiveViT(AdapterModel):
         return (p for p in self.parameters() if p.requires_grad)
 
     def param_groups(self, weight_decay: float) -> list[dict[str, Any]]:
-        """Groups for an optimizer, as in the papers: everything decays but the head's bias.
+        """Groups for an optimizer, as in the papers: everything decays but the head's bias (all, of several).
 
         timm's own grouping exempts all 1-d parameters instead.
         """
         learned: Any = self.adapters.values()
-        biases = [getattr(head, "bias", None) for adapter in learned for head in adapter.heads()]
-        exempt = {id(bias) for bias in biases}
+        named = [of for adapter in learned for head in adapter.heads() for of in head.named_parameters()]
+        exempt = {id(parameter) for name, parameter in named if name.rpartition(".")[2] == "bias"}
         trainable = list(self.trainable_parameters())
         return [
             {"params": [p for p in trainable if id(p) not in exempt], "weight_decay": weight_decay},

@@ -6,6 +6,7 @@ from command import succeed
 
 from vapt_fast.cli import app
 from vapt_fast.cli.train_options import with_flags
+from vapt_fast.training.sweep.options import BACKBONE
 
 COMMANDS = typer.main.get_command(app).commands
 
@@ -24,6 +25,14 @@ def test_options_are_listed_by_panel_and_commands_with_a_sentence():
     places = [shown.index(f"\n{title}:\n") for title in ("Options", "Data", "Model", "Training", "Prompts")]
     assert places == sorted(places)
     assert succeed("--help").stdout.count(".\n") >= len(COMMANDS)
+
+
+def test_a_sweep_names_its_own_defaults(monkeypatch):
+    """And not those of train, where a protocol decides."""
+    monkeypatch.setenv("COLUMNS", "80")
+    options, training = succeed("sweep", "--help").stdout.split("\nData:\n")
+    assert BACKBONE in options
+    assert "default:" not in training
 
 
 @pytest.mark.parametrize(

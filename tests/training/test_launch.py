@@ -52,6 +52,17 @@ def test_every_process_does_its_part(tmp_path):
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"0": "2.0", "1": "2.0"}
 
 
+def start_method(folder):
+    (folder / os.environ["RANK"]).write_text(multiprocessing.get_start_method())
+
+
+def test_workers_are_started_as_those_of_any_process(tmp_path):
+    """Not spawned where others are not, which takes seconds."""
+    launch(start_method, tmp_path, processes=2)
+    usual = multiprocessing.get_context().get_start_method()
+    assert {path.read_text() for path in tmp_path.iterdir()} == {usual}
+
+
 FAULTS = [
     UserError("what went wrong"),
     KeyError("unexpected"),

@@ -227,6 +227,20 @@ def test_a_stopped_run_saves_the_same_adapter(tmp_path):
     load_model(tmp_path / "whole")
 
 
+def test_a_run_whose_checkpoint_is_cut_off_starts_anew_without_it(tmp_path):
+    """As the message says, which is that of a sweep too: all else that was given is there."""
+    run(options(), tmp_path / "whole")
+    stopped_run(tmp_path / "stopped")
+    checkpoint = tmp_path / "stopped" / "checkpoint.pt"
+    os.truncate(checkpoint, 5000)
+    with pytest.raises(UserError, match=r"checkpoint.pt is damaged .* remove it, and the run starts anew"):
+        resume(tmp_path / "stopped")
+    checkpoint.unlink()
+    resume(tmp_path / "stopped")
+    whole, anew = (read_weights(tmp_path / name) for name in ("whole", "stopped"))
+    assert all(torch.equal(whole[name], anew[name]) for name in whole)
+
+
 def rename_class(images):
     (images / "dark").rename(images / "zebra")  # the rows of the head would change places
 

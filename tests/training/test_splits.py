@@ -241,6 +241,23 @@ def test_bad_augmentations(options, message):
         Augmentation(**options)
 
 
+def test_what_is_drawn_for_an_image_does_not_depend_on_who_reads_it(config):
+    """Several workers and several processes get the images of one, and take nothing from its dropout."""
+    splits = digit_splits(config, 0, 20, Augmentation("auto-augment", random_erasing=0.5))
+    torch.manual_seed(0)
+    expected = rows_in_order(make_loader(splits.train, 6, shuffle_seed=3))
+    drawn = torch.rand(1)
+    assert torch.equal(drawn, torch.rand(1, generator=torch.Generator().manual_seed(0)))
+    assert rows_in_order(make_loader(splits.train, 6, shuffle_seed=3, workers=2)) == expected
+    parts = [make_loader(splits.train, 6, shuffle_seed=3, part=(i, 2)) for i in range(2)]
+    assert {row for part in parts for row in rows_in_order(part)} == set(expected)
+    assert not {*expected} & {*rows_in_order(make_loader(splits.train, 6, shuffle_seed=4))}
+
+
+def rows_in_order(loader):
+    return [image.numpy().tobytes() for images, _ in loader for image in images]
+
+
 def test_digits_can_be_augmented(config, digits):
     augmented = digit_splits(config, seed=0, num_train=20, augmentation=Augmentation("random-resized-crop"))
     assert len(augmented.train) == 20

@@ -16,9 +16,11 @@ from command import error_of, succeed
 from filelock import FileLock
 from peft_import import peft
 from suite_folders import fgvc_folder, vtab_folder
+from torch.utils.data import Subset, TensorDataset
 from training_cases import BACKBONE
 
 from vapt_fast.training import Trainer, UserError
+from vapt_fast.training.loader import make_loader
 from vapt_fast.training.sweep import PROTOCOLS, Places, SweepOptions, sweep, sweep_table, write_table
 from vapt_fast.training.sweep.engines import spread
 from vapt_fast.training.sweep.work import CLAIM_NAME, chosen_run, free_devices, is_finished, perform
@@ -386,6 +388,19 @@ def test_joblib_shares_a_sweep(whole, tmp_path):
 
 
 @pytest.mark.full
+def test_the_processes_of_joblib_have_workers_of_their_own():
+    """A process that reads images is started by one that joblib has started."""
+    pytest.importorskip("joblib")
+    data = Subset(TensorDataset(torch.zeros(4, 1), torch.arange(4)), range(4))
+
+    def read(size):
+        return [labels.tolist() for _, labels in make_loader(data, size, workers=1)]
+
+    batches = sorted(spread("joblib", read, [(2,), (4,)], jobs=2, gpu=False))
+    assert batches == [[[0, 1], [2, 3]], [[0, 1, 2, 3]]]
+
+
+@pytest.mark.full
 def test_processes_of_torchrun_share_a_sweep(whole, tmp_path):
     chosen, _, table = whole
     chosen.write(tmp_path)
@@ -453,7 +468,7 @@ def test_sweeps_with_lora_need_peft(root, tmp_path, monkeypatch):
         ({"train_shares": [0.0]}, r"train_share must be in \(0, 1\]"),
         ({"num_prompts": [-1], "methods": ["vapt"]}, "num_prompts must be at least 0"),
         ({"threads": 0}, "threads must be at least 1"),
-        ({"run": {"augment": "crop-flip"}}, "cache keeps every image"),
+        ({"run": {"augment": "crop-flip"}}, r"cache keeps every image .* \(--no-cache\)"),
         ({"run": {"colour": 1}}, "colour"),
         ({"run": {"recipe": {"momentun": 1}}}, "momentun"),
     ],

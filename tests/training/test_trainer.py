@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft_import import peft
+from torch import nn
 from torch.utils.data import TensorDataset
 from training_cases import BACKBONE, CLASSES, assert_same_training, make_model, recipes
 
@@ -85,6 +86,14 @@ def test_everything_decays_but_the_bias_of_the_head(method):
     assert (decayed["weight_decay"], exempt["weight_decay"]) == (0.3, 0.0)
     assert [p.shape for p in exempt["params"]] == [(CLASSES,)]
     assert len(decayed["params"]) + 1 == sum(p.requires_grad for p in model.parameters())
+
+
+def test_no_bias_of_a_head_of_several_layers_decays():
+    model = make_model()
+    model.head = nn.Sequential(nn.Linear(model.embed_dim, 7), nn.GELU(), nn.Linear(7, CLASSES))
+    decayed, exempt = model.param_groups(0.3)
+    assert [p.shape for p in exempt["params"]] == [(7,), (CLASSES,)]
+    assert len(decayed["params"]) + 2 == len(list(model.trainable_parameters()))
 
 
 @pytest.mark.parametrize(

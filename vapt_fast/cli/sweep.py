@@ -117,8 +117,9 @@ def sweep(
 ) -> None:
     """Compare methods on VTAB-1K and FGVC, by the protocol of a paper, and show the table.
 
-    Learning rates are chosen on validation images. The same command goes on with what was stopped, and
-    several at a time share the work, also from other machines that have the folder.
+    Learning rates are chosen on validation images. Options of training that are not given are the protocol's,
+    or as those of train; the backbone is vit_base_patch16_224.orig_in21k. The same command goes on with what
+    was stopped, and several at a time share the work, also from other machines that have the folder.
     """
     advice = f"Go on with: vapt-fast sweep --output {shlex.quote(str(output))}"
     with failures(advice, with_flags, begun=output / SWEEP_NAME):
@@ -156,7 +157,7 @@ def sweep(
         _show(result)
 
 
-sweep.__signature__ = with_run_options(sweep, _LEFT_OUT)  # type: ignore[attr-defined]  # typer reads it
+sweep.__signature__ = with_run_options(sweep, _LEFT_OUT, defaults=False)  # type: ignore[attr-defined]  # typer reads it
 
 
 def _devices(given: list[str] | None, engine: str) -> tuple[str, ...]:

@@ -31,15 +31,20 @@ ARGUMENTS: dict[str, tuple[type, Field]] = {
 _OTHER_NAMES = ", ".join(f"{kind} for {cls.method}" for kind, cls in KINDS.items() if kind != cls.method)
 
 
-def with_run_options(command: Callable, leave_out: Collection[str] = ()) -> inspect.Signature:
-    """Return the signature of ``command``, with ARGUMENTS but for some in place of its ``**given``."""
+def with_run_options(
+    command: Callable, leave_out: Collection[str] = (), *, defaults: bool = True
+) -> inspect.Signature:
+    """Return the signature of ``command``, with ARGUMENTS but for some in place of its ``**given``.
+
+    Without ``defaults`` the help names none: the command has others.
+    """
     signature = inspect.signature(command, eval_str=True)
     own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
-    added = [_parameter(name, *of) for name, of in ARGUMENTS.items() if name not in leave_out]
+    added = [_parameter(name, *of, defaults) for name, of in ARGUMENTS.items() if name not in leave_out]
     return signature.replace(parameters=[*own, *added])
 
 
-def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
+def _parameter(name: str, owner: type, option: Field, defaults: bool) -> inspect.Parameter:
     choices, default, help = option.metadata["choices"], option.default, option.metadata["help"]
     kind: Any = option.metadata["type"] or get_type_hints(owner)[option.name]
     if owner is PromptConfig and kind not in (bool, float, int):
@@ -51,9 +56,12 @@ def _parameter(name: str, owner: type, option: Field) -> inspect.Parameter:
     if choices:
         literal: Any = Literal[choices]
         kind = literal | None if default is None else literal
+    if not defaults:
+        help = help.partition(" (default: ")[0]
     described = typer.Option(
         *option.metadata["flags"],
         help=f"{help[0].upper()}{help[1:]}.",
+        show_default=defaults,
         rich_help_panel=option.metadata["panel"],
     )
     annotation = Annotated[kind, described]

@@ -50,14 +50,14 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} does not exist: there is nothing to resume") from error
     header = _PATTERN.match(content)
     if header is None:
-        raise UserError(f"{path} is damaged or no checkpoint; start again without --resume")
+        raise UserError(f"{path} is damaged or no checkpoint; remove it, and the run starts anew")
     version, digest = (part.decode() for part in header.groups())
     if version != __version__:
         raise UserError(
-            f"{path} was written by vapt_fast {version}, and this is {__version__}: resume with that "
-            "version, or start again without --resume"
+            f"{path} was written by vapt_fast {version}, and this is {__version__}: go on with that "
+            "version, or remove it, and the run starts anew"
         )
     content = content[header.end() :]
     if hashlib.sha256(content).hexdigest() != digest:
-        raise UserError(f"{path} is damaged (its sha256 differs); start again without --resume")
+        raise UserError(f"{path} is damaged (its sha256 differs); remove it, and the run starts anew")
     return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)

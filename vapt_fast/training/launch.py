@@ -24,7 +24,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from ..files import write_atomically
 from .errors import UserError
 
-__all__ = ["end_with", "launch"]
+__all__ = ["begin", "launch"]
 
 # They report each failure with tracebacks, and ``launch`` raises it.
 _LOGGERS = (
@@ -48,7 +48,7 @@ def launch(function: Callable[..., None], *arguments: Any, processes: int) -> No
         UserError: a process was ended from outside.
         Exception: the first that a process raised; the others are ended.
     """
-    with tempfile.TemporaryDirectory() as name, _own_signals(), _quiet(), _spawning():
+    with tempfile.TemporaryDirectory() as name, _own_signals(), _quiet():
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -79,7 +79,7 @@ def _call(parent: int, folder: Path, function: Callable[..., None], arguments: t
     """Call a function in a process of its own; leave what it raises in ``folder``."""
     # There is nothing to clean up: files are written whole or not at all.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    end_with(parent)
+    begin(parent)
     try:
         function(*arguments)
     except (Exception, SystemExit) as error:
@@ -106,12 +106,16 @@ def _first_error(folder: Path) -> tuple[Exception, str] | None:
     return min(raised, key=lambda of: of[0])[1:] if raised else None
 
 
-def end_with(parent: int) -> None:
-    """Let this process end as soon as its parent has, even in the middle of a call.
+def begin(parent: int) -> None:
+    """Begin a process that a library has started: it ends when its parent has, even in the middle of a call.
+
+    What it starts itself, such as workers that read images, it starts as any process does, and not in the way
+    in which it was started: spawned workers take seconds in each epoch, and those of joblib can't have any.
 
     Args:
         parent: number of the process that started this one.
     """
+    multiprocessing.set_start_method(None, force=True)
 
     def watch() -> None:
         while os.getppid() == parent:
@@ -139,20 +143,6 @@ def _own_signals() -> Iterator[None]:
                 signal.signal(number, handler)
     if received is not None:
         signal.raise_signal(received)
-
-
-@contextmanager
-def _spawning() -> Iterator[None]:
-    """Hide the start method of joblib's workers, which processes started by others don't know."""
-    method = multiprocessing.get_start_method(allow_none=True)
-    if method in (None, *multiprocessing.get_all_start_methods()):
-        yield
-        return
-    multiprocessing.set_start_method("spawn", force=True)
-    try:
-        yield
-    finally:
-        multiprocessing.set_start_method(method, force=True)
 
 
 @contextmanager

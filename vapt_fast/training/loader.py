@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from functools import partial
 from typing import Any, Protocol, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import (
@@ -20,7 +22,7 @@ from torch.utils.data import (
 
 from .errors import UserError
 
-__all__ = ["LabelledImages", "in_memory", "make_loader"]
+__all__ = ["LabelledImages", "in_memory", "make_loader", "seed_cpu"]
 
 
 class LabelledImages(Protocol):
@@ -57,12 +59,33 @@ class Batches:
             yield images, labels
 
 
-def _read(dataset: LabelledImages, indices: list[int]) -> Any:
-    """Return a batch, or the error of the first image in it that can't be read."""
+def seed_cpu(seed: int, index: int) -> int:
+    """Seed Python's, NumPy's and PyTorch's generators of the CPU by (seed, index), and return their seed."""
+    mixed = int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+    random.seed(mixed)
+    np.random.seed(mixed)
+    torch.default_generator.manual_seed(mixed)
+    return mixed
+
+
+def _read(dataset: LabelledImages, seed: int, indices: list[int]) -> Any:
+    """Return a batch, or the error of the first image in it that can't be read.
+
+    What is drawn for an image depends on (seed, index), and not on which process reads it, and after which.
+    """
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    items = []
     try:
-        return default_collate([dataset[index] for index in indices])
+        for index in indices:
+            seed_cpu(seed, index)
+            items.append(dataset[index])
     except UserError as error:
         return error
+    finally:  # dropout goes on with what it would have drawn
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+    return default_collate(items)
 
 
 class _Parts(Sampler[list[int]]):
@@ -93,7 +116,7 @@ def make_loader(
     Args:
         dataset: of (image, label).
         batch_size: images a batch; the last batch may have fewer.
-        shuffle_seed: of the order and of the workers' own randomness; None for the stored order.
+        shuffle_seed: of the order, and of what is drawn for each image; None for the stored order.
         workers: processes that read images; 0 reads in this one. Data in memory needs none.
         part: (i, n) for the images i, i + n, ... of each batch; its first, where there is none of these.
         device: where to put the batches; a GPU gets the next one behind what it is still computing.
@@ -104,8 +127,7 @@ def make_loader(
     sampler: Sampler[int] = SequentialSampler(dataset)
     if shuffle_seed is not None:
         sampler = RandomSampler(dataset, generator=torch.Generator().manual_seed(shuffle_seed))
-    # A generator of its own, for the workers: the order and the global generator stay out of it.
-    generator = torch.Generator().manual_seed((shuffle_seed or 0) + part[0])
+    generator = torch.Generator()  # of its own: the global one stays out of it
     batches: Sampler[list[int]] = BatchSampler(sampler, batch_size, drop_last=False)
     if part[1] > 1:
         batches = _Parts(cast(BatchSampler, batches), *part)
@@ -117,7 +139,7 @@ def make_loader(
         batch_sampler=batches,
         generator=generator,
         num_workers=workers,
-        collate_fn=partial(_read, dataset),
+        collate_fn=partial(_read, dataset, shuffle_seed or 0),
         pin_memory=torch.cuda.is_available(),
     )
     return Batches(loader, device)

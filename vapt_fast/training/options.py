@@ -177,8 +177,8 @@ class RunOptions:
                 raise UserError(f"{name} must be one of {choices}, got {value!r}")
         if self.augmentation.random and self.cache:
             raise UserError(
-                "cache keeps every image as it is first read: leave it out, or augment, color_jitter and "
-                "random_erasing"
+                "cache keeps every image as it is first read: turn it off (--no-cache), or leave out "
+                "augment, color_jitter and random_erasing"
             )
         if self.image_size is not None and self.image_size < 1:
             raise UserError(f"image_size must be at least 1, got {self.image_size}")

@@ -1,7 +1,7 @@
 """Data-parallel training by the processes of torchrun or ``launch``, each with its part of every batch.
 
 Gradients are added up after the backward pass, so a step is that of the whole batch in one process, but for
-dropout and augmentation, which every process draws by itself. Frozen weights may be spread over them.
+dropout, which every process draws by itself. Frozen weights may be spread over them.
 """
 
 from __future__ import annotations

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import random
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from . import parallel
-from .loader import LabelledImages, make_loader
+from .loader import LabelledImages, make_loader, seed_cpu
 from .loss import cross_entropy, num_right
 from .methods import param_groups, trained_state
 from .recipe import Recipe
@@ -168,10 +166,8 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
 
 def seed_everything(seed: int, epoch: int = 0) -> int:
     """Seed Python's, NumPy's and PyTorch's generators by (seed, epoch), and return the seed they got."""
-    mixed = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
-    random.seed(mixed)
-    np.random.seed(mixed)
-    torch.manual_seed(mixed)
+    mixed = seed_cpu(seed, epoch)
+    torch.manual_seed(mixed)  # of GPUs too
     return mixed
 
 

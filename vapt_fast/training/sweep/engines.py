@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from ..errors import UserError
-from ..launch import end_with
+from ..launch import begin
 
 __all__ = ["ENGINES", "spread"]
 
@@ -56,7 +56,7 @@ def _joblib(function: Callable[..., Any], calls: Iterable[tuple], jobs: int) -> 
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
     one_by_one = {"return_as": "generator_unordered", "pre_dispatch": jobs, "batch_size": 1}
-    parallel = joblib.Parallel(jobs, **one_by_one, initializer=end_with, initargs=(os.getpid(),))
+    parallel = joblib.Parallel(jobs, **one_by_one, initializer=begin, initargs=(os.getpid(),))
     try:
         yield from parallel(joblib.delayed(function)(*call) for call in calls)
     except TerminatedWorkerError as error:
