@@ -489,6 +489,29 @@ def test_another_sweep_or_other_data(whole, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("run", "message"),
+    [
+        ({"image_size": 33}, "image_size must be a multiple of the patch size"),
+        ({"prompts": {"conv_kernel": 99}}, "conv_kernel=99"),
+        ({"backbone": "vit_digit"}, "similar: vit_digits_patch4_32"),
+    ],
+)
+def test_what_suits_no_run_is_refused_before_the_sweep_begins(run, message, root, tmp_path):
+    chosen = options(root, methods=["vapt"])
+    with pytest.raises(UserError, match=message):
+        sweep(replace(chosen, run=chosen.run | run), tmp_path / "out", PLACES)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rates_that_are_nearly_the_same_are_runs_of_their_own(root):
+    chosen = options(
+        root, methods=["linear"], run={"base_lrs": [1.0, 1.0000001, 0.1], "weight_decays": [1e-4]}
+    )
+    names = [run.name.rpartition("/")[2] for run in chosen.cells()[0].candidates()]
+    assert names == ["lr-1-decay-0.0001", "lr-1.0000001-decay-0.0001", "lr-0.1-decay-0.0001"]
+
+
 def test_a_run_that_fails_is_named(root, tmp_path):
     vtab_folder(tmp_path, "svhn")
     (tmp_path / "svhn/images/test/000002.jpg").write_bytes(b"no image")

@@ -32,7 +32,7 @@ from .suites import find_data_set, is_suite_data
 from .task import find_task
 from .trainer import autocast, load_trained_state, seed_everything
 
-__all__ = ["run"]
+__all__ = ["check_backend", "check_options", "run"]
 
 
 def run(
@@ -115,6 +115,20 @@ def run(
         write_atomically(folder / RESULT_NAME, json.dumps(result, indent=2).encode())
         (folder / CHECKPOINT_NAME).unlink(missing_ok=True)
     return result
+
+
+def check_options(options: RunOptions) -> None:
+    """Check what shows without images, weights and devices: whether such a model can be made.
+
+    Raises:
+        UserError: it can't.
+    """
+    prompts = _prompts(options)
+    _data_config(options)
+    _check_image_size(options)
+    without_weights = replace(options, pretrained=False, weights=None)
+    with _user_errors(options), torch.device("meta"):
+        find_task(options.task).make_model(without_weights, 2, prompts)
 
 
 def check_backend(name: str | None, argument: str = "backend") -> None:

@@ -137,7 +137,7 @@ class Cell:
     @property
     def name(self) -> str:
         """The name of its folder within the sweep's."""
-        share = "" if self.share == 1 else f"-{self.share:g}"
+        share = "" if self.share == 1 else f"-{_digits(self.share)}"
         return f"runs/{self.data.replace(':', '-')}/{self.method}{share}"
 
     def candidates(self) -> list[Run]:
@@ -191,8 +191,14 @@ class Cell:
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
         places = "" if num_prompts is None else f"-prompts-{num_prompts}"
-        name = f"{self.name}/lr-{base_lr:g}-decay-{weight_decay:g}{places}"
+        name = f"{self.name}/lr-{_digits(base_lr)}-decay-{_digits(weight_decay)}{places}"
         return Run(name, options, last=False)
+
+
+def _digits(number: float) -> str:
+    """Return a number as short as it can be told from all others."""
+    short = f"{number:g}"
+    return short if float(short) == number else repr(number)
 
 
 def _has_prompts(method: str) -> bool:

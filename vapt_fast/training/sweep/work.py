@@ -27,9 +27,10 @@ from ..errors import DivergedError, UserError
 from ..inputs import INPUTS_NAME
 from ..launch import launch
 from ..lora import import_peft
-from ..methods import METHODS, check_backbone
+from ..methods import METHODS
 from ..options import RESULT_NAME, RunOptions
 from ..parallel import joined, rank, wait
+from ..run import check_options
 from ..run import run as train
 from ..search import CHECKPOINT_NAME
 from ..suites import open_data_set
@@ -317,10 +318,11 @@ def _check_inputs(cells: list[Cell]) -> None:
     """Check what would otherwise show when a sweep is half done."""
     if any(METHODS[cell.method].lora for cell in cells):
         import_peft()
-    options = {cell.data: cell.candidates()[0].options for cell in cells}
-    for chosen in options.values():
-        check_backbone(chosen.backbone)
+    first = [cell.candidates()[0].options for cell in cells]
+    for chosen in {options.data: options for options in first}.values():
         open_data_set(chosen.data, chosen.root, other_sizes=chosen.other_sizes)
+    for chosen in {(options.method, options.image_size): options for options in first}.values():
+        check_options(chosen)
 
 
 def _check_same(then: SweepOptions, now: SweepOptions, folder: Path) -> None:
