@@ -39,6 +39,7 @@ from vapt_fast.tasks.segmentation import (
     sliding_window,
 )
 from vapt_fast.tasks.segmentation.pictures import mask_picture, overlay, palette
+from vapt_fast.tasks.segmentation.task import TASK
 from vapt_fast.training import Recipe, RunOptions, Splits, UserError, load_model, search
 from vapt_fast.training.loss import cross_entropy, num_right
 from vapt_fast.training.options import DECODER_NAMES
@@ -618,6 +619,21 @@ def test_evaluation_counts_native_pixels(tmp_path, config):
     Image.new("L", (32, 32), 255).save(root / "masks" / "0.png")
     with pytest.raises(UserError, match="no pixel"):
         evaluate_pixels(Bright(), MaskedImages(files[:1], Preparation(config), 2), ["dark", "bright"])
+
+
+def test_nan_is_no_class():
+    """It is refused; in training it is never right, and its loss is what a search takes for diverged."""
+    images = torch.rand(2, 3, 32, 32)
+    images[1, :, 3, 4] = torch.nan
+    labels = torch.zeros(2, 32, 32, dtype=torch.int64)
+    data = torch.utils.data.TensorDataset(images, labels)
+    with pytest.raises(UserError, match="NaN"):
+        evaluate_pixels(Bright(), data, ["dark", "bright"])
+    score = TASK.evaluate(Bright(), data)
+    assert (score.accuracy, score.mean_iou) == (0, 0)
+    assert np.isnan(score.loss)
+    labels[1, 3, 4] = IGNORED
+    assert evaluate_pixels(Bright(), data, ["dark", "bright"]).num_images == labels.numel() - 1
 
 
 def test_validation_chooses_by_mean_iou():
