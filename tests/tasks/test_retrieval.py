@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from command import error_of, invoke, succeed
 from extras import needs
+from PIL import Image
 from tiny import randomize, tiny_images, tiny_model
 
 import vapt_fast.demo  # noqa: F401, gives timm the digits' backbone
@@ -178,8 +179,11 @@ def test_embedding_batches():
         embed(model, [])
 
 
-def test_features_of_pooled_prompts_are_refused():
+def test_features_of_pooled_prompts_are_refused(tmp_path):
     model = AdaptiveViT(BACKBONE, kind="deep", num_prompts=1, pool_prompts=True, global_pool="avg")
+    model.save_adapter(tmp_path / "adapter", include_backbone=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    assert "pool_prompts" in error_of("retrieve", tmp_path / "adapter", tmp_path, "--gallery", tmp_path)
     with pytest.raises(ValueError, match="pool_prompts"):
         image_features(model, torch.zeros(1, 3, 32, 32))
 
