@@ -494,6 +494,19 @@ def test_splits_of_a_folder(tmp_path, config):
         mask_splits(tmp_path, config, 0, num_train=6)
 
 
+def test_255_is_no_class(tmp_path, config):
+    """Of a class of this number, no pixel would be learned or counted."""
+    small_folder(tmp_path, [[0, 1], [2], [254]])
+    assert len(mask_splits(tmp_path, config, 0).class_names) == 255
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(255))))
+    assert len(mask_splits(tmp_path, config, 0).class_names) == 255
+    with pytest.raises(UserError, match="leaves 254"):
+        mask_splits(tmp_path, config, 0, reduce_zero_label=True)
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(256))))
+    with pytest.raises(UserError, match="has 256 classes"):
+        mask_splits(tmp_path, config, 0)
+
+
 @pytest.mark.parametrize("kind", ["images", "masks"])
 def test_no_image_is_dropped_for_another_of_its_name(tmp_path, config, kind):
     small_folder(tmp_path, [[0], [1], [2]])
