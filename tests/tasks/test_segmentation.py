@@ -38,7 +38,7 @@ from vapt_fast.tasks.segmentation import (
     open_mask,
     sliding_window,
 )
-from vapt_fast.tasks.segmentation.pictures import mask_picture, overlay, palette
+from vapt_fast.tasks.segmentation.pictures import mask_picture, overlay, palette, predict_labels
 from vapt_fast.tasks.segmentation.task import TASK
 from vapt_fast.training import Recipe, RunOptions, Splits, UserError, load_model, search
 from vapt_fast.training.loss import cross_entropy, num_right
@@ -754,6 +754,28 @@ def test_command_line_refuses(canvases, trained, tmp_path):
 
 
 # ---- pictures
+
+
+def test_a_large_picture_takes_memory_of_its_pixels_not_of_all_classes(config):
+    """Its labels are those of all logits at its size."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.numbers = max(self.numbers, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    model = nn.Conv2d(3, 50, 3, padding=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    picture, prepare = Image.fromarray(pixels).resize((500, 400)), Preparation(config)
+    with Largest() as largest:
+        labels = predict_labels(model, picture, prepare)
+    with torch.no_grad():
+        logits = sliding_window(model, prepare.image(picture)[None], prepare.size)
+    assert torch.equal(labels, F.interpolate(logits, (400, 500), mode="bilinear").argmax(1)[0])
+    assert largest.numbers < 5 * 400 * 500
 
 
 def test_pictures_show_the_labels():
