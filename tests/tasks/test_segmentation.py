@@ -776,6 +776,10 @@ def test_a_large_picture_takes_memory_of_its_pixels_not_of_all_classes(config):
         logits = sliding_window(model, prepare.image(picture)[None], prepare.size)
     assert torch.equal(labels, F.interpolate(logits, (400, 500), mode="bilinear").argmax(1)[0])
     assert largest.numbers < 5 * 400 * 500
+    with torch.no_grad():
+        model.bias[3] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        predict_labels(model, picture, prepare)
 
 
 def test_pictures_show_the_labels():

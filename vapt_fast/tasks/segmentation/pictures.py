@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ...training.errors import UserError
 from .data import Preparation
 from .decoders import resized
 from .model import Segmenter
@@ -30,6 +31,9 @@ def predict_labels(
         image: of any size, RGB.
         prepare: how images are prepared, of the model's size.
         batch_size: windows that the model gets at once.
+
+    Raises:
+        UserError: logits that are NaN.
     """
     tensor = prepare.image(image)[None].to(next(model.parameters()).device)
     logits = sliding_window(model, tensor, prepare.size, batch_size=batch_size).float()
@@ -40,6 +44,8 @@ def predict_labels(
         values = resized(one, highest.shape)[0, 0]
         labels[values > highest] = index
         highest = torch.maximum(highest, values)
+    if highest.isnan().any():
+        raise UserError("the model gives NaN for some pixels, which names no class")
     return labels.cpu()
 
 
