@@ -331,6 +331,17 @@ def test_predict_prints_probabilities(trained, digit_files):
         assert sum(entry["probability"] for entry in one["top"]) == pytest.approx(1, abs=1e-5)
 
 
+def test_predict_refuses_nan(tmp_path, digit_files):
+    """It names no class, and JSON doesn't have it."""
+    model = AdaptiveViT(BACKBONE, pretrained=True, num_classes=3, num_prompts=1)
+    with torch.no_grad():
+        model.head.bias[1] = torch.nan
+    model.save_adapter(tmp_path / "adapter")
+    assert "the model gives NaN for 20 of 20" in error_of(
+        "predict", tmp_path / "adapter", digit_files, "--json"
+    )
+
+
 def test_predict_names_the_files_that_are_no_images(trained, digit_files, tmp_path):
     good, notes, cut = digit_files / "00.png", tmp_path / "notes.png", tmp_path / "cut.png"
     notes.write_text("not an image")

@@ -1,5 +1,7 @@
 """``vapt-fast explain``, and the picture that it writes."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -47,6 +49,24 @@ def test_a_picture_of_every_kind(options, rows, digit, tmp_path):
     pixels = np.asarray(Image.open(output).convert("RGB"))
     assert pixels.shape[0] == pytest.approx((3.4 * rows + 0.4) * 150, abs=2)
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 200
+
+
+def test_long_names_and_reasons_stay_in_their_places(monkeypatch):
+    """Of kind "kv" there is no Grad-CAM, and its panel says why."""
+    from matplotlib.figure import Figure
+
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **given: drawn.append(self) or save(self, *args, **given)
+    )
+    names = [f"great white shark, white shark, man-eater, man-eating shark, number {i}" for i in range(5)]
+    explain.explain_picture(adapted(kind="kv"), digit_images([7])[0][0], class_names=names)
+    (figure,) = drawn
+    assert all(axes.get_position().width > 0.15 for axes in figure.axes)
+    titles = [axes.title.get_window_extent() for axes in figure.axes]
+    assert all(left.x1 < right.x0 for left, right in pairwise(titles))
+    above = figure._suptitle.get_window_extent()
+    assert 0 <= above.x0 < above.x1 <= figure.bbox.x1
 
 
 def test_the_target_decides_on_the_picture(digit, tmp_path):

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from command import error_of
+from small_adapters import timm_model
 from stacks import save_adapter
 
+from vapt_fast import AdaptiveViT
 from vapt_fast.serving import ServeOptions, token_digest
 from vapt_fast.serving.store import Store
 from vapt_fast.training import UserError
@@ -47,13 +49,16 @@ def without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         ["a={folder}", "--device", "nonsense"],
         ["a={folder}", "--backend", "nonsense"],
         ["a={folder}", "--host", "192.0.2.77"],  # of no machine
+        ["a={folder}", "b={shallow}"],
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: list[str]) -> None:
     folder, empty = tmp_path / "a", tmp_path / "empty"
     save_adapter(folder, 0)
     empty.write_text("\n")
-    filled = [argument.format(folder=folder, empty=empty) for argument in arguments]
+    shallow = tmp_path / "shallow"
+    AdaptiveViT(timm_model(), kind="shallow", num_prompts=2).save_adapter(shallow)
+    filled = [argument.format(folder=folder, empty=empty, shallow=shallow) for argument in arguments]
     error_of(
         "serve", *filled, "--store", tmp_path / "store", code=1 if "{folder}/missing" in arguments else 2
     )

@@ -141,15 +141,20 @@ def rollout_by_definition(model, images, spread):
                 ]
             )
             product = mixing if product is None else mixing @ product
-        row = product[0] if model.global_pool == "token" else product[prefix:].mean(0)
-        result.append(row[prefix:].reshape(model.grid))
+        pooled = range(1 + hasattr(model.backbone, "dist_token"))
+        rows = product[pooled] if model.global_pool == "token" else product[prefix:]
+        result.append(rows.mean(0)[prefix:].reshape(model.grid))
     return torch.stack(result)
 
 
 @pytest.mark.parametrize("prompts", ["spread", "drop"])
-@pytest.mark.parametrize("name", [VIT, "beit_base_patch16_224", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize(
+    "name",
+    [VIT, "beit_base_patch16_224", "vit_base_patch16_siglip_224", "deit_tiny_distilled_patch16_224"],
+)
 def test_rollout_is_its_definition(name, prompts):
     model = tiny_model(name)
+    model.backbone.norm.register_forward_hook(lambda *_: None)  # somebody looks at the features
     images = tiny_images(model)
     found = explain.rollout(model, images, prompts=prompts)
     assert_same({"map": found}, {"map": rollout_by_definition(model, images, prompts == "spread")})

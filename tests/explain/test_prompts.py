@@ -163,6 +163,17 @@ def test_maps_are_of_the_right_patches(conv):
         assert ((found > 0).flatten(2).sum(2) == reach).all()
 
 
+def test_maps_of_a_model_in_16_bits():
+    """The sums over positions are in float32, whatever the weights are in."""
+    model = model_of()
+    images = tiny_images(model)
+    expected = explain.prompt_maps(model, images)[1].float()
+    found = explain.prompt_maps(model.bfloat16(), images.bfloat16())[1]
+    torch.testing.assert_close(found, expected, atol=0.05 * expected.max().item(), rtol=0)
+    parts = explain.pooled_contributions(model, images.bfloat16(), 1)
+    assert parts.patches.dtype == torch.float32
+
+
 def test_other_prompts_have_no_maps():
     model = model_of("deep")
     images = tiny_images(model)

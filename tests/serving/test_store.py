@@ -7,9 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from small_adapters import timm_model
+from stacks import save_adapter
 
-from vapt_fast.serving import Refusal
+from vapt_fast import AdaptiveViT
+from vapt_fast.serving import Refusal, ServeOptions
 from vapt_fast.serving import store as module
+from vapt_fast.serving.engine import add_adapters, make_stack
 from vapt_fast.serving.store import FILE_NAMES, Store, check_name, files_below, read_files
 
 
@@ -150,3 +154,18 @@ def test_the_files_of_a_version_are_written_whole(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="no space"):
         store.add(files("1"))
     assert not any((tmp_path / "versions").iterdir())
+
+
+def test_an_adapter_that_cant_be_served_does_not_keep_a_server_from_starting(tmp_path: Path) -> None:
+    first, other, odd = (tmp_path / name for name in ("first", "other", "odd"))
+    save_adapter(first, 0, include_backbone=True)
+    AdaptiveViT(timm_model(), num_classes=3, kind="deep", num_prompts=4).save_adapter(other)
+    AdaptiveViT(timm_model(), num_classes=3, kind="shallow", num_prompts=9).save_adapter(odd)
+    store = Store(tmp_path / "store")
+    add_adapters(tmp_path / "store", {"odd": str(odd), "other": str(other), "first": str(first)})
+    store.publish("gone", store.add(files("1")))
+    stack = make_stack(ServeOptions(first=str(first), store=tmp_path / "store", capacity=2, max_classes=3))
+    for folder in (first, other):
+        stack.load_adapter(folder, name=folder.name)
+    with pytest.raises(ValueError, match="kind 'shallow'"):
+        stack.load_adapter(odd, name="odd")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from command import error_of, invoke, succeed
 from extras import needs
+from PIL import Image
 from tiny import randomize, tiny_images, tiny_model
 
 import vapt_fast.demo  # noqa: F401, gives timm the digits' backbone
@@ -74,6 +75,25 @@ def test_image_retrieval_equals_a_count(ties, chunk_size, itself):
     assert score.mean_average_precision == pytest.approx(sum(precisions) / len(precisions))
     assert score.num_queries == len(precisions)
     assert 0 < score.recall[1] < 1
+
+
+def test_equal_pictures_tie_whatever_the_chunks():
+    """In float32, a product of matrices may give the columns of equal items different last bits."""
+    items = features(7, width=90).float().repeat(5, 1)
+    queries, labels, gallery_labels = (
+        features(35, width=90, seed=1).float(),
+        torch.arange(35),
+        torch.arange(35),
+    )
+    scores = [
+        image_retrieval(queries, labels, items, gallery_labels, ks=[1, 3, 10], chunk_size=size)
+        for size in (1, 7, 35)
+    ]
+    ranks = [ranking(query, items.double()).index(index) for index, query in enumerate(queries.double())]
+    expected = {k: sum(rank < k for rank in ranks) / 35 for k in (1, 3, 10)}
+    assert [score.recall for score in scores] == [expected] * 3
+    precision = sum(1 / (rank + 1) for rank in ranks) / 35
+    assert [score.mean_average_precision for score in scores] == pytest.approx([precision] * 3)
 
 
 @pytest.mark.parametrize(
@@ -159,8 +179,11 @@ def test_embedding_batches():
         embed(model, [])
 
 
-def test_features_of_pooled_prompts_are_refused():
+def test_features_of_pooled_prompts_are_refused(tmp_path):
     model = AdaptiveViT(BACKBONE, kind="deep", num_prompts=1, pool_prompts=True, global_pool="avg")
+    model.save_adapter(tmp_path / "adapter", include_backbone=True)
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    assert "pool_prompts" in error_of("retrieve", tmp_path / "adapter", tmp_path, "--gallery", tmp_path)
     with pytest.raises(ValueError, match="pool_prompts"):
         image_features(model, torch.zeros(1, 3, 32, 32))
 

@@ -38,7 +38,8 @@ from vapt_fast.tasks.segmentation import (
     open_mask,
     sliding_window,
 )
-from vapt_fast.tasks.segmentation.pictures import mask_picture, overlay, palette
+from vapt_fast.tasks.segmentation.pictures import mask_picture, overlay, palette, predict_labels
+from vapt_fast.tasks.segmentation.task import TASK
 from vapt_fast.training import Recipe, RunOptions, Splits, UserError, load_model, search
 from vapt_fast.training.loss import cross_entropy, num_right
 from vapt_fast.training.options import DECODER_NAMES
@@ -493,6 +494,19 @@ def test_splits_of_a_folder(tmp_path, config):
         mask_splits(tmp_path, config, 0, num_train=6)
 
 
+def test_255_is_no_class(tmp_path, config):
+    """Of a class of this number, no pixel would be learned or counted."""
+    small_folder(tmp_path, [[0, 1], [2], [254]])
+    assert len(mask_splits(tmp_path, config, 0).class_names) == 255
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(255))))
+    assert len(mask_splits(tmp_path, config, 0).class_names) == 255
+    with pytest.raises(UserError, match="leaves 254"):
+        mask_splits(tmp_path, config, 0, reduce_zero_label=True)
+    (tmp_path / "classes.txt").write_text("\n".join(map(str, range(256))))
+    with pytest.raises(UserError, match="has 256 classes"):
+        mask_splits(tmp_path, config, 0)
+
+
 @pytest.mark.parametrize("kind", ["images", "masks"])
 def test_no_image_is_dropped_for_another_of_its_name(tmp_path, config, kind):
     small_folder(tmp_path, [[0], [1], [2]])
@@ -620,6 +634,21 @@ def test_evaluation_counts_native_pixels(tmp_path, config):
         evaluate_pixels(Bright(), MaskedImages(files[:1], Preparation(config), 2), ["dark", "bright"])
 
 
+def test_nan_is_no_class():
+    """It is refused; in training it is never right, and its loss is what a search takes for diverged."""
+    images = torch.rand(2, 3, 32, 32)
+    images[1, :, 3, 4] = torch.nan
+    labels = torch.zeros(2, 32, 32, dtype=torch.int64)
+    data = torch.utils.data.TensorDataset(images, labels)
+    with pytest.raises(UserError, match="NaN"):
+        evaluate_pixels(Bright(), data, ["dark", "bright"])
+    score = TASK.evaluate(Bright(), data)
+    assert (score.accuracy, score.mean_iou) == (0, 0)
+    assert np.isnan(score.loss)
+    labels[1, 3, 4] = IGNORED
+    assert evaluate_pixels(Bright(), data, ["dark", "bright"]).num_images == labels.numel() - 1
+
+
 def test_validation_chooses_by_mean_iou():
     """Of two candidates, the one with the higher mean IoU wins, though its pixels are less often right."""
     from vapt_fast.training.evaluation import Score
@@ -725,6 +754,32 @@ def test_command_line_refuses(canvases, trained, tmp_path):
 
 
 # ---- pictures
+
+
+def test_a_large_picture_takes_memory_of_its_pixels_not_of_all_classes(config):
+    """Its labels are those of all logits at its size."""
+
+    class Largest(TorchDispatchMode):
+        numbers = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            self.numbers = max(self.numbers, result.numel() if isinstance(result, torch.Tensor) else 0)
+            return result
+
+    model = nn.Conv2d(3, 50, 3, padding=1)
+    pixels = np.random.default_rng(0).integers(0, 256, (80, 100, 3), dtype=np.uint8)
+    picture, prepare = Image.fromarray(pixels).resize((500, 400)), Preparation(config)
+    with Largest() as largest:
+        labels = predict_labels(model, picture, prepare)
+    with torch.no_grad():
+        logits = sliding_window(model, prepare.image(picture)[None], prepare.size)
+    assert torch.equal(labels, F.interpolate(logits, (400, 500), mode="bilinear").argmax(1)[0])
+    assert largest.numbers < 5 * 400 * 500
+    with torch.no_grad():
+        model.bias[3] = torch.nan
+    with pytest.raises(UserError, match="NaN"):
+        predict_labels(model, picture, prepare)
 
 
 def test_pictures_show_the_labels():

@@ -106,6 +106,8 @@ def _predict(
     for names, images in readable_batches(paths, metadata["data_config"], batch_size, errors):
         with torch.inference_mode():
             probabilities = model(images.to(device)).float().softmax(1)
+        if unknown := int(probabilities.isnan().any(1).sum()):
+            raise UserError(f"the model gives NaN for {unknown} of {len(names)} images, which names no class")
         best = probabilities.topk(min(top, len(class_names)), dim=1)
         for name, values, indices in zip(names, best.values.tolist(), best.indices.tolist(), strict=True):
             classes = [

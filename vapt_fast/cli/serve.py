@@ -18,6 +18,7 @@ import typer
 
 from ..adapters.file import read
 from ..adapters.hub import local_folder
+from ..prompts.base import KINDS
 from ..serving import Refusal, ServeOptions, token_digest
 from ..serving.engine import add_adapters, check_installed, start, stop
 from ..serving.store import check_name
@@ -118,6 +119,11 @@ def _classes_of(folder: str) -> int:
     file = read(local_folder(folder))
     if SEGMENTATION in file.config["metadata"]:
         raise UserError(f"{folder} is for segmentation, and the server names the class of images")
+    if file.prompts.pool_prompts or KINDS[file.prompts.kind].travels:
+        raise UserError(
+            f"{folder} has prompts that can't share a batch with another adapter's: of kind "
+            f"{file.prompts.kind!r}, pool_prompts={file.prompts.pool_prompts}"
+        )
     return file.num_classes
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import choice
-from ..backbones import num_pooled_rows
+from ..backbones.base import family_of
 from ..backbones.blocks import StandardBlock, fallback_reason, standard_block
 from ..forward.reference import attention_inputs
 from ..prompts import KeysValues
@@ -101,7 +101,8 @@ def rollout(model: AdaptiveViT, images: Tensor, *, prompts: str = "spread") -> T
 
     Returns:
         (B, H, W) over the patch grid, in float32 at least: shares, without those of the prefix tokens. They
-        are the first token's where the model pools that, else the mean of the patches'.
+        are the first token's where the model pools that (of a distilled one, the mean of both), else the
+        mean of the patches'.
 
     Raises:
         ValueError: another word for ``prompts``.
@@ -122,6 +123,6 @@ def rollout(model: AdaptiveViT, images: Tensor, *, prompts: str = "spread") -> T
         mixing = 0.5 * mixing + 0.5 * torch.eye(mixing.shape[-1], dtype=mixing.dtype, device=mixing.device)
         shares = mixing if shares is None else mixing @ shares
     assert shares is not None  # a backbone has blocks
-    pools_first = num_pooled_rows(model.backbone) == 1
-    rows = shares[:, 0] if pools_first else shares[:, num_prefix:].mean(1)
-    return rows[:, num_prefix:].unflatten(1, model.grid)
+    pooled = family_of(model.backbone).num_pooled_rows(model.backbone)
+    rows = shares[:, num_prefix:] if pooled is None else shares[:, :pooled]
+    return rows.mean(1)[:, num_prefix:].unflatten(1, model.grid)

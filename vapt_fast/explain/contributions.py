@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..prompts import AdaptivePrompts
@@ -115,4 +116,5 @@ def _linear_parts(index: int, prompts: AdaptivePrompts, inputs: BlockInputs) -> 
     dtype = torch.promote_types(matrix.dtype, inputs.tokens.dtype)
     patches = inputs.tokens[:, -matrix.shape[1] :].to(dtype)
     with torch.autocast(patches.device.type, enabled=False):
-        return matrix.to(dtype), prompts.norm(patches)
+        weight, bias = prompts.norm.weight.to(dtype), prompts.norm.bias.to(dtype)
+        return matrix.to(dtype), F.layer_norm(patches, patches.shape[-1:], weight, bias, prompts.norm.eps)

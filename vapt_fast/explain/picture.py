@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Sequence
+from textwrap import fill
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,7 @@ __all__ = ["explain_picture"]
 
 _COLUMNS = 4
 _NUM_CLASSES = 5  # in the bars
+_LINE = 40  # characters above or in a panel; what is wider makes the others narrow, or runs over them
 
 
 @torch.no_grad()
@@ -86,13 +88,14 @@ def explain_picture(
         one.set_axis_off()
     axes[0, 0].imshow(pixels)
     axes[0, 0].set_title("image", fontsize=10)
-    figure.suptitle("   ".join(_likeliest(probabilities[0], names)), fontsize=11, parse_math=False)
+    likeliest = fill("   ".join(_likeliest(probabilities[0], names)), 3 * _LINE)
+    figure.suptitle(likeliest, fontsize=11, parse_math=False)
     for one, (title, make) in zip([*axes[0, 1:], *axes[1:].flat], [*panels, *shaping], strict=False):
-        one.set_title(title, fontsize=10, parse_math=False)  # names may have a "$"
+        one.set_title(fill(title, _LINE), fontsize=10, parse_math=False)  # names may have a "$"
         try:
             heat = normalise(make())[0]
         except NotImplementedError as error:
-            one.text(0.5, 0.5, str(error), ha="center", va="center", fontsize=7, wrap=True)
+            one.text(0.5, 0.5, fill(str(error), _LINE), ha="center", va="center", fontsize=7)
         else:
             _draw(one, pixels, heat)
     content = io.BytesIO()

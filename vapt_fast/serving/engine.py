@@ -9,6 +9,7 @@ import os
 import sys
 import urllib.request
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,10 @@ def add_adapters(store: Path, folders: Mapping[str, str]) -> None:
 
 
 def make_stack(options: ServeOptions) -> AdapterStack:
-    """Return a stack on the backbone of the first adapter, for prompts as in all adapters of the store."""
+    """Return a stack on the backbone of the first adapter, for prompts as in all adapters of the store.
+
+    An adapter of the store that can't be served is passed over: who asks for it is told why.
+    """
     model = AdaptiveViT.from_adapter(
         options.first,
         backbone=options.backbone,
@@ -164,9 +168,11 @@ def make_stack(options: ServeOptions) -> AdapterStack:
     store = Store(options.store)
     prompts: list[PromptConfig] = []
     for version in store.versions().values():
-        config = read(store.folder(version)).prompts
-        if config not in prompts:
-            prompts.append(config)
+        with suppress(TypeError, ValueError, NotImplementedError):  # an AdapterError is a ValueError
+            config = read(store.folder(version)).prompts
+            if config not in prompts:
+                AdapterStack(model, capacity=1, prompts=config)
+                prompts.append(config)
     return AdapterStack(
         model, capacity=options.capacity, prompts=prompts or None, max_classes=options.max_classes
     )

@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class DivergedError(UserError):
-    """Training diverged with every recipe: the losses are no longer finite numbers."""
+    """Training diverged: the losses, or what the model gives, are no longer finite numbers."""
 
 
 def printable(text: str | os.PathLike[str]) -> str:

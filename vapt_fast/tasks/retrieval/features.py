@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...model import AdaptiveViT
+from ...training.errors import UserError
 from ...training.trainer import autocast
 
 __all__ = ["embed", "image_features"]
@@ -26,10 +27,10 @@ def image_features(model: nn.Module, images: Tensor) -> Tensor:
         images: (B, C, height, width), as the model takes them.
 
     Raises:
-        ValueError: a model whose head reads the prompts too (``pool_prompts``).
+        UserError: a model whose head reads the prompts too (``pool_prompts``).
     """
     if isinstance(model, AdaptiveViT) and model.config.pool_prompts:
-        raise ValueError("pool_prompts=True: the head reads prompts too, which are no features of the image")
+        raise UserError("pool_prompts=True: the head reads prompts too, which are no features of the image")
     timm_model = cast(Any, model)
     pooled = timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
     return F.normalize(pooled.to(torch.promote_types(pooled.dtype, torch.float32)), dim=-1)

@@ -175,10 +175,15 @@ def _check_same_width(first: Tensor, second: Tensor, *names: str) -> None:
 
 
 def _chunks(queries: Tensor, items: Tensor, chunk_size: int) -> Iterator[tuple[int, Tensor]]:
-    """Yield the index of a first query, and the similarities (c, N) of the queries from there on."""
+    """Yield the index of a first query, and the similarities (c, N) of the queries from there on.
+
+    A sum of products is rounded otherwise at another place of a matrix, and in one of another size. In
+    float64, and then rounded to what the features are, equal items are equally similar, whatever the chunks.
+    """
     size = integer("chunk_size", chunk_size, minimum=1)
+    dtype, items = torch.promote_types(items.dtype, torch.float32), items.double()
     for start in range(0, len(queries), size):
-        yield start, queries[start : start + size] @ items.T
+        yield start, (queries[start : start + size].double() @ items.T).to(dtype)
 
 
 def _first_ranks(similarity: Tensor, relevant: Tensor) -> Tensor:

@@ -211,7 +211,8 @@ def mask_splits(
         reduce_zero_label: see MaskedImages.
 
     Raises:
-        UserError: folders or masks that are missing, too few images, or masks without classes.
+        UserError: folders or masks that are missing, too few images, masks without classes, or more
+            classes than the numbers below 255 tell apart.
     """
     root = Path(root)
     found = {split: _pairs(root, split) for split in SPLIT_FOLDERS}
@@ -298,4 +299,10 @@ def _class_names(root: Path, train: list[tuple[Path, Path]], reduce_zero_label: 
         names = [str(number) for number in range(largest + 1)]
     if not names or len(set(names)) < len(names):
         raise UserError(f"{printable(listed)} must name each class once, one a line, got {names}")
+    most = _UNLABELLED - int(reduce_zero_label)
+    if len(names) > most:
+        raise UserError(
+            f"{printable(root)} has {len(names)} classes, and {_UNLABELLED} in a mask is no label, which "
+            f"leaves {most}: merge the rarest"
+        )
     return tuple(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from ...config import PromptConfig
-from ...training.errors import UserError
+from ...training.errors import DivergedError, UserError
 from ...training.evaluation import Score
 from ...training.images import check_images
 from ...training.loader import LabelledImages, make_loader
@@ -70,9 +71,12 @@ class Segmentation:
         )
 
     def evaluate(self, model: nn.Module, dataset: LabelledImages, **options: Any) -> Score:
-        """Return the accuracy of the pixels, the loss and the mean IoU."""
+        """Return the accuracy of the pixels, the loss and the mean IoU; a loss of NaN for a model of NaN."""
         size = cast(Segmenter, model).num_classes
-        found = evaluate_pixels(model, dataset, [str(index) for index in range(size)], **options)
+        try:
+            found = evaluate_pixels(model, dataset, [str(index) for index in range(size)], **options)
+        except DivergedError:
+            return Score(0.0, math.nan, 0.0)
         return Score(found.accuracy, found.loss, found.mean_iou)
 
     def metadata(self, options: RunOptions) -> dict[str, Any]:
@@ -116,6 +120,7 @@ def evaluate_pixels(
         progress: told how many images are done, of how many.
 
     Raises:
+        DivergedError: the model gives NaN or infinite numbers for pixels that have a label.
         UserError: an image or mask that can't be used.
     """
     device = torch.device(device)
@@ -130,6 +135,8 @@ def evaluate_pixels(
         logits = resized(logits.float(), labels.shape[-2:])
         pixels = int((labels != IGNORED).sum())
         loss += cross_entropy(logits, labels).item() * pixels
+        if math.isnan(loss):
+            raise DivergedError("the model gives NaN or infinities for some pixels, which name no class")
         num_pixels += pixels
         confusion += confusion_matrix(logits.argmax(1), labels, len(class_names)).cpu()
         if progress is not None:
