@@ -74,6 +74,8 @@ class Service:
         )  # by version, the least recently used first
         self._requests: Counter[str] = Counter()  # that need a version in memory
         self._loading = asyncio.Lock()
+        self._leaving: str | None = None  # the version that makes room, when its last request is answered
+        self._released = asyncio.Event()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._model_thread = ThreadPoolExecutor(1, "model")
         self._decoders = ThreadPoolExecutor(max(1, os.cpu_count() or 1), "decode")
@@ -90,6 +92,9 @@ class Service:
         Raises:
             Refusal: there is none of this name, or it can't be loaded.
         """
+        return await self._to_its_end(self._describe(name))
+
+    async def _describe(self, name: str) -> dict[str, Any]:
         async with self._version(name) as (version, adapter):
             return _named(name, version) | _summary(adapter.info)
 
@@ -99,7 +104,6 @@ class Service:
         Raises:
             Refusal: no such adapter, or an image that can't be read.
         """
-        # A client that goes away must not take an adapter from a batch that its image is in.
         return await self._to_its_end(self._predict(content, name, top))
 
     async def _predict(self, content: bytes, name: str, top: int) -> dict[str, Any]:
@@ -125,6 +129,11 @@ class Service:
             Refusal: a wrong name, or an adapter that is damaged or does not fit.
         """
         check_name(name)
+        return await self._to_its_end(self._put(name, files, folder))
+
+    async def _put(
+        self, name: str, files: Mapping[str, bytes] | None, folder: str | None
+    ) -> tuple[dict[str, Any], bool]:
         if files is None:
             if self.options.root is None or folder is None:
                 raise Refusal(403, "this server loads no folders: it was started without --root")
@@ -134,7 +143,7 @@ class Service:
             await asyncio.to_thread(self._check_files, self._store.folder(version))
             await self._pin(version)
         except (AdapterError, Refusal) as error:
-            if isinstance(error, AdapterError):  # and not because the server is busy
+            if isinstance(error, AdapterError):
                 await asyncio.to_thread(self._store.discard, version)
             raise _refusal(error) from error
         try:
@@ -225,39 +234,55 @@ class Service:
 
     async def _pin(self, version: str) -> None:
         """Keep a version in memory until ``_release``, and load it first if it is not there."""
-        self._requests[version] += 1
-        try:
-            if version not in self._in_memory:
-                # A client that goes away must not leave the stack half changed.
-                await self._to_its_end(self._load(version))
-        except BaseException:
-            self._release(version)
-            raise
+        if version in self._in_memory and version != self._leaving:
+            self._requests[version] += 1
+        else:
+            await self._load(version)
         self._in_memory.move_to_end(version)
 
     def _release(self, version: str) -> None:
         self._requests[version] -= 1
         if not self._requests[version]:
             del self._requests[version]
+            self._released.set()
 
     def _to_its_end(self, work: Coroutine[Any, Any, Result]) -> Awaitable[Result]:
-        """What can be awaited for the result of ``work``, which goes on if that is cancelled."""
+        """What can be awaited for the result of ``work``, which goes on if that is cancelled.
+
+        A client that goes away must not leave the stack half changed, nor take an adapter from a batch that
+        its image is in.
+        """
         task = asyncio.ensure_future(work)
         self._tasks.add(task)  # the loop alone would not keep it
         task.add_done_callback(self._tasks.discard)
         return asyncio.shield(task)
 
     async def _load(self, version: str) -> None:
+        """Count a request of a version, which is loaded if it is not in memory; one comes after the other."""
         async with self._loading:
-            if version in self._in_memory:
-                return
-            if len(self._in_memory) >= self.options.capacity:
-                unused = next((known for known in self._in_memory if not self._requests[known]), None)
-                if unused is None:
-                    raise Refusal(503, "all adapters in memory are in use; try again, or raise --capacity")
-                del self._in_memory[unused]
-                await _in(self._model_thread, self._stack.delete_adapter, unused)
-            self._in_memory[version] = await _in(self._model_thread, self._read, version)
+            if version not in self._in_memory:
+                if len(self._in_memory) >= self.options.capacity:
+                    await self._make_room()
+                self._in_memory[version] = await _in(self._model_thread, self._read, version)
+            self._requests[version] += 1
+
+    async def _make_room(self) -> None:
+        """Drop the version whose last request is longest ago, at best one that nobody needs.
+
+        One that is needed gets no further requests until those that it has are answered: these queue for
+        loading it again, so that no adapter keeps the others out, however many ask for it.
+        """
+        unused = (known for known in self._in_memory if not self._requests[known])
+        oldest = next(unused, next(iter(self._in_memory)))
+        self._leaving = oldest
+        try:
+            while self._requests[oldest]:
+                self._released.clear()
+                await self._released.wait()
+        finally:
+            self._leaving = None
+        del self._in_memory[oldest]
+        await _in(self._model_thread, self._stack.delete_adapter, oldest)
 
     def _read(self, version: str) -> _Loaded:
         try:
