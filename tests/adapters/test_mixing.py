@@ -374,6 +374,7 @@ def on_fake_gpu(model):
     return copy.deepcopy(model, fakes)
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8"), reason="its fake GPU tensors need a driver")
 @pytest.mark.parametrize("others", [{}, OTHERS], ids=["together", "in groups"])
 def test_nothing_waits_for_a_gpu(others):
     """Who has which adapter gets there behind what the GPU is still computing."""

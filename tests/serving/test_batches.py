@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import cast
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -14,6 +15,7 @@ from vapt_fast.serving.options import ServeOptions
 from vapt_fast.serving.service import Item, Service
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.8"), reason="its fake GPU tensors need a driver")
 def test_batches_on_a_gpu_have_few_sizes(tmp_path: Path) -> None:
     """As many as a model has CUDA graphs; each image still gets its own answer."""
     sizes = set()

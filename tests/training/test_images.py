@@ -4,6 +4,7 @@ import struct
 import warnings
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageCms
@@ -126,7 +127,12 @@ WHITE = (255, 255, 255)
         (plain("RGBA", (0, 0, 0, 51)), "png", {}, (204, 204, 204)),
         (plain("CMYK", (255, 0, 0, 0)), "jpg", {}, (0, 255, 255)),
         (plain("CMYK", (255, 0, 0, 0)), "tif", {}, (0, 255, 255)),
-        (plain("YCbCr", (128, 128, 128)), "tif", {}, (128, 128, 128)),
+        pytest.param(
+            *(plain("YCbCr", (128, 128, 128)), "tif", {}, (128, 128, 128)),
+            marks=pytest.mark.skipif(
+                PIL.__version__ < "13", reason="Pillow 12 can't read what it has written"
+            ),
+        ),
         (lab((200, 30, 60)), "tif", {}, (200, 30, 60)),
         (palette(1), "png", {}, (0, 240, 0)),
         (palette(1), "png", {"transparency": 1}, WHITE),

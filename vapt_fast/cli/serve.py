@@ -21,7 +21,7 @@ from ..adapters.hub import local_folder
 from ..prompts.base import KINDS
 from ..serving import Refusal, ServeOptions, token_digest
 from ..serving.engine import add_adapters, check_installed, start, stop
-from ..serving.store import check_name
+from ..serving.store import check_name, not_finite
 from ..training import UserError
 from ..training.run import check_backend
 from ..training.saved import SEGMENTATION
@@ -124,6 +124,8 @@ def _classes_of(folder: str) -> int:
             f"{folder} has prompts that can't share a batch with another adapter's: of kind "
             f"{file.prompts.kind!r}, pool_prompts={file.prompts.pool_prompts}"
         )
+    if problems := not_finite(file.tensors):
+        raise UserError(f"{folder} can't be served: {'; '.join(problems)}")
     return file.num_classes
 
 

@@ -27,7 +27,7 @@ from ..adapters.stack import AdapterInfo, AdapterStack
 from .images import decode
 from .options import ServeOptions
 from .refusal import Refusal
-from .store import Store, check_name, files_below
+from .store import Store, check_name, files_below, not_finite
 
 __all__ = ["Item", "Service", "filled_size"]
 
@@ -164,11 +164,7 @@ class Service:
     def _check_files(self, folder: Path) -> None:
         """Raise AdapterError for files that are damaged, of two adapters, too large, or have NaN."""
         adapter = read(folder)
-        problems = [
-            f"{name} has NaN or infinite numbers"
-            for name, tensor in adapter.tensors.items()
-            if not torch.isfinite(tensor).all()
-        ]
+        problems = not_finite(adapter.tensors)
         for name, value in asdict(adapter.prompts).items():
             numbers = value if isinstance(value, (list, tuple)) else [value]
             if any(isinstance(number, int) and number > MOST for number in numbers):

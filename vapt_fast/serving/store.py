@@ -23,11 +23,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from ..adapters import CONFIG_NAME, WEIGHTS_NAME
 from ..files import write_atomically, write_files
 from .refusal import Refusal
 
-__all__ = ["FILE_NAMES", "Store", "check_name", "files_below", "read_files"]
+__all__ = ["FILE_NAMES", "Store", "check_name", "files_below", "not_finite", "read_files"]
 
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 UNUSED_SECONDS = 3600.0  # longer than the check of an upload takes
@@ -173,3 +176,12 @@ def files_below(root: Path, folder: str, most: int) -> dict[str, bytes]:
     if not inside or place == root:
         raise Refusal(403, f"{folder[:80]!a} is not a folder below the one that this server may read")
     return read_files(place, most)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return a sentence for each of an adapter's tensors that has NaN or infinite numbers."""
+    return [
+        f"{name} has NaN or infinite numbers"
+        for name, tensor in tensors.items()
+        if not torch.isfinite(tensor).all()
+    ]

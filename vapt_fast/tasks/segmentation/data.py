@@ -297,6 +297,8 @@ def _class_names(root: Path, train: list[tuple[Path, Path]], reduce_zero_label: 
     else:
         largest = max(int(open_mask(mask, reduce_zero_label).max()) for _, mask in train)
         names = [str(number) for number in range(largest + 1)]
+        if not names:
+            raise UserError(f"the masks of {printable(root)} for training give no pixel a class")
     if not names or len(set(names)) < len(names):
         raise UserError(f"{printable(listed)} must name each class once, one a line, got {names}")
     most = _UNLABELLED - int(reduce_zero_label)
