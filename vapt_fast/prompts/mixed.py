@@ -91,9 +91,9 @@ class MixedPrompts:
 def cut_masks(masks: Sequence[Masks], rows: Tensor, adapter: Sequence[PlainPrompts]) -> list[Masks]:
     """Return the masks of the images ``rows`` as ``adapter`` draws its own, from those of a mixed batch."""
     cut = []
-    for plain, mask in zip(adapter, masks, strict=False):
-        whole = (mask.table, mask.channels, mask.features)
-        table, channels, features = (t if t is None else t[rows] for t in whole)
+    for plain, whole in zip(adapter, masks, strict=False):
+        mask = whole.take(rows)
+        table, channels, features = mask.table, mask.channels, mask.features
         pooling, count = plain.pooling, plain.num_prompts
         if table is not None and plain.keys_values is not None:
             table = table[:, :count, : 2 * plain.keys_values.keys.shape[1]]
