@@ -17,6 +17,7 @@ from .backbones import (
     check_image_size,
     head_inputs,
     image_size,
+    normed_tokens,
     num_pooled_rows,
     remove_prompts,
     set_image_size,
@@ -32,7 +33,6 @@ from .modules import call_within, weights_of
 from .ops.backend import BACKENDS, check_backend, resolve
 from .peft_api import DEFAULT_ADAPTER, AdapterModel, check_pooling
 from .source import backbone_source, check_state_names
-from .timm_api import normed_tokens
 
 __all__ = ["DEFAULT_ADAPTER", "AdaptiveViT"]
 

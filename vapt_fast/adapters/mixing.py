@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..backbones import normed_tokens
 from ..backbones.blocks import standard_block
 from ..modules import has_global_hooks, has_hooks, is_plain
 from ..ops.plan import is_watched
@@ -22,7 +23,6 @@ from ..prompts import Masks
 from ..prompts.layout import Layout, flatten, small_tensor
 from ..prompts.mixed import MixedPrompts, cut_masks
 from ..prompts.plain import PlainPrompts
-from ..timm_api import normed_tokens
 from .module import BASE, Adapter, MissingHead, mean_logits
 
 if TYPE_CHECKING:
