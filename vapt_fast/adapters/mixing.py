@@ -2,8 +2,8 @@
 
 The frozen products are the same for all images. What differs between adapters is small, so it is stacked, one
 row an adapter, and each image takes its own row: no loop over adapters, and one call of each op. See
-vapt_fast.prompts.mixed. Adapters that rows can't tell (prompts that travel or are pooled, kinds from outside,
-modules with hooks), and the literal method, are computed adapter by adapter instead.
+vapt_fast.prompts.mixed. Adapters that rows can't tell (prompts that travel or are pooled, kinds without
+``plain``, modules with hooks), and the literal method, are computed adapter by adapter instead.
 """
 
 from __future__ import annotations
