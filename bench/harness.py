@@ -13,6 +13,7 @@ from floors import Work as Work
 from torch import Tensor
 
 from vapt_fast import BackendUnavailableError
+from vapt_fast.benchmark.agreement import relative_error
 from vapt_fast.ops.base import OPS
 
 MODES = ("forward", "forward and backward")
@@ -135,8 +136,7 @@ class Bench:
         pairs = zip(
             outputs_and_gradients(op, inputs), outputs_and_gradients(job.definition, exact), strict=True
         )
-        errors = [((ours.double() - right).norm() / right.norm()).item() for ours, right in pairs]
-        worst = max(math.inf if math.isnan(error) else error for error in errors)
+        worst = max(relative_error(ours.double(), right) for ours, right in pairs)
         tolerance = TOLERANCES[self.sizes.dtype]
         assert worst <= tolerance, f"an output or gradient is off by {worst:.1e}, more than {tolerance:.0e}"
         return worst

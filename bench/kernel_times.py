@@ -18,11 +18,11 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from vapt_fast.benchmark import MODES, Setting, Workload
+from vapt_fast.benchmark.workload import WARM_UP
 from vapt_fast.files import write_atomically
 
 NAMES = ("auto, bfloat16", "torch, bfloat16-tf32, compiled", "reference, bfloat16")
 STEPS = 3
-WARM_UP = 3
 BUSIEST = 25  # operations of the host that are listed
 
 

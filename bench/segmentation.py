@@ -2,8 +2,8 @@
 
     python bench/segmentation.py [results.json]
 
-It takes some 6 minutes of CPU time, shared by two processes. The learning rate of each method is chosen by
-the mean IoU on validation images with the first seed; all numbers are of test images.
+It takes some 6 minutes of CPU time, shared by a process for each CPU. The learning rate of each method is
+chosen by the mean IoU on validation images with the first seed; all numbers are of test images.
 """
 
 import json

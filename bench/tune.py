@@ -38,6 +38,7 @@ from candidates import KERNELS, NAMES, Candidates, candidates
 from harness import TOLERANCES, Sizes, outputs_and_gradients
 from torch import Tensor
 
+from vapt_fast.benchmark.agreement import relative_error
 from vapt_fast.files import write_atomically
 from vapt_fast.ops.triton_launch import Config, launch
 from vapt_fast.ops.tuned import TABLE
@@ -186,10 +187,8 @@ class Runner:
         if not self.right:
             exact = [t.detach().double().requires_grad_(t.requires_grad) for t in self.inputs[0]]
             self.right = outputs_and_gradients(self.job.definition, exact)
-        errors = [
-            ((mine.double() - right).norm() / right.norm()).item()
-            for mine, right in zip(ours, self.right, strict=True)
-        ]
+        pairs = zip(ours, self.right, strict=True)
+        errors = [relative_error(mine.double(), right) for mine, right in pairs]
         limits = self.limits or [tolerance] * len(errors)
         for error, limit in zip(errors, limits, strict=True):
             if not error <= limit:

@@ -6,7 +6,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -223,7 +223,7 @@ class PromptConfig:
 
 
 def split_options(
-    prompts: PromptConfig | None, options: Mapping[str, Any]
+    prompts: PromptConfig | None, options: Mapping[str, Any], base: PromptConfig | None = None
 ) -> tuple[PromptConfig, dict[str, Any]]:
     """Return the options of the prompts, and all others.
 
@@ -233,6 +233,7 @@ def split_options(
     Args:
         prompts: all options of the prompts, None if ``options`` has them.
         options: keywords of any sort.
+        base: what ``options`` change; None for the defaults.
 
     Raises:
         TypeError: ``prompts`` is not a PromptConfig, or there are options of the prompts beside it.
@@ -243,7 +244,7 @@ def split_options(
     if prompts is None:
         optional = (option.name for option in fields(PromptConfig) if option.metadata["check"] is _size)
         own |= {name: None for name in optional if own.get(name) == 0}
-        prompts = PromptConfig(**own)
+        prompts = PromptConfig(**own) if base is None else replace(base, **own)
     elif not isinstance(prompts, PromptConfig):
         raise TypeError(f"prompts must be a PromptConfig, got {type(prompts).__name__}")
     elif own:

@@ -70,10 +70,10 @@ def _create(name: str, pretrained: bool, options: dict[str, Any]) -> nn.Module:
             f"features_only=True is for timm.create_model({PREFIX + name!r}, features_only=True); of an "
             "AdaptiveViT, use forward_intermediates()"
         )
-    if not is_backbone(name) and ":" not in name:
-        raise ValueError(f"backbone {name!r} is no timm model; similar names: {similar_names(name)}")
     if is_backbone(name):
         _check_class(name.partition(".")[0])
+    elif ":" not in name:
+        raise ValueError(f"backbone {name!r} is no timm model; similar names: {similar_names(name)}")
     if options.get("num_classes") is not None:
         options = options | {"num_classes": integer("num_classes", options["num_classes"], minimum=0)}
     if options.get("img_size") is not None:

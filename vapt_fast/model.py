@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from . import adapters, explain, initialisation
-from .adapters import Adapter, mixing
-from .arguments import integer, plain
+from .adapters import mixing
+from .arguments import plain
 from .backbones import (
     TimmViT,
     check_image_size,
     head_inputs,
     image_size,
+    normed_tokens,
     num_pooled_rows,
     remove_prompts,
     set_image_size,
@@ -32,7 +33,6 @@ from .modules import call_within, weights_of
 from .ops.backend import BACKENDS, check_backend, resolve
 from .peft_api import DEFAULT_ADAPTER, AdapterModel, check_pooling
 from .source import backbone_source, check_state_names
-from .timm_api import normed_tokens
 
 __all__ = ["DEFAULT_ADAPTER", "AdaptiveViT"]
 
@@ -106,7 +106,6 @@ class AdaptiveViT(AdapterModel):
         timm_options = plain(options)
         model, came_with = make_backbone(backbone, pretrained, timm_options)
         set_precision(model.blocks, backbone_precision)
-        integer("backbone.num_classes", model.num_classes)
         check_pooling(config, model.global_pool, getattr(model, "attn_pool", None) is not None)
 
         self.backend = backend
@@ -216,10 +215,9 @@ class AdaptiveViT(AdapterModel):
             return self._logits(images, backend)
         return self._cuda_graphs(_LOGITS[backend], self, images, preferred=self.cuda_graphs)
 
-    def _logits(self, images: Tensor, backend: str, adapter: Adapter | None = None, **options: Any) -> Tensor:
-        """The logits by one adapter for all images, the active one if None."""
-        adapter = self._adapter if adapter is None else adapter
-        return adapter(self._head_inputs(images, backend, adapter.prompts, **options))
+    def _logits(self, images: Tensor, backend: str) -> Tensor:
+        """The logits by the active adapter for all images."""
+        return self._adapter(self._head_inputs(images, backend, self._adapter.prompts))
 
     def _head_inputs(self, images: Tensor, backend: str, prompts: Any, **options: Any) -> tuple[Tensor, ...]:
         """What each head reads, (B, C)."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -33,7 +32,6 @@ class AdapterModel(TimmModel):
     AdaptiveViT adds the attributes that are declared here without a value.
     """
 
-    backend: str | None
     _base: Adapter
     _num_disabled: int
 
@@ -196,7 +194,9 @@ class AdapterModel(TimmModel):
         if check_name(name) in self.adapters:
             raise ValueError(f"adapter {name!r} exists already; delete_adapter({name!r}) first")
         if config is None:
-            config = replace(self._active.prompts.config, **_prompt_options(options))
+            config, others = split_options(None, options, self._active.prompts.config)
+            if others:
+                raise TypeError(f"options must be those of PromptConfig, got {sorted(others)}")
         elif options or not isinstance(config, PromptConfig):
             raise TypeError(f"config must be a PromptConfig, alone, got {config!r} and {options}")
         number = self._active.num_classes if num_classes is None else num_classes
@@ -299,15 +299,6 @@ class AdapterModel(TimmModel):
     push_adapter = adapters.push
     load_adapter = adapters.load
     from_adapter = classmethod(adapters.build)
-
-
-def _prompt_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return keywords of PromptConfig; others are a TypeError."""
-    _, others = split_options(None, options)
-    if others:
-        raise TypeError(f"options must be those of PromptConfig, got {sorted(others)}")
-    zeros = {key: None for key in ("conv_kernel", "projector_dim") if options.get(key) == 0}
-    return {**options, **zeros}
 
 
 def check_pooling(config: PromptConfig, global_pool: str, attention_pool: bool) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from .adapters import Adapter
 from .arguments import choice
-from .backbones import TimmViT, grid_size, pool, remove_prompts
+from .backbones import TimmViT, grid_size, normed_tokens, pool
 from .config import PromptConfig
 from .source import PREFIX, rebuild_args
 
-__all__ = ["TimmModel", "normed_tokens"]
+__all__ = ["TimmModel"]
 
 
 class TimmModel(nn.Module):
@@ -227,8 +227,3 @@ class TimmModel(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block's activations in the backward pass, or keep them."""
         self.grad_checkpointing = enable
-
-
-def normed_tokens(backbone: TimmViT, tokens: Tensor, extra: int) -> Tensor:
-    """Tokens (B, T, C) after the final norm, without prompts."""
-    return backbone.norm(remove_prompts(tokens, backbone.num_prefix_tokens, extra))

@@ -80,6 +80,12 @@ def test_new_adapters_take_over_what_is_not_said():
     assert list(model.adapters) == ["default", "same", "other"]
 
 
+def test_options_of_new_adapters_suit_those_of_the_active_one():
+    model = make_model(PromptConfig(num_prompts=2, conv_kernel=3))
+    model.add_adapter("padded", conv_padding=2)  # which the default kernel would not reach beyond
+    assert model.adapters["padded"].prompts.config.conv_padding == 2
+
+
 @pytest.mark.parametrize(
     "convert", [lambda m: m.to(torch.bfloat16), lambda m: m.double(), lambda m: m.to("meta")]
 )

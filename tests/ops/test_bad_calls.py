@@ -597,7 +597,7 @@ OPS += [
     (lambda: matrices(padding=1.0), TypeError, "padding must be an int, got 1.0"),
     (lambda: matrices(padding=True), TypeError, "padding must be an int, got True"),
     (lambda: matrices(padding=-1), ValueError, "padding must be at least 0, got -1"),
-    (lambda: matrices(depthwise=1), TypeError, "depthwise must be True or False, got 1"),
+    (lambda: matrices(depthwise=1), TypeError, "depthwise must be a bool, got 1"),
     # a bias of scores
     (lambda: attend(bias=Z(3, 4, 5, 5)), ValueError, "bias must be broadcastable to (2, 4, 5, 5), got (3, 4"),
     (

@@ -25,7 +25,7 @@ from .module import BASE, Adapter, MissingHead, check_name
 if TYPE_CHECKING:
     from ..model import AdaptiveViT
 
-__all__ = ["build", "load", "misfit", "new_adapter", "read_config"]
+__all__ = ["build", "check_fit", "load", "new_adapter", "read_config"]
 
 _log = logging.getLogger("vapt_fast")
 
@@ -69,10 +69,10 @@ def load(
         adapter: Any = model.adapters[name]
         problems += [*prompt_problems(adapter, file), *head_problems(adapter, file)]
         problems += tensor_problems(model, adapter, file)
-        _raise_misfit(file, problems)
+        check_fit(file, problems)
         _copy(model, adapter, file)
         return
-    _raise_misfit(file, problems)
+    check_fit(file, problems)
     adapter = new_adapter(model, file)
     model.adapters[name] = adapter.requires_grad_(is_trainable)
 
@@ -83,9 +83,9 @@ def new_adapter(model: AdaptiveViT, file: AdapterFile) -> Adapter:
     Raises:
         AdapterError: its tensors don't fit.
     """
-    _raise_misfit(file, [*_prompt_size_problems(model, file), *_head_size_problems(file)])
+    check_fit(file, [*_prompt_size_problems(model, file), *_head_size_problems(file)])
     adapter = model.make_adapter(file.prompts, file.num_classes)
-    _raise_misfit(file, tensor_problems(model, adapter, file))
+    check_fit(file, tensor_problems(model, adapter, file))
     _copy(model, adapter, file)
     return adapter
 
@@ -145,7 +145,7 @@ def build(
             "weights are for a backbone that is made by its name, but backbone is a model already"
         )
     adapter = read(local_folder(folder))
-    _raise_misfit(adapter, _head_size_problems(adapter))
+    check_fit(adapter, _head_size_problems(adapter))
     if backbone is None and weights is None:
         add_backbone(folder, adapter)
     if backbone is None or isinstance(backbone, str):
@@ -154,13 +154,13 @@ def build(
         model = cls(backbone, prompts=NO_PROMPTS, backend=backend)
     model.backbone_precision = backbone_precision
     # Before the head is replaced: a backbone that does not fit is handed back as it was.
-    _raise_misfit(adapter, backbone_problems(model, adapter, check_backbone))
+    check_fit(adapter, backbone_problems(model, adapter, check_backbone))
     if model.num_classes != adapter.num_classes:
         model.reset_classifier(adapter.num_classes)
     own: Any = model.adapters[model.active_adapter]
-    _raise_misfit(adapter, _prompt_size_problems(model, adapter))
+    check_fit(adapter, _prompt_size_problems(model, adapter))
     own.prompts = model.make_prompts(adapter.prompts)
-    _raise_misfit(adapter, tensor_problems(model, own, adapter))
+    check_fit(adapter, tensor_problems(model, own, adapter))
     if backbone is None and adapter.backbone_path is not None:
         for name, tensor in model.adapter_state().items():
             tensor.data = tensor.data.to(adapter.tensors[name].dtype)
@@ -179,14 +179,10 @@ def read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
     return read(local_folder(folder)).config
 
 
-def misfit(adapter: AdapterFile, problems: Iterable[str]) -> AdapterError:
-    """Return the error that says why an adapter does not fit the model."""
-    return AdapterError(f"the adapter in {adapter.folder} does not fit the model", problems)
-
-
-def _raise_misfit(adapter: AdapterFile, problems: Iterable[str]) -> None:
+def check_fit(adapter: AdapterFile, problems: Iterable[str]) -> None:
+    """Raise AdapterError if there are ``problems``, the reasons why an adapter does not fit the model."""
     if problems := list(problems):
-        raise misfit(adapter, problems)
+        raise AdapterError(f"the adapter in {adapter.folder} does not fit the model", problems)
 
 
 def _copy(model: AdaptiveViT, adapter: Adapter, file: AdapterFile) -> None:

@@ -2,8 +2,8 @@
 
 The frozen products are the same for all images. What differs between adapters is small, so it is stacked, one
 row an adapter, and each image takes its own row: no loop over adapters, and one call of each op. See
-vapt_fast.prompts.mixed. Adapters that rows can't tell (prompts that travel or are pooled, kinds from outside,
-modules with hooks), and the literal method, are computed adapter by adapter instead.
+vapt_fast.prompts.mixed. Adapters that rows can't tell (prompts that travel or are pooled, kinds without
+``plain``, modules with hooks), and the literal method, are computed adapter by adapter instead.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ..backbones import normed_tokens
 from ..backbones.blocks import standard_block
 from ..modules import has_global_hooks, has_hooks, is_plain
 from ..ops.plan import is_watched
 from ..prompts import Masks
-from ..prompts.layout import Layout, flatten, small_tensor
+from ..prompts.layout import Layout, flatten, small_tensor, unflatten
 from ..prompts.mixed import MixedPrompts, cut_masks
 from ..prompts.plain import PlainPrompts
-from ..timm_api import normed_tokens
 from .module import BASE, Adapter, MissingHead, mean_logits
 
 if TYPE_CHECKING:
@@ -331,11 +331,10 @@ class Heads:
 
     def __call__(self, inputs: tuple[Tensor, ...], index: Tensor) -> Tensor:
         """Return the logits (B, K) of what the heads read, each (B, C), by the adapters at ``index`` (B,)."""
-        sizes = [torch.Size(shape).numel() for shape in self.fields.values()]
-        parts = nn.functional.embedding(index, self.rows).split(sizes, 1)
+        tensors = unflatten(self.rows, index, self.fields)
         logits = []
         for j, x in enumerate(inputs):
-            weight, bias = parts[2 * j].unflatten(1, (self.num_classes, -1)), parts[2 * j + 1]
+            weight, bias = tensors["weight", j], tensors["bias", j]
             logits.append(torch.baddbmm(bias.unsqueeze(2), weight, x.unsqueeze(2)).squeeze(2))
         out = mean_logits(logits)
         if not self.varying:

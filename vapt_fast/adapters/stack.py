@@ -26,7 +26,7 @@ from ..prompts.mixed import MixedPrompts
 from .checks import backbone_problems
 from .file import AdapterError, read
 from .hub import local_folder
-from .loading import misfit, new_adapter
+from .loading import check_fit, new_adapter
 from .mixing import (
     Heads,
     assert_range,
@@ -229,8 +229,7 @@ class AdapterStack(nn.Module):
         """
         check_name(name)
         file = read(local_folder(folder))
-        if problems := list(backbone_problems(self.model, file, check_backbone)):
-            raise misfit(file, problems)
+        check_fit(file, backbone_problems(self.model, file, check_backbone))
         self._write(name, new_adapter(self.model, file))
 
     def delete_adapter(self, name: str) -> None:
@@ -258,7 +257,6 @@ class AdapterStack(nn.Module):
         return plain
 
     def _write(self, name: str, adapter: Adapter) -> None:
-        problems: list[str] = []
         for block in adapter.prompts.blocks:
             if getattr(block, "grid", self._grid) != self._grid:
                 raise ValueError(
@@ -267,7 +265,7 @@ class AdapterStack(nn.Module):
                 )
         with torch.no_grad():
             plain = self._plain(self.model, adapter)
-            problems += self._layout.problems(plain)
+            problems = list(self._layout.problems(plain))
             if adapter.num_classes > self.max_classes:
                 problems.append(f"num_classes: {adapter.num_classes}, reserved are {self.max_classes}")
             if not has_plain_heads(adapter):

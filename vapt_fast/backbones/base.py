@@ -23,7 +23,7 @@ from ..modules import (
     token_mixing_reason,
     weights_of,
 )
-from .positions import Positions
+from .positions import Positions, remove_prompts
 from .resize import resize_backbone
 
 Size = tuple[int, int]  # height, width
@@ -240,10 +240,9 @@ def image_size(model: nn.Module) -> Size:
     return family_of(model).image_size(cast(TimmViT, model))
 
 
-def grid_size(model: nn.Module, image: Size | None = None) -> Size:
-    """Return (H, W): patches along each side of an image of ``image`` pixels (default: ``image_size``)."""
-    patches = family_of(model).patch_embed(cast(TimmViT, model))
-    height, width = patches.dynamic_feat_size(image or image_size(model))
+def grid_size(model: nn.Module, image: Size) -> Size:
+    """Return (H, W): patches along each side of an image of ``image`` pixels, (height, width)."""
+    height, width = family_of(model).patch_embed(cast(TimmViT, model)).dynamic_feat_size(image)
     return height, width
 
 
@@ -327,6 +326,11 @@ def _check_offloading(block: nn.Module) -> None:
 
 
 # ---- pooling and heads
+
+
+def normed_tokens(model: TimmViT, tokens: Tensor, extra: int) -> Tensor:
+    """Return the tokens (B, T, C) after the final norm, without the ``extra`` prompts after the prefix."""
+    return model.norm(remove_prompts(tokens, model.num_prefix_tokens, extra))
 
 
 def pool(model: TimmViT, tokens: Tensor, pool_type: str | None) -> Tensor:

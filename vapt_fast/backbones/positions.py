@@ -44,13 +44,11 @@ class Positions:
         sine = rope.new_zeros(*lead, self.num_extra, width // 2)
         return torch.cat([torch.cat([sine, torch.ones_like(sine)], dim=-1), rope], dim=-2)
 
-    def pad_bias(self, bias: Tensor, num_prefix: int) -> Tensor:
-        """``bias`` (..., T, T) with zero rows and columns for the prompt tokens after the prefix."""
-        return bias if self.num_extra == 0 else pad_bias(bias, self.num_extra, num_prefix)
-
 
 def pad_bias(bias: Tensor, count: int, num_prefix: int) -> Tensor:
     """``bias`` (..., T, T) with zero rows and columns for ``count`` prompt tokens after the prefix."""
+    if count == 0:
+        return bias
     for dim in (-2, -1):
         prefix, patches = bias.tensor_split([num_prefix], dim=dim)
         shape = list(bias.shape)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .workload import Precision
 
-__all__ = ["DisagreementError", "check", "relative_errors"]
+__all__ = ["DisagreementError", "check", "relative_error", "relative_errors"]
 
 # A wrong formula is off by far more, rounding by far less.
 TOLERANCES = {torch.float64: 1e-8, torch.float32: 1e-3}
@@ -22,14 +22,14 @@ class DisagreementError(RuntimeError):
 
 
 def relative_errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
-    """Return the error of each tensor relative to the norm of the expected one; infinite for NaN.
+    """Return the ``relative_error`` of each tensor.
 
     Raises:
         DisagreementError: something is missing.
     """
     if actual.keys() != expected.keys():
         raise DisagreementError(f"there is {sorted(actual)}, expected {sorted(expected)}")
-    return {name: _relative_error(actual[name], expected[name]) for name in expected}
+    return {name: relative_error(actual[name], expected[name]) for name in expected}
 
 
 def check(errors: dict[str, float], literal: dict[str, float], precision: Precision) -> float:
@@ -54,7 +54,8 @@ def check(errors: dict[str, float], literal: dict[str, float], precision: Precis
     return max(errors.values())
 
 
-def _relative_error(actual: Tensor, expected: Tensor) -> float:
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Return the norm of the error relative to that of the expected tensor; infinite for NaN."""
     error = ((actual - expected).norm() / expected.norm()).item()
     # Comparisons with NaN are false: as an infinite error it can't slip through.
     return math.inf if math.isnan(error) else error

@@ -4,7 +4,7 @@ None of it is an approximation. The pooling (convolution, then projection over p
 built for all blocks at once. Prompts are thrown away after a block, so they are only ever keys and values.
 The head of a CLS-pooled model reads one row, so the last block computes one row, and its keys and values are
 absorbed into that row's query. One LayerNorm statistic serves the block and its prompts. A block, or prompts,
-that can't be taken apart (see vapt_fast.backbones.blocks) are called as they are. Nothing outlives a call.
+that can't be taken apart (see vapt_fast.backbones.blocks) are called as they are. No number outlives a call.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import backbones
 from ..backbones import Positions, TimmViT
 from ..backbones.blocks import StandardBlock, split_block
+from ..backbones.positions import pad_bias
 from ..modules import call_within
 from ..prompts import KeysValues, Prompts
 
@@ -157,7 +158,7 @@ def score_bias(
     biases = [bias for bias in (parts.bias, positions.bias) if bias is not None]
     if not biases:
         return None
-    bias = positions.pad_bias(sum(biases[1:], biases[0]), num_prefix)
+    bias = pad_bias(sum(biases[1:], biases[0]), positions.num_extra, num_prefix)
     bias = bias if bias.ndim == 4 else bias.unsqueeze(0)
     return bias[:, :, :num_rows]
 

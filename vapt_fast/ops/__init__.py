@@ -1,4 +1,4 @@
-"""The stateless ops that VAPT is made of, one folder for each; ``base.py`` says how they are made."""
+"""The stateless ops that VAPT is made of; ``base.py`` says how those with kernels, the folders, are made."""
 
 from .absorbed_attention import absorbed_attention
 from .add_norm import add_norm

@@ -15,17 +15,15 @@ from .plan import TENSORS, is_watched
 
 __all__ = [
     "check_affine",
-    "check_bool",
     "check_by_image",
-    "check_choice",
     "check_dtype",
     "check_float",
     "check_grid",
     "check_integer",
+    "check_length_values",
     "check_lengths",
     "check_number",
     "check_one_dtype",
-    "check_range",
     "check_residual",
     "check_same_device",
     "check_score_bias",
@@ -108,24 +106,24 @@ def check_score_bias(bias: Tensor | None, batch: int, heads: int, num_queries: i
         raise ValueError(f"bias must be broadcastable to {shape}, got {tuple(bias.shape)}")
 
 
-def check_lengths(name: str, lengths: Tensor | None, batch: int) -> None:
-    """Raise unless ``lengths`` is None or one integer for each image; ``check_range`` checks their values."""
+def check_lengths(lengths: Tensor | None, batch: int) -> None:
+    """Raise unless ``prompt_lengths`` are None or one integer for each image, whatever their values are."""
     if lengths is not None:
-        check_shape(name, lengths, "(B,)", batch)
+        check_shape("prompt_lengths", lengths, "(B,)", batch)
         if lengths.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name} must be int32 or int64, got {lengths.dtype}")
+            raise TypeError(f"prompt_lengths must be int32 or int64, got {lengths.dtype}")
 
 
-def check_range(name: str, tensor: Tensor | None, least: int, most: int) -> None:
-    """Raise unless all integers of ``tensor`` are from ``least`` to ``most``.
+def check_length_values(lengths: Tensor | None, num_prompts: int) -> None:
+    """Raise unless all ``prompt_lengths`` are from 0 to ``num_prompts``.
 
     They are not read where that would wait for a device, nor where a call is recorded or transformed.
     """
-    if tensor is None or is_watched() or tensor.device.type != "cpu" or type(tensor) not in TENSORS:
+    if lengths is None or is_watched() or lengths.device.type != "cpu" or type(lengths) not in TENSORS:
         return
-    values = tensor.tolist()
-    if values and not (least <= min(values) and max(values) <= most):
-        raise ValueError(f"{name} must be {least} to {most}, got {values}")
+    values = lengths.tolist()
+    if values and not (min(values) >= 0 and max(values) <= num_prompts):
+        raise ValueError(f"prompt_lengths must be 0 to {num_prompts}, got {values}")
 
 
 def check_float(**tensors: Tensor | None) -> None:
@@ -191,20 +189,6 @@ def check_grid(grid: Any) -> tuple[int, int]:
         raise ValueError(f"grid must be (H, W), got {_shown(grid)}")
     height, width = (check_integer(f"grid[{i}]", side, least=1) for i, side in enumerate(grid))
     return height, width
-
-
-def check_bool(name: str, value: Any) -> None:
-    """Raise unless ``value`` is True or False."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {_shown(value)}")
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    """Raise unless ``value`` is one of ``choices``."""
-    if not isinstance(value, str):
-        raise TypeError(f"{name} must be a str, one of {choices}, got {_shown(value)}")
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def check_dtype(name: str, dtype: Any) -> None:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
-__all__ = ["HALF", "INHERITING", "KNOWN", "Measurement", "has_half_tokens"]
+from .checks import HALF
 
-HALF = (torch.float16, torch.bfloat16)
+__all__ = ["INHERITING", "KNOWN", "Measurement", "has_half_tokens"]
+
 # Compute capabilities that take over what was measured on another: A100, B200, consumer GPUs. All kernels run
 # there.
 INHERITING = ((8, 0), (8, 6), (8, 9), (10, 0), (12, 0))

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_bool, check_float, check_grid, check_integer, check_same_device, check_shape
+from ..arguments import boolean
+from .checks import check_float, check_grid, check_integer, check_same_device, check_shape
 
 __all__ = ["prompt_matrices"]
 
@@ -42,7 +43,7 @@ def prompt_matrices(
         TypeError, ValueError: an argument of a wrong type or shape.
     """
     grid, padding = check_grid(grid), check_integer("padding", padding, least=0)
-    check_bool("depthwise", depthwise)
+    depthwise = boolean("depthwise", depthwise)
     check_shape("weight", weight, "(A, P, H'W')", None, None, None)
     if kernel is None:
         check_shape("weight", weight, "(A, P, H*W)", None, None, math.prod(grid))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .plain import PlainProjector, PlainPrompts
 
-__all__ = ["Facts", "Layout", "flatten", "small_tensor"]
+__all__ = ["Facts", "Layout", "flatten", "small_tensor", "unflatten"]
 
 Shape = tuple[int, ...]
 Key = tuple[str, int]
@@ -276,6 +276,13 @@ def flatten(tensors: Mapping[Key, Tensor | None], fields: Mapping[Key, Shape], l
             tensor = F.pad(tensor, [side for n in reversed(missing) for side in (0, n)])
         parts.append(tensor.reshape(-1))
     return torch.cat(parts) if parts else like.new_zeros(0)
+
+
+def unflatten(rows: Tensor, index: Tensor, fields: Mapping[Key, Shape]) -> dict[Key, Tensor]:
+    """Return the tensors of ``fields``, each (B, *shape), of the rows (A, F) at ``index`` (B,)."""
+    # An embedding's backward adds up in a fixed order, that of other gathers does not.
+    parts = F.embedding(index, rows).split([torch.Size(shape).numel() for shape in fields.values()], 1)
+    return {key: part.unflatten(1, shape) for (key, shape), part in zip(fields.items(), parts, strict=True)}
 
 
 def small_tensor(values: Any, device: Any, dtype: torch.dtype = torch.long) -> Tensor:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..activations import ACTIVATIONS
@@ -18,7 +17,7 @@ from ..config import PromptConfig
 from ..functional import prompt_pool, prompt_projector
 from .adaptive import PROMPT_NORM_EPS
 from .base import Masks, affine, layer_norm
-from .layout import Facts, Layout
+from .layout import Facts, Layout, unflatten
 from .plain import KeysValues, PlainPrompts
 
 __all__ = ["MixedPrompts", "cut_masks"]
@@ -39,13 +38,7 @@ class MixedPrompts:
     def __init__(self, layout: Layout, rows: Tensor, facts: Facts, index: Tensor) -> None:
         self.layout = layout
         self._rows, self._facts, self._index = rows, facts, index
-        fields = layout.fields()
-        # An embedding's backward adds up in a fixed order, that of other gathers does not.
-        parts = F.embedding(index, rows).split([torch.Size(shape).numel() for shape in fields.values()], 1)
-        self.tensors = {
-            key: part.unflatten(1, shape) if len(shape) > 1 else part
-            for (key, shape), part in zip(fields.items(), parts, strict=True)
-        }
+        self.tensors = unflatten(rows, index, layout.fields())
         self.facts = Facts(*(fact[index] for fact in facts))
 
     def __call__(self, images: Tensor, within: Callable[[Any, Tensor], Any]) -> Any:
@@ -91,9 +84,9 @@ class MixedPrompts:
 def cut_masks(masks: Sequence[Masks], rows: Tensor, adapter: Sequence[PlainPrompts]) -> list[Masks]:
     """Return the masks of the images ``rows`` as ``adapter`` draws its own, from those of a mixed batch."""
     cut = []
-    for plain, mask in zip(adapter, masks, strict=False):
-        whole = (mask.table, mask.channels, mask.features)
-        table, channels, features = (t if t is None else t[rows] for t in whole)
+    for plain, whole in zip(adapter, masks, strict=False):
+        mask = whole.take(rows)
+        table, channels, features = mask.table, mask.channels, mask.features
         pooling, count = plain.pooling, plain.num_prompts
         if table is not None and plain.keys_values is not None:
             table = table[:, :count, : 2 * plain.keys_values.keys.shape[1]]

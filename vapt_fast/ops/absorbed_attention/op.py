@@ -11,15 +11,16 @@ from torch import Tensor
 from ..autocast import without_autocast
 from ..base import Op, Signature, empty_like
 from ..checks import (
+    HALF,
     check_float,
+    check_length_values,
     check_lengths,
     check_number,
-    check_range,
     check_same_device,
     check_score_bias,
     check_shape,
 )
-from ..measurement import HALF, Measurement
+from ..measurement import Measurement
 
 __all__ = ["absorbed_attention"]
 
@@ -69,7 +70,7 @@ def absorbed_attention(
     check_shape("key_weight", key_weight, "(h, d, C)", heads, head_dim, dim)
     check_shape("value_weight", value_weight, "(h, d, C)", heads, head_dim, dim)
     check_score_bias(bias, 1, heads, num_queries, num_tokens)
-    check_lengths("prompt_lengths", prompt_lengths, batch)
+    check_lengths(prompt_lengths, batch)
     if prompt_lengths is not None and not num_tokens:
         raise ValueError("x must have at least one token where prompt_lengths are given, got none")
     scale = check_number("scale", scale)
@@ -140,7 +141,7 @@ class _AbsorbedAttention(Op):
         return args  # made here: the public function has checked what it was given
 
     def check_values(self, args: Arguments) -> None:
-        check_range("prompt_lengths", args.prompt_lengths, 0, args.prompts.shape[1])
+        check_length_values(args.prompt_lengths, args.prompts.shape[1])
 
     def allocate(self, args: Arguments) -> Outputs:
         num_keys = args.prompts.shape[1] + args.x.shape[1]

@@ -14,10 +14,10 @@ from ..base import Op, Signature, empty_like
 from ..checks import (
     check_float,
     check_integer,
+    check_length_values,
     check_lengths,
     check_number,
     check_one_dtype,
-    check_range,
     check_same_device,
     check_score_bias,
     check_shape,
@@ -213,7 +213,7 @@ class _PromptAttention(Op):
         if prompt_k.shape[0] not in (1, batch):
             raise ValueError(f"prompt_k must have a batch of 1 or {batch}, got {prompt_k.shape[0]}")
         check_score_bias(bias, batch, heads, num_queries, num_tokens)
-        check_lengths("prompt_lengths", prompt_lengths, batch)
+        check_lengths(prompt_lengths, batch)
         scale = check_number("scale", scale)
         tensors = {"q": q, "k": k, "v": v, "prompt_k": prompt_k, "prompt_v": prompt_v}
         check_float(**tensors, bias=bias)
@@ -223,7 +223,7 @@ class _PromptAttention(Op):
         return Arguments(q, k, v, prompt_k, prompt_v, bias, prompt_lengths, scale)
 
     def check_values(self, args: Arguments) -> None:
-        check_range("prompt_lengths", args.prompt_lengths, 0, args.prompt_k.shape[1])
+        check_length_values(args.prompt_lengths, args.prompt_k.shape[1])
 
     def allocate(self, args: Arguments) -> Outputs:
         return _empty_outputs(args.q, *args.q.shape)
@@ -310,7 +310,7 @@ class _PackedAttention(Op):
         if prompt_kv.shape[0] not in (1, batch):
             raise ValueError(f"prompt_kv must have a batch of 1 or {batch}, got {prompt_kv.shape[0]}")
         check_score_bias(bias, batch, num_heads, num_tokens, num_tokens)
-        check_lengths("prompt_lengths", prompt_lengths, batch)
+        check_lengths(prompt_lengths, batch)
         scale = check_number("scale", scale)
         check_float(qkv=qkv, prompt_kv=prompt_kv, bias=bias)
         check_same_device(qkv=qkv, prompt_kv=prompt_kv, bias=bias, prompt_lengths=prompt_lengths)
@@ -319,7 +319,7 @@ class _PackedAttention(Op):
         return PackedArguments(cast(qkv), cast(prompt_kv), bias, prompt_lengths, *options)
 
     def check_values(self, args: PackedArguments) -> None:
-        check_range("prompt_lengths", args.prompt_lengths, 0, args.prompt_kv.shape[1])
+        check_length_values(args.prompt_lengths, args.prompt_kv.shape[1])
 
     def allocate(self, args: PackedArguments) -> Outputs:
         batch, num_tokens, width = args.qkv.shape

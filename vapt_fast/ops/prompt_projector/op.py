@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from ...activations import ACTIVATIONS
+from ...arguments import choice
 from ..base import Op, Signature, empty_like
 from ..checks import (
     check_affine,
     check_by_image,
-    check_choice,
     check_dtype,
     check_float,
     check_number,
@@ -209,7 +209,7 @@ class _PromptProjector(Op):
             dtype = args.pooled.dtype
         check_dtype("dtype", dtype)
         _check_tensors(args)
-        check_choice("activation", args.activation, tuple(ACTIVATIONS))
+        choice("activation", args.activation, tuple(ACTIVATIONS))
         tensors: list[Any] = [getattr(args, name) for name in _OWN]
         own: list[Any] = [None if tensor is None else tensor.to(args.pooled.dtype) for tensor in tensors]
         options: tuple[Any, ...] = (args.norm_weight, args.norm_bias, factor, args.activation, eps, dtype)
