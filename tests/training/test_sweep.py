@@ -390,13 +390,14 @@ def test_joblib_shares_a_sweep(whole, tmp_path):
 @pytest.mark.full
 def test_the_processes_of_joblib_have_workers_of_their_own():
     """A process that reads images is started by one that joblib has started."""
-    pytest.importorskip("joblib")
+    loky = pytest.importorskip("joblib.externals.loky")
     data = Subset(TensorDataset(torch.zeros(4, 1), torch.arange(4)), range(4))
 
     def read(size):
         return [labels.tolist() for _, labels in make_loader(data, size, workers=1)]
 
     batches = sorted(spread("joblib", read, [(2,), (4,)], jobs=2, gpu=False))
+    loky.get_reusable_executor().shutdown(wait=True)  # else they wait for more, beside the next test
     assert batches == [[[0, 1], [2, 3]], [[0, 1, 2, 3]]]
 
 
