@@ -18,7 +18,7 @@ import typer
 
 from ..adapters.file import read
 from ..adapters.hub import local_folder
-from ..prompts.base import KINDS
+from ..config import KINDS
 from ..serving import Refusal, ServeOptions, token_digest
 from ..serving.engine import add_adapters, check_installed, start, stop
 from ..serving.store import check_name, not_finite
